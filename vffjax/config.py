@@ -1,0 +1,194 @@
+"""From an `ml_collections.ConfigDict` to one frozen, validated dataclass.
+
+Everything below the command line reads `Config` by attribute, so that a typo fails where it is written. Checks that need no
+data happen here, before anything is compiled; checks against the data are in `check_against_data`.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from vffjax.errors import UserError, bad_key
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
+OVERRIDABLE = ("optimizer", "learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "momentum")
+
+
+def _field(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. The documentation of each field is printed by `python train.py --help`."""
+
+    # fmt: off
+    seed: int = _field(0, "seed of everything random: split, initialisation, codebook, order, augmentation", low=0, high=2**31 - 1)
+    dataset: str = _field("digits", "what to learn", DATASETS)
+    data_dir: str = _field("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    train_examples: int = _field(0, "images kept for training and validation, drawn by the seed; 0: all", low=0)
+    val_fraction: float = _field(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
+    flip: bool = _field(False, "mirror training images left to right with probability 1/2")
+    crop_padding: int = _field(0, "pixels of zero padding before a random crop; 0: no crop", low=0)
+    cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0)
+
+    network: str = _field("mlp", "layers to train", ("mlp", "conv4"))
+    widths: tuple[int, ...] = _field((512, 512, 512), "output units or channels of each layer")
+    pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4: side of the max-pooling window after each layer, in positions; 1: none")
+    norm: str = _field("auto", "normalisation of each layer; auto: batch, but input for rule ff", ("auto", "batch", "anchor", "layer", "input", "none"))
+    head_grid: int = _field(4, "side in cells of the grid to which conv features are mean-pooled for the head", low=1)
+    grouping: str = _field("width", "what makes one group: equal width, each layer, or all layers", ("width", "layer", "all"))
+
+    rule: str = _field("vff", "local objective of a group: CSCL (+ head), forward-forward goodness, head loss alone", ("vff", "ff", "head"))
+    labelling: str = _field("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
+    noise_scale: float = _field(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0)
+    copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1)
+    negatives: str = _field("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
+    contrast: str = _field("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
+    similarity: str = _field("grid", "cosine of: each position, the flat map, a 2x2-pooled map, the pooled vector", ("position", "flat", "grid", "pooled"))
+    margin: float = _field(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
+    temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4)
+    head_weight: float = _field(0.0, "share of the head's cross-entropy gradient that trains the group; 0: the head only reads", low=0.0)
+    label_smoothing: float = _field(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
+    goodness_threshold: float = _field(1.0, "ff: mean squared activity that divides positive from negative", low=0.0)
+    peer_normalisation: float = _field(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0)
+
+    schedule: str = _field("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"))
+    epochs: int = _field(10, "passes over the training images (sequential: for each group)", low=1)
+    batch_size: int = _field(128, "images in a step", low=1)
+    optimizer: str = _field("adamw", "optax optimizer of each group", ("adamw", "sgd"))
+    learning_rate: float = _field(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0)
+    weight_decay: float = _field(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0)
+    momentum: float = _field(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
+    warmup_epochs: float = _field(0.0, "linear warm-up, in epochs", low=0.0)
+    clip_norm: float = _field(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0)
+    overrides: Mapping[str, Mapping[str, Any]] = _field({}, "per group, as {'group1': {'learning_rate': 1e-4}}; keys: " + ", ".join(OVERRIDABLE))
+    precision: str = _field("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
+
+    inference: str = _field("heads", "how the final error is measured: head ensemble, or sweep over all labels", ("heads", "sweep"))
+    eval_batch_size: int = _field(500, "images in a step of evaluation", low=1)
+    checkpoint_every: int = _field(1, "epochs between checkpoints; the last epoch is always saved", low=1)
+    # fmt: on
+
+    @property
+    def resolved_norm(self) -> str:
+        return ("input" if self.rule == "ff" else "batch") if self.norm == "auto" else self.norm
+
+    @property
+    def resolved_contrast(self) -> str:
+        return ("in_batch" if self.labelling == "shared" else "triplet") if self.contrast == "auto" else self.contrast
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, tuples as lists."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else ({g: dict(o) for g, o in v.items()} if k == "overrides" else v) for k, v in plain.items()}
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All keys with their defaults, locked: a config file that sets an unknown key fails there."""
+    config = ml_collections.ConfigDict(Config().to_dict() | {"widths": Config().widths, "pools": Config().pools})
+    return config.lock()
+
+
+def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Converts and checks. Raises `UserError` naming `config.KEY`, the value and the fix."""
+    plain = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
+    for key in plain:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(key, FIELDS, n=1)
+            raise bad_key(key, plain[key], "no such key", f"did you mean config.{near[0]}?" if near else "see --help for the keys")
+    values = {key: _convert(key, value, type(FIELDS[key].default if key != "overrides" else {})) for key, value in plain.items()}
+    config = Config(**values)
+    for key in FIELDS:
+        _check_range(key, getattr(config, key))
+    _check_together(config)
+    return config
+
+
+def _convert(key: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is tuple:
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            return tuple(value)
+        raise bad_key(key, value, "not a tuple of whole numbers", f"give for example --config.{key}='{FIELDS[key].default}'")
+    if kind is int and isinstance(value, bool) or not isinstance(value, kind):
+        raise bad_key(key, value, f"has type {type(value).__name__}", f"give a value of type {kind.__name__}")
+    return value
+
+
+def _check_range(key: str, value: Any) -> None:
+    meta = FIELDS[key].metadata
+    if meta["choices"] and value not in meta["choices"]:
+        near = difflib.get_close_matches(str(value), meta["choices"], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise bad_key(key, value, "not known", f"{hint}choose one of {', '.join(meta['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise bad_key(key, value, "not a finite number", "give a finite number")
+    if meta["low"] is not None and value < meta["low"]:
+        raise bad_key(key, value, "too small", f"the least is {meta['low']:g}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise bad_key(key, value, "too large", f"the most is {meta['high']:g}")
+
+
+def _check_together(c: Config) -> None:
+    if any(w < 1 for w in c.widths):
+        raise bad_key("widths", c.widths, "a width below 1", "give each layer at least one unit")
+    if c.network == "conv4":
+        if len(c.widths) != 4:
+            raise bad_key("widths", c.widths, f"conv4 has 4 layers, not {len(c.widths)}", "give 4 widths, such as (48, 48, 96, 96)")
+        if len(c.pools) != 4 or any(p < 1 for p in c.pools):
+            raise bad_key("pools", c.pools, "conv4 needs 4 windows of at least 1", "give for example (1, 2, 1, 2)")
+    if c.warmup_epochs > c.epochs:
+        raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
+    if c.rule == "ff" and c.resolved_norm != "input":
+        raise bad_key("norm", c.norm, "rule ff measures goodness on features that no statistic has rescaled", "use norm=auto or norm=input")
+    if c.inference == "sweep" and c.rule == "head":
+        raise bad_key("inference", c.inference, "rule head never sees a labelled image", "use inference=heads, or rule=vff or ff")
+    for name, override in c.overrides.items():
+        if not (name.startswith("group") and name[5:].isdigit()):
+            raise bad_key(f"overrides.{name}", dict(override), "not a group", "name groups group0, group1, ...")
+        for key, value in override.items():
+            if key not in OVERRIDABLE:
+                raise bad_key(f"overrides.{name}.{key}", value, "cannot be overridden", f"use one of {', '.join(OVERRIDABLE)}")
+            _check_range(key, _convert(key, value, type(FIELDS[key].default)))
+
+
+def for_group(config: Config, group: int) -> Config:
+    """The configuration as group number `group` sees it, its overrides applied."""
+    return dataclasses.replace(config, **config.overrides.get(f"group{group}", {}))
+
+
+def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, int], num_classes: int, num_groups: int) -> None:
+    """Checks that need the data's sizes; `train_size` excludes the validation images."""
+    if c.batch_size > train_size:
+        raise bad_key("batch_size", c.batch_size, f"larger than the {train_size} training images", f"use at most {train_size}")
+    side = min(image_shape[:2])
+    if c.network == "conv4" and math.prod(c.pools) > side:
+        raise bad_key("pools", c.pools, f"pools {side}x{side} images to nothing", "use smaller windows")
+    if c.cutout > side:
+        raise bad_key("cutout", c.cutout, f"larger than the {side}-pixel images", f"use at most {side}")
+    if c.rule == "ff" and num_classes > image_shape[1]:
+        # The overlay writes one pixel per class; it takes further rows where one row is too short.
+        if num_classes > image_shape[0] * image_shape[1] // 2:
+            raise bad_key("rule", c.rule, f"{num_classes} label pixels do not fit {image_shape[:2]} images", "use rule=vff")
+    for name in c.overrides:
+        if int(name[5:]) >= num_groups:
+            raise bad_key(f"overrides.{name}", dict(c.overrides[name]), f"the network has {num_groups} groups", f"use group0 to group{num_groups - 1}")
+
+
+def from_json(plain: Mapping[str, Any], path: str) -> Config:
+    """The configuration of a finished workdir, from its `config.json`."""
+    try:
+        return make_config({k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

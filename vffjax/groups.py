@@ -1,0 +1,113 @@
+"""Layer grouping (LG): a network's layers cut into groups, each with an auxiliary head. Gradients stop at a group's border."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vffjax.config import Config
+from vffjax.networks import build
+from vffjax.networks.layers import Layer, divide_by_rms
+from vffjax.pooling import mean_pool_to_grid
+
+
+class GroupState(NamedTuple):
+    """All that training changes in one group."""
+
+    params: Any  # {"layers_i": ..., "head": ...}, float32
+    batch_stats: Any  # running statistics of its normalisations; {} where there are none
+    opt_state: optax.OptState
+
+
+class _Module(nn.Module):
+    layers: tuple[Layer, ...]
+    classes: int
+    head_grid: int
+    normalise_head: bool
+
+    def setup(self) -> None:
+        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros)
+
+    def features(self, x: Array, clean: int, train: bool) -> Array:
+        for layer in self.layers:
+            x = layer(x, clean, train)
+        return x
+
+    def logits(self, features: Array) -> Array:
+        z = features.astype(jnp.float32)
+        if z.ndim == 4:
+            z = mean_pool_to_grid(z, self.head_grid)
+        z = z.reshape(z.shape[0], -1)
+        return self.head(divide_by_rms(z) if self.normalise_head else z)
+
+    def __call__(self, x: Array) -> Array:
+        return self.logits(self.features(x, x.shape[0], False))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """One group: pure functions of its parameters. The head is linear on features mean-pooled to a grid; it starts at zero."""
+
+    name: str
+    module: _Module
+
+    @property
+    def width(self) -> int:
+        """Channels of the group's feature map."""
+        return self.module.layers[-1].width
+
+    def init(self, key: PRNGKeyArray, x: Float[Array, "batch *feature"]) -> tuple[Any, Any]:
+        """Parameters and batch statistics for inputs shaped like `x`."""
+        variables = self.module.init(key, x)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def features(
+        self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: int, train: bool
+    ) -> tuple[Float[Array, "batch *out"], Any]:
+        """Feature map of `x`, whose first `clean` rows are clean and the rest labelled, and the new batch statistics."""
+        variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
+        if train and batch_stats:
+            out, new = self.module.apply(variables, x, clean, True, method="features", mutable=["batch_stats"])
+            return out, new["batch_stats"]
+        return self.module.apply(variables, x, clean, train, method="features"), batch_stats
+
+    def logits(self, params: Any, features: Float[Array, "batch *feature"]) -> Float[Array, "batch classes"]:
+        """The head's class scores, float32."""
+        return self.module.apply({"params": params}, features, method="logits")
+
+
+def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ...]:
+    """Groups of consecutive layers: maximal runs of equal `width`, each `layer` alone, or `all` in one (back-propagation)."""
+    if grouping == "all":
+        return (layers,)
+    groups: list[tuple[Layer, ...]] = []
+    for layer in layers:
+        if grouping == "width" and groups and groups[-1][-1].width == layer.width:
+            groups[-1] += (layer,)
+        else:
+            groups.append((layer,))
+    return tuple(groups)
+
+
+def make_groups(config: Config, classes: int) -> tuple[LayerGroup, ...]:
+    """The groups of `config.network` under `config.grouping`, named group0, group1, ..."""
+    # Without a normalisation behind the linear map, features have any scale, and a linear head needs one.
+    free_scale = config.resolved_norm in ("input", "none")
+    modules = (_Module(layers, classes, config.head_grid, free_scale) for layers in cut(build(config), config.grouping))
+    return tuple(LayerGroup(f"group{i}", module) for i, module in enumerate(modules))
+
+
+def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:
+    """Parameters and statistics of every group, group `i` from `fold_in(key, i)`."""
+    x = jnp.zeros((1, *image_shape))
+    out: list[tuple[Mapping, Mapping]] = []
+    for i, group in enumerate(groups):
+        params, stats = group.init(jax.random.fold_in(key, i), x)
+        out.append((params, stats))
+        x = jnp.zeros(jax.eval_shape(lambda x, g=group, p=params, s=stats: g.features(p, s, x, 1, False)[0], x).shape)
+    return tuple(out)

@@ -1,0 +1,81 @@
+"""Classifying with trained groups: an ensemble of heads on one clean pass, or a sweep over all labels that needs no head."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from vffjax import losses, rules
+from vffjax.augment import normalise
+from vffjax.groups import GroupState
+from vffjax.rules import Task
+from vffjax.trainer import Plan, clean_log_p
+
+# With more groups than this, only runs of last groups are tried as voters, not every set.
+_EXHAUSTIVE_GROUPS = 6
+
+
+def sweep_scores(
+    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
+) -> Float[Array, "groups batch classes"]:
+    """How well each label fits, by each group, with no head: cosine of the clean and the labelled image, or goodness for rule ff."""
+    config = plan.config
+
+    def features(x: Array, clean: int) -> list[Array]:
+        out = []
+        for group, state in zip(plan.groups, states, strict=True):
+            x, _ = group.features(state.params, state.batch_stats, x, clean, False)
+            out.append(x)
+        return out
+
+    anchors = [losses.embed(f, config.similarity) for f in features(x, x.shape[0])] if config.rule == "vff" else []
+
+    def score(label: Array) -> Array:
+        labelled = features(rules.prepare_labelled(config, task, x, label), 0)
+        if config.rule == "ff":
+            return jnp.stack([losses.goodness(f) for f in labelled])
+        copies = [losses.embed(f, config.similarity) for f in labelled]
+        return jnp.stack([jnp.sum(a * c, axis=1) for a, c in zip(anchors, copies, strict=True)])
+
+    return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
+
+
+def make_scores(plan: Plan, inference: str) -> Callable[[Task, tuple[GroupState, ...], UInt8[Array, "n h w c"]], Any]:
+    """Jitted scores [groups, n, classes] of byte images, in batches of `config.eval_batch_size`; higher is likelier."""
+    per_batch = {"heads": clean_log_p, "sweep": sweep_scores}[inference]
+
+    @jax.jit
+    def scores(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:
+        n, batch = images.shape[0], min(plan.config.eval_batch_size, images.shape[0])
+        padded = jnp.pad(images, ((0, -n % batch), (0, 0), (0, 0), (0, 0)))
+        batches = padded.reshape(-1, batch, *images.shape[1:])
+        one = functools.partial(per_batch, plan, task, states)
+        out = jax.lax.map(lambda x: one(normalise(x, task.mean, task.std)), batches)
+        return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[3])[:, :n]
+
+    return scores
+
+
+def ensemble(scores: Float[Array, "groups n classes"], voting: tuple[int, ...]) -> np.ndarray:
+    """Mean score over the voting groups; for heads the mean log-probability, that is their normalised geometric mean."""
+    return np.asarray(scores)[list(voting)].mean(axis=0)
+
+
+def error_percent(scores: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
+    """Share of images whose highest score is not their label, in percent."""
+    return 100 * float(np.mean(np.asarray(scores).argmax(-1) != np.asarray(labels)))
+
+
+def choose_voting(scores: Float[Array, "groups n classes"], labels: Int[Array, " n"]) -> tuple[int, ...]:
+    """The set of groups whose ensemble errs least on these (validation) images; among equals the larger, then the later set."""
+    groups = len(scores)
+    if groups <= _EXHAUSTIVE_GROUPS:
+        sets = [s for size in range(1, groups + 1) for s in itertools.combinations(range(groups), size)]
+    else:
+        sets = [tuple(range(first, groups)) for first in range(groups)]
+    return min(sets, key=lambda s: (error_percent(ensemble(scores, s), labels), -len(s), [-i for i in s]))

@@ -1,0 +1,206 @@
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, progress on the terminal.
+
+All of it runs on the host and holds NumPy values only. An unwritable workdir raises `OSError`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import Any, Self, TextIO
+
+import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class Logbook:
+    """Writes a workdir's record: metrics.jsonl, TensorBoard events if tensorboardX is installed, progress on the terminal.
+
+    Records count epochs from 1; `first_epoch` is the number of epochs already finished, whose lines are kept.
+    """
+
+    def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Not a default argument: sys.stderr may have been replaced since the import.
+        self._stream = sys.stderr if stream is None else stream
+        self._total = total_epochs
+        self._bar: tqdm.tqdm | None = None
+        _keep_epochs(workdir / METRICS, first_epoch)
+        with contextlib.ExitStack() as stack:
+            self._metrics = stack.enter_context(open(workdir / METRICS, "ab"))
+            self._tensorboard = _tensorboard_writer(workdir / "tensorboard", first_epoch)
+            if self._tensorboard is not None:
+                stack.callback(self._tensorboard.close)
+            if self._stream.isatty():
+                self._bar = tqdm.tqdm(total=total_epochs, initial=first_epoch, file=self._stream, unit="epoch", dynamic_ncols=True)
+                stack.callback(self._bar.close)
+            self._open = stack.pop_all()
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Records one finished epoch. `record["epoch"]` is needed, all other fields may be missing or None."""
+        record = _plain(record)
+        # One write of a whole line: a killed run leaves at most one torn line, the last.
+        self._metrics.write(_dumps(record).encode() + b"\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        if self._tensorboard is not None:
+            for tag, value in _scalars(record):
+                self._tensorboard.add_scalar(tag, value, record["epoch"])
+            self._tensorboard.flush()
+        if self._bar is None:
+            head = f"epoch {record['epoch']:{len(str(self._total))}d}/{self._total}"
+            print("  ".join([head, *_line_parts(record)]), file=self._stream, flush=True)
+        else:
+            self._bar.set_postfix_str(", ".join(_bar_parts(record)), refresh=False)
+            self._bar.update(record["epoch"] - self._bar.n)
+            # tqdm skips updates that follow each other quickly; an epoch is worth a redraw.
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, whole lines only; none if there is no such file."""
+    return [record for _, record in _whole_lines(pathlib.Path(workdir) / METRICS)]
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Strict JSON (NaN and infinity become null), keys in their order. A reader sees the old file or the new one."""
+    replace_file(path, _dumps(value, indent=2).encode() + b"\n")
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Writes a temporary file in the same folder, then moves it over `path`."""
+    path = pathlib.Path(path)
+    # A fixed name, so that a killed run leaves one stray file at most.
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # The first error is the one to report.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _keep_epochs(path: pathlib.Path, last: int) -> None:
+    """Drops a torn line, and the lines of epochs that will run again."""
+    if not path.exists():
+        return
+    kept = b"".join(line for line, record in _whole_lines(path) if record["epoch"] <= last)
+    if kept != path.read_bytes():
+        replace_file(path, kept)
+
+
+def _whole_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    found = []
+    # Split on b"\n" alone; what follows the last one is torn or empty.
+    for line in content.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            found.append((line + b"\n", record))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """NumPy (and JAX) scalars and arrays as Python numbers and lists; NaN stays."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(value)  # np.float64 is a float whose repr json does not use, but f-strings might
+    if hasattr(value, "tolist"):
+        plain = value.tolist()
+        # A type NumPy does not know, such as bfloat16, may come back as itself.
+        return _plain(plain) if type(plain) is not type(value) else float(plain)
+    return value
+
+
+def _nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _nulls(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_nulls(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _dumps(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_nulls(_plain(value)), indent=indent, allow_nan=False)
+
+
+def _tensorboard_writer(folder: pathlib.Path, first_epoch: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    # Also for a fresh start: an earlier run here may have died before its first checkpoint.
+    return SummaryWriter(str(folder), purge_step=first_epoch + 1)
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """TensorBoard's tags: `loss`, and `loss/group0` for the first of `loss_per_group`."""
+    tagged = []
+    for key, value in record.items():
+        if key in ("epoch", "group"):
+            continue
+        if key.endswith("_per_group") and value is not None:
+            tagged += [(f"{key.removesuffix('_per_group')}/group{i}", v) for i, v in enumerate(value)]
+        else:
+            tagged.append((key, value))
+    return [(tag, float(v)) for tag, v in tagged if isinstance(v, (int, float))]
+
+
+def _line_parts(record: dict[str, Any]) -> list[str]:
+    parts = _parts(record, "group {}", "loss {:.3f}", "train {:.1f} %", "val error {:.2f} %", "{:,.0f} images/s", "{:.1f} s")
+    groups = record.get("val_error_per_group") or []
+    if len(groups) > 1:
+        listed = " ".join("-" if v is None else f"{v:.2f}" for v in groups)
+        at = next((i for i, part in enumerate(parts) if part.startswith("val error")), None)
+        if at is not None:
+            parts[at] += f" (groups {listed})"
+    return parts
+
+
+def _bar_parts(record: dict[str, Any]) -> list[str]:
+    # A bar is narrow: the validation error where there is one, else the training accuracy.
+    train = "" if record.get("val_error") is not None else "train {:.1f} %"
+    return _parts(record, "group {}", "loss {:.3f}", train, "val error {:.2f} %", "{:,.0f} images/s", "")
+
+
+def _parts(record: dict[str, Any], group: str, loss: str, train: str, val: str, speed: str, seconds: str) -> list[str]:
+    accuracy = record.get("train_accuracy")
+    shown = [
+        (group, record.get("group")),
+        (loss, record.get("loss")),
+        (train, None if accuracy is None else 100 * accuracy),
+        (val, record.get("val_error")),
+        (speed, record.get("images_per_second")),
+        (seconds, record.get("seconds")),
+    ]
+    return [form.format(value) for form, value in shown if form and value is not None]

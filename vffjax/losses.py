@@ -1,0 +1,121 @@
+"""Local losses: CSCL on cosines, forward-forward goodness, the head's cross-entropy. All in float32.
+
+The paper (Lee, Shin, Kim, Neural Networks 190:107697, 2025) publishes the idea of CSCL but no formula; the forms here are our reading.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vffjax.pooling import mean_pool_to_grid
+
+Similarity = Literal["position", "flat", "grid", "pooled"]
+
+# Squared norms below this are taken as zero features: their cosine is 0 and its gradient finite.
+EPSILON = 1e-12
+
+
+def embed(features: Float[Array, "batch *feature"], similarity: Similarity) -> Float[Array, "batch d"]:
+    """Vectors whose dot product is the cosine similarity of two feature maps.
+
+    `position`: the cosine over channels at each position, averaged over positions. `flat`: of the flattened map. `grid`: of
+    the map mean-pooled to 2x2 cells, flattened. `pooled`: of the mean over positions. Maps without positions are all alike.
+    """
+    z = features.astype(jnp.float32)
+    if z.ndim == 4:
+        if similarity in ("grid", "pooled"):
+            z = mean_pool_to_grid(z, 2 if similarity == "grid" else 1)
+        if similarity == "position":
+            positions = z.shape[1] * z.shape[2]
+            return (_unit(z) / jnp.sqrt(positions)).reshape(z.shape[0], -1)
+    return _unit(z.reshape(z.shape[0], -1))
+
+
+def _unit(z: Array) -> Array:
+    squared = jnp.sum(z * z, axis=-1, keepdims=True)
+    # max, not +: exact cosines for ordinary features, and for zero features value 0 with a gradient bounded by EPSILON ** -0.5.
+    return z * jax.lax.rsqrt(jnp.maximum(squared, EPSILON))
+
+
+def cscl_triplet(
+    anchor: Float[Array, " d"], positive: Float[Array, " d"], negative: Float[Array, " d"], margin: float, temperature: float
+) -> Float[Array, ""]:
+    """CSCL for one anchor of unit length: `tau softplus((s(a, n) - s(a, p) + m) / tau)`."""
+    difference = anchor @ negative - anchor @ positive
+    return temperature * jax.nn.softplus((difference + margin) / temperature)
+
+
+def cscl_in_batch(
+    anchor: Float[Array, " d"],
+    label: Int[Array, ""],
+    copies: Float[Array, "copies d"],
+    copy_labels: Int[Array, " copies"],
+    margin: float,
+    temperature: float,
+) -> Float[Array, ""]:
+    """CSCL for one anchor against all labelled copies: cross-entropy of `(s - m [match]) / tau`, mass on any copy of its class.
+
+    `-log(sum_{j: match} e_j / sum_j e_j)`, the form of neighbourhood components analysis (Goldberger et al., 2004) on cosines.
+    """
+    match = copy_labels == label
+    scores = (copies @ anchor - margin * match) / temperature
+    right = jax.nn.logsumexp(jnp.where(match, scores, -jnp.inf))
+    return jax.nn.logsumexp(scores) - right
+
+
+def class_similarity(
+    anchor: Float[Array, " d"], label: Int[Array, ""], copies: Float[Array, "copies d"], copy_labels: Int[Array, " copies"]
+) -> Float[Array, ""]:
+    """Mean cosine of one anchor with the copies of one class."""
+    match = (copy_labels == label).astype(jnp.float32)
+    return (copies @ anchor) @ match / jnp.maximum(match.sum(), 1.0)
+
+
+def goodness(features: Float[Array, "batch *feature"]) -> Float[Array, " batch"]:
+    """Forward-forward goodness (Hinton, 2022): the mean squared activity. The sum of squares is this times the number of units."""
+    z = features.astype(jnp.float32)
+    return jnp.mean(z * z, axis=tuple(range(1, z.ndim)))
+
+
+def forward_forward(
+    positive: Float[Array, "batch *feature"], negative: Float[Array, "batch *feature"], threshold: float, peer_weight: float
+) -> Float[Array, ""]:
+    """Hinton's objective: each image is positive with log-odds `sum of squares - threshold * units`; plus peer normalisation.
+
+    The log-odds are those of the sum over channels, averaged over positions, so that a large map does not saturate them. Peer
+    normalisation is `peer_weight` times the mean squared distance of each unit's mean activity from the mean of all units.
+    """
+    channels = positive.shape[-1]
+    odds_positive = channels * (goodness(positive) - threshold)
+    odds_negative = channels * (goodness(negative) - threshold)
+    loss = jnp.mean(jax.nn.softplus(-odds_positive)) + jnp.mean(jax.nn.softplus(odds_negative))
+    if peer_weight > 0:
+        units = jnp.mean(positive.astype(jnp.float32), axis=tuple(range(positive.ndim - 1)))
+        loss += peer_weight * jnp.mean((units - units.mean()) ** 2)
+    return loss
+
+
+def head_cross_entropy(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: float = 0.0
+) -> Float[Array, ""]:
+    """Mean cross-entropy of one group's head, labels smoothed towards uniform by `smoothing`."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    right = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -jnp.mean((1 - smoothing) * right + smoothing * jnp.mean(log_p, axis=1))
+
+
+def scale_gradient(x: Array, scale: float) -> Array:
+    """`x` itself, whose gradient is multiplied by `scale`; 0 cuts it exactly."""
+    if scale == 0.0:
+        return jax.lax.stop_gradient(x)
+    return x if scale == 1.0 else _scale_gradient(x, scale)
+
+
+@jax.custom_vjp
+def _scale_gradient(x: Array, scale: float) -> Array:
+    return x
+
+
+_scale_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g * jnp.asarray(scale, g.dtype), None))

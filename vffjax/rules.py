@@ -1,0 +1,115 @@
+"""The local objective of one group, for each rule, and the streams that it needs. Nothing here sees another group."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vffjax import labelling, losses
+from vffjax.config import Config
+from vffjax.groups import LayerGroup
+from vffjax.labelling import Streams
+
+
+class Task(NamedTuple):
+    """What a run fixes once about its labels and pixels; arrays, passed to every jitted function as arguments."""
+
+    codebook: Float[Array, "classes h w c"]
+    mean: Float[Array, " c"]  # of training pixels on the 0..1 scale
+    std: Float[Array, " c"]
+
+    @property
+    def black(self) -> Float[Array, " c"]:
+        return -self.mean / self.std
+
+    @property
+    def white(self) -> Float[Array, " c"]:
+        return (1 - self.mean) / self.std
+
+    @property
+    def classes(self) -> int:
+        return self.codebook.shape[0]
+
+
+def needs_predictions(config: Config) -> bool:
+    """Whether `make_streams` draws wrong labels from the heads' prediction, which costs one more clean pass."""
+    labelled_wrongly = config.rule == "ff" or (config.rule == "vff" and config.labelling == "triplet")
+    return labelled_wrongly and config.negatives == "hard"
+
+
+def make_streams(
+    config: Config,
+    task: Task,
+    key: PRNGKeyArray,
+    images: Float[Array, "batch h w c"],
+    labels: Int[Array, " batch"],
+    logits: Float[Array, "batch classes"] | None = None,
+) -> Streams:
+    """The streams of a step under `config.rule`; `logits` are the ensemble's, where `needs_predictions`."""
+    if config.rule == "head":
+        return labelling.clean_only(images, labels)
+    if config.rule == "vff" and config.labelling == "shared":
+        return labelling.lwnl_shared(key, images, labels, task.codebook, config.copies_per_class)
+    wrong = labelling.wrong_labels(key, labels, task.classes, logits)
+    if config.rule == "ff":
+        return labelling.overlay_streams(images, labels, wrong, task.classes, task.black, task.white)
+    return labelling.lwnl_triplet(images, labels, wrong, task.codebook)
+
+
+def prepare_clean(config: Config, task: Task, images: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    """Images as the clean stream shows them to a head: untouched, but for the neutral label of rule ff."""
+    return labelling.neutral(images, task.classes, task.black, task.white) if config.rule == "ff" else images
+
+
+def prepare_labelled(
+    config: Config, task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]
+) -> Float[Array, "batch h w c"]:
+    """Images that all carry one label, for the sweep."""
+    if config.rule == "ff":
+        weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes), (images.shape[0], task.classes))
+        return labelling.overlay(images, weights, task.black, task.white)
+    return images + task.codebook[label]
+
+
+def local_loss(
+    params: Any, config: Config, group: LayerGroup, batch_stats: Any, streams: Streams, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], tuple[Any, Streams, dict[str, Array]]]:
+    """Loss of one group on its input streams; new statistics, detached output streams and metrics as auxiliary output."""
+    clean = streams.clean.shape[0]
+    features, batch_stats = group.features(params, batch_stats, jnp.concatenate([streams.clean, streams.copies]), clean, True)
+    anchors, copies = features[:clean], features[clean:]
+
+    head_share = {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule]
+    logits = group.logits(params, losses.scale_gradient(anchors, head_share))
+    head_loss = losses.head_cross_entropy(logits, streams.labels, config.label_smoothing)
+
+    out = Streams(anchors, streams.labels, copies, streams.copy_labels)
+    local = jnp.zeros(()) if config.rule == "head" else _forward_forward(config, out) if config.rule == "ff" else _cscl(config, out, key, logits)
+    metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)}
+    out, metrics = jax.lax.stop_gradient((out, metrics))
+    return local + head_loss, (batch_stats, out, metrics)
+
+
+def _forward_forward(config: Config, streams: Streams) -> Array:
+    half = streams.labels.shape[0]
+    positive, negative = streams.copies[:half], streams.copies[half:]
+    return losses.forward_forward(positive, negative, config.goodness_threshold, config.peer_normalisation)
+
+
+def _cscl(config: Config, streams: Streams, key: PRNGKeyArray, logits: Array) -> Array:
+    anchors = losses.embed(streams.clean, config.similarity)
+    copies = losses.embed(streams.copies, config.similarity)
+    margin, temperature = config.margin, config.temperature
+    if config.resolved_contrast == "in_batch":
+        per_anchor = jax.vmap(losses.cscl_in_batch, in_axes=(0, 0, None, None, None, None))
+        return jnp.mean(per_anchor(anchors, streams.labels, copies, streams.copy_labels, margin, temperature))
+    triplet = jax.vmap(losses.cscl_triplet, in_axes=(0, 0, 0, None, None))
+    half = streams.labels.shape[0]
+    if config.labelling == "triplet":
+        return jnp.mean(triplet(anchors, copies[:half], copies[half:], margin, temperature))
+    # Shared copies: the mean embedding of a class's copies stands for its copy, since cosines are linear in it.
+    hard = jax.lax.stop_gradient(logits) if config.negatives == "hard" else None
+    wrong = labelling.wrong_labels(key, streams.labels, logits.shape[1], hard)
+    means = copies.reshape(config.copies_per_class, -1, copies.shape[1]).mean(axis=0)
+    return jnp.mean(triplet(anchors, means[streams.labels], means[wrong], margin, temperature))

@@ -1,0 +1,177 @@
+"""Greedy training: one step of one group, all groups on a batch, a scanned epoch. The only place that jits and donates."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from vffjax import rules
+from vffjax.augment import augment, normalise
+from vffjax.config import Config, for_group
+from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
+from vffjax.labelling import Streams, make_codebook
+from vffjax.rules import Task
+
+# What a run's seed is folded with, so that no two uses share a key.
+_INITIALISATION, _CODEBOOK, _EPOCH = range(3)
+
+
+class Images(NamedTuple):
+    """A split on the device, as bytes."""
+
+    images: UInt8[Array, "n h w c"]
+    labels: Int[Array, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static in a run: traced functions close over it, arrays never."""
+
+    config: Config
+    groups: tuple[LayerGroup, ...]
+    optimizers: tuple[optax.GradientTransformation, ...]
+    steps_per_epoch: int
+
+    @property
+    def stages(self) -> int:
+        """Runs of `config.epochs` epochs: one if all groups train together, else one per group."""
+        return 1 if self.config.schedule == "joint" else len(self.groups)
+
+    @property
+    def total_epochs(self) -> int:
+        return self.stages * self.config.epochs
+
+    def active(self, epoch: int) -> int | None:
+        """The group that trains in this epoch (from 0), or None for all."""
+        return None if self.config.schedule == "joint" else epoch // self.config.epochs
+
+
+def make_plan(config: Config, train_size: int, classes: int) -> Plan:
+    """Groups and optimizers for `train_size` training images; the last, smaller batch of an epoch is left out."""
+    groups = make_groups(config, classes)
+    steps = train_size // config.batch_size
+    optimizers = tuple(make_optimizer(for_group(config, i), steps) for i in range(len(groups)))
+    return Plan(config, groups, optimizers, steps)
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not."""
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    if config.optimizer == "adamw":
+        return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay, mask=kernels))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+    momentum = optax.trace(config.momentum, nesterov=True)
+    return optax.chain(clip, momentum, decay, optax.scale_by_learning_rate(rate))
+
+
+def run_key(config: Config, purpose: int) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.key(config.seed), purpose)
+
+
+def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
+    """Codebook and pixel statistics of a run."""
+    codebook = make_codebook(run_key(config, _CODEBOOK), classes, image_shape, config.noise_scale)
+    return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
+
+
+def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
+    """Fresh groups from the run's seed."""
+    variables = init_variables(plan.groups, run_key(plan.config, _INITIALISATION), image_shape)
+    pairs = zip(variables, plan.optimizers, strict=True)
+    return tuple(GroupState(params, stats, optimizer.init(params)) for (params, stats), optimizer in pairs)
+
+
+def group_step(
+    config: Config, group: LayerGroup, optimizer: optax.GradientTransformation, state: GroupState, streams: Streams, key: PRNGKeyArray
+) -> tuple[GroupState, Streams, dict[str, Array]]:
+    """One update of one group on its own loss; its features, detached, are the next group's streams. Pure."""
+    gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
+    (_, (stats, streams, metrics)), grads = gradient(state.params, config, group, state.batch_stats, streams, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return GroupState(optax.apply_updates(state.params, updates), stats, opt_state), streams, metrics
+
+
+def frozen_step(group: LayerGroup, state: GroupState, streams: Streams) -> Streams:
+    """The streams behind a group that no longer trains: running statistics, no update."""
+    clean = streams.clean.shape[0]
+    both = jnp.concatenate([streams.clean, streams.copies])
+    features = jax.lax.stop_gradient(group.features(state.params, state.batch_stats, both, clean, False)[0])
+    return streams._replace(clean=features[:clean], copies=features[clean:])
+
+
+def train_step(
+    plan: Plan,
+    active: int | None,
+    task: Task,
+    states: tuple[GroupState, ...],
+    images: UInt8[Array, "batch h w c"],
+    labels: Int[Array, " batch"],
+    key: PRNGKeyArray,
+) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+    """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors.
+
+    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head; and `ensemble_accuracy` of all heads.
+    """
+    augment_key, stream_key, group_key = (jax.random.fold_in(key, i) for i in range(3))
+    x = augment(augment_key, normalise(images, task.mean, task.std), plan.config)
+    logits = clean_log_p(plan, task, states, x).mean(axis=0) if rules.needs_predictions(plan.config) else None
+    streams = rules.make_streams(plan.config, task, stream_key, x, labels, logits)
+
+    new_states, metrics = list(states), []
+    for i, (group, optimizer) in enumerate(zip(plan.groups, plan.optimizers, strict=True)):
+        if active is None or i == active:
+            new_states[i], streams, m = group_step(
+                for_group(plan.config, i), group, optimizer, states[i], streams, jax.random.fold_in(group_key, i)
+            )
+            metrics.append(m)
+        elif i < active:
+            streams = frozen_step(group, states[i], streams)
+    log_p = jnp.stack([m.pop("log_p") for m in metrics])
+    out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
+    out["accuracy"] = jnp.mean(log_p.argmax(-1) == labels, axis=1)
+    out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1) == labels)
+    return tuple(new_states), out
+
+
+def clean_log_p(
+    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
+) -> Float[Array, "groups batch classes"]:
+    """Log-probabilities of every group's head on normalised images, one clean pass, running statistics."""
+    z, out = rules.prepare_clean(plan.config, task, x), []
+    for group, state in zip(plan.groups, states, strict=True):
+        z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
+        out.append(jax.nn.log_softmax(group.logits(state.params, z)))
+    return jnp.stack(out)
+
+
+def run_epoch(
+    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images, epoch: Int[Array, ""]
+) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+    """Every batch of one epoch, in an order drawn from the seed and the epoch's number; metrics are means over its steps."""
+    key = jax.random.fold_in(run_key(plan.config, _EPOCH), epoch)
+    steps, batch = plan.steps_per_epoch, plan.config.batch_size
+    order = jax.random.permutation(jax.random.fold_in(key, 0), data.labels.shape[0])[: steps * batch].reshape(steps, batch)
+
+    def step(states: tuple[GroupState, ...], inputs: tuple[Array, Array]) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+        rows, number = inputs
+        step_key = jax.random.fold_in(key, number)
+        return train_step(plan, active, task, states, data.images[rows], data.labels[rows], step_key)
+
+    states, metrics = jax.lax.scan(step, states, (order, jnp.arange(1, steps + 1)))
+    return states, jax.tree.map(lambda m: m.mean(axis=0), metrics)
+
+
+def make_epoch(plan: Plan, active: int | None = None) -> Callable[..., Any]:
+    """`run_epoch(task, states, data, epoch)` jitted; `states` are donated: the caller's are gone afterwards."""
+    return jax.jit(functools.partial(run_epoch, plan, active), donate_argnums=1)
