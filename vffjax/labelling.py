@@ -81,6 +81,7 @@ def overlay(
     """
     n, h, w, c = images.shape
     pixels = images.reshape(n, h * w, c)
+    low, high = low.reshape(1, 1, c), high.reshape(1, 1, c)
     label = low + weights[:, :, None] * (high - low)
     return pixels.at[:, : weights.shape[1]].set(label.astype(images.dtype)).reshape(n, h, w, c)
 

@@ -160,7 +160,8 @@ def _tensorboard_writer(folder: pathlib.Path, first_epoch: int) -> Any:
     except ImportError:
         return None
     # Also for a fresh start: an earlier run here may have died before its first checkpoint.
-    return SummaryWriter(str(folder), purge_step=first_epoch + 1)
+    # The suffix: tensorboardX names its file by the second, and would overwrite that of a run resumed within one.
+    return SummaryWriter(str(folder), purge_step=first_epoch + 1, filename_suffix=f".from{first_epoch + 1}")
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
@@ -173,7 +174,7 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
             tagged += [(f"{key.removesuffix('_per_group')}/group{i}", v) for i, v in enumerate(value)]
         else:
             tagged.append((key, value))
-    return [(tag, float(v)) for tag, v in tagged if isinstance(v, (int, float))]
+    return [(tag, float(v)) for tag, v in tagged if isinstance(v, (int, float)) and math.isfinite(v)]
 
 
 def _line_parts(record: dict[str, Any]) -> list[str]:

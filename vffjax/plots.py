@@ -29,7 +29,8 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def curves_figure(records: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(11.0, 4.4), dpi=120, layout="constrained")
+    legend_rows = math.ceil((_num_groups(records, "val_error_per_group") + 1) / 3)
+    figure = Figure(figsize=(11.0, 4.4 + 0.18 * legend_rows), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     _curves(left, records, "loss", "all groups", scale=lambda v: v, percent=False)
@@ -58,7 +59,9 @@ def curves_figure(records: list[dict[str, Any]]) -> Figure:
             axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
         if axes.lines:
             # Below the axes, since sequential curves leave no corner free.
-            axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
+            ncols = 2 if len(axes.lines) in (2, 4) else 3
+            spacing = {"columnspacing": 1.2, "handlelength": 1.5, "handletextpad": 0.5}
+            axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=ncols, **spacing)
         else:
             axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color="0.4")
         _mark_stages(axes, records)
@@ -212,7 +215,7 @@ def _draw_streams(
             for column in range(columns):
                 header = "input" if column == 0 else (f"group {column - 1}" if pitch >= 0.6 else f"g{column - 1}")
                 sheet.text(x + (column + 0.46) * pitch, y + 0.34, header, color="0.35")
-                maps = inputs[i] if column == 0 else _unit(np.stack([_fold(streams[column - 1][kind, i]) for kind in range(len(KINDS))]), 99.5)
+                maps = inputs[i] if column == 0 else _unit(np.stack([_fold(features) for features in streams[column - 1][:, i]]), 99.5)
                 for row, pixels in enumerate(maps):
                     top = y + 0.45 + row * pitch
                     sheet.picture(x + column * pitch, top, 0.92 * pitch, pixels, "gray" if column == 0 else "magma")

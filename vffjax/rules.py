@@ -69,7 +69,7 @@ def prepare_labelled(
     if config.rule == "ff":
         weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes), (images.shape[0], task.classes))
         return labelling.overlay(images, weights, task.black, task.white)
-    return images + task.codebook[label]
+    return images + task.codebook[label][None]
 
 
 def local_loss(

@@ -139,7 +139,7 @@ def train_step(
             streams = frozen_step(group, states[i], streams)
     log_p = jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
-    out["accuracy"] = jnp.mean(log_p.argmax(-1) == labels, axis=1)
+    out["accuracy"] = jnp.mean(log_p.argmax(-1) == labels[None], axis=1)
     out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1) == labels)
     return tuple(new_states), out
 

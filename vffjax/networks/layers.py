@@ -43,8 +43,9 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: int, train: bool) -> Float[Array, "batch *feature"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        last = (1,) * (x.ndim - 1) + (channels,)
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32).reshape(last)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32).reshape(last)
         z = x.astype(jnp.float32)
         if self.kind == "layer":
             axes = tuple(range(1, z.ndim))
@@ -69,8 +70,8 @@ class Norm(nn.Module):
                     variances.value = variances.value.at[row].set(MOMENTUM * variances.value[row] + (1 - MOMENTUM) * var)
             elif not train:
                 mean, var = means.value[source], variances.value[source]
-            gain = scale * jax.lax.rsqrt(var + EPSILON)
-            out.append((part * gain + (bias - mean * gain)).astype(x.dtype))
+            gain = scale * jax.lax.rsqrt(var.reshape(last) + EPSILON)
+            out.append((part * gain + (bias - mean.reshape(last) * gain)).astype(x.dtype))
         return jnp.concatenate(out) if len(out) > 1 else out[0]
 
 
@@ -82,7 +83,8 @@ class _Affine(Layer):
 
     def finish(self, x: Array, clean: int, train: bool) -> Array:
         if self.norm in ("input", "none"):
-            x = x + self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
+            x = x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))
         else:
             x = Norm(self.norm, name="norm")(x, clean, train)
         return nn.relu(x)

@@ -1,0 +1,57 @@
+"""Image files in, ranked classes out."""
+
+import pathlib
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from vffjax.errors import UserError
+from vffjax.experiment import load_run
+from vffjax.inference import ensemble, make_scores
+
+# A file that claims more pixels than this is refused before it is decoded: 64 Mi pixels are 192 MiB.
+MAX_PIXELS = 2**26
+
+
+def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
+    """One PNG or JPEG, in grey or colour as the network wants it, resized to (h, w). Raises `UserError` naming the file."""
+    h, w, c = shape
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit warns; ours refuses
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UserError(f"{path}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
+                ready = image.convert("L" if c == 1 else "RGB").resize((w, h), Image.Resampling.BILINEAR)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a PNG or JPEG image") from None
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise UserError(f"{path}: not a readable PNG or JPEG image ({type(error).__name__}); convert or replace it") from None
+    return np.asarray(ready, np.uint8).reshape(h, w, c)
+
+
+def rank(log_p: Float[np.ndarray, " classes"], class_names: list[str], top: int) -> list[dict[str, Any]]:
+    """The likeliest classes with their probabilities; `log_p` need not be normalised."""
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    return [{"class": class_names[i], "probability": float(p[i])} for i in np.argsort(-p, kind="stable")[:top]]
+
+
+def predict(workdir: pathlib.Path, paths: list[pathlib.Path], epoch: str = "best", top: int = 3) -> list[dict[str, Any]]:
+    """For each file the top classes of every group's head, and of the ensemble of the groups that vote."""
+    plan, states, task, run = load_run(workdir, epoch)
+    images = np.stack([read_image(path, tuple(run["image_shape"])) for path in paths])
+    scores = np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(images)))
+    names = run["class_names"]
+    found = []
+    for i, path in enumerate(paths):
+        by = {group.name: rank(scores[g, i], names, top) for g, group in enumerate(plan.groups)}
+        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], tuple(run["voting"]))[0], names, top)
+        found.append({"image": str(path), "by": by})
+    return found
