@@ -17,9 +17,22 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config = default_config()
     config.dataset = "cifar10"
     config.network = "conv4"
-    config.widths = (96, 96, 192, 192)
+    config.widths = (128, 128, 256, 256)  # channels; two widths make two groups
+    config.pools = (1, 2, 1, 2)  # positions per side: 32x32 -> 16x16 -> 8x8
     config.flip = True
-    config.crop_padding = 4
-    config.epochs = 30
-    config.head_weight = 1.0
+    config.crop_padding = 4  # pixels
+    config.head_weight = 1.0  # of the head's gradient, beside CSCL's
+    config.epochs = 60
+    config.batch_size = 128  # images
+    config.learning_rate = 1e-2
+    config.warmup_epochs = 1.0  # epochs
+    config.weight_decay = 0.01  # of kernels
+    if variant == "small":
+        config.train_examples = 20_000  # images, validation included
+        config.widths = (32, 32, 64, 64)
+        config.pools = (2, 1, 2, 1)  # early pooling: a quarter of the work
+        config.crop_padding = 2
+        config.epochs = 6
+        config.weight_decay = 0.0
+        config.warmup_epochs = 0.0
     return config

@@ -1,6 +1,6 @@
 """VFF-Net on scikit-learn's digits: 8x8 grey images of 10 classes, embedded, no download.
 
-    python train.py --config configs/digits.py
+python train.py --config configs/digits.py
 """
 
 import ml_collections

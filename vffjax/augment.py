@@ -7,9 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from vffjax.config import Config
 
 
-def normalise(
-    images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]
-) -> Float[Array, "batch h w c"]:
+def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]) -> Float[Array, "batch h w c"]:
     """Bytes to float32 with mean 0 and standard deviation 1 per channel over the training images."""
     scale, shift = (1 / (255 * std)).reshape(1, 1, 1, -1), (mean / std).reshape(1, 1, 1, -1)
     return images.astype(jnp.float32) * scale - shift

@@ -37,10 +37,11 @@ class Checkpoints:
         return sorted(epoch for epoch in found if self._digests(epoch).exists())
 
     def best(self) -> int:
-        """The saved epoch with the least validation error, among equals the last; without validation data the last."""
-        errors = {epoch: self.run(epoch).get("val_error") for epoch in self._some_epochs()}
-        known = [epoch for epoch in errors if errors[epoch] is not None]
-        return min(known, key=lambda e: (errors[e], -e)) if known else max(errors)
+        """The saved epoch with the least validation error, among equals the last; without validation data the last.
+
+        Of a sequential run only epochs of the last stage reached count: before it, groups were still untrained.
+        """
+        return max(self._some_epochs(), key=lambda epoch: (*_rank(self.run(epoch)), epoch))
 
     def latest(self) -> int:
         return self._some_epochs()[-1]
@@ -77,12 +78,14 @@ class Checkpoints:
         return self.folder / f"{epoch}.sha256.json"
 
     def _verify(self, epoch: int, item: str = "") -> None:
-        """Compares the files of one item, or of all, with their SHA-256."""
-        step, start = self.folder / str(epoch), f"{item}/" if item else ""
+        """Compares the files of one item and of the step itself, or of all items, with their SHA-256."""
+        step = self.folder / str(epoch)
         fix = f"delete {step} to go on from an earlier checkpoint, or start again in a new --workdir"
         try:
             expected = json.loads(self._digests(epoch).read_text())
-            wanted = {name: digest for name, digest in expected.items() if name.startswith(start)}
+            wanted = {name: digest for name, digest in expected.items() if not item or "/" not in name or name.startswith(f"{item}/")}
+            if not any("/" in name for name in wanted):
+                raise ValueError("no digests")
         except (OSError, ValueError, AttributeError):
             raise UserError(f"{self._digests(epoch)}: damaged checkpoint digests; {fix}") from None
         for name, digest in wanted.items():
@@ -115,21 +118,22 @@ class Writer:
             if path.is_dir() and not (path.name.isdigit() and int(path.name) in complete):
                 shutil.rmtree(path)
         keep = policies.AnyPreservationPolicy(
-            [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: -m["val_error"], n=1, keep_checkpoints_without_metrics=False)]
+            [policies.LatestN(2), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)]
         )
         self._manager = ocp.CheckpointManager(
             folder, options=ocp.CheckpointManagerOptions(preservation_policy=keep, enable_async_checkpointing=False)
         )
 
     def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
-        """Saves all groups after `epoch` epochs. `run` must be JSON; its `val_error` (percent or None) ranks the step."""
+        """Saves all groups after `epoch` epochs. `run` must be JSON; `val_error` (percent or None) and `trained_groups` rank the step."""
         groups = {f"group{i}": ocp.args.StandardSave(state) for i, state in enumerate(states)}
         items = ocp.args.Composite(**groups, task=ocp.args.StandardSave(task), run=ocp.args.JsonSave(run))
-        metrics = None if run.get("val_error") is None else {"val_error": run["val_error"]}
-        if not self._manager.save(epoch, args=items, metrics=metrics):
-            raise UserError(f"{self._checkpoints.folder / str(epoch)}: exists already; another run may be writing to this --workdir")
-        self._manager.wait_until_finished()
+        metrics = None if run["val_error"] is None else {key: run[key] for key in ("val_error", "trained_groups")}
         step = self._checkpoints.folder / str(epoch)
+        # Orbax knows the steps that it has found or saved, and would write over one that came since.
+        if step.exists() or not self._manager.save(epoch, args=items, metrics=metrics):
+            raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
+        self._manager.wait_until_finished()
         digests = {p.relative_to(step).as_posix(): _sha256(p) for p in sorted(step.rglob("*")) if p.is_file()}
         write_json(self._checkpoints._digests(epoch), digests)
         for path in self._checkpoints.folder.glob("*.sha256.json"):  # steps that the policy has removed
@@ -138,6 +142,11 @@ class Writer:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _rank(run: dict[str, Any]) -> tuple[int, float]:
+    """The better, the greater."""
+    return run["trained_groups"], -(run["val_error"] or 0.0)
 
 
 def _sha256(path: pathlib.Path) -> str:

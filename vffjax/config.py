@@ -7,6 +7,7 @@ data happen here, before anything is compiled; checks against the data are in `c
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ class Config:
     network: str = _field("mlp", "layers to train", ("mlp", "conv4"))
     widths: tuple[int, ...] = _field((512, 512, 512), "output units or channels of each layer")
     pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4: side of the max-pooling window after each layer, in positions; 1: none")
-    norm: str = _field("auto", "normalisation of each layer; auto: batch, but input for rule ff", ("auto", "batch", "anchor", "layer", "input", "none"))
+    norm: str = _field("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
     head_grid: int = _field(4, "side in cells of the grid to which conv features are mean-pooled for the head", low=1)
     grouping: str = _field("width", "what makes one group: equal width, each layer, or all layers", ("width", "layer", "all"))
 
@@ -51,7 +52,7 @@ class Config:
     copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1)
     negatives: str = _field("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
     contrast: str = _field("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
-    similarity: str = _field("grid", "cosine of: each position, the flat map, a 2x2-pooled map, the pooled vector", ("position", "flat", "grid", "pooled"))
+    similarity: str = _field("grid", "cosine of each position, flat map, 2x2 cells, pooled vector", ("position", "flat", "grid", "pooled"))
     margin: float = _field(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
     temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4)
     head_weight: float = _field(0.0, "share of the head's cross-entropy gradient that trains the group; 0: the head only reads", low=0.0)
@@ -68,7 +69,7 @@ class Config:
     momentum: float = _field(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
     warmup_epochs: float = _field(0.0, "linear warm-up, in epochs", low=0.0)
     clip_norm: float = _field(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0)
-    overrides: Mapping[str, Mapping[str, Any]] = _field({}, "per group, as {'group1': {'learning_rate': 1e-4}}; keys: " + ", ".join(OVERRIDABLE))
+    overrides: Mapping[str, Mapping[str, Any]] = _field({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
     precision: str = _field("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
 
     inference: str = _field("heads", "how the final error is measured: head ensemble, or sweep over all labels", ("heads", "sweep"))
@@ -87,7 +88,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, tuples as lists."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else ({g: dict(o) for g, o in v.items()} if k == "overrides" else v) for k, v in plain.items()}
+        plain["overrides"] = {group: dict(override) for group, override in self.overrides.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -104,14 +106,37 @@ def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     plain = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
     for key in plain:
         if key not in FIELDS:
-            near = difflib.get_close_matches(key, FIELDS, n=1)
-            raise bad_key(key, plain[key], "no such key", f"did you mean config.{near[0]}?" if near else "see --help for the keys")
+            raise bad_key(key, plain[key], "no such key", nearest_key(key))
     values = {key: _convert(key, value, type(FIELDS[key].default if key != "overrides" else {})) for key, value in plain.items()}
+    values["overrides"] = _convert_overrides(values.get("overrides", {}))
     config = Config(**values)
     for key in FIELDS:
         _check_range(key, getattr(config, key))
     _check_together(config)
     return config
+
+
+def nearest_key(key: str) -> str:
+    """What to do about a key that does not exist."""
+    near = difflib.get_close_matches(key, FIELDS, n=1)
+    return f"did you mean config.{near[0]}?" if near else "see python train.py --help for the keys"
+
+
+def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A copy, its values converted and in range."""
+    out: dict[str, dict[str, Any]] = {}
+    for name, override in overrides.items():
+        if not re.fullmatch("group(0|[1-9][0-9]*)", name):
+            raise bad_key(f"overrides.{name}", override, "not a group", "name groups group0, group1, ...")
+        if not isinstance(override, Mapping):
+            raise bad_key(f"overrides.{name}", override, "not a dictionary", "give for example {'learning_rate': 1e-4}")
+        out[name] = {}
+        for key, value in override.items():
+            if key not in OVERRIDABLE:
+                raise bad_key(f"overrides.{name}.{key}", value, "cannot be overridden", f"use one of {', '.join(OVERRIDABLE)}")
+            out[name][key] = _convert(f"overrides.{name}.{key}", value, type(FIELDS[key].default))
+            _check_range(key, out[name][key], f"overrides.{name}.{key}")
+    return out
 
 
 def _convert(key: str, value: Any, kind: type) -> Any:
@@ -121,13 +146,14 @@ def _convert(key: str, value: Any, kind: type) -> Any:
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             return tuple(value)
         raise bad_key(key, value, "not a tuple of whole numbers", f"give for example --config.{key}='{FIELDS[key].default}'")
-    if kind is int and isinstance(value, bool) or not isinstance(value, kind):
+    if (kind is int and isinstance(value, bool)) or not isinstance(value, kind):
         raise bad_key(key, value, f"has type {type(value).__name__}", f"give a value of type {kind.__name__}")
     return value
 
 
-def _check_range(key: str, value: Any) -> None:
-    meta = FIELDS[key].metadata
+def _check_range(key: str, value: Any, shown: str = "") -> None:
+    """Checks a value against the choices and limits of `key`; errors name `shown` if it is given."""
+    meta, key = FIELDS[key].metadata, shown or key
     if meta["choices"] and value not in meta["choices"]:
         near = difflib.get_close_matches(str(value), meta["choices"], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -135,9 +161,9 @@ def _check_range(key: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise bad_key(key, value, "not a finite number", "give a finite number")
     if meta["low"] is not None and value < meta["low"]:
-        raise bad_key(key, value, "too small", f"the least is {meta['low']:g}")
+        raise bad_key(key, value, "too small", f"the least is {meta['low']}")
     if meta["high"] is not None and value > meta["high"]:
-        raise bad_key(key, value, "too large", f"the most is {meta['high']:g}")
+        raise bad_key(key, value, "too large", f"the most is {meta['high']}")
 
 
 def _check_together(c: Config) -> None:
@@ -155,12 +181,9 @@ def _check_together(c: Config) -> None:
     if c.inference == "sweep" and c.rule == "head":
         raise bad_key("inference", c.inference, "rule head never sees a labelled image", "use inference=heads, or rule=vff or ff")
     for name, override in c.overrides.items():
-        if not (name.startswith("group") and name[5:].isdigit()):
-            raise bad_key(f"overrides.{name}", dict(override), "not a group", "name groups group0, group1, ...")
-        for key, value in override.items():
-            if key not in OVERRIDABLE:
-                raise bad_key(f"overrides.{name}.{key}", value, "cannot be overridden", f"use one of {', '.join(OVERRIDABLE)}")
-            _check_range(key, _convert(key, value, type(FIELDS[key].default)))
+        if override.get("warmup_epochs", 0) > c.epochs:
+            shown = f"overrides.{name}.warmup_epochs"
+            raise bad_key(shown, override["warmup_epochs"], f"longer than the {c.epochs} epochs of the run", "lower it")
 
 
 def for_group(config: Config, group: int) -> Config:
@@ -177,13 +200,13 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
         raise bad_key("pools", c.pools, f"pools {side}x{side} images to nothing", "use smaller windows")
     if c.cutout > side:
         raise bad_key("cutout", c.cutout, f"larger than the {side}-pixel images", f"use at most {side}")
-    if c.rule == "ff" and num_classes > image_shape[1]:
-        # The overlay writes one pixel per class; it takes further rows where one row is too short.
-        if num_classes > image_shape[0] * image_shape[1] // 2:
-            raise bad_key("rule", c.rule, f"{num_classes} label pixels do not fit {image_shape[:2]} images", "use rule=vff")
+    if c.rule == "ff" and num_classes > image_shape[0] * image_shape[1] // 2:
+        # The overlay writes one pixel per class, row by row; more than half of the image would leave little to see.
+        raise bad_key("rule", c.rule, f"{num_classes} label pixels do not fit {image_shape[:2]} images", "use rule=vff")
     for name in c.overrides:
         if int(name[5:]) >= num_groups:
-            raise bad_key(f"overrides.{name}", dict(c.overrides[name]), f"the network has {num_groups} groups", f"use group0 to group{num_groups - 1}")
+            problem = f"the network has {num_groups} groups"
+            raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to group{num_groups - 1}")
 
 
 def from_json(plain: Mapping[str, Any], path: str) -> Config:

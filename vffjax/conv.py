@@ -60,8 +60,8 @@ def _kernel_gradient(x: Array, g: Array, size: int) -> Array:
     def body(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         return total + product(*pair), None
 
-    chunks = [a[:whole].reshape(whole // chunk, chunk, *a.shape[1:]) for a in (x, g)]
-    total, _ = lax.scan(body, jnp.zeros((size, size, x.shape[3], g.shape[3]), jnp.float32), tuple(chunks))
+    xs, gs = (a[:whole].reshape(whole // chunk, chunk, *a.shape[1:]) for a in (x, g))
+    total, _ = lax.scan(body, jnp.zeros((size, size, x.shape[3], g.shape[3]), jnp.float32), (xs, gs))
     if whole < n:
         total += product(x[whole:], g[whole:])
     return total.astype(x.dtype)
@@ -69,14 +69,12 @@ def _kernel_gradient(x: Array, g: Array, size: int) -> Array:
 
 def _kernel_gradient_of_chunk(x: Array, g: Array, size: int) -> Array:
     """One product (k c) x (k d): columns shifted in `x`, rows shifted in `g`, so neither is copied k * k times."""
-    n, h, w, c = x.shape
+    h, w, c = x.shape[1:]
     d, p = g.shape[3], size // 2
     x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
     columns = jnp.concatenate([x[:, :, j : j + w] for j in range(size)], -1)
     g = jnp.pad(g, ((0, 0), (2 * p, 2 * p), (0, 0), (0, 0)))
     rows = jnp.concatenate([g[:, 2 * p - i : 2 * p - i + h + 2 * p] for i in range(size)], -1)
     contract = (((0,), (0,)), ((), ()))
-    product = lax.dot_general(
-        columns.reshape(-1, size * c), rows.reshape(-1, size * d), contract, preferred_element_type=jnp.float32
-    )
+    product = lax.dot_general(columns.reshape(-1, size * c), rows.reshape(-1, size * d), contract, preferred_element_type=jnp.float32)
     return product.reshape(size, c, size, d).transpose(2, 0, 1, 3)

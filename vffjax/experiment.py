@@ -7,6 +7,7 @@ import json
 import pathlib
 import platform
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -36,6 +37,8 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: not a folder; give a folder, new or of the same run")
     if not path.exists():
+        if Checkpoints(workdir).epochs():
+            raise UserError(f"--workdir={workdir}: has checkpoints but no {path.name}; restore it, or give another --workdir")
         return
     wanted, found = config.to_dict(), read_config(workdir).to_dict()
     for key in wanted:
@@ -65,7 +68,7 @@ def on_device(split: data_module.Split) -> Images:
     return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
-def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
     """Trains, or goes on where the workdir's latest checkpoint is, to the end; returns what `summary.json` holds."""
     claim_workdir(workdir, config)
     dataset = data_module.load(config)
@@ -73,6 +76,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         write_json(workdir / "config.json", config.to_dict())
+    print(f"workdir {workdir}", file=sys.stderr, flush=True)  # not earlier: bad input leaves one line, and no folder
 
     checkpoints = Checkpoints(workdir)
     done = checkpoints.epochs()[-1] if checkpoints.epochs() else 0
@@ -104,16 +108,16 @@ def _run_epochs(
                 compiled_for = active
             start = time.perf_counter()
             states, metrics = run_epoch(task, states, train_data, jnp.int32(epoch))
-            metrics = jax.device_get(metrics)  # the epoch's one wait for the device
+            metrics = jax.device_get(metrics)  # waits for the epoch
             seconds = time.perf_counter() - start
-            _check_finite(metrics, epoch + 1, active)
+            _check_finite(metrics, np.asarray(_finite_groups(states)), epoch + 1, active)
 
             validated = _validate(scores, task, states, validation, trained_groups(plan, epoch))
-            record = _record(plan, metrics, epoch, active, seconds) | validated
+            # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
+            logbook.epoch(_record(plan, metrics, epoch, active, seconds) | validated)
             last_of_stage = (epoch + 1) % plan.config.epochs == 0
             if last_of_stage or (epoch + 1) % plan.config.checkpoint_every == 0:
                 writer.save(epoch + 1, states, task, _run_state(plan, dataset, epoch + 1) | validated)
-            logbook.epoch(record)
     return cost
 
 
@@ -158,17 +162,26 @@ def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str
     }
 
 
-def _check_finite(metrics: dict[str, np.ndarray], epoch: int, active: int | None) -> None:
-    bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
-    if len(bad):
-        group = int(bad[0]) if active is None else active
-        raise UserError(f"epoch {epoch}: the loss of group{group} is not finite; lower config.learning_rate or set config.clip_norm")
+@jax.jit
+def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
+    """Of each group, whether all its parameters and statistics are finite: after the epoch's last step no loss has seen them."""
+    return jnp.stack([jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state[:2])]).all() for state in states])
+
+
+def _check_finite(metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, active: int | None) -> None:
+    """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only."""
+    bad = ~finite
+    bad[slice(None) if active is None else slice(active, active + 1)] |= ~np.isfinite(metrics["loss"])
+    if bad.any():
+        what = f"epoch {epoch}: the loss or a parameter of group{int(bad.argmax())} is not finite"
+        raise UserError(f"{what}; lower config.learning_rate or set config.clip_norm, in a new --workdir")
 
 
 def _run_state(plan: Plan, dataset: Dataset, epoch: int) -> dict[str, Any]:
     """What a checkpoint needs beside its arrays: to go on, and to be evaluated without the training data."""
     return {
         "epoch": epoch,
+        "trained_groups": trained_groups(plan, epoch - 1),
         "seed": plan.config.seed,  # every key is folded from it and the epoch
         "steps_per_epoch": plan.steps_per_epoch,
         "train_size": len(dataset.train.labels),
@@ -275,7 +288,7 @@ def load_run(workdir: pathlib.Path, epoch: str = "best") -> tuple[Plan, tuple[Gr
 
 def _numbered(checkpoints: Checkpoints, epoch: str) -> int:
     saved = checkpoints.epochs()
-    if not epoch.isdigit() or int(epoch) not in saved:
+    if not epoch.isdecimal() or int(epoch) not in saved:
         raise UserError(f"--epoch={epoch}: not saved; choose best, latest, or one of {', '.join(map(str, saved)) or 'none'}")
     return int(epoch)
 
@@ -289,8 +302,8 @@ def evaluate(workdir: pathlib.Path, inference_name: str = "", epoch: str = "best
     config = dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir)
     dataset = data_module.load(config)
     scores = inference.make_scores(plan, name)
-    validated = _validate(scores, task, states, on_device(dataset.validation), trained_groups(plan, run["epoch"] - 1))
+    validated = _validate(scores, task, states, on_device(dataset.validation), run["trained_groups"])
     test = on_device(dataset.test)
-    found = np.asarray(scores(task, states, test.images))
+    found = np.asarray(scores(task, states, test.images))[: run["trained_groups"]]
     header = {"workdir": str(workdir), "epoch": run["epoch"], "inference": name}
     return header | validated | measure(found, test.labels, tuple(validated["voting"]), "test")

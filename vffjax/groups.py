@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -73,12 +73,12 @@ class LayerGroup:
         variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
         if train and batch_stats:
             out, new = self.module.apply(variables, x, clean, True, method="features", mutable=["batch_stats"])
-            return out, new["batch_stats"]
-        return self.module.apply(variables, x, clean, train, method="features"), batch_stats
+            return cast(Array, out), new["batch_stats"]
+        return cast(Array, self.module.apply(variables, x, clean, train, method="features")), batch_stats
 
     def logits(self, params: Any, features: Float[Array, "batch *feature"]) -> Float[Array, "batch classes"]:
         """The head's class scores, float32."""
-        return self.module.apply({"params": params}, features, method="logits")
+        return cast(Array, self.module.apply({"params": params}, features, method="logits"))
 
 
 def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax import losses, rules
 from vffjax.augment import normalise
@@ -61,17 +61,17 @@ def make_scores(plan: Plan, inference: str) -> Callable[[Task, tuple[GroupState,
     return scores
 
 
-def ensemble(scores: Float[Array, "groups n classes"], voting: tuple[int, ...]) -> np.ndarray:
+def ensemble(scores: Float[ArrayLike, "groups n classes"], voting: tuple[int, ...]) -> np.ndarray:
     """Mean score over the voting groups; for heads the mean log-probability, that is their normalised geometric mean."""
     return np.asarray(scores)[list(voting)].mean(axis=0)
 
 
-def error_percent(scores: Float[Array, "n classes"], labels: Int[Array, " n"]) -> float:
+def error_percent(scores: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]) -> float:
     """Share of images whose highest score is not their label, in percent."""
     return 100 * float(np.mean(np.asarray(scores).argmax(-1) != np.asarray(labels)))
 
 
-def choose_voting(scores: Float[Array, "groups n classes"], labels: Int[Array, " n"]) -> tuple[int, ...]:
+def choose_voting(scores: Float[np.ndarray, "groups n classes"], labels: Int[ArrayLike, " n"]) -> tuple[int, ...]:
     """The set of groups whose ensemble errs least on these (validation) images; among equals the larger, then the later set."""
     groups = len(scores)
     if groups <= _EXHAUSTIVE_GROUPS:

@@ -3,21 +3,17 @@
 The paper (Lee, Shin, Kim, Neural Networks 190:107697, 2025) publishes the idea of CSCL but no formula; the forms here are our reading.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vffjax.pooling import mean_pool_to_grid
 
-Similarity = Literal["position", "flat", "grid", "pooled"]
-
 # Squared norms below this are taken as zero features: their cosine is 0 and its gradient finite.
 EPSILON = 1e-12
 
 
-def embed(features: Float[Array, "batch *feature"], similarity: Similarity) -> Float[Array, "batch d"]:
+def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Array, "batch d"]:
     """Vectors whose dot product is the cosine similarity of two feature maps.
 
     `position`: the cosine over channels at each position, averaged over positions. `flat`: of the flattened map. `grid`: of
@@ -97,9 +93,7 @@ def forward_forward(
     return loss
 
 
-def head_cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: float = 0.0
-) -> Float[Array, ""]:
+def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: float = 0.0) -> Float[Array, ""]:
     """Mean cross-entropy of one group's head, labels smoothed towards uniform by `smoothing`."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     right = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]

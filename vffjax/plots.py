@@ -160,9 +160,9 @@ def plot_features(
     sheet, y = _Sheet(), 0.15
     if codebook is not None:
         y = _draw_codebook(sheet, y, codebook, class_names)
-    tiles = [] if filters is None else _filter_tiles(np.asarray(filters, np.float32), images.shape[1:])
-    if tiles:
-        y = _draw_filters(sheet, y, tiles, int(np.shape(filters)[-1]))
+    if filters is not None:
+        tiles = _filter_tiles(np.asarray(filters, np.float32), images.shape[1:])
+        y = _draw_filters(sheet, y, tiles, filters.shape[-1]) if tiles else y
     if len(images):
         names = [(_short(class_names[int(a)], 16), _short(class_names[int(b)], 16)) for a, b in zip(labels, wrong_labels, strict=True)]
         inputs = [_inputs(image, codebook, int(a), int(b)) for image, a, b in zip(images, labels, wrong_labels, strict=False)]

@@ -26,7 +26,9 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{path}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
-                ready = image.convert("L" if c == 1 else "RGB").resize((w, h), Image.Resampling.BILINEAR)
+                # Pillow would clip 16-bit grey at 255.
+                eight_bit = Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I") else image
+                ready = eight_bit.convert("L" if c == 1 else "RGB").resize((w, h), Image.Resampling.BILINEAR)
     except UserError:
         raise
     except FileNotFoundError:

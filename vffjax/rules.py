@@ -62,9 +62,7 @@ def prepare_clean(config: Config, task: Task, images: Float[Array, "batch h w c"
     return labelling.neutral(images, task.classes, task.black, task.white) if config.rule == "ff" else images
 
 
-def prepare_labelled(
-    config: Config, task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]
-) -> Float[Array, "batch h w c"]:
+def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]) -> Float[Array, "batch h w c"]:
     """Images that all carry one label, for the sweep."""
     if config.rule == "ff":
         weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes), (images.shape[0], task.classes))
@@ -85,7 +83,10 @@ def local_loss(
     head_loss = losses.head_cross_entropy(logits, streams.labels, config.label_smoothing)
 
     out = Streams(anchors, streams.labels, copies, streams.copy_labels)
-    local = jnp.zeros(()) if config.rule == "head" else _forward_forward(config, out) if config.rule == "ff" else _cscl(config, out, key, logits)
+    if config.rule == "head":
+        local = jnp.zeros(())
+    else:
+        local = _forward_forward(config, out) if config.rule == "ff" else _cscl(config, out, key, logits)
     metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)}
     out, metrics = jax.lax.stop_gradient((out, metrics))
     return local + head_loss, (batch_stats, out, metrics)

@@ -145,10 +145,10 @@ def crc32c(strings: list[bytes]) -> np.ndarray:
         start = width - len(string)
         row[start:] = np.frombuffer(string, np.uint8)
         row[start : start + 4] ^= 0xFF
-    table = np.arange(1 << 16, dtype=np.uint32)
+    table: np.ndarray = np.arange(1 << 16, dtype=np.uint32)
     for _ in range(16):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
-    crc = np.zeros(len(strings), np.uint32)
+    crc: np.ndarray = np.zeros(len(strings), np.uint32)
     for pair in np.ascontiguousarray(block.view("<u2").T):
         crc = table[(crc ^ pair) & 0xFFFF] ^ (crc >> 16)
     return ~crc
@@ -237,7 +237,9 @@ def _array_records(builder: Any, split: str) -> Iterator[list[bytes]]:
 def _tfrecords(info: Any, name: str) -> Iterator[list[bytes]]:
     """The records of all shards; each is an 8-byte length, its 4-byte checksum, the record, and its 4-byte checksum."""
     for path, expected in zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True):
-        data, at, heads, records = path.read_bytes(), 0, [], []
+        data, at = path.read_bytes(), 0
+        heads: list = []
+        records: list = []
         while at < len(data):
             size = struct.unpack_from("<Q", data, at)[0] if at + 16 <= len(data) else len(data)
             if at + 16 + size > len(data):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -172,6 +171,6 @@ def run_epoch(
     return states, jax.tree.map(lambda m: m.mean(axis=0), metrics)
 
 
-def make_epoch(plan: Plan, active: int | None = None) -> Callable[..., Any]:
+def make_epoch(plan: Plan, active: int | None = None) -> jax.stages.Wrapped:
     """`run_epoch(task, states, data, epoch)` jitted; `states` are donated: the caller's are gone afterwards."""
     return jax.jit(functools.partial(run_epoch, plan, active), donate_argnums=1)

@@ -1,0 +1,107 @@
+"""Same network, same data, same budget, different learning rules: one table over rules and seeds.
+
+    python benchmarks/compare_rules.py --config configs/cifar10.py:small --out results/cifar10-small [--config.KEY=VALUE ...]
+                                       [--rules vff,head,bp,ff] [--seeds 0,1,2]
+
+Rules: `vff` as the configuration says; `head` the head loss alone, same groups; `bp` back-propagation, one group and the head
+loss; `ff` Hinton's forward-forward, every layer its own group, classified by heads or by sweep, whichever errs less on validation
+data. Each run is an ordinary run in OUT/runs/RULE-SEED, so a comparison that was stopped goes on. Writes OUT.json and OUT.md.
+Every choice (epoch, voting groups, inference) is made on validation data; the table shows errors on the test set in percent,
+mean and sample standard deviation over seeds.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+from vffjax import experiment
+from vffjax.cli import parse_train
+from vffjax.config import Config
+from vffjax.errors import UserError
+from vffjax.logbook import replace_file, write_json
+
+RULES: dict[str, dict[str, Any]] = {
+    "vff": {},
+    "head": {"rule": "head", "inference": "heads"},
+    "bp": {"rule": "head", "grouping": "all", "inference": "heads"},
+    "ff": {"rule": "ff", "grouping": "layer", "norm": "auto", "inference": "heads"},
+}
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """One trained and tested run; the figures that the table needs."""
+    summary = experiment.train(config, workdir)
+    chosen = {"inference": config.inference} | {
+        k: summary[k] for k in ("val_error", "test_error", "test_error_per_group", "voting", "best_epoch")
+    }
+    if config.rule == "ff":
+        swept = experiment.evaluate(workdir, "sweep")
+        if swept["val_error"] < chosen["val_error"]:
+            chosen |= {k: swept[k] for k in ("inference", "val_error", "test_error", "test_error_per_group", "voting")}
+    speed = {k: summary[k] for k in ("images_per_second", "seconds", "compile_seconds", "peak_bytes", "epochs", "device", "seed")}
+    return chosen | speed
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row per rule: mean and sample standard deviation over its runs."""
+    rows = []
+    for rule, found in runs.items():
+        row: dict[str, Any] = {"rule": rule, "n": len(found)}
+        for key in ("test_error", "val_error", "images_per_second", "seconds"):
+            values = [r[key] for r in found]
+            row[key] = statistics.mean(values)
+            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], title: str) -> str:
+    """Markdown."""
+
+    def cell(row: dict[str, Any], key: str, digits: int) -> str:
+        sd = row[f"{key}_sd"]
+        return f"{row[key]:,.{digits}f}" + ("" if sd is None else f" ± {sd:,.{digits}f}")
+
+    lines = [f"### {title}", "", "| rule | test error % | validation error % | images/s | seconds | n |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [cell(row, "test_error", 2), cell(row, "val_error", 2), cell(row, "images_per_second", 0), cell(row, "seconds", 0)]
+        lines.append(f"| {row['rule']} | {' | '.join(cells)} | {row['n']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="results are OUT.json and OUT.md, runs lie in OUT/runs")
+    parser.add_argument("--rules", default="vff,head,bp,ff", help="comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    own, rest = parser.parse_known_args()
+    rules, seeds = own.rules.split(","), own.seeds.split(",")
+    try:
+        for rule in rules:
+            if rule not in RULES:
+                raise UserError(f"--rules={rule}: not known; choose from {', '.join(RULES)}")
+        if not all(seed.isdigit() for seed in seeds):
+            raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
+        config, name, _ = parse_train(rest)
+        runs: dict[str, list[dict[str, Any]]] = {}
+        # Seeds outside, rules inside: a machine that slows down does so for every rule.
+        for seed in map(int, seeds):
+            for rule in rules:
+                print(f"== {name} {rule} seed {seed}", file=sys.stderr, flush=True)
+                one = dataclasses.replace(config, seed=seed, **RULES[rule])
+                runs.setdefault(rule, []).append(run(one, own.out / "runs" / f"{rule}-{seed}"))
+    except UserError as error:
+        print("compare_rules: error:", error, file=sys.stderr)
+        sys.exit(2)
+    rows = summarise(runs)
+    text = table(rows, f"{name}, seeds {own.seeds}")
+    write_json(own.out.with_name(own.out.name + ".json"), {"config": config.to_dict(), "rows": rows, "runs": runs, "command": sys.argv[1:]})
+    replace_file(own.out.with_name(own.out.name + ".md"), text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""VFF-Net on CIFAR-100: four convolutions in two groups.
+
+    python train.py --config configs/cifar100.py          # GPU or TPU
+    python train.py --config configs/cifar100.py:small    # 2 CPU cores, minutes
+"""
+
+import ml_collections
+
+from vffjax.config import default_config
+
+VARIANTS = ("full", "small")
+
+
+def get_config(variant: str = "full") -> ml_collections.ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    config = default_config()
+    config.dataset = "cifar100"
+    config.network = "conv4"
+    config.widths = (128, 128, 256, 256)  # channels; two widths make two groups
+    config.pools = (1, 2, 1, 2)  # positions per side: 32x32 -> 16x16 -> 8x8
+    config.flip = True
+    config.crop_padding = 4  # pixels
+    config.copies_per_class = 1  # 100 labelled copies in a step beside 128 images
+    config.head_weight = 1.0  # of the head's gradient, beside CSCL's
+    config.epochs = 60
+    config.batch_size = 128  # images
+    config.learning_rate = 1e-2
+    config.warmup_epochs = 1.0  # epochs
+    config.weight_decay = 0.01  # of kernels
+    if variant == "small":
+        config.train_examples = 20_000  # images, validation included
+        config.widths = (32, 32, 64, 64)
+        config.pools = (2, 1, 2, 1)  # early pooling: a quarter of the work
+        config.crop_padding = 2
+        config.epochs = 6
+        config.weight_decay = 0.0
+        config.warmup_epochs = 0.0
+    return config

@@ -1,0 +1,203 @@
+"""Slow NumPy float64 versions of what the library computes, written from the definitions, and small set-ups that tests share."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vffjax import rules
+from vffjax.augment import normalise
+from vffjax.config import default_config, make_config
+from vffjax.groups import GroupState
+from vffjax.rules import Task
+from vffjax.trainer import Images, clean_log_p, init_states, make_plan
+
+CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
+MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups
+
+
+def config_of(**changes):
+    """The default configuration with changes, through the same checks as a run's."""
+    return make_config(default_config().to_dict() | {"batch_size": 12, "epochs": 2} | changes)
+
+
+class Run(NamedTuple):
+    """A tiny run: everything that a step takes."""
+
+    plan: Any
+    task: Any
+    states: Any
+    data: Images
+
+    def batch(self, start=0):
+        rows = slice(start, start + self.plan.config.batch_size)
+        return self.data.images[rows], self.data.labels[rows]
+
+
+# Half the time to compile, for what is run once.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+)
+
+
+def small_run(config, classes=3, shape=(8, 8, 2), examples=0):
+    """A run on random images, no leaf at its initial value: a zero head hides gradients, unit statistics hide their use.
+
+    Everything comes from NumPy, since initialisation outside jit costs seconds of compiling.
+    """
+    rng = np.random.default_rng(0)
+    examples = examples or config.batch_size
+    images = rng.integers(0, 256, (examples, *shape), dtype=np.uint8)
+    labels = rng.permutation(np.arange(examples) % classes).astype(np.int32)
+    plan = make_plan(config, examples, classes)
+    channel = np.arange(shape[2], dtype=np.float32)
+    codebook = config.noise_scale * rng.normal(size=(classes, *shape))
+    task = Task(*(jnp.asarray(a, jnp.float32) for a in (codebook, 0.4 + 0.05 * channel, 0.3 - 0.02 * channel)))
+    return Run(plan, task, random_states(plan, shape), Images(jnp.asarray(images), jnp.asarray(labels)))
+
+
+def random_states(plan, shape, seed=1):
+    """States as `init_states` shapes them, random: kernels of usual size, scales and variances positive, optimizers fresh."""
+    rng = np.random.default_rng(seed)
+
+    def param(path, leaf):
+        name, noise = path[-1].key, rng.normal(size=leaf.shape)
+        value = noise * np.sqrt(2 / np.prod(leaf.shape[:-1])) if name == "kernel" else 0.2 * noise + (name in ("scale", "var"))
+        return jnp.asarray(np.abs(value) + 0.1 if name in ("scale", "var") else value, leaf.dtype)
+
+    out = []
+    for state in jax.eval_shape(functools.partial(init_states, plan, shape)):
+        params, stats = (jax.tree_util.tree_map_with_path(param, tree) for tree in state[:2])
+        out.append(GroupState(params, stats, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state.opt_state)))
+    return tuple(out)
+
+
+def streams_of(run, key):
+    """The streams that `train_step` makes of the first batch, without augmentation."""
+    images, labels = run.batch()
+    x = normalise(images, run.task.mean, run.task.std)
+    hard = rules.needs_predictions(run.plan.config)
+    logits = clean_log_p(run.plan, run.task, run.states, x).mean(axis=0) if hard else None
+    return rules.make_streams(run.plan.config, run.task, jax.random.fold_in(key, 1), x, labels, logits)
+
+
+def leaves(tree):
+    """(path, NumPy array) of every leaf; for states pass what is to be compared."""
+    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def assert_same(a, b):
+    """Bitwise equality of two trees."""
+    for (path, x), (_, y) in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    for (path, x), (_, y) in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=path)
+
+
+def differs(a, b):
+    """Whether any leaf of two trees differs in any bit."""
+    return any((x != y).any() for (_, x), (_, y) in zip(leaves(a), leaves(b), strict=True))
+
+
+def numeric_gradient(f, x, step=1e-6):
+    """Central differences of a float64 function of one array."""
+    x = np.asarray(x, np.float64)
+    out = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        move = np.zeros_like(x)
+        move[index] = step
+        out[index] = (f(x + move) - f(x - move)) / (2 * step)
+    return out
+
+
+def pool_to_grid(x, cells):
+    """Mean over cells of one map [h, w, c]; what does not fill a cell at the far edges is left out."""
+    rows, columns = min(cells, x.shape[0]), min(cells, x.shape[1])
+    a, b = x.shape[0] // rows, x.shape[1] // columns
+    return np.array([[x[i * a : (i + 1) * a, j * b : (j + 1) * b].mean((0, 1)) for j in range(columns)] for i in range(rows)])
+
+
+def cosine(a, b):
+    """Of two vectors; 0 where one is zero."""
+    lengths = np.sqrt(a @ a) * np.sqrt(b @ b)
+    return a @ b / lengths if lengths else 0.0
+
+
+def similarity(a, b, kind):
+    """Of two feature maps, by the definition in the design."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim == 3 and kind == "position":
+        return np.mean([cosine(a[i, j], b[i, j]) for i in range(a.shape[0]) for j in range(a.shape[1])])
+    if a.ndim == 3 and kind in ("grid", "pooled"):
+        a, b = (pool_to_grid(z, 2 if kind == "grid" else 1) for z in (a, b))
+    return cosine(a.ravel(), b.ravel())
+
+
+def softplus(x):
+    return max(x, 0.0) + np.log1p(np.exp(-abs(x)))
+
+
+def triplet(anchor, positive, negative, kind, margin, tau):
+    return tau * softplus((similarity(anchor, negative, kind) - similarity(anchor, positive, kind) + margin) / tau)
+
+
+def in_batch(anchor, label, copies, copy_labels, kind, margin, tau):
+    right, everything = 0.0, 0.0
+    for copy, copy_label in zip(copies, copy_labels, strict=True):
+        e = np.exp((similarity(anchor, copy, kind) - margin * (copy_label == label)) / tau)
+        everything += e
+        right += e * (copy_label == label)
+    return -np.log(right / everything)
+
+
+def cross_entropy(logits, labels, smoothing):
+    total, classes = 0.0, logits.shape[1]
+    for row, label in zip(np.asarray(logits, np.float64), labels, strict=True):
+        p = np.exp(row - row.max())
+        p /= p.sum()
+        target = [smoothing / classes + (1 - smoothing) * (c == label) for c in range(classes)]
+        total -= sum(t * np.log(q) for t, q in zip(target, p, strict=True))
+    return total / len(labels)
+
+
+def forward_forward(positive, negative, threshold, peer):
+    total, channels = 0.0, positive.shape[-1]
+    for rows, sign in ((positive, 1), (negative, -1)):
+        for row in np.asarray(rows, np.float64):
+            # The sum of squares over channels, averaged over positions, against the threshold of each unit.
+            odds = (row.reshape(-1, channels) ** 2).sum(1).mean() - threshold * channels
+            total += softplus(-sign * odds) / len(rows)
+    units = np.asarray(positive, np.float64).reshape(-1, channels).mean(0)
+    return total + peer * ((units - units.mean()) ** 2).mean()
+
+
+def conv(x, kernel):
+    """Cross-correlation with zero padding, one output at a time."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    n, h, w, _ = x.shape
+    k, p = kernel.shape[0], kernel.shape[0] // 2
+    out = np.zeros((n, h, w, kernel.shape[3]))
+    for b, i, j in np.ndindex(n, h, w):
+        for u, v in np.ndindex(k, k):
+            if 0 <= i + u - p < h and 0 <= j + v - p < w:
+                out[b, i, j] += x[b, i + u - p, j + v - p] @ kernel[u, v]
+    return out
+
+
+def conv_gradients(x, kernel, g):
+    """Of `sum(conv(x, kernel) * g)`, collected term by term."""
+    x, kernel, g = (np.asarray(a, np.float64) for a in (x, kernel, g))
+    n, h, w, _ = x.shape
+    k, p = kernel.shape[0], kernel.shape[0] // 2
+    dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
+    for b, i, j in np.ndindex(n, h, w):
+        for u, v in np.ndindex(k, k):
+            if 0 <= i + u - p < h and 0 <= j + v - p < w:
+                dx[b, i + u - p, j + v - p] += kernel[u, v] @ g[b, i, j]
+                dkernel[u, v] += np.outer(x[b, i + u - p, j + v - p], g[b, i, j])
+    return dx, dkernel

@@ -1,0 +1,101 @@
+"""Tiny runs for the tests of the outer layers. Nothing here is a test."""
+
+import atexit
+import contextlib
+import functools
+import pathlib
+import shutil
+import tempfile
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from vffjax import experiment
+from vffjax.config import make_config
+
+# Two groups, eleven steps an epoch, learnt well above chance in three epochs.
+TINY = {
+    "dataset": "digits",
+    "train_examples": 400,
+    "network": "mlp",
+    "widths": (16, 12),
+    "epochs": 3,
+    "batch_size": 32,
+    "learning_rate": 1e-2,
+}
+TIMES = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
+
+
+def tiny(**changes):
+    return make_config(TINY | changes)
+
+
+@functools.cache
+def _scratch():
+    folder = tempfile.mkdtemp(prefix="vffjax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pathlib.Path(folder)
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """Lets runs of equal configurations share compiled programs: compiling is most of what a tiny run costs."""
+    settings = {
+        "jax_compilation_cache_dir": str(_scratch() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {key: getattr(jax.config, key) for key in settings}
+    try:
+        for key, value in settings.items():
+            jax.config.update(key, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)
+        compilation_cache.reset_cache()
+
+
+def train(config, workdir, plots=False):
+    """`experiment.train`, by default without its plots, which take longer than the training."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compiled_once())
+        if not plots:
+            stack.enter_context(mock.patch.object(experiment, "draw_features"))
+            stack.enter_context(mock.patch.object(experiment, "plot_curves"))
+        return experiment.train(config, workdir)
+
+
+@functools.cache
+def finished():
+    """A finished run of `tiny()`, plots and all. Not to be written to: see `copy_of`."""
+    workdir = _scratch() / "finished"
+    train(tiny(), workdir, plots=True)
+    return workdir
+
+
+def copy_of(workdir, folder):
+    """A copy to damage or to go on with, in the empty folder `folder`."""
+    return pathlib.Path(shutil.copytree(workdir, folder / "run"))
+
+
+def contents(folder):
+    """Every file's path, bytes and time of change."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def untimed(record):
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+def assert_same_bits(one, other):
+    """Equal trees, down to node types, dtypes and bits."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(one), jax.tree.leaves_with_path(other), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
+        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)

@@ -1,0 +1,237 @@
+"""Checkpoints: what is saved comes back to the bit, damage is found and named, the right epochs are kept."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import assert_same_bits, tiny
+
+from vffjax import checkpoint
+from vffjax.checkpoint import Checkpoints
+from vffjax.errors import UserError
+from vffjax.trainer import init_states, make_plan, make_task
+
+SHAPE, CLASSES = (4, 4, 1), 3
+
+
+def make(seed=0, **changes):
+    """A plan, and states and task in which no two numbers are equal and no counter is zero."""
+    config = tiny(**{"widths": (4, 3), "seed": seed} | changes)
+    plan = make_plan(config, 64, CLASSES)
+    rng = np.random.default_rng(seed)
+
+    def fill(x):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.full_like(x, rng.integers(1, 100))
+        return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+
+    return plan, jax.tree.map(fill, init_states(plan, SHAPE)), make_task(config, CLASSES, SHAPE, (0.25,), (0.5,))
+
+
+def run_state(epoch, val_error=50.0, trained_groups=2):
+    names = [f"c{i}" for i in range(CLASSES)]
+    return {"epoch": epoch, "val_error": val_error, "trained_groups": trained_groups, "image_shape": list(SHAPE), "class_names": names}
+
+
+def save(workdir, made, *runs):
+    plan, states, task = made
+    checkpoints = Checkpoints(workdir)
+    writer = checkpoints.writer(plan)
+    for run in runs:
+        writer.save(run["epoch"], states, task, run)
+    writer.close()
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two saved epochs, the second the better. Tests that change files copy it."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, make(), run_state(1, 60.0), run_state(2, 40.0))
+    return workdir
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "sgd", "clip_norm": 1.0}, {"norm": "none"}, {"grouping": "all"}], ids=str)
+def test_restored_arrays_have_the_bits_types_and_trees_that_were_saved(changes, tmp_path):
+    made = make(**changes)
+    run = run_state(7, 12.5)
+    checkpoints = save(tmp_path, made, run)
+    states, task = checkpoints.restore(7, made[0])
+    assert_same_bits((states, task), made[1:])
+    assert checkpoints.run(7) == run
+
+
+def test_one_group_is_restored_without_the_files_of_the_others(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    plan, states, _ = make()
+    for item in ("group0", "task"):
+        shutil.rmtree(workdir / "checkpoints" / "2" / item)
+    assert_same_bits(Checkpoints(workdir).restore_group(2, plan, 1), states[1])
+    with pytest.raises(UserError, match="group0"):
+        Checkpoints(workdir).restore(2, plan)
+
+
+KEPT = {
+    "the best is not among the latest": ([50, 20, 40, 60, 70], [2, 4, 5], 2),
+    "the best is the latest": ([50, 40, 30], [2, 3], 3),
+    "of equals the last": ([30, 10, 10, 20, 20], [3, 4, 5], 3),
+    "without validation the last": ([None, None, None], [2, 3], 3),
+}
+
+
+@pytest.mark.parametrize(("errors", "kept", "best"), KEPT.values(), ids=KEPT.keys())
+def test_the_two_latest_epochs_and_the_best_are_kept(errors, kept, best, tmp_path):
+    made = make(grouping="all", optimizer="sgd", widths=(2,))
+    checkpoints = save(tmp_path, made, *(run_state(i, e, 1) for i, e in enumerate(errors, 1)))
+    assert checkpoints.epochs() == kept
+    assert (checkpoints.best(), checkpoints.latest()) == (best, len(errors))
+    # Nothing of the others is left.
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == sorted(f"{e}{end}" for e in kept for end in ("", ".sha256.json"))
+
+
+def test_an_epoch_before_the_last_stage_is_never_the_best(tmp_path):
+    # Its later groups are untrained, however well its first group does.
+    made = make(grouping="all", optimizer="sgd", widths=(2,))
+    runs = [run_state(1, 10.0, 1), run_state(2, 30.0, 2), run_state(3, 40.0, 2), run_state(4, 50.0, 2)]
+    checkpoints = save(tmp_path, made, *runs)
+    assert checkpoints.best() == 2
+    assert checkpoints.epochs() == [2, 3, 4]
+
+
+def test_an_interrupted_save_is_not_used_and_the_next_writer_replaces_it(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    made = make(seed=1)
+    (workdir / "checkpoints" / "2.sha256.json").unlink()
+    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-0").mkdir()
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.epochs() == [1]
+    assert (checkpoints.best(), checkpoints.latest()) == (1, 1)
+    # Reading alone removes nothing.
+    assert (workdir / "checkpoints" / "2").is_dir()
+    save(workdir, made, run_state(2, 30.0))
+    assert checkpoints.epochs() == [1, 2]
+    assert not list(checkpoints.folder.glob("*tmp*"))
+    assert_same_bits(checkpoints.restore(2, made[0]), made[1:])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+def test_damage_to_any_file_of_a_step_is_found_and_the_file_named(damage, saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    checkpoints, (plan, _, _) = Checkpoints(workdir), make()
+    step = workdir / "checkpoints" / "2"
+    files = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]
+    items = {path.relative_to(step).parts[0] for path in files}
+    assert {"group0", "group1", "task", "run", "_CHECKPOINT_METADATA"} <= items
+    for path in files:
+        sound = path.read_bytes()
+        damage(path)
+        item = path.relative_to(step).parts[0]
+        readers = [lambda: checkpoints.restore(2, plan)]
+        if item == "group1":
+            readers.append(lambda: checkpoints.restore_group(2, plan, 1))
+        if item in ("run", "_CHECKPOINT_METADATA"):
+            readers += [lambda: checkpoints.run(2), checkpoints.best]
+        for read in readers:
+            with pytest.raises(UserError) as caught:
+                read()
+            assert str(path) in str(caught.value)
+            assert f"delete {step}" in str(caught.value)
+        path.write_bytes(sound)
+    checkpoints.restore(2, plan)
+
+
+def test_the_fix_for_a_damaged_step_works(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    checkpoints, made = Checkpoints(workdir), make()
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    assert (checkpoints.epochs(), checkpoints.best()) == ([1], 1)
+    save(workdir, made, run_state(2, 30.0))
+    assert checkpoints.best() == 2
+    assert_same_bits(checkpoints.restore(2, made[0]), made[1:])
+
+
+DIGESTS = {
+    "truncated": lambda text: text[: len(text) // 2],
+    "emptied": lambda text: "",
+    "without entries": lambda text: "{}",
+    "not an object": lambda text: "[1, 2]",
+    "not text": lambda text: b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("change", DIGESTS.values(), ids=DIGESTS.keys())
+def test_damaged_digests_are_found_and_named(change, saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    path = workdir / "checkpoints" / "2.sha256.json"
+    changed = change(path.read_text())
+    path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    plan, _, _ = make()
+    for read in (lambda: Checkpoints(workdir).restore(2, plan), lambda: Checkpoints(workdir).run(2)):
+        with pytest.raises(UserError, match=r"2\.sha256\.json"):
+            read()
+
+
+def test_a_digest_that_differs_names_its_file(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    path = workdir / "checkpoints" / "2.sha256.json"
+    digests = json.loads(path.read_text())
+    digests["group1/_METADATA"] = "0" * 64
+    path.write_text(json.dumps(digests))
+    with pytest.raises(UserError, match="group1/_METADATA"):
+        Checkpoints(workdir).restore(2, make()[0])
+
+
+@pytest.mark.parametrize("changes", [{"widths": (5, 3)}, {"widths": (4, 4, 3)}, {"optimizer": "sgd"}, {"widths": (4, 3, 2)}], ids=str)
+def test_a_checkpoint_of_another_network_or_optimizer_is_refused(changes, saved):
+    with pytest.raises(UserError, match="cannot be restored"):
+        Checkpoints(saved).restore(2, make(**changes)[0])
+
+
+def test_a_damaged_older_step_does_not_stop_a_writer(saved, tmp_path):
+    # Orbax reads the metrics of all steps when it decides which to keep.
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    made = make()
+    for path in (workdir / "checkpoints" / "1").iterdir():
+        if path.is_file():
+            truncate(path)
+    checkpoints = save(workdir, made, run_state(3, 30.0), run_state(4, 35.0))
+    assert {3, 4} <= set(checkpoints.epochs())
+    assert_same_bits(checkpoints.restore(4, made[0]), made[1:])
+
+
+def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):
+    made = make(grouping="all", widths=(2,))
+    plan, states, task = made
+    first, second = Checkpoints(tmp_path).writer(plan), Checkpoints(tmp_path).writer(plan)
+    first.save(1, states, task, run_state(1, 50.0))
+    with pytest.raises(UserError, match="another run may be writing"):
+        second.save(1, jax.tree.map(jnp.zeros_like, states), task, run_state(1, 1.0))
+    first.close()
+    second.close()
+    assert_same_bits(Checkpoints(tmp_path).restore(1, plan), (states, task))
+
+
+def test_a_workdir_without_checkpoints_is_refused_with_the_way_out(tmp_path):
+    assert Checkpoints(tmp_path).epochs() == []
+    for read in (Checkpoints(tmp_path).best, Checkpoints(tmp_path).latest):
+        with pytest.raises(UserError, match=f"{checkpoint.FOLDER}: no complete checkpoint; train first"):
+            read()
+    # Looking makes nothing.
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,45 @@
+"""The comparison of rules runs end to end, can be stopped, and reports what its runs measured."""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare_rules  # noqa: E402
+
+TINY = ["--config", str(ROOT / "configs/digits.py"), "--config.epochs=2", "--config.widths=(4, 4, 8, 8)", "--config.checkpoint_every=1"]
+
+
+def test_the_table_holds_mean_and_standard_deviation_of_the_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "table"
+    monkeypatch.setattr(sys, "argv", ["compare_rules.py", "--out", str(out), "--rules", "vff,bp,ff", "--seeds", "0,3", *TINY])
+    compare_rules.main()
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert [row["rule"] for row in found["rows"]] == ["vff", "bp", "ff"]
+    for row in found["rows"]:
+        runs = [json.loads((out / "runs" / f"{row['rule']}-{seed}" / "summary.json").read_text()) for seed in (0, 3)]
+        errors = [run["test_error"] for run in found["runs"][row["rule"]]]
+        assert row["n"] == 2
+        assert row["test_error"] == pytest.approx(statistics.mean(errors))
+        assert row["test_error_sd"] == pytest.approx(statistics.stdev(errors))
+        assert [run["seed"] for run in runs] == [0, 3]
+        if row["rule"] != "ff":  # ff may have been classified by sweep, which its own summary does not know
+            assert errors == [run["test_error"] for run in runs]
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert f"{found['rows'][0]['test_error']:,.2f}" in text
+    # The baseline is one group, Hinton's rule one group per layer.
+    assert [len(found["runs"][rule][0]["test_error_per_group"]) for rule in ("vff", "bp", "ff")] == [2, 1, 4]
+
+
+def test_bad_arguments_end_with_status_2(tmp_path):
+    for bad in (["--rules", "vff,nonsense"], ["--seeds", "0,x"]):
+        command = [sys.executable, str(ROOT / "benchmarks/compare_rules.py"), "--out", str(tmp_path / "x"), *bad, *TINY]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr and bad[1].split(",")[-1] in done.stderr

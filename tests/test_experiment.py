@@ -1,0 +1,360 @@
+"""Whole runs in process: the summary and the record, exact resume, refusals that leave a workdir as it was, honest choices."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import TIMES, assert_same_bits, contents, copy_of, finished, tiny, train, untimed
+
+from vffjax import checkpoint, data, experiment
+from vffjax.checkpoint import Checkpoints
+from vffjax.errors import UserError
+from vffjax.logbook import Logbook, read_metrics
+from vffjax.trainer import init_states
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the library catches it."""
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def saved_states(config, workdir, epoch):
+    """Groups and task of a saved epoch, read the way a user's program would."""
+    plan, states, task, _ = experiment.load_run(workdir, str(epoch))
+    assert plan.config == config
+    return states, task
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def test_summary_holds_the_documented_fields():
+    summary, config = summary_of(finished()), tiny()
+    assert set(summary) == {
+        *("test_error", "test_error_per_group", "val_error", "voting", "epochs", "best_epoch", "images_per_second", "seconds"),
+        *("compile_seconds", "peak_bytes", "versions", "commit", "device", "seed"),
+    }
+    assert summary["epochs"] == config.epochs
+    assert summary["seed"] == config.seed
+    assert len(summary["test_error_per_group"]) == 2
+    assert {"jax", "flax", "optax", "numpy", "python", "vffjax"} <= set(summary["versions"])
+    for error in (summary["test_error"], summary["val_error"], *summary["test_error_per_group"]):
+        assert 0 <= error <= 100
+    # A network of ten classes that has learnt, in percent: not a fraction, and not an accuracy.
+    assert 1 < summary["test_error"] < 50
+    assert all(summary[key] > 0 for key in TIMES)
+
+
+def test_metrics_hold_one_object_per_epoch():
+    lines = (finished() / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["epoch"] for r in records] == [1, 2, 3]
+    for r in records:
+        assert {"loss", "train_accuracy", "val_error", "images_per_second", "seconds", "voting"} <= set(r)
+        for key in ("loss_per_group", "local_loss_per_group", "head_loss_per_group", "train_accuracy_per_group", "val_error_per_group"):
+            assert len(r[key]) == 2
+        assert r["loss"] == pytest.approx(sum(r["loss_per_group"]))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert summary_of(finished())["seconds"] == pytest.approx(sum(r["seconds"] for r in records))
+
+
+def test_config_json_restores_the_configuration():
+    assert experiment.read_config(finished()) == tiny()
+
+
+@pytest.mark.parametrize("name", ["curves.png", "features.png"])
+def test_plots_are_not_blank(name):
+    with Image.open(finished() / name) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) >= 200
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    # No half of it is empty.
+    height, width = pixels.shape[:2]
+    for part in (pixels[: height // 2], pixels[height // 2 :], pixels[:, : width // 2], pixels[:, width // 2 :]):
+        assert part.std() > 5
+
+
+def test_convolutions_under_forward_forward_run_and_are_drawn(tmp_path):
+    changes = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2), "rule": "ff", "epochs": 1, "batch_size": 90}
+    summary = train(tiny(**changes), tmp_path, plots=True)
+    assert len(summary["test_error_per_group"]) == 2
+    with Image.open(tmp_path / "features.png") as image:
+        assert np.asarray(image.convert("RGB")).std() > 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Going on
+
+
+@functools.cache
+def undisturbed(**changes):
+    folder = finished().parent / f"undisturbed-{'-'.join(map(str, changes.values()))}"
+    return folder, train(tiny(**changes), folder)
+
+
+@contextlib.contextmanager
+def killed_after_line(epoch):
+    """Before the epoch's checkpoint."""
+    sound = Logbook.epoch
+
+    def patched(self, record):
+        sound(self, record)
+        if record["epoch"] == epoch:
+            raise Killed
+
+    with mock.patch.object(Logbook, "epoch", patched), pytest.raises(Killed):
+        yield
+
+
+@contextlib.contextmanager
+def killed_in_save(epoch):
+    """The arrays are on disk, their digests are not."""
+    sound = checkpoint.write_json
+
+    def patched(path, value):
+        if path.name == f"{epoch}.sha256.json":
+            raise Killed
+        sound(path, value)
+
+    with mock.patch.object(checkpoint, "write_json", patched), pytest.raises(Killed):
+        yield
+
+
+@contextlib.contextmanager
+def killed_after_save(epoch):
+    """Before the next epoch."""
+    sound = checkpoint.Writer.save
+
+    def patched(self, number, *rest):
+        sound(self, number, *rest)
+        if number == epoch:
+            raise Killed
+
+    with mock.patch.object(checkpoint.Writer, "save", patched), pytest.raises(Killed):
+        yield
+
+
+JOINT = {"epochs": 3}
+SEQUENTIAL = {"schedule": "sequential", "epochs": 2}
+INTERRUPTED = [
+    (JOINT | {"rule": "vff"}, [(killed_after_line, 1)]),
+    (JOINT | {"rule": "vff"}, [(killed_in_save, 2), (killed_after_save, 2)]),
+    (JOINT | {"rule": "vff", "labelling": "triplet", "negatives": "hard", "checkpoint_every": 2}, [(killed_after_line, 3)]),
+    (JOINT | {"rule": "ff"}, [(killed_in_save, 1), (killed_after_line, 3)]),
+    (JOINT | {"rule": "head", "optimizer": "sgd", "warmup_epochs": 1.5}, [(killed_after_save, 2)]),
+    (SEQUENTIAL | {"rule": "vff"}, [(killed_after_save, 1), (killed_after_save, 2)]),
+    (SEQUENTIAL | {"rule": "ff", "checkpoint_every": 5}, [(killed_after_line, 3)]),
+    (SEQUENTIAL | {"rule": "head"}, [(killed_in_save, 3)]),
+]
+
+
+@pytest.mark.parametrize(("changes", "kills"), INTERRUPTED, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "")
+def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(changes, kills, tmp_path):
+    config = tiny(**changes)
+    wanted_dir, wanted = undisturbed(**changes)
+    for kill, epoch in kills:
+        with kill(epoch):
+            train(config, tmp_path)
+        assert not (tmp_path / "summary.json").exists()
+    found = train(config, tmp_path)
+
+    assert untimed(found) == untimed(wanted)
+    assert list(map(untimed, read_metrics(tmp_path))) == list(map(untimed, read_metrics(wanted_dir)))
+    epochs = Checkpoints(tmp_path).epochs()
+    assert epochs == Checkpoints(wanted_dir).epochs()
+    for epoch in epochs:
+        assert_same_bits(saved_states(config, tmp_path, epoch), saved_states(config, wanted_dir, epoch))
+
+
+def test_runs_of_other_seeds_differ(tmp_path):
+    # Else the comparisons above would say nothing.
+    train(tiny(epochs=1, seed=1), tmp_path)
+    first = read_metrics(tmp_path)[0]
+    assert untimed(first) != untimed(read_metrics(finished())[0])
+
+
+def test_training_a_finished_run_again_changes_nothing(tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    before = contents(workdir)
+    train(tiny(), workdir, plots=True)
+    after = contents(workdir)
+    assert {name: content for name, (content, _) in before.items()} == {name: content for name, (content, _) in after.items()}
+    # The checkpoints and the record were not even written again.
+    for name in before:
+        if name.startswith("checkpoints/") or name in ("config.json", "metrics.jsonl"):
+            assert before[name][1] == after[name][1], name
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("epochs", 4), ("widths", (16, 13)), ("overrides", {"group1": {"clip_norm": 1.0}})])
+def test_the_workdir_of_another_configuration_is_refused_and_left_as_it_was(key, value):
+    before = contents(finished())
+    with pytest.raises(UserError, match=rf"config\.{key}=.*another --workdir"):
+        train(tiny(**{key: value}), finished())
+    assert contents(finished()) == before
+
+
+def test_data_that_have_moved_are_no_other_configuration(tmp_path):
+    experiment.claim_workdir(finished(), tiny(data_dir=str(tmp_path)))
+
+
+def test_checkpoints_without_their_configuration_are_refused(tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    (workdir / "config.json").unlink()
+    before = contents(workdir)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        train(tiny(seed=1), workdir)
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": "many"}', '{"epoch": 3}'])
+def test_a_damaged_config_json_is_refused_and_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        train(tiny(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_input_that_does_not_fit_leaves_no_workdir(tmp_path):
+    with pytest.raises(UserError, match=r"config\.batch_size=361: larger than the 360 training images"):
+        train(tiny(batch_size=361), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_latest_checkpoint_stops_a_run_and_its_fix_goes_on(tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    path = workdir / "checkpoints" / "3" / "group1" / "manifest.ocdbt"
+    path.write_bytes(b"")
+    before = contents(workdir)
+    with pytest.raises(UserError, match="group1/manifest.ocdbt: damaged"):
+        train(tiny(), workdir)
+    assert contents(workdir) == before
+
+    import shutil
+
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    assert untimed(train(tiny(), workdir)) == untimed(summary_of(finished()))
+
+
+def test_divergence_names_the_group_and_leaves_earlier_checkpoints_intact(tmp_path):
+    changes = {"schedule": "sequential", "epochs": 1, "rule": "head", "norm": "none"}
+    config = tiny(**changes, overrides={"group1": {"optimizer": "sgd", "learning_rate": 1e30}})
+    with pytest.raises(UserError, match="epoch 2: the loss or a parameter of group1 is not finite; lower config.learning_rate"):
+        train(config, tmp_path)
+    assert Checkpoints(tmp_path).epochs() == [1]
+    states, _ = saved_states(config, tmp_path, 1)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(states))
+    assert [r["epoch"] for r in read_metrics(tmp_path)] == [1]
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
+    # One step: the loss is that of the initial parameters, and finite; the update is not.
+    config = tiny(epochs=1, rule="head", norm="none", optimizer="sgd", learning_rate=3e38, batch_size=360, momentum=0.99)
+    with pytest.raises(UserError, match="not finite"):
+        train(config, tmp_path)
+    assert Checkpoints(tmp_path).epochs() == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Choices
+
+
+def test_the_best_epoch_is_the_one_of_least_validation_error():
+    records, summary = read_metrics(finished()), summary_of(finished())
+    least = min(r["val_error"] for r in records)
+    assert summary["val_error"] == least
+    assert summary["best_epoch"] == max(r["epoch"] for r in records if r["val_error"] == least)
+    assert summary["voting"] == records[summary["best_epoch"] - 1]["voting"]
+
+
+def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
+    # The second of four epochs is made the best.
+    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), experiment._validate
+
+    def scripted(*args):
+        return sound(*args) | {"val_error": next(errors)}
+
+    config = tiny(epochs=4)
+    with mock.patch.object(experiment, "_validate", scripted):
+        summary = train(config, tmp_path)
+    assert (summary["best_epoch"], summary["val_error"]) == (2, 10.0)
+    assert Checkpoints(tmp_path).epochs() == [2, 3, 4]
+    by_epoch = {e: experiment.evaluate(tmp_path, epoch=str(e))["test_error_per_group"] for e in (2, 4)}
+    assert summary["test_error_per_group"] == by_epoch[2] != by_epoch[4]
+
+
+def test_without_validation_data_all_groups_vote_at_the_last_epoch(tmp_path):
+    summary = train(tiny(val_fraction=0.0, epochs=2), tmp_path)
+    assert summary["val_error"] is None
+    assert (summary["best_epoch"], summary["voting"]) == (2, [0, 1])
+    assert [r["val_error"] for r in read_metrics(tmp_path)] == [None, None]
+    found = experiment.evaluate(tmp_path)
+    assert (found["val_error"], found["test_error"]) == (None, summary["test_error"])
+
+
+def test_the_test_set_decides_nothing(tmp_path):
+    sound = data.load
+
+    def other_test_set(config):
+        dataset = sound(config)
+        test = data.Split(255 - dataset.test.images[::-1], (dataset.test.labels + 3) % 10)
+        return dataclasses.replace(dataset, test=test)
+
+    config = tiny()
+    with mock.patch.object(data, "load", other_test_set):
+        found = train(config, tmp_path)
+    wanted = summary_of(finished())
+    assert found["test_error"] != wanted["test_error"]
+    others = set(wanted) - {"test_error", "test_error_per_group", *TIMES}
+    assert {key: found[key] for key in others} == {key: wanted[key] for key in others}
+    assert list(map(untimed, read_metrics(tmp_path))) == list(map(untimed, read_metrics(finished())))
+    for epoch in Checkpoints(finished()).epochs():
+        assert_same_bits(saved_states(config, tmp_path, epoch), saved_states(config, finished(), epoch))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The sequential schedule
+
+
+def test_the_sequential_schedule_trains_every_group_once_in_turn():
+    changes = SEQUENTIAL | {"rule": "vff"}
+    config = tiny(**changes)
+    workdir, summary = undisturbed(**changes)
+    records = read_metrics(workdir)
+    assert [r["group"] for r in records] == [0, 0, 1, 1]
+    assert [len(r["val_error_per_group"]) for r in records] == [1, 1, 2, 2]
+    assert [[x is not None for x in r["loss_per_group"]] for r in records] == [[True, False]] * 2 + [[False, True]] * 2
+    assert summary["best_epoch"] > 2
+
+    plan, _, _, run = experiment.load_run(workdir, "latest")
+    fresh = init_states(plan, tuple(run["image_shape"]))
+    final = saved_states(config, workdir, 4)[0]
+    third = saved_states(config, workdir, 3)[0]
+    # The first group does not change any more; the second has left its initialisation.
+    assert_same_bits(final[0], third[0])
+    for i in range(2):
+        for a, b in zip(jax.tree.leaves(fresh[i].params), jax.tree.leaves(final[i].params), strict=True):
+            assert not np.array_equal(a, b)
+
+
+def test_an_untrained_group_is_not_evaluated(tmp_path):
+    config = tiny(schedule="sequential", epochs=1)
+    with killed_after_save(1):
+        train(config, tmp_path)
+    found = experiment.evaluate(tmp_path)
+    assert found["epoch"] == 1
+    assert len(found["test_error_per_group"]) == len(found["val_error_per_group"]) == 1
