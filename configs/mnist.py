@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.dataset = "mnist"
     config.network = "mlp"
-    config.widths = (512, 512, 512)  # units
+    config.widths = (1024, 1024, 1024)  # units
     config.grouping = "layer"  # equal widths would make one group, which is back-propagation
     config.crop_padding = 2  # pixels
     config.head_weight = 1.0  # of the head's gradient, beside CSCL's

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 from unittest import mock
 
 import jax
@@ -84,10 +85,9 @@ def test_plots_are_not_blank(name):
         assert part.std() > 5
 
 
-def test_convolutions_under_forward_forward_run_and_are_drawn(tmp_path):
-    changes = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2), "rule": "ff", "epochs": 1, "batch_size": 90}
-    summary = train(tiny(**changes), tmp_path, plots=True)
-    assert len(summary["test_error_per_group"]) == 2
+def test_a_run_without_a_codebook_is_drawn(tmp_path):
+    changes = JOINT | {"rule": "ff"}  # trained below too, and so compiled once
+    train(tiny(**changes), tmp_path, plots=True)
     with Image.open(tmp_path / "features.png") as image:
         assert np.asarray(image.convert("RGB")).std() > 5
 
@@ -98,6 +98,8 @@ def test_convolutions_under_forward_forward_run_and_are_drawn(tmp_path):
 
 @functools.cache
 def undisturbed(**changes):
+    if tiny(**changes) == tiny():
+        return finished(), summary_of(finished())
     folder = finished().parent / f"undisturbed-{'-'.join(map(str, changes.values()))}"
     return folder, train(tiny(**changes), folder)
 
@@ -151,10 +153,8 @@ INTERRUPTED = [
     (JOINT | {"rule": "vff"}, [(killed_in_save, 2), (killed_after_save, 2)]),
     (JOINT | {"rule": "vff", "labelling": "triplet", "negatives": "hard", "checkpoint_every": 2}, [(killed_after_line, 3)]),
     (JOINT | {"rule": "ff"}, [(killed_in_save, 1), (killed_after_line, 3)]),
-    (JOINT | {"rule": "head", "optimizer": "sgd", "warmup_epochs": 1.5}, [(killed_after_save, 2)]),
     (SEQUENTIAL | {"rule": "vff"}, [(killed_after_save, 1), (killed_after_save, 2)]),
-    (SEQUENTIAL | {"rule": "ff", "checkpoint_every": 5}, [(killed_after_line, 3)]),
-    (SEQUENTIAL | {"rule": "head"}, [(killed_in_save, 3)]),
+    (SEQUENTIAL | {"rule": "head", "optimizer": "sgd", "warmup_epochs": 1.5}, [(killed_in_save, 3)]),
 ]
 
 
@@ -199,7 +199,10 @@ def test_training_a_finished_run_again_changes_nothing(tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("epochs", 4), ("widths", (16, 13)), ("overrides", {"group1": {"clip_norm": 1.0}})])
+OTHERS = [("seed", 1), ("epochs", 4), ("widths", (16, 13)), ("overrides", {"group1": {"clip_norm": 1.0}})]
+
+
+@pytest.mark.parametrize(("key", "value"), OTHERS)
 def test_the_workdir_of_another_configuration_is_refused_and_left_as_it_was(key, value):
     before = contents(finished())
     with pytest.raises(UserError, match=rf"config\.{key}=.*another --workdir"):
@@ -239,11 +242,9 @@ def test_a_damaged_latest_checkpoint_stops_a_run_and_its_fix_goes_on(tmp_path):
     path = workdir / "checkpoints" / "3" / "group1" / "manifest.ocdbt"
     path.write_bytes(b"")
     before = contents(workdir)
-    with pytest.raises(UserError, match="group1/manifest.ocdbt: damaged"):
+    with pytest.raises(UserError, match=r"group1/manifest\.ocdbt: damaged"):
         train(tiny(), workdir)
     assert contents(workdir) == before
-
-    import shutil
 
     shutil.rmtree(workdir / "checkpoints" / "3")
     assert untimed(train(tiny(), workdir)) == untimed(summary_of(finished()))
@@ -252,7 +253,7 @@ def test_a_damaged_latest_checkpoint_stops_a_run_and_its_fix_goes_on(tmp_path):
 def test_divergence_names_the_group_and_leaves_earlier_checkpoints_intact(tmp_path):
     changes = {"schedule": "sequential", "epochs": 1, "rule": "head", "norm": "none"}
     config = tiny(**changes, overrides={"group1": {"optimizer": "sgd", "learning_rate": 1e30}})
-    with pytest.raises(UserError, match="epoch 2: the loss or a parameter of group1 is not finite; lower config.learning_rate"):
+    with pytest.raises(UserError, match=r"epoch 2: the loss or a parameter of group1 is not finite; lower config\.lea"):
         train(config, tmp_path)
     assert Checkpoints(tmp_path).epochs() == [1]
     states, _ = saved_states(config, tmp_path, 1)
@@ -263,7 +264,7 @@ def test_divergence_names_the_group_and_leaves_earlier_checkpoints_intact(tmp_pa
 
 def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     # One step: the loss is that of the initial parameters, and finite; the update is not.
-    config = tiny(epochs=1, rule="head", norm="none", optimizer="sgd", learning_rate=3e38, batch_size=360, momentum=0.99)
+    config = tiny(epochs=1, rule="head", optimizer="sgd", learning_rate=1e38, weight_decay=1e10, batch_size=360)
     with pytest.raises(UserError, match="not finite"):
         train(config, tmp_path)
     assert Checkpoints(tmp_path).epochs() == []

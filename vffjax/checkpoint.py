@@ -23,6 +23,7 @@ from vffjax.rules import Task
 from vffjax.trainer import Plan, init_states
 
 FOLDER = "checkpoints"
+_OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
 
 
 class Checkpoints:
@@ -98,12 +99,14 @@ class Checkpoints:
 
     def _restore(self, epoch: int, **items: Any) -> Any:
         try:
+            for name, args in items.items():
+                if isinstance(args, ocp.args.StandardRestore):
+                    _check_fits(self.folder / str(epoch) / name, args.item)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(self.folder / str(epoch), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError, TypeError) as error:
-            # Sound files that do not fit this network: another version of the code, or a step copied from elsewhere.
             reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{self.folder / str(epoch)}: cannot be restored ({reason}); use the workdir's own config.json") from error
+            raise UserError(f"{self.folder / str(epoch)}: cannot be restored ({reason}); {_OWN_CONFIG}") from error
 
 
 class Writer:
@@ -147,6 +150,18 @@ class Writer:
 def _rank(run: dict[str, Any]) -> tuple[int, float]:
     """The better, the greater."""
     return run["trained_groups"], -(run["val_error"] or 0.0)
+
+
+def _check_fits(folder: pathlib.Path, abstract: Any) -> None:
+    """Compares names, shapes and types of arrays with the saved ones; Orbax casts some differences, and leaves threads behind on others."""
+    saved, here = ocp.StandardCheckpointHandler().metadata(folder).tree, ocp.tree.serialize_tree(abstract, keep_empty_nodes=True)
+    found, wanted = (
+        {name: f"{x.dtype}{list(x.shape)}" for name, x in ocp.tree.to_flat_dict(tree).items()} for tree in (saved, here)
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            difference = f"{'.'.join(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'missing')}"
+            raise UserError(f"{folder}: saved by another network or optimizer ({difference}); {_OWN_CONFIG}")
 
 
 def _sha256(path: pathlib.Path) -> str:

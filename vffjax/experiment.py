@@ -70,6 +70,7 @@ def on_device(split: data_module.Split) -> Images:
 
 def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
     """Trains, or goes on where the workdir's latest checkpoint is, to the end; returns what `summary.json` holds."""
+    workdir = pathlib.Path(workdir)
     claim_workdir(workdir, config)
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
@@ -85,7 +86,9 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
     else:
         states = init_states(plan, dataset.image_shape)
         task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
-    cost = _run_epochs(plan, dataset, task, states, done, checkpoints, workdir)
+    cost: dict[str, Any] = {"compile_seconds": 0.0, "peak_bytes": None}
+    if done < plan.total_epochs:
+        cost = _run_epochs(plan, dataset, task, states, done, checkpoints, workdir)
     return _conclude(plan, dataset, checkpoints, workdir, cost)
 
 
@@ -94,7 +97,7 @@ def _run_epochs(
 ) -> dict[str, Any]:
     train_data, validation = on_device(dataset.train), on_device(dataset.validation)
     scores = inference.make_scores(plan, plan.config.inference)
-    cost: dict[str, Any] = {"compile_seconds": 0.0, "peak_bytes": None}
+    cost: dict[str, Any] = {"compile_seconds": 0.0, "peak_bytes": 0}
     with Logbook(workdir, plan.total_epochs, done) as logbook, contextlib.closing(checkpoints.writer(plan)) as writer:
         run_epoch, compiled_for = None, -1
         for epoch in range(done, plan.total_epochs):
@@ -104,7 +107,7 @@ def _run_epochs(
                 start = time.perf_counter()
                 run_epoch = make_epoch(plan, active).lower(task, states, train_data, jnp.int32(epoch)).compile()
                 cost["compile_seconds"] += time.perf_counter() - start
-                cost["peak_bytes"] = max(cost["peak_bytes"] or 0, executable_bytes(run_epoch))
+                cost["peak_bytes"] = max(cost["peak_bytes"], executable_bytes(run_epoch))
                 compiled_for = active
             start = time.perf_counter()
             states, metrics = run_epoch(task, states, train_data, jnp.int32(epoch))
@@ -275,8 +278,9 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tupl
     )
 
 
-def load_run(workdir: pathlib.Path, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
+def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
     """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch."""
+    workdir = pathlib.Path(workdir)
     config = read_config(workdir)
     checkpoints = Checkpoints(workdir)
     chosen = {"best": checkpoints.best, "latest": checkpoints.latest}.get(epoch, lambda: _numbered(checkpoints, epoch))()
@@ -293,7 +297,7 @@ def _numbered(checkpoints: Checkpoints, epoch: str) -> int:
     return int(epoch)
 
 
-def evaluate(workdir: pathlib.Path, inference_name: str = "", epoch: str = "best", data_dir: str = "") -> dict[str, Any]:
+def evaluate(workdir: pathlib.Path | str, inference_name: str = "", epoch: str = "best", data_dir: str = "") -> dict[str, Any]:
     """Validation and test errors in percent of a trained run; voting groups are chosen on the validation data."""
     plan, states, task, run = load_run(workdir, epoch)
     name = inference_name or plan.config.inference

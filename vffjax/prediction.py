@@ -2,6 +2,7 @@
 
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
                 ready = eight_bit.convert("L" if c == 1 else "RGB").resize((w, h), Image.Resampling.BILINEAR)
     except UserError:
         raise
+    except Image.DecompressionBombError:  # beyond Pillow's own limit
+        raise UserError(f"{path}: far too many pixels; give an image of at most {MAX_PIXELS} pixels") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a PNG or JPEG image") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
@@ -45,10 +48,10 @@ def rank(log_p: Float[np.ndarray, " classes"], class_names: list[str], top: int)
     return [{"class": class_names[i], "probability": float(p[i])} for i in np.argsort(-p, kind="stable")[:top]]
 
 
-def predict(workdir: pathlib.Path, paths: list[pathlib.Path], epoch: str = "best", top: int = 3) -> list[dict[str, Any]]:
+def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], epoch: str = "best", top: int = 3) -> list[dict[str, Any]]:
     """For each file the top classes of every group's head, and of the ensemble of the groups that vote."""
     plan, states, task, run = load_run(workdir, epoch)
-    images = np.stack([read_image(path, tuple(run["image_shape"])) for path in paths])
+    images = np.stack([read_image(pathlib.Path(path), tuple(run["image_shape"])) for path in paths])
     scores = np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(images)))
     names = run["class_names"]
     found = []

@@ -1,0 +1,236 @@
+"""Configuration: files that come with the library, keys, types, ranges, rules between keys, and what is said about bad ones."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+
+from vffjax import config as config_module
+from vffjax.cli import load_config_file
+from vffjax.config import DATASETS, FIELDS, Config, check_against_data, default_config, for_group, from_json, make_config
+from vffjax.errors import UserError
+from vffjax.groups import init_variables, make_groups
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Image shape, classes and training images of each set, from the sets' own descriptions.
+SIZES = {
+    "digits": ((8, 8, 1), 10, 1437),
+    "synthetic": ((16, 16, 3), 10, 2_000),
+    "mnist": ((28, 28, 1), 10, 60_000),
+    "fashion_mnist": ((28, 28, 1), 10, 60_000),
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "cifar100": ((32, 32, 3), 100, 50_000),
+}
+
+
+def variants_of(path):
+    space = {"__name__": "config_file"}
+    exec(compile(path.read_bytes(), str(path), "exec"), space)
+    return [f"{path}:{variant}" for variant in space["VARIANTS"]] if "VARIANTS" in space else [str(path)]
+
+
+FILES = [given for path in sorted((ROOT / "configs").glob("*.py")) for given in variants_of(path)]
+
+
+def refused(raw, *parts):
+    """`raw` must be refused in one line that holds all `parts`."""
+    with pytest.raises(UserError) as caught:
+        make_config(raw)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("given", FILES, ids=lambda given: pathlib.Path(given).name)
+def test_every_configuration_file_is_valid_and_builds_its_groups(given):
+    config = make_config(load_config_file(given)[0])
+    shape, classes, images = SIZES[config.dataset]
+    groups = make_groups(config, classes)
+    images = config.train_examples or images
+    check_against_data(config, images - round(config.val_fraction * images), shape, classes, len(groups))
+    # Traced, not run: a model of a hundred megabytes costs nothing here.
+    for params, _ in jax.eval_shape(lambda: init_variables(groups, jax.random.key(0), shape)):
+        assert params["head"]["kernel"].shape[1] == classes
+
+
+def test_there_are_configuration_files():
+    # Else the test above would run on nothing.
+    assert {"digits.py", "cifar10.py"} <= {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert len(FILES) > len(list((ROOT / "configs").glob("*.py")))  # some have variants
+
+
+def test_every_data_set_has_sizes_here():
+    assert set(SIZES) == set(DATASETS)
+
+
+def test_the_defaults_are_valid():
+    assert make_config({}) == make_config(default_config()) == Config()
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_every_key_has_a_documentation_and_a_default_in_its_range(key):
+    meta = FIELDS[key].metadata
+    assert len(meta["doc"]) > 10
+    default = getattr(Config(), key)
+    assert not meta["choices"] or default in meta["choices"]
+    assert meta["low"] is None or default >= meta["low"]
+    assert meta["high"] is None or default <= meta["high"]
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one():
+    refused({"epoch": 3}, "config.epoch=3", "no such key", "did you mean config.epochs?")
+    refused({"zzz": 3}, "config.zzz=3", "no such key", "--help")
+
+
+def test_a_configuration_file_cannot_invent_a_key():
+    with pytest.raises(AttributeError):
+        default_config().epoch = 3
+
+
+BELOW = {int: 1, float: 0.01}
+
+
+@pytest.mark.parametrize(("key", "limit"), [(k, m) for k in FIELDS for m in ("low", "high") if FIELDS[k].metadata[m] is not None])
+def test_every_limit_is_kept_and_named(key, limit):
+    value, kind = FIELDS[key].metadata[limit], type(FIELDS[key].default)
+    step = BELOW[kind] * max(1, abs(value))
+    beyond = kind(value + (step if limit == "high" else -step))
+    refused({key: beyond}, f"config.{key}={beyond!r}", str(value), "too large" if limit == "high" else "too small")
+    # The limit itself is allowed, as far as this check goes.
+    config_module._check_range(key, kind(value))
+
+
+@pytest.mark.parametrize("key", [key for key in FIELDS if FIELDS[key].metadata["choices"]])
+def test_every_choice_is_kept_and_all_are_named(key):
+    choices = FIELDS[key].metadata["choices"]
+    refused({key: choices[0] + "x"}, f"config.{key}='{choices[0]}x'", f"did you mean '{choices[0]}'", ", ".join(choices))
+
+
+@pytest.mark.parametrize("key", [key for key in FIELDS if isinstance(FIELDS[key].default, float)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_must_be_finite(key, value):
+    refused({key: value}, f"config.{key}={value}", "finite")
+
+
+TYPES = [
+    ("epochs", "many"),
+    ("epochs", 1.5),
+    ("epochs", True),
+    ("epochs", None),
+    ("learning_rate", "fast"),
+    ("learning_rate", True),
+    ("flip", 1),
+    ("dataset", 3),
+    ("widths", 3),
+    ("widths", ()),
+    ("widths", (1.5,)),
+    ("widths", (True,)),
+    ("widths", "16"),
+    ("overrides", [1]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), TYPES, ids=str)
+def test_a_value_of_the_wrong_type_is_refused(key, value):
+    refused({key: value}, f"config.{key}={value!r}", "give ")
+
+
+def test_whole_numbers_are_taken_for_real_ones():
+    config = make_config({"learning_rate": 1, "overrides": {"group0": {"learning_rate": 2}}})
+    assert (config.learning_rate, type(config.learning_rate)) == (1.0, float)
+    assert type(config.overrides["group0"]["learning_rate"]) is float
+
+
+CONV = {"network": "conv4", "widths": (4, 4, 6, 6)}
+TOGETHER = {
+    "a width below 1": ({"widths": (4, 0)}, "config.widths=(4, 0)"),
+    "conv4 with three widths": ({"network": "conv4", "widths": (4, 4, 6)}, "config.widths=(4, 4, 6)"),
+    "conv4 with three pools": (CONV | {"pools": (1, 2, 1)}, "config.pools=(1, 2, 1)"),
+    "a pool below 1": (CONV | {"pools": (1, 0, 1, 1)}, "config.pools=(1, 0, 1, 1)"),
+    "a warm-up longer than the run": ({"epochs": 2, "warmup_epochs": 2.5}, "config.warmup_epochs=2.5"),
+    "a group's warm-up longer than the run": (
+        {"epochs": 2, "overrides": {"group1": {"warmup_epochs": 2.5}}},
+        "config.overrides.group1.warmup_epochs=2.5",
+    ),
+    "goodness behind a batch statistic": ({"rule": "ff", "norm": "batch"}, "config.norm='batch'"),
+    "a sweep over labels never seen": ({"rule": "head", "inference": "sweep"}, "config.inference='sweep'"),
+    "an override of no group": ({"overrides": {"first": {}}}, "config.overrides.first={}"),
+    "an override of a group with a leading zero": ({"overrides": {"group01": {}}}, "config.overrides.group01={}"),
+    "an override that is no dictionary": ({"overrides": {"group0": 3}}, "config.overrides.group0=3"),
+    "an override of what belongs to the run": ({"overrides": {"group0": {"epochs": 3}}}, "config.overrides.group0.epochs=3"),
+    "an override out of range": ({"overrides": {"group0": {"momentum": 2.0}}}, "config.overrides.group0.momentum=2.0"),
+    "an override of the wrong type": ({"overrides": {"group0": {"momentum": "x"}}}, "config.overrides.group0.momentum='x'"),
+    "an override of no choice": ({"overrides": {"group0": {"optimizer": "adam"}}}, "config.overrides.group0.optimizer='adam'"),
+}
+
+
+@pytest.mark.parametrize(("raw", "named"), TOGETHER.values(), ids=TOGETHER.keys())
+def test_values_that_do_not_go_together_are_refused(raw, named):
+    refused(raw, named, "; ")
+
+
+AGAINST_DATA = {
+    "a batch larger than the data": ({"batch_size": 101}, "config.batch_size=101", "use at most 100"),
+    "pools that leave nothing": (CONV | {"pools": (2, 2, 2, 2)}, "config.pools=(2, 2, 2, 2)", "smaller windows"),
+    "a cutout larger than the image": ({"cutout": 9}, "config.cutout=9", "use at most 8"),
+    "more classes than label pixels": ({"rule": "ff"}, "config.rule='ff'", "33 label pixels"),
+    "an override of a group that is not there": ({"overrides": {"group3": {}}}, "config.overrides.group3={}", "group0 to group2"),
+}
+
+
+@pytest.mark.parametrize(("raw", "named", "fix"), AGAINST_DATA.values(), ids=AGAINST_DATA.keys())
+def test_what_does_not_fit_the_data_is_refused(raw, named, fix):
+    with pytest.raises(UserError) as caught:
+        check_against_data(make_config({"batch_size": 100} | raw), 100, (8, 8, 1), 33 if raw.get("rule") == "ff" else 10, 3)
+    assert named in str(caught.value)
+    assert fix in str(caught.value)
+
+
+def test_what_just_fits_the_data_is_allowed():
+    raw = CONV | {"pools": (2, 2, 2, 1), "batch_size": 100, "cutout": 8, "rule": "ff", "overrides": {"group2": {}}}
+    check_against_data(make_config(raw), 100, (8, 8, 1), 32, 3)
+
+
+def test_overrides_change_their_group_alone():
+    config = make_config({"momentum": 0.5, "overrides": {"group1": {"momentum": 0.1, "optimizer": "sgd"}}})
+    assert (for_group(config, 1).momentum, for_group(config, 1).optimizer) == (0.1, "sgd")
+    assert for_group(config, 0) == for_group(config, 11) == config
+
+
+def test_a_configuration_survives_json():
+    raw = {"widths": (3, 2), "learning_rate": 0.1, "flip": True, "overrides": {"group1": {"learning_rate": 1e-4}}}
+    config = make_config(raw)
+    assert from_json(json.loads(json.dumps(config.to_dict())), "config.json") == config
+    assert set(config.to_dict()) == set(FIELDS)
+
+
+def test_what_json_holds_is_checked_and_its_file_named():
+    with pytest.raises(UserError, match=r"^runs/x/config\.json: config\.epochs=0"):
+        from_json({"epochs": 0}, "runs/x/config.json")
+
+
+def test_a_configuration_cannot_be_changed_afterwards():
+    raw = {"overrides": {"group0": {"momentum": 0.1}}}
+    config = make_config(raw)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3
+    raw["overrides"]["group0"]["momentum"] = 0.2
+    config.to_dict()["overrides"]["group0"]["momentum"] = 0.3
+    assert config.overrides["group0"]["momentum"] == 0.1
+
+
+def test_a_config_dict_and_a_dictionary_make_the_same():
+    raw = {"epochs": 3, "widths": (4, 3), "overrides": {"group0": {"momentum": 0.1}}}
+    assert make_config(ml_collections.ConfigDict(raw)) == make_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "norm", "contrast"),
+    [({}, "batch", "in_batch"), ({"rule": "ff"}, "input", "in_batch"), ({"labelling": "triplet", "norm": "none"}, "none", "triplet")],
+)
+def test_auto_means_what_its_documentation_says(raw, norm, contrast):
+    config = make_config(raw)
+    assert (config.resolved_norm, config.resolved_contrast) == (norm, contrast)

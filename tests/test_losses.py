@@ -1,0 +1,210 @@
+"""Losses: values against NumPy float64 loops, gradients against central differences, and what they do at the edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import config_of, numeric_gradient, quick_jit, small_run
+
+from vffjax import losses, rules
+from vffjax.labelling import Streams
+
+SIMILARITIES = ("position", "flat", "grid", "pooled")
+MARGIN, TAU = 0.2, 0.1
+
+
+def maps(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def embedded_triplet(z, kind):
+    """The loss as a function of the three maps, stacked."""
+    return losses.cscl_triplet(*losses.embed(z, kind), MARGIN, TAU)
+
+
+def embedded_in_batch(z, kind, label, copy_labels):
+    """The first map is the anchor, the others its copies."""
+    e = losses.embed(z, kind)
+    return losses.cscl_in_batch(e[0], label, e[1:], copy_labels, MARGIN, TAU)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (1, 1, 3), (6,)], ids=str)
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_dot_products_of_embeddings_are_the_similarity(kind, shape):
+    z = maps(0, 5, *shape)
+    e = np.asarray(losses.embed(jnp.asarray(z), kind))
+    expected = [[oracles.similarity(a, b, kind) for a in z] for b in z]
+    np.testing.assert_allclose(e @ e.T, expected, atol=2e-6)
+
+
+def test_similarities_of_maps_differ_by_kind():
+    z = jnp.asarray(maps(0, 2, 4, 4, 3))
+    values = [float(np.prod(losses.embed(z, kind), axis=0).sum()) for kind in SIMILARITIES]
+    assert len({round(v, 4) for v in values}) == 4
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_triplet_loss_and_gradient_equal_the_definition(kind):
+    z = maps(1, 3, 4, 4, 2)
+    value, gradient = quick_jit(jax.value_and_grad(lambda z: embedded_triplet(z, kind)))(jnp.asarray(z))
+    oracle = lambda z: oracles.triplet(*z, kind, MARGIN, TAU)  # noqa: E731
+    np.testing.assert_allclose(value, oracle(z), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, z), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_in_batch_loss_and_gradient_equal_the_definition(kind):
+    z, label, copy_labels = maps(2, 5, 4, 4, 2), 2, np.array([0, 2, 1, 2])
+    f = quick_jit(jax.value_and_grad(lambda z: embedded_in_batch(z, kind, label, jnp.asarray(copy_labels))))
+    value, gradient = f(jnp.asarray(z))
+    oracle = lambda z: oracles.in_batch(z[0], label, z[1:], copy_labels, kind, MARGIN, TAU)  # noqa: E731
+    np.testing.assert_allclose(value, oracle(z), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, z), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["triplet", "in_batch"])
+def test_vmapped_losses_equal_looped_ones(loss):
+    labels = np.arange(6) % 3
+    anchors, copies = (np.asarray(losses.embed(jnp.asarray(maps(seed, 6, 8)), "flat")) for seed in (3, 4))
+    if loss == "triplet":
+        together = jax.vmap(losses.cscl_triplet, (0, 0, 0, None, None))(anchors, copies, copies[::-1], MARGIN, TAU)
+        apart = [losses.cscl_triplet(a, p, n, MARGIN, TAU) for a, p, n in zip(anchors, copies, copies[::-1], strict=True)]
+    else:
+        together = jax.vmap(losses.cscl_in_batch, (0, 0, None, None, None, None))(anchors, labels, copies, labels, MARGIN, TAU)
+        apart = [losses.cscl_in_batch(a, y, copies, labels, MARGIN, TAU) for a, y in zip(anchors, labels, strict=True)]
+    np.testing.assert_allclose(together, apart, rtol=1e-5)
+    assert together.shape == (6,)
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+@pytest.mark.parametrize("case", ["all zero", "one zero", "equal", "opposite", "tiny", "huge"])
+def test_degenerate_features_give_finite_losses_and_gradients(kind, case):
+    a = maps(5, 4, 4, 2)
+    z = {
+        "all zero": 0 * np.stack([a, a, a]),
+        "one zero": np.stack([a, 0 * a, -a]),
+        "equal": np.stack([a, a, a]),
+        "opposite": np.stack([a, -a, a]),
+        "tiny": 1e-15 * np.stack([a, -a, a]),
+        "huge": 1e15 * np.stack([a, -a, a]),
+    }[case]
+    for f in (lambda z: embedded_triplet(z, kind), lambda z: embedded_in_batch(z, kind, 1, jnp.array([1, 0]))):
+        value, gradient = quick_jit(jax.value_and_grad(f))(jnp.asarray(z))
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_triplet_loss_does_not_see_the_scale_of_features(kind):
+    z = jnp.asarray(maps(6, 3, 4, 4, 2))
+    scaled = z * jnp.array([1e-3, 7.0, 1e4]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(embedded_triplet(scaled, kind), embedded_triplet(z, kind), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_bf16_features_give_float32_cosines_within_one(kind):
+    z = jnp.asarray(maps(7, 40, 4, 4, 33), jnp.bfloat16)
+    e = losses.embed(z, kind)
+    assert e.dtype == jnp.float32
+    cosines = np.asarray(e, np.float64) @ np.asarray(e, np.float64).T
+    assert np.abs(cosines).max() <= 1 + 1e-6
+    np.testing.assert_allclose(np.diag(cosines), 1, atol=1e-6)
+
+
+def test_margin_and_temperature_act_as_documented():
+    a, p, n = (jnp.array(v) for v in ([1.0, 0.0], [0.6, 0.8], [0.0, 1.0]))
+    # s(a, p) = 0.6, s(a, n) = 0: at the margin that equals their difference the loss is tau log 2.
+    np.testing.assert_allclose(losses.cscl_triplet(a, p, n, 0.6, 0.5), 0.5 * np.log(2), rtol=1e-5)
+    copies, copy_labels = jnp.stack([p, n]), jnp.array([0, 1])
+    np.testing.assert_allclose(losses.cscl_in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
+
+
+def test_class_similarity_is_the_mean_cosine_with_one_class():
+    e = np.asarray(losses.embed(jnp.asarray(maps(8, 5, 6)), "flat"))
+    labels = jnp.array([0, 1, 0, 2])
+    np.testing.assert_allclose(losses.class_similarity(e[0], 0, e[1:], labels), (e[0] @ e[1] + e[0] @ e[3]) / 2, rtol=1e-5)
+    assert losses.class_similarity(e[0], 7, e[1:], labels) == 0
+
+
+@pytest.mark.parametrize("kind", ["grid", "position"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"labelling": "triplet"}, {"labelling": "triplet", "contrast": "in_batch"}, {"contrast": "triplet", "copies_per_class": 3}],
+    ids=["shared", "triplet", "triplet, in batch", "shared, triplet contrast"],
+)
+def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, kind, key):
+    config = config_of(similarity=kind, margin=MARGIN, temperature=TAU, **changes)
+    classes, labels = 3, np.array([2, 0, 1, 0])
+    wrong = np.array([0, 1, 2, 2])
+    copy_labels = np.concatenate([labels, wrong]) if config.labelling == "triplet" else np.tile(np.arange(classes), config.copies_per_class)
+    clean, copies = maps(9, 4, 4, 4, 2), maps(10, len(copy_labels), 4, 4, 2)
+    streams = Streams(*(jnp.asarray(a) for a in (clean, labels, copies, copy_labels)))
+    value = rules._cscl(config, streams, key, jnp.zeros((4, classes)))
+    if config.resolved_contrast == "in_batch":
+        rows = [oracles.in_batch(a, y, copies, copy_labels, kind, MARGIN, TAU) for a, y in zip(clean, labels, strict=True)]
+    elif config.labelling == "triplet":
+        rows = [oracles.triplet(a, copies[i], copies[4 + i], kind, MARGIN, TAU) for i, a in enumerate(clean)]
+    else:
+        drawn = np.asarray(rules.labelling.wrong_labels(key, jnp.asarray(labels), classes))
+        mean = lambda a, y: np.mean([oracles.similarity(a, c, kind) for c, d in zip(copies, copy_labels, strict=True) if d == y])  # noqa: E731
+        pairs = zip(clean, labels, drawn, strict=True)
+        rows = [TAU * oracles.softplus((mean(a, w) - mean(a, y) + MARGIN) / TAU) for a, y, w in pairs]
+    np.testing.assert_allclose(value, np.mean(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3, 5), (4, 6)], ids=str)
+def test_goodness_is_the_mean_square(shape):
+    z = maps(11, *shape)
+    np.testing.assert_allclose(losses.goodness(jnp.asarray(z)), [np.mean(row**2) for row in z], rtol=1e-6)
+
+
+@pytest.mark.parametrize("peer", [0.0, 0.7])
+@pytest.mark.parametrize("shape", [(4, 3, 3, 5), (4, 6)], ids=str)
+def test_forward_forward_loss_and_gradient_equal_the_definition(shape, peer):
+    z, threshold = maps(12, 2, *shape), 0.8
+    f = quick_jit(jax.value_and_grad(lambda z: losses.forward_forward(z[0], z[1], threshold, peer)))
+    value, gradient = f(jnp.asarray(z))
+    oracle = lambda z: oracles.forward_forward(z[0], z[1], threshold, peer)  # noqa: E731
+    np.testing.assert_allclose(value, oracle(z), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, z), rtol=1e-4, atol=1e-6)
+
+
+def test_the_forward_forward_rule_takes_right_labels_as_positive():
+    config = config_of(rule="ff", goodness_threshold=0.5)
+    copies = maps(13, 8, 3, 3, 2) * np.array([2.0] * 4 + [0.1] * 4).reshape(-1, 1, 1, 1)
+    labels = np.zeros(4, np.int32)
+    streams = Streams(*(jnp.asarray(a) for a in (copies[:4], labels, copies, np.tile(labels, 2))))
+    value = rules._forward_forward(config, streams)
+    np.testing.assert_allclose(value, oracles.forward_forward(copies[:4], copies[4:], 0.5, 0.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_head_cross_entropy_and_gradient_equal_the_definition(smoothing):
+    logits, labels = 3 * maps(14, 5, 4), np.array([3, 0, 1, 1, 2])
+    f = quick_jit(jax.value_and_grad(lambda z: losses.head_cross_entropy(z, jnp.asarray(labels), smoothing)))
+    value, gradient = f(jnp.asarray(logits))
+    oracle = lambda z: oracles.cross_entropy(z, labels, smoothing)  # noqa: E731
+    np.testing.assert_allclose(value, oracle(logits), rtol=1e-5)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, logits), rtol=1e-4, atol=1e-6)
+
+
+def test_the_objective_of_a_group_is_the_sum_of_its_parts(key):
+    """Loss, and the head's loss on the clean rows only, under label smoothing."""
+    run = small_run(config_of(network="mlp", widths=(7,), label_smoothing=0.2))
+    streams, group, state = oracles.streams_of(run, key), run.plan.groups[0], run.states[0]
+    f = quick_jit(lambda params: rules.local_loss(params, run.plan.config, group, state.batch_stats, streams, key))
+    loss, (_, out, metrics) = f(state.params)
+    np.testing.assert_allclose(loss, metrics["local_loss"] + metrics["head_loss"], rtol=1e-6)
+    expected = oracles.cross_entropy(group.logits(state.params, out.clean), streams.labels, 0.2)
+    np.testing.assert_allclose(metrics["head_loss"], expected, rtol=1e-5)
+    assert out.clean.shape == (12, 7)
+    assert out.copies.shape == (6, 7)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+def test_scale_gradient_keeps_the_value_and_scales_the_gradient(scale):
+    x = jnp.array([1.0, -2.0])
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(losses.scale_gradient(x, scale) ** 2))(x)
+    assert value == 5
+    np.testing.assert_allclose(gradient, scale * 2 * x, rtol=1e-6)

@@ -1,0 +1,397 @@
+"""Training: the update of one group, all groups on a batch, schedules, optimizers, the scanned epoch and its speed."""
+
+import functools
+import statistics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run
+
+from vffjax import rules, trainer
+from vffjax.augment import normalise
+from vffjax.config import for_group
+from vffjax.trainer import Images, init_states, make_epoch, make_optimizer, make_plan, make_task, train_step
+
+
+def copied(tree):
+    """A copy that survives the donation of the original."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def step_of(run, active=None, jit=quick_jit):
+    return jit(functools.partial(train_step, run.plan, active))
+
+
+# --- one batch
+
+
+class Plain(nn.Module):
+    """The network of `CONV` as anyone would write it."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        for i, (width, pool) in enumerate(zip(CONV["widths"], CONV["pools"], strict=True)):
+            x = nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, name=f"norm{i}")(x))
+            x = nn.max_pool(x, (pool, pool), (pool, pool))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def test_one_group_under_the_head_rule_is_plain_back_propagation(key):
+    """Four steps of AdamW with weight decay; float32 roundings of Adam's quotient allow 2e-5 of a parameter, the steps being 1e-2."""
+    config = config_of(**CONV, grouping="all", rule="head", head_grid=1, learning_rate=1e-2, weight_decay=0.1, label_smoothing=0.1)
+    run = small_run(config, examples=48)
+    (state,) = run.states
+    ours = [("norm", f"norm{i}", f"layers_{i}") for i in range(4)]
+    params = {"head": state.params["head"]}
+    params |= {f"conv{i}": {"kernel": state.params[f"layers_{i}"]["kernel"]} for i in range(4)}
+    params |= {theirs: state.params[layer]["norm"] for _, theirs, layer in ours}
+    stats = {theirs: {k: v[0] for k, v in state.batch_stats[layer]["norm"].items()} for _, theirs, layer in ours}
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(1e-2, 2 * 4), weight_decay=0.1, mask=lambda p: jax.tree_util.tree_map_with_path(lambda q, _: q[-1].key == "kernel", p)
+    )
+    opt_state, mean, std = optimizer.init(params), np.asarray(run.task.mean), np.asarray(run.task.std)
+
+    @jax.jit
+    def plain_step(params, stats, opt_state, x, labels):
+        def loss(params):
+            logits, new = Plain().apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, 3), 0.1)
+            return optax.softmax_cross_entropy(logits, targets).mean(), (new["batch_stats"], logits)
+
+        (value, (new_stats, logits)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), new_stats, opt_state, value, logits
+
+    step, states = step_of(run, jit=jax.jit), run.states
+    for i in range(4):
+        images, labels = run.batch(12 * i)
+        x = ((np.asarray(images) / 255 - mean) / std).astype(np.float32)
+        params, stats, opt_state, value, logits = plain_step(params, stats, opt_state, x, labels)
+        states, metrics = step(run.task, states, images, labels, key)
+        np.testing.assert_allclose(metrics["loss"], [value], rtol=1e-4)
+        np.testing.assert_allclose(metrics["accuracy"], [np.mean(logits.argmax(1) == labels)], rtol=1e-6)
+    (state,) = states
+    assert_close({k: state.params["head"][k] for k in params["head"]}, params["head"], rtol=1e-4, atol=2e-5)
+    for i in range(4):
+        layer = state.params[f"layers_{i}"]
+        np.testing.assert_allclose(layer["kernel"], params[f"conv{i}"]["kernel"], rtol=1e-4, atol=2e-5)
+        assert_close(layer["norm"], params[f"norm{i}"], rtol=1e-4, atol=2e-5)
+        assert_close({k: v[0] for k, v in state.batch_stats[f"layers_{i}"]["norm"].items()}, stats[f"norm{i}"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    """A run of three groups with two optimizers, its jitted step, and one step's result."""
+    overrides = {"group1": {"learning_rate": 3e-4, "clip_norm": 0.01}}
+    run = small_run(config_of(**MLP, labelling="triplet", negatives="hard", head_weight=0.5, weight_decay=0.01, overrides=overrides))
+    step, key = step_of(run), jax.random.key(5)
+    return run, step, key, step(run.task, run.states, *run.batch(), key)
+
+
+def test_each_group_steps_as_if_alone_on_the_features_of_its_predecessors(mlp):
+    run, _, key, (joint, metrics) = mlp
+    plan, (images, labels) = run.plan, run.batch()
+
+    @quick_jit
+    def alone(states):
+        x = normalise(images, run.task.mean, run.task.std)
+        logits = trainer.clean_log_p(plan, run.task, states, x).mean(0)
+        streams = rules.make_streams(plan.config, run.task, jax.random.fold_in(key, 1), x, labels, logits)
+        out = []
+        for i, group in enumerate(plan.groups):
+            group_key = jax.random.fold_in(jax.random.fold_in(key, 2), i)
+            new, _, m = trainer.group_step(for_group(plan.config, i), group, plan.optimizers[i], states[i], streams, group_key)
+            out.append((new, m["loss"]))
+            # The next group sees what this one computed before its update.
+            both = jnp.concatenate([streams.clean, streams.copies])
+            features, _ = group.features(states[i].params, states[i].batch_stats, both, len(labels), True)
+            streams = streams._replace(clean=features[: len(labels)], copies=features[len(labels) :])
+        return out
+
+    for i, (state, loss) in enumerate(alone(run.states)):
+        assert_close(joint[i], state, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(metrics["loss"][i], loss, rtol=1e-5)
+        assert differs(joint[i].params, run.states[i].params)
+
+
+def test_every_group_owns_its_optimizer_state(mlp):
+    run, _, _, (joint, _) = mlp
+    for before, after in zip(run.states, joint, strict=True):
+        shapes = sorted(leaf.shape for _, leaf in leaves(after.params))
+        moments = [sorted(leaf.shape for path, leaf in leaves(after.opt_state) if name in path) for name in (".mu", ".nu")]
+        assert moments == [shapes, shapes]
+        counts = [leaf for path, leaf in leaves(after.opt_state) if "count" in path]
+        assert counts and all(count == 1 for count in counts)
+        assert differs(before.opt_state, after.opt_state)
+
+
+def test_overrides_change_their_group_only(mlp):
+    run, _, key, (with_overrides, _) = mlp
+    config = config_of(**{k: v for k, v in run.plan.config.to_dict().items() if k != "overrides"})
+    plain = run._replace(plan=make_plan(config, 12, 3), states=random_states(make_plan(config, 12, 3), (8, 8, 2)))
+    assert_same([s.params for s in plain.states], [s.params for s in run.states])
+    without, _ = step_of(plain)(run.task, plain.states, *run.batch(), key)
+    for i in (0, 2):
+        assert_same(with_overrides[i], without[i])
+    assert differs(with_overrides[1].params, without[1].params)
+    # Adam's first step is the learning rate in every entry with a gradient, but for epsilon and decay.
+    largest = [max(np.abs(a - b).max() for (_, a), (_, b) in zip(leaves(s.params), leaves(run.states[i].params), strict=True)) for i, s in enumerate(with_overrides)]
+    np.testing.assert_allclose(largest, [1e-3, 3e-4, 1e-3], rtol=0.05)
+
+
+def test_a_step_is_a_function_of_its_key(mlp):
+    run, step, key, (states, _) = mlp
+    again, _ = step(run.task, run.states, *run.batch(), key)
+    other, _ = step(run.task, run.states, *run.batch(), jax.random.key(6))
+    assert_same(again, states)
+    assert differs([s.params for s in other], [s.params for s in states])
+
+
+@pytest.mark.parametrize("active", [0, 1, 2])
+def test_the_sequential_schedule_changes_the_active_group_only(active):
+    run = small_run(config_of(**MLP, schedule="sequential", epochs=3))
+    assert [run.plan.active(epoch) for epoch in range(run.plan.total_epochs)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    states, metrics = step_of(run, active)(run.task, run.states, *run.batch(), jax.random.key(5))
+    for i in range(3):
+        if i == active:
+            assert all((a != b).any() for (p, a), (_, b) in zip(leaves(states[i].params), leaves(run.states[i].params), strict=True) if "kernel" in p)
+        else:
+            assert_same(states[i], run.states[i])
+    assert metrics["loss"].shape == metrics["accuracy"].shape == (1,)
+
+
+def test_a_frozen_group_passes_on_what_evaluation_would_see(key):
+    """Running statistics, each stream its own."""
+    run = small_run(config_of(**MLP))
+    group, state = run.plan.groups[0], run.states[0]
+    streams = rules.make_streams(run.plan.config, run.task, key, normalise(run.batch()[0], run.task.mean, run.task.std), run.batch()[1])
+    out = trainer.frozen_step(group, state, streams)
+    clean, _ = group.features(state.params, state.batch_stats, streams.clean, 12, False)
+    copies, _ = group.features(state.params, state.batch_stats, streams.copies, 0, False)
+    np.testing.assert_allclose(out.clean, clean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out.copies, copies, rtol=1e-5, atol=1e-6)
+    assert_same((out.labels, out.copy_labels), (streams.labels, streams.copy_labels))
+
+
+@pytest.mark.parametrize("network", [CONV, MLP], ids=["conv4", "mlp"])
+def test_bf16_computes_in_bf16_on_float32_parameters(network, key):
+    run = small_run(config_of(**network, precision="bf16", head_weight=1.0))
+    states, metrics = step_of(run, jit=jax.jit)(run.task, run.states, *run.batch(), key)
+    for state in states:
+        dtypes = {leaf.dtype for _, leaf in leaves((state.params, state.batch_stats))}
+        assert dtypes == {np.dtype(np.float32)}
+        assert all(np.isfinite(leaf).all() for _, leaf in leaves(state))
+    assert metrics["loss"].dtype == jnp.float32
+    assert np.isfinite(metrics["loss"]).all()
+    features, _ = jax.eval_shape(lambda x: run.plan.groups[0].features(states[0].params, states[0].batch_stats, x, 12, False), jnp.zeros((12, 8, 8, 2)))
+    assert features.dtype == jnp.bfloat16
+
+
+# --- optimizers
+
+
+def updates_of(config, gradients, params, steps_per_epoch=5):
+    """Parameters after each of the gradients."""
+    optimizer, out = make_optimizer(config, steps_per_epoch), []
+    state, update = optimizer.init(params), quick_jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        out.append(params)
+    return out
+
+
+@pytest.mark.parametrize("warmup_epochs", [0.0, 0.6, 2.0])
+def test_the_rate_warms_up_from_zero_and_decays_to_zero_on_a_cosine(warmup_epochs):
+    config = config_of(optimizer="sgd", momentum=0.0, learning_rate=0.3, epochs=4, warmup_epochs=warmup_epochs)
+    total, warmup = 4 * 5, round(warmup_epochs * 5)
+    points = np.array([float(p["b"][0]) for p in updates_of(config, [{"b": jnp.ones(1)}] * (total + 1), {"b": jnp.zeros(1)})])
+    rates = -np.diff(np.concatenate([[0.0], points]))
+    expected = [0.3 * t / warmup if t < warmup else 0.15 * (1 + np.cos(np.pi * (t - warmup) / (total - warmup))) for t in range(total + 1)]
+    np.testing.assert_allclose(rates, expected, atol=2e-6)
+    assert abs(rates[total]) < 1e-6
+
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0, -1.0])}
+GRADIENTS = [{"kernel": jnp.asarray(np.random.default_rng(i).normal(size=(2, 2)), jnp.float32), "bias": jnp.array([0.1 * i, 2.0])} for i in range(6)]
+
+
+def rate(step, total=20):
+    return 0.1 * 0.5 * (1 + np.cos(np.pi * step / total))
+
+
+def test_sgd_is_nesterov_momentum_with_decoupled_decay_of_kernels():
+    config = config_of(optimizer="sgd", momentum=0.9, weight_decay=0.05, learning_rate=0.1, epochs=4)
+    found = updates_of(config, GRADIENTS, PARAMS)
+    for name, decay in (("kernel", 0.05), ("bias", 0.0)):
+        p, trace = np.asarray(PARAMS[name], np.float64), 0.0
+        for t, gradient in enumerate(GRADIENTS):
+            g = np.asarray(gradient[name], np.float64)
+            trace = g + 0.9 * trace
+            p = p - rate(t) * (g + 0.9 * trace + decay * p)
+            np.testing.assert_allclose(found[t][name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_adam_with_decoupled_decay_of_kernels():
+    config = config_of(weight_decay=0.05, learning_rate=0.1, epochs=4)
+    found = updates_of(config, GRADIENTS, PARAMS)
+    for name, decay in (("kernel", 0.05), ("bias", 0.0)):
+        p, m, v = np.asarray(PARAMS[name], np.float64), 0.0, 0.0
+        for t, gradient in enumerate(GRADIENTS):
+            g = np.asarray(gradient[name], np.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p = p - rate(t) * (m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8) + decay * p)
+            np.testing.assert_allclose(found[t][name], p, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weight_decay_shrinks_kernels_and_nothing_else(optimizer):
+    run = small_run(config_of(**CONV, optimizer=optimizer, weight_decay=0.1, learning_rate=0.5))
+    params = run.states[0].params
+    after = updates_of(run.plan.config, [jax.tree.map(jnp.zeros_like, params)], params)[0]
+    for (path, old), (_, new) in zip(leaves(params), leaves(after), strict=True):
+        np.testing.assert_allclose(new, old * (0.95 if "kernel" in path else 1.0), rtol=1e-6, err_msg=path)
+
+
+def test_clipping_bounds_the_norm_of_the_whole_groups_gradient():
+    config = config_of(optimizer="sgd", momentum=0.0, learning_rate=1.0, clip_norm=0.5)
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    zero = jax.tree.map(jnp.zeros_like, gradient)
+    for scale, norm in ((1.0, 0.5), (0.01, 0.05)):
+        after = updates_of(config, [jax.tree.map(lambda g, s=scale: s * g, gradient)], zero)[0]
+        np.testing.assert_allclose(after["a"], [-0.6 * norm, 0], rtol=1e-5)
+        np.testing.assert_allclose(after["b"], [[-0.8 * norm]], rtol=1e-5)
+
+
+# --- epochs
+
+
+@pytest.fixture(scope="module")
+def conv():
+    """A run with augmentation whose last batch of an epoch would be short; its epoch and its step, jitted as for use."""
+    config = config_of(**CONV | {"widths": (8, 8, 16, 16)}, batch_size=32, epochs=3, flip=True, crop_padding=2, cutout=3)
+    run = small_run(config, shape=(12, 12, 3), examples=8 * 32 + 5)
+    return run, make_epoch(run.plan), step_of(run, jit=jax.jit)
+
+
+def looped_epoch(run, step, states, epoch):
+    """What the scan does, as a Python loop; the derivation of keys is part of what a seed means, so it is repeated here."""
+    steps, batch = run.plan.steps_per_epoch, run.plan.config.batch_size
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.plan.config.seed), 2), epoch)
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(run.data.labels)))[: steps * batch].reshape(steps, batch)
+    history = []
+    for i, rows in enumerate(order):
+        states, metrics = step(run.task, states, run.data.images[rows], run.data.labels[rows], jax.random.fold_in(key, i + 1))
+        history.append(metrics)
+    return states, history
+
+
+def test_a_scanned_epoch_is_the_loop_of_steps_over_the_same_order(conv):
+    run, epoch, step = conv
+    scanned, metrics = epoch(run.task, copied(run.states), run.data, jnp.int32(1))
+    looped, history = looped_epoch(run, step, run.states, 1)
+    assert run.plan.steps_per_epoch == len(history) == 8
+    # Adam divides by small numbers: roundings grow to a hundredth of a step of 1e-3.
+    assert_close([s.params for s in scanned], [s.params for s in looped], rtol=1e-3, atol=2e-5)
+    assert_close([s.batch_stats for s in scanned], [s.batch_stats for s in looped], rtol=1e-3, atol=1e-4)
+    assert_close(metrics, {name: np.mean([m[name] for m in history], axis=0) for name in history[0]}, rtol=1e-3)
+    assert [int(leaf) for path, leaf in leaves(scanned) if "count" in path] == [8] * 4
+
+
+def test_epochs_differ_in_order_and_draws(conv):
+    run, epoch, _ = conv
+    first, second = (epoch(run.task, copied(run.states), run.data, jnp.int32(i))[0] for i in (0, 1))
+    assert differs([s.params for s in first], [s.params for s in second])
+
+
+def test_further_epochs_trace_and_compile_nothing(monkeypatch):
+    run = small_run(config_of(network="mlp", widths=(5,)), examples=24)
+    traces = []
+    original = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda *args: traces.append(1) or original(*args))
+    epoch = make_epoch(run.plan)
+    # From real initial states, whose types the results must have to the bit (weak types would trace again).
+    states, _ = epoch(run.task, init_states(run.plan, (8, 8, 2)), run.data, jnp.int32(0))
+    before = len(traces)
+    for number in (1, 2):
+        states, _ = epoch(run.task, states, run.data, jnp.int32(number))
+    assert before >= 1
+    assert len(traces) == before
+    assert epoch._cache_size() == 1
+
+
+def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
+    run, epoch, _ = conv
+    states = copied(run.states)
+    epoch(run.task, states, run.data, jnp.int32(0))
+    # Donation needs a backend that supports it, as CPU does since jax 0.4.31.
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((run.task, run.data)))
+
+
+def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
+    def result(seed):
+        config = config_of(**MLP, seed=seed, labelling="triplet", crop_padding=1)
+        run = small_run(config, examples=36)
+        task = make_task(config, 3, (8, 8, 2), (0.4, 0.5), (0.3, 0.3))
+        states = init_states(run.plan, (8, 8, 2))
+        return task.codebook, copied(states), make_epoch(run.plan)(task, states, run.data, jnp.int32(0))
+
+    one, again, other = result(3), result(3), result(4)
+    assert_same(one, again)
+    assert differs(one[0], other[0])
+    assert differs(one[1], other[1])
+    assert differs(one[2], other[2])
+    kernels = [np.asarray(s.params["layers_0"]["kernel"]).ravel()[:20] for s in one[1]]
+    assert not np.allclose(kernels[1] / np.linalg.norm(kernels[1]), kernels[2] / np.linalg.norm(kernels[2]), atol=0.01)
+
+
+EASY = {"batch_size": 32, "learning_rate": 1e-2, "epochs": 2}
+LEARNERS = {
+    "shared": {},
+    "triplet": {"labelling": "triplet"},
+    "head": {"rule": "head"},
+    "ff": {"rule": "ff"},
+    "shared, conv4": CONV | {"widths": (8, 8, 8, 8), "pools": (1, 2, 1, 2), "grouping": "layer"},
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_two_epochs_learn_two_easy_classes(name):
+    """Bright above against bright below, under noise: every group's head must read the class off its own group's features."""
+    rng, labels = np.random.default_rng(0), np.arange(384) % 2
+    images = rng.integers(0, 160, (384, 8, 8, 1))
+    images[labels == 0, :4] += 60
+    images[labels == 1, 4:] += 60
+    config = config_of(**{"network": "mlp", "widths": (32, 32), "grouping": "layer"} | EASY | LEARNERS[name])
+    plan = make_plan(config, 384, 2)
+    task = make_task(config, 2, (8, 8, 1), (0.43,), (0.21,))
+    states, data = init_states(plan, (8, 8, 1)), Images(jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32))
+    epoch, accuracies, local = make_epoch(plan), [], []
+    for number in range(2):
+        states, metrics = epoch(task, states, data, jnp.int32(number))
+        accuracies.append(float(metrics["ensemble_accuracy"]))
+        local.append(np.asarray(metrics["local_loss"]))
+    assert accuracies[1] > 0.9, accuracies
+    assert (metrics["accuracy"] > 0.8).all()
+    assert config.rule == "head" or (local[1] < local[0]).all(), local
+
+
+def test_scanning_costs_no_more_than_a_loop_of_steps(conv):
+    """Aimed at: 1.1. XLA:CPU's own gradient of a convolution is a hundred times slower in a scan."""
+    run, epoch, step = conv
+    times = {"scan": [], "loop": []}
+    for repetition in range(4):
+        for name, f in (("scan", lambda s: epoch(run.task, s, run.data, jnp.int32(0))[0]), ("loop", lambda s: looped_epoch(run, step, s, 0)[0])):
+            states = jax.block_until_ready(copied(run.states))
+            start = time.perf_counter()
+            jax.block_until_ready(f(states))
+            if repetition:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    assert statistics.median(times["scan"]) < 1.3 * statistics.median(times["loop"]), times
