@@ -1,17 +1,17 @@
 """Same network, same data, same budget, different learning rules: one table over rules and seeds.
 
     python benchmarks/compare_rules.py --config configs/cifar10.py:small --out results/cifar10-small [--config.KEY=VALUE ...]
-                                       [--rules vff,head,bp,ff] [--seeds 0,1,2]
+                                       [--rules vff,head,bp,ff] [--seeds 0,1,2] [--set RULE.KEY=VALUE ...]
 
 Rules: `vff` as the configuration says; `head` the head loss alone, same groups; `bp` back-propagation, one group and the head
 loss; `ff` Hinton's forward-forward, every layer its own group, classified by heads or by sweep, whichever errs less on validation
-data. Each run is an ordinary run in OUT/runs/RULE-SEED, so a comparison that was stopped goes on. Writes OUT.json and OUT.md.
+data. `--set bp.learning_rate=5e-3` gives one rule its own value: a baseline deserves its best, chosen on validation data. Each run is an ordinary run in OUT/runs/RULE-SEED, so a comparison that was stopped goes on. Writes OUT.json and OUT.md.
 Every choice (epoch, voting groups, inference) is made on validation data; the table shows errors on the test set in percent,
 mean and sample standard deviation over seeds.
 """
 
 import argparse
-import dataclasses
+import ast
 import pathlib
 import statistics
 import sys
@@ -19,7 +19,7 @@ from typing import Any
 
 from vffjax import experiment
 from vffjax.cli import parse_train
-from vffjax.config import Config
+from vffjax.config import Config, make_config
 from vffjax.errors import UserError
 from vffjax.logbook import replace_file, write_json
 
@@ -72,11 +72,29 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def given(settings: list[str], rule: str) -> dict[str, Any]:
+    """What `--set` says of one rule, values as Python literals."""
+    found = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name.split(".")[0] not in RULES or "." not in name or not value:
+            raise UserError(
+                f"--set={setting}: not RULE.KEY=VALUE with a rule of {', '.join(RULES)}; give for example bp.learning_rate=5e-3"
+            )
+        if name.split(".")[0] == rule:
+            try:
+                found[name.split(".", 1)[1]] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found[name.split(".", 1)[1]] = value
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="results are OUT.json and OUT.md, runs lie in OUT/runs")
     parser.add_argument("--rules", default="vff,head,bp,ff", help="comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")
     own, rest = parser.parse_known_args()
     rules, seeds = own.rules.split(","), own.seeds.split(",")
     try:
@@ -85,20 +103,24 @@ def main() -> None:
                 raise UserError(f"--rules={rule}: not known; choose from {', '.join(RULES)}")
         if not all(seed.isdigit() for seed in seeds):
             raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
+        variants = {rule: RULES[rule] | given(own.set, rule) for rule in rules}
         config, name, _ = parse_train(rest)
         runs: dict[str, list[dict[str, Any]]] = {}
         # Seeds outside, rules inside: a machine that slows down does so for every rule.
         for seed in map(int, seeds):
             for rule in rules:
                 print(f"== {name} {rule} seed {seed}", file=sys.stderr, flush=True)
-                one = dataclasses.replace(config, seed=seed, **RULES[rule])
+                one = make_config(config.to_dict() | {"seed": seed} | variants[rule])
                 runs.setdefault(rule, []).append(run(one, own.out / "runs" / f"{rule}-{seed}"))
     except UserError as error:
         print("compare_rules: error:", error, file=sys.stderr)
         sys.exit(2)
     rows = summarise(runs)
     text = table(rows, f"{name}, seeds {own.seeds}")
-    write_json(own.out.with_name(own.out.name + ".json"), {"config": config.to_dict(), "rows": rows, "runs": runs, "command": sys.argv[1:]})
+    write_json(
+        own.out.with_name(own.out.name + ".json"),
+        {"config": config.to_dict(), "rules": variants, "rows": rows, "runs": runs, "command": sys.argv[1:]},
+    )
     replace_file(own.out.with_name(own.out.name + ".md"), text.encode())
     print(text)
 

@@ -58,20 +58,31 @@ def small_run(config, classes=3, shape=(8, 8, 2), examples=0):
     return Run(plan, task, random_states(plan, shape), Images(jnp.asarray(images), jnp.asarray(labels)))
 
 
-def random_states(plan, shape, seed=1):
-    """States as `init_states` shapes them, random: kernels of usual size, scales and variances positive, optimizers fresh."""
-    rng = np.random.default_rng(seed)
-
-    def param(path, leaf):
-        name, noise = path[-1].key, rng.normal(size=leaf.shape)
-        value = noise * np.sqrt(2 / np.prod(leaf.shape[:-1])) if name == "kernel" else 0.2 * noise + (name in ("scale", "var"))
-        return jnp.asarray(np.abs(value) + 0.1 if name in ("scale", "var") else value, leaf.dtype)
-
+def random_states(plan, shape):
+    """States as `init_states` shapes them, with random variables and fresh optimizers."""
     out = []
-    for state in jax.eval_shape(functools.partial(init_states, plan, shape)):
-        params, stats = (jax.tree_util.tree_map_with_path(param, tree) for tree in state[:2])
+    for i, state in enumerate(jax.eval_shape(functools.partial(init_states, plan, shape))):
+        params, stats = (random_variables(tree, i) for tree in (state.params, state.batch_stats))
         out.append(GroupState(params, stats, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state.opt_state)))
     return tuple(out)
+
+
+def random_variables(shapes, seed=0):
+    """Variables of a module: kernels of usual size, scales and variances positive."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        name, noise = path[-1].key, rng.normal(size=shape.shape)
+        if name == "kernel":
+            return jnp.asarray(noise * np.sqrt(2 / np.prod(shape.shape[:-1])), shape.dtype)
+        return jnp.asarray(rng.uniform(0.5, 2, shape.shape) if name in ("scale", "var") else 0.2 * noise, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def variables_of(module, x, clean=1):
+    """Random variables of a layer for inputs like `x`."""
+    return random_variables(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(np.shape(x)), clean, False)))
 
 
 def streams_of(run, key):

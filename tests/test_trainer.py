@@ -275,7 +275,7 @@ def test_clipping_bounds_the_norm_of_the_whole_groups_gradient():
 @pytest.fixture(scope="module")
 def conv():
     """A run with augmentation whose last batch of an epoch would be short; its epoch and its step, jitted as for use."""
-    config = config_of(**CONV | {"widths": (8, 8, 16, 16)}, batch_size=32, epochs=3, flip=True, crop_padding=2, cutout=3)
+    config = config_of(**CONV | {"widths": (8, 8, 16, 16)}, batch_size=32, epochs=3, flip=True, crop_padding=2)
     run = small_run(config, shape=(12, 12, 3), examples=8 * 32 + 5)
     return run, make_epoch(run.plan), step_of(run, jit=jax.jit)
 
@@ -337,10 +337,10 @@ def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
 
 def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
     def result(seed):
-        config = config_of(**MLP, seed=seed, labelling="triplet", crop_padding=1)
-        run = small_run(config, examples=36)
-        task = make_task(config, 3, (8, 8, 2), (0.4, 0.5), (0.3, 0.3))
-        states = init_states(run.plan, (8, 8, 2))
+        config = config_of(network="mlp", widths=(6, 6, 6), grouping="layer", seed=seed, labelling="triplet", crop_padding=1)
+        run = small_run(config, shape=(4, 4, 2), examples=36)
+        task = make_task(config, 3, (4, 4, 2), (0.4, 0.5), (0.3, 0.3))
+        states = init_states(run.plan, (4, 4, 2))
         return task.codebook, copied(states), make_epoch(run.plan)(task, states, run.data, jnp.int32(0))
 
     one, again, other = result(3), result(3), result(4)
@@ -348,8 +348,6 @@ def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
     assert differs(one[0], other[0])
     assert differs(one[1], other[1])
     assert differs(one[2], other[2])
-    kernels = [np.asarray(s.params["layers_0"]["kernel"]).ravel()[:20] for s in one[1]]
-    assert not np.allclose(kernels[1] / np.linalg.norm(kernels[1]), kernels[2] / np.linalg.norm(kernels[2]), atol=0.01)
 
 
 EASY = {"batch_size": 32, "learning_rate": 1e-2, "epochs": 2}

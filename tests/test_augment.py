@@ -1,0 +1,88 @@
+"""Augmentation: every view is one of those that the settings allow, each allowed view occurs, and the key decides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import config_of, quick_jit
+
+from vffjax.augment import augment, normalise
+
+H, W, N = 6, 8, 300
+
+
+@pytest.fixture
+def images():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(N, H, W, 2)) + 5, jnp.float32)
+
+
+def views(key, images, **changes):
+    return np.asarray(quick_jit(lambda k, x: augment(k, x, config_of(**changes)))(key, images))
+
+
+def test_normalise_gives_mean_0_and_deviation_1_per_channel():
+    images = np.random.default_rng(0).integers(0, 256, (9, 5, 5, 3), dtype=np.uint8)
+    mean, std = (images / 255).mean((0, 1, 2)), (images / 255).std((0, 1, 2))
+    out = np.asarray(normalise(jnp.asarray(images), jnp.asarray(mean), jnp.asarray(std)))
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out, (images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(out.std((0, 1, 2)), 1, atol=1e-5)
+
+
+def test_no_augmentation_changes_no_bit(key, images):
+    np.testing.assert_array_equal(views(key, images), images)
+
+
+@pytest.mark.parametrize("changes", [{"flip": True}, {"crop_padding": 2}, {"cutout": 3}], ids=lambda c: next(iter(c)))
+def test_the_key_decides(changes, images):
+    one, again, other = (views(jax.random.key(seed), images, **changes) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+
+
+def test_flips_mirror_half_of_the_images_left_to_right(key, images):
+    out, x = views(key, images, flip=True), np.asarray(images)
+    same = (out == x).all((1, 2, 3))
+    mirrored = (out == x[:, :, ::-1]).all((1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / np.sqrt(N)
+
+
+def test_crops_are_all_windows_of_the_padded_image(key, images):
+    padding, x = 2, np.asarray(images)
+    out = views(key, images, crop_padding=padding)
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    seen = np.zeros((2 * padding + 1, 2 * padding + 1), int)
+    for view, source in zip(out, padded, strict=True):
+        found = [(i, j) for i, j in np.ndindex(seen.shape) if (view == source[i : i + H, j : j + W]).all()]
+        assert len(found) == 1
+        seen[found[0]] += 1
+    assert (seen > 0).all()  # 12 expected of each: none missing but once in 10,000 keys
+
+
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_cutout_zeroes_one_square_of_the_side_asked(side, key, images):
+    out, x = views(key, images, cutout=side), np.asarray(images)
+    cut = (out == 0).all(-1)
+    np.testing.assert_array_equal(out, np.where(cut[..., None], 0, x))
+    rows, columns = cut.any(2), cut.any(1)
+    np.testing.assert_array_equal(cut, rows[:, :, None] & columns[:, None])  # a rectangle, if each side is one run
+    for hit, length in ((rows, H), (columns, W)):
+        for line in hit:
+            where = np.flatnonzero(line)
+            assert where[-1] - where[0] + 1 == len(where)
+            # Whole inside the image, and up to half of it lost over an edge.
+            assert len(where) == side or (side // 2 <= len(where) < side and (where[0] == 0 or where[-1] == length - 1))
+        assert hit.any(0).all()  # every row and column is reached
+    assert (cut.sum((1, 2)) == side * side).any()
+
+
+def test_draws_of_the_three_are_independent_and_in_order(key, images):
+    """Flip, then crop, then cutout: padding shows zeros too, so compare with the parts."""
+    together = views(key, images, flip=True, crop_padding=1, cutout=2)
+    parts = views(key, jnp.asarray(views(key, jnp.asarray(views(key, images, flip=True)), crop_padding=1)), cutout=2)
+    np.testing.assert_array_equal(together, parts)
+    flips = (views(key, images, flip=True) == np.asarray(images)).all((1, 2, 3))
+    left = (views(key, images, cutout=2) == 0).all(-1).any(1)[:, : W // 2].any(1)
+    assert abs(np.corrcoef(flips, left)[0, 1]) < 0.25

@@ -1,0 +1,88 @@
+"""Layer grouping: where a network is cut, what a group is called, what its head reads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import CONV, MLP, config_of, differs, small_run
+
+from vffjax.groups import cut, init_variables, make_groups
+from vffjax.networks import build
+
+
+def cuts(widths, grouping):
+    layers = build(config_of(network="mlp", widths=widths))
+    groups = cut(layers, grouping)
+    assert sum(groups, ()) == layers  # nothing lost, nothing moved
+    return [tuple(layer.width for layer in group) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ((4,), [(4,)]),
+        ((4, 4, 4), [(4, 4, 4)]),
+        ((4, 4, 6, 6), [(4, 4), (6, 6)]),
+        ((4, 6, 4), [(4,), (6,), (4,)]),
+        ((4, 4, 6, 4, 4), [(4, 4), (6,), (4, 4)]),
+    ],
+)
+def test_width_cuts_into_maximal_runs_of_equal_width(widths, expected):
+    assert cuts(widths, "width") == expected
+
+
+@pytest.mark.parametrize("widths", [(4,), (4, 4, 6, 4)])
+def test_layer_cuts_everywhere_and_all_nowhere(widths):
+    assert cuts(widths, "layer") == [(w,) for w in widths]
+    assert cuts(widths, "all") == [widths]
+
+
+@pytest.mark.parametrize(
+    ("changes", "widths", "sizes"),
+    [(CONV, [4, 6], [2, 2]), (CONV | {"grouping": "all"}, [6], [4]), (MLP, [12, 10, 12], [1, 1, 1]), (MLP | {"grouping": "width"}, [12, 10, 12], [1, 1, 1])],
+    ids=["conv4", "conv4 all", "mlp", "mlp by width"],
+)
+def test_groups_are_numbered_and_know_their_width(changes, widths, sizes):
+    groups = make_groups(config_of(**changes), 3)
+    assert [group.name for group in groups] == [f"group{i}" for i in range(len(widths))]
+    assert [group.width for group in groups] == widths
+    assert [len(group.module.layers) for group in groups] == sizes
+
+
+def test_every_group_is_initialised_by_its_own_key():
+    groups = make_groups(config_of(network="mlp", widths=(8, 8, 8), grouping="layer"), 3)
+    init = jax.jit(lambda key: init_variables(groups, key, (2, 2, 2)))
+    one, again, other = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
+    oracles.assert_same(one, again)
+    kernels = [np.asarray(params["layers_0"]["kernel"]) for params, _ in one]
+    assert all(kernel.shape == (8, 8) for kernel in kernels)
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert not np.array_equal(kernels[1], kernels[2])
+    assert all(differs(a[0], b[0]) for a, b in zip(one, other, strict=True))
+    # Heads start at zero: no group votes before it has learnt.
+    assert not any(params["head"]["kernel"].any() for params, _ in one)
+
+
+@pytest.mark.parametrize("norm", ["batch", "input"])
+@pytest.mark.parametrize("head_grid", [1, 2, 4])
+def test_the_head_is_linear_on_the_pooled_map(head_grid, norm):
+    """`input` leaves features of any scale, which the head then divides out."""
+    run = small_run(config_of(**CONV | {"pools": (1, 2, 1, 1)}, norm=norm, head_grid=head_grid))
+    group, state = run.plan.groups[1], run.states[1]
+    features = np.random.default_rng(0).normal(size=(5, 4, 4, 6))
+    z = np.stack([oracles.pool_to_grid(image, head_grid).ravel() for image in features])
+    if norm == "input":
+        z /= np.sqrt((z**2).mean(1, keepdims=True))
+    head = {k: np.asarray(v, np.float64) for k, v in state.params["head"].items()}
+    np.testing.assert_allclose(group.logits(state.params, jnp.asarray(features)), z @ head["kernel"] + head["bias"], rtol=1e-3, atol=1e-4)
+
+
+def test_features_in_evaluation_leave_the_statistics_alone():
+    run = small_run(config_of(**CONV))
+    group, state = run.plan.groups[0], run.states[0]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8, 8, 2)), jnp.float32)
+    _, kept = group.features(state.params, state.batch_stats, x, 3, False)
+    _, moved = group.features(state.params, state.batch_stats, x, 3, True)
+    oracles.assert_same(kept, state.batch_stats)
+    assert all(differs(moved[layer], state.batch_stats[layer]) for layer in state.batch_stats)

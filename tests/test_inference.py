@@ -1,0 +1,125 @@
+"""Inference: scores by heads and by sweep against a slow loop, padding of batches, ensembles and the choice of voters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import CONV, MLP, config_of, quick_jit, small_run
+
+from vffjax.inference import choose_voting, ensemble, error_percent, make_scores
+
+CASES = {
+    "conv4": CONV,
+    "conv4, position": CONV | {"similarity": "position", "norm": "anchor"},
+    "mlp, layer norm": MLP | {"norm": "layer"},
+    "ff": MLP | {"rule": "ff"},
+}
+
+
+def features(run, x, clean):
+    """Of every group, in evaluation."""
+    out = []
+    for group, state in zip(run.plan.groups, run.states, strict=True):
+        x, _ = group.features(state.params, state.batch_stats, x, clean, False)
+        out.append(x)
+    return out
+
+
+def slow_scores(run, way):
+    """[groups, n, classes], image by image and label by label, from the definitions."""
+    config, task = run.plan.config, jax.tree.map(lambda a: np.asarray(a, np.float64), run.task)
+    classes = len(task.codebook)
+    clean_pass = quick_jit(lambda x: features(run, x, 1))
+    labelled_pass = quick_jit(lambda x: features(run, x, 0))
+    out = []
+    for image in np.asarray(run.data.images):
+        x = (image / 255 - task.mean) / task.std
+
+        def told(label, x=x):
+            """The image with one label, or with the neutral one."""
+            if config.rule == "vff":
+                return x if label is None else x + task.codebook[label]
+            weights = np.full(classes, 1 / classes) if label is None else np.eye(classes)[label]
+            pixels = x.reshape(-1, x.shape[-1]).copy()
+            pixels[:classes] = (weights[:, None] - task.mean) / task.std
+            return pixels.reshape(x.shape)
+
+        one = lambda x: jnp.asarray(x[None], jnp.float32)  # noqa: E731
+        clean, rows = clean_pass(one(told(None))), []
+        labelled = [labelled_pass(one(told(c))) for c in range(classes)] if way == "sweep" else []
+        for i, (group, state) in enumerate(zip(run.plan.groups, run.states, strict=True)):
+            if way == "heads":
+                logits = np.asarray(group.logits(state.params, clean[i]), np.float64)[0]
+                rows.append(logits - np.log(np.exp(logits).sum()))
+            elif config.rule == "ff":
+                rows.append([np.mean(np.asarray(z[i], np.float64) ** 2) for z in labelled])
+            else:
+                rows.append([oracles.similarity(clean[i][0], z[i][0], config.similarity) for z in labelled])
+        out.append(rows)
+    return np.swapaxes(np.array(out), 0, 1)
+
+
+@pytest.mark.parametrize("way", ["heads", "sweep"])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_equal_a_slow_loop_also_where_the_last_batch_is_short(name, way):
+    """Seven images in batches of three."""
+    run = small_run(config_of(**CASES[name], batch_size=7, eval_batch_size=3))
+    found = np.asarray(make_scores(run.plan, way)(run.task, run.states, run.data.images))
+    assert found.shape == (len(run.plan.groups), 7, 3)
+    np.testing.assert_allclose(found, slow_scores(run, way), rtol=1e-3, atol=1e-4)
+    assert all(np.ptp(group, axis=1).min() > 1e-4 for group in found)  # labels do make a difference
+
+
+@pytest.mark.parametrize("way", ["heads", "sweep"])
+def test_batches_do_not_change_scores(way):
+    whole, split = (small_run(config_of(**MLP, batch_size=7, eval_batch_size=size)) for size in (500, 4))
+    a, b = (make_scores(run.plan, way)(run.task, run.states, run.data.images) for run in (whole, split))
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ensemble_is_the_mean_of_the_voters():
+    scores = np.random.default_rng(0).normal(size=(4, 5, 3))
+    np.testing.assert_allclose(ensemble(scores, (1, 3)), (scores[1] + scores[3]) / 2)
+    np.testing.assert_allclose(ensemble(scores, (2,)), scores[2])
+
+
+def test_error_is_the_share_of_wrong_maxima_in_percent():
+    scores = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    assert error_percent(scores, np.array([1, 0, 0, 0])) == 25.0
+    assert error_percent(scores, np.array([1, 0, 1, 0])) == 0.0
+
+
+LABEL = np.array([0])
+
+
+def scores_of(*margins):
+    """Two-class scores of groups that prefer the right class, 0, by these margins: a number for one image or a list for more."""
+    margins = np.array(margins, float).reshape(len(margins), -1)
+    return np.stack([margins, np.zeros_like(margins)], -1)
+
+
+@pytest.mark.parametrize(
+    ("margins", "expected"),
+    [
+        ((-2, 1, -2), (1,)),
+        ((1, -5, 1), (0, 2)),
+        ((-5, 2, 2), (1, 2)),
+        ((-3, 2, 2), (0, 1, 2)),  # the third is wrong and outvoted: as good, and larger
+        ((1, 1, 1), (0, 1, 2)),
+        ((-1, -1, -1), (0, 1, 2)),
+    ],
+    ids=str,
+)
+def test_voters_are_the_set_that_errs_least_then_the_larger(margins, expected):
+    assert choose_voting(scores_of(*margins), LABEL) == expected
+
+
+def test_among_sets_of_equal_error_and_size_the_later_votes():
+    # Each of the two errs on one image, both together on two.
+    assert choose_voting(scores_of([-3, 1], [1, -3]), np.array([0, 0])) == (1,)
+
+
+def test_of_many_groups_only_runs_of_last_ones_are_tried():
+    assert choose_voting(scores_of(1, -5, -5, -5, -5, -5, 1), LABEL) == (6,)  # the best of all sets would be (0, 6)
+    assert choose_voting(scores_of(-5, -5, -5, -5, 1, 1, 1), LABEL) == (4, 5, 6)
