@@ -83,7 +83,8 @@ def test_a_loop_on_cpu_holds_canonical_convolutions_only():
 
 @on_cpu
 def test_the_choice_of_platform_leaves_no_branch_in_the_program():
-    compiled = jax.jit(functools.partial(scan_of_gradients, conv)).lower(random(0, 3, 5, 6, 6, 4), random(1, 3, 3, 4, 5)).compile().as_text()
+    args = random(0, 3, 5, 6, 6, 4), random(1, 3, 3, 4, 5)
+    compiled = jax.jit(functools.partial(scan_of_gradients, conv)).lower(*args).compile().as_text()
     assert "while" in compiled
     assert not re.search(r"\bconditional\(", compiled)
 

@@ -40,7 +40,8 @@ def losses_and_gradients(run, key):
     def losses(params):
         out, s = [], streams_of(run, key)
         for j, (group, state) in enumerate(zip(run.plan.groups, run.states, strict=True)):
-            loss, (_, s, _) = rules.local_loss(params[j], for_group(config, j), group, state.batch_stats, s, jax.random.fold_in(group_key, j))
+            j_key, j_config = jax.random.fold_in(group_key, j), for_group(config, j)
+            loss, (_, s, _) = rules.local_loss(params[j], j_config, group, state.batch_stats, s, j_key)
             out.append(loss)
         return jnp.stack(out)
 

@@ -27,6 +27,11 @@ def step_of(run, active=None, jit=quick_jit):
     return jit(functools.partial(train_step, run.plan, active))
 
 
+def quick_epoch(plan):
+    """`make_epoch` without donation, compiled in less time."""
+    return quick_jit(functools.partial(trainer.run_epoch, plan, None))
+
+
 # --- one batch
 
 
@@ -52,9 +57,8 @@ def test_one_group_under_the_head_rule_is_plain_back_propagation(key):
     params |= {f"conv{i}": {"kernel": state.params[f"layers_{i}"]["kernel"]} for i in range(4)}
     params |= {theirs: state.params[layer]["norm"] for _, theirs, layer in ours}
     stats = {theirs: {k: v[0] for k, v in state.batch_stats[layer]["norm"].items()} for _, theirs, layer in ours}
-    optimizer = optax.adamw(
-        optax.cosine_decay_schedule(1e-2, 2 * 4), weight_decay=0.1, mask=lambda p: jax.tree_util.tree_map_with_path(lambda q, _: q[-1].key == "kernel", p)
-    )
+    kernels = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)  # noqa: E731
+    optimizer = optax.adamw(optax.cosine_decay_schedule(1e-2, 2 * 4), weight_decay=0.1, mask=kernels)
     opt_state, mean, std = optimizer.init(params), np.asarray(run.task.mean), np.asarray(run.task.std)
 
     @jax.jit
@@ -141,8 +145,8 @@ def test_overrides_change_their_group_only(mlp):
         assert_same(with_overrides[i], without[i])
     assert differs(with_overrides[1].params, without[1].params)
     # Adam's first step is the learning rate in every entry with a gradient, but for epsilon and decay.
-    largest = [max(np.abs(a - b).max() for (_, a), (_, b) in zip(leaves(s.params), leaves(run.states[i].params), strict=True)) for i, s in enumerate(with_overrides)]
-    np.testing.assert_allclose(largest, [1e-3, 3e-4, 1e-3], rtol=0.05)
+    moves = [np.abs(s.params["head"]["bias"] - old.params["head"]["bias"]).max() for s, old in zip(with_overrides, run.states, strict=True)]
+    np.testing.assert_allclose(moves, [1e-3, 3e-4, 1e-3], rtol=0.01)
 
 
 def test_a_step_is_a_function_of_its_key(mlp):
@@ -160,7 +164,8 @@ def test_the_sequential_schedule_changes_the_active_group_only(active):
     states, metrics = step_of(run, active)(run.task, run.states, *run.batch(), jax.random.key(5))
     for i in range(3):
         if i == active:
-            assert all((a != b).any() for (p, a), (_, b) in zip(leaves(states[i].params), leaves(run.states[i].params), strict=True) if "kernel" in p)
+            pairs = zip(leaves(states[i].params), leaves(run.states[i].params), strict=True)
+            assert all((new != old).any() for (path, new), (_, old) in pairs if "kernel" in path)
         else:
             assert_same(states[i], run.states[i])
     assert metrics["loss"].shape == metrics["accuracy"].shape == (1,)
@@ -189,8 +194,9 @@ def test_bf16_computes_in_bf16_on_float32_parameters(network, key):
         assert all(np.isfinite(leaf).all() for _, leaf in leaves(state))
     assert metrics["loss"].dtype == jnp.float32
     assert np.isfinite(metrics["loss"]).all()
-    features, _ = jax.eval_shape(lambda x: run.plan.groups[0].features(states[0].params, states[0].batch_stats, x, 12, False), jnp.zeros((12, 8, 8, 2)))
-    assert features.dtype == jnp.bfloat16
+    group, state = run.plan.groups[0], states[0]
+    out = jax.eval_shape(lambda x: group.features(state.params, state.batch_stats, x, 12, False)[0], jnp.zeros((12, 8, 8, 2)))
+    assert out.dtype == jnp.bfloat16
 
 
 # --- optimizers
@@ -219,7 +225,8 @@ def test_the_rate_warms_up_from_zero_and_decays_to_zero_on_a_cosine(warmup_epoch
 
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0, -1.0])}
-GRADIENTS = [{"kernel": jnp.asarray(np.random.default_rng(i).normal(size=(2, 2)), jnp.float32), "bias": jnp.array([0.1 * i, 2.0])} for i in range(6)]
+KERNEL_GRADIENTS = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 2)), jnp.float32)
+GRADIENTS = [{"kernel": g, "bias": jnp.array([0.1 * i, 2.0])} for i, g in enumerate(KERNEL_GRADIENTS)]
 
 
 def rate(step, total=20):
@@ -341,7 +348,7 @@ def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
         run = small_run(config, shape=(4, 4, 2), examples=36)
         task = make_task(config, 3, (4, 4, 2), (0.4, 0.5), (0.3, 0.3))
         states = init_states(run.plan, (4, 4, 2))
-        return task.codebook, copied(states), make_epoch(run.plan)(task, states, run.data, jnp.int32(0))
+        return task.codebook, states, quick_epoch(run.plan)(task, states, run.data, jnp.int32(0))
 
     one, again, other = result(3), result(3), result(4)
     assert_same(one, again)
@@ -371,7 +378,7 @@ def test_two_epochs_learn_two_easy_classes(name):
     plan = make_plan(config, 384, 2)
     task = make_task(config, 2, (8, 8, 1), (0.43,), (0.21,))
     states, data = init_states(plan, (8, 8, 1)), Images(jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32))
-    epoch, accuracies, local = make_epoch(plan), [], []
+    epoch, accuracies, local = quick_epoch(plan), [], []
     for number in range(2):
         states, metrics = epoch(task, states, data, jnp.int32(number))
         accuracies.append(float(metrics["ensemble_accuracy"]))
@@ -384,9 +391,10 @@ def test_two_epochs_learn_two_easy_classes(name):
 def test_scanning_costs_no_more_than_a_loop_of_steps(conv):
     """Aimed at: 1.1. XLA:CPU's own gradient of a convolution is a hundred times slower in a scan."""
     run, epoch, step = conv
-    times = {"scan": [], "loop": []}
+    ways = {"scan": lambda s: epoch(run.task, s, run.data, jnp.int32(0))[0], "loop": lambda s: looped_epoch(run, step, s, 0)[0]}
+    times = {name: [] for name in ways}
     for repetition in range(4):
-        for name, f in (("scan", lambda s: epoch(run.task, s, run.data, jnp.int32(0))[0]), ("loop", lambda s: looped_epoch(run, step, s, 0)[0])):
+        for name, f in ways.items():
             states = jax.block_until_ready(copied(run.states))
             start = time.perf_counter()
             jax.block_until_ready(f(states))

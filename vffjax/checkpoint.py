@@ -57,6 +57,9 @@ class Checkpoints:
         self._verify(epoch)
         run = self.run(epoch)
         groups = {f"group{i}": ocp.args.StandardRestore(state) for i, state in enumerate(_abstract_states(plan, run))}
+        saved = len(list((self.folder / str(epoch)).glob("group*")))
+        if saved != len(groups):
+            raise UserError(f"{self.folder / str(epoch)}: saved by another network ({saved} groups, not {len(groups)}); {_OWN_CONFIG}")
         restored = self._restore(epoch, **groups, task=ocp.args.StandardRestore(_abstract_task(run)))
         return tuple(restored[name] for name in groups), restored["task"]
 
