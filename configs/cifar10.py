@@ -1,7 +1,7 @@
 """VFF-Net on CIFAR-10: four convolutions in two groups.
 
-    python train.py --config configs/cifar10.py          # GPU or TPU
-    python train.py --config configs/cifar10.py:small    # 2 CPU cores, minutes
+python train.py --config configs/cifar10.py          # GPU or TPU
+python train.py --config configs/cifar10.py:small    # 2 CPU cores, minutes
 """
 
 import ml_collections

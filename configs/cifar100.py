@@ -1,7 +1,7 @@
 """VFF-Net on CIFAR-100: four convolutions in two groups.
 
-    python train.py --config configs/cifar100.py          # GPU or TPU
-    python train.py --config configs/cifar100.py:small    # 2 CPU cores, minutes
+python train.py --config configs/cifar100.py          # GPU or TPU
+python train.py --config configs/cifar100.py:small    # 2 CPU cores, minutes
 """
 
 import ml_collections

@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.grouping = "layer"  # equal widths would make one group, which is back-propagation
     config.crop_padding = 2  # pixels
     config.head_weight = 1.0  # of the head's gradient, beside CSCL's
-    config.epochs = 30
+    config.epochs = 20
     config.batch_size = 128  # images
     config.learning_rate = 3e-3
     config.checkpoint_every = 5  # epochs

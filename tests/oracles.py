@@ -126,10 +126,15 @@ def numeric_gradient(f, x, step=1e-6):
 
 
 def pool_to_grid(x, cells):
-    """Mean over cells of one map [h, w, c]; what does not fill a cell at the far edges is left out."""
+    """Mean over cells of one map [h, w, c]; a cell spans every position that it touches."""
     rows, columns = min(cells, x.shape[0]), min(cells, x.shape[1])
-    a, b = x.shape[0] // rows, x.shape[1] // columns
-    return np.array([[x[i * a : (i + 1) * a, j * b : (j + 1) * b].mean((0, 1)) for j in range(columns)] for i in range(rows)])
+    out = np.zeros((rows, columns, x.shape[2]))
+    for i in range(rows):
+        for j in range(columns):
+            ys = [y for y in range(x.shape[0]) if y + 1 > i * x.shape[0] / rows + 1e-9 and y < (i + 1) * x.shape[0] / rows - 1e-9]
+            zs = [z for z in range(x.shape[1]) if z + 1 > j * x.shape[1] / columns + 1e-9 and z < (j + 1) * x.shape[1] / columns - 1e-9]
+            out[i, j] = np.mean([x[y, z] for y in ys for z in zs], axis=0)
+    return out
 
 
 def cosine(a, b):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from vffjax import experiment
+from vffjax import experiment, summary
 from vffjax.config import make_config
 
 # Two groups, eleven steps an epoch, learnt well above chance in three epochs.
@@ -63,9 +63,11 @@ def train(config, workdir, plots=False):
     """`experiment.train`, by default without its plots, which take longer than the training."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled_once())
+        # The checkout may be changed or committed while the tests run.
+        stack.enter_context(mock.patch.object(summary, "_commit", lambda: "0" * 40))
         if not plots:
-            stack.enter_context(mock.patch.object(experiment, "draw_features"))
-            stack.enter_context(mock.patch.object(experiment, "plot_curves"))
+            stack.enter_context(mock.patch.object(summary, "draw_features"))
+            stack.enter_context(mock.patch.object(summary, "plot_curves"))
         return experiment.train(config, workdir)
 
 
@@ -89,7 +91,7 @@ def contents(folder):
 
 
 def untimed(record):
-    return {key: value for key, value in record.items() if key not in TIMES}
+    return {key: value for key, value in record.items() if key not in (*TIMES, "commit")}
 
 
 def assert_same_bits(one, other):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import config_of, quick_jit
 
-from vffjax.augment import augment, normalise
+from vffjax.augment import augment, cut_out, normalise
 
 H, W, N = 6, 8, 300
 
@@ -17,7 +17,7 @@ def images():
 
 
 def views(key, images, **changes):
-    return np.asarray(quick_jit(lambda k, x: augment(k, x, config_of(**changes)))(key, images))
+    return np.asarray(quick_jit(lambda k, x: cut_out(k, augment(k, x, config_of(**changes)), config_of(**changes).cutout))(key, images))
 
 
 def test_normalise_gives_mean_0_and_deviation_1_per_channel():

@@ -17,6 +17,7 @@ from runs import TINY, compiled_once, contents, copy_of, finished, tiny, untimed
 
 from vffjax import cli, data, experiment, trainer
 from vffjax.augment import normalise
+from vffjax.workdir import load_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
@@ -52,8 +53,8 @@ def fails(call):
     return run
 
 
-def in_a_process(*arguments, **changes):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | changes
+def in_a_process(*arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -361,7 +362,7 @@ def test_unreadable_images_are_named(fails, digit, tmp_path):
 def test_a_run_in_a_process_prints_plain_lines_and_the_same_command_finds_it_done(tmp_path, call):
     flags = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=90", "--config.train_examples=400", "--config.epochs=2"]
     command = [*flags, f"--workdir={tmp_path / 'run'}"]
-    done = in_a_process("train.py", *command, XLA_FLAGS="--xla_backend_optimization_level=0")
+    done = in_a_process("train.py", *command)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     # Not on a terminal: no bar, no colours, nothing of the libraries.
@@ -424,7 +425,7 @@ def test_evaluate_can_sweep_and_take_another_epoch(call):
 
 def direct_scores(images):
     """Log-probabilities of every group by one pass, without any of the machinery of prediction."""
-    plan, states, task, run = experiment.load_run(finished())
+    plan, states, task, run = load_run(finished())
     return np.asarray(trainer.clean_log_p(plan, task, states, normalise(jnp.asarray(images), task.mean, task.std))), run
 
 

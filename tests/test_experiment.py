@@ -18,6 +18,7 @@ from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
 from vffjax.trainer import init_states
+from vffjax.workdir import claim_workdir, load_run, locked, read_config
 
 
 class Killed(BaseException):
@@ -30,7 +31,7 @@ def summary_of(workdir):
 
 def saved_states(config, workdir, epoch):
     """Groups and task of a saved epoch, read the way a user's program would."""
-    plan, states, task, _ = experiment.load_run(workdir, str(epoch))
+    plan, states, task, _ = load_run(workdir, str(epoch))
     assert plan.config == config
     return states, task
 
@@ -70,7 +71,7 @@ def test_metrics_hold_one_object_per_epoch():
 
 
 def test_config_json_restores_the_configuration():
-    assert experiment.read_config(finished()) == tiny()
+    assert read_config(finished()) == tiny()
 
 
 @pytest.mark.parametrize("name", ["curves.png", "features.png"])
@@ -210,8 +211,19 @@ def test_the_workdir_of_another_configuration_is_refused_and_left_as_it_was(key,
     assert contents(finished()) == before
 
 
+def test_a_workdir_that_another_run_is_writing_is_refused(tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    with locked(workdir):
+        before = contents(workdir)
+        with pytest.raises(UserError, match=r"another run is writing here; wait for it"):
+            train(tiny(), workdir)
+        assert contents(workdir) == before
+    # The lock goes with its holder.
+    train(tiny(), workdir)
+
+
 def test_data_that_have_moved_are_no_other_configuration(tmp_path):
-    experiment.claim_workdir(finished(), tiny(data_dir=str(tmp_path)))
+    claim_workdir(finished(), tiny(data_dir=str(tmp_path)))
 
 
 def test_checkpoints_without_their_configuration_are_refused(tmp_path):
@@ -341,7 +353,7 @@ def test_the_sequential_schedule_trains_every_group_once_in_turn():
     assert [[x is not None for x in r["loss_per_group"]] for r in records] == [[True, False]] * 2 + [[False, True]] * 2
     assert summary["best_epoch"] > 2
 
-    plan, _, _, run = experiment.load_run(workdir, "latest")
+    plan, _, _, run = load_run(workdir, "latest")
     fresh = init_states(plan, tuple(run["image_shape"]))
     final = saved_states(config, workdir, 4)[0]
     third = saved_states(config, workdir, 3)[0]

@@ -120,13 +120,6 @@ def test_margin_and_temperature_act_as_documented():
     np.testing.assert_allclose(losses.cscl_in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
 
 
-def test_class_similarity_is_the_mean_cosine_with_one_class():
-    e = np.asarray(losses.embed(jnp.asarray(maps(8, 5, 6)), "flat"))
-    labels = jnp.array([0, 1, 0, 2])
-    np.testing.assert_allclose(losses.class_similarity(e[0], 0, e[1:], labels), (e[0] @ e[1] + e[0] @ e[3]) / 2, rtol=1e-5)
-    assert losses.class_similarity(e[0], 7, e[1:], labels) == 0
-
-
 @pytest.mark.parametrize("kind", ["grid", "position"])
 @pytest.mark.parametrize(
     "changes",

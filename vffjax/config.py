@@ -36,7 +36,7 @@ class Config:
     train_examples: int = _field(0, "images kept for training and validation, drawn by the seed; 0: all", low=0)
     val_fraction: float = _field(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
     flip: bool = _field(False, "mirror training images left to right with probability 1/2")
-    crop_padding: int = _field(0, "pixels of zero padding before a random crop; 0: no crop", low=0)
+    crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0)
     cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0)
 
     network: str = _field("mlp", "layers to train", ("mlp", "conv4"))
@@ -52,7 +52,7 @@ class Config:
     copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1)
     negatives: str = _field("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
     contrast: str = _field("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
-    similarity: str = _field("grid", "cosine of each position, flat map, 2x2 cells, pooled vector", ("position", "flat", "grid", "pooled"))
+    similarity: str = _field("grid", "cosine of each position, flat map, 2x2 cells, pooled vector; all alike on mlp", ("position", "flat", "grid", "pooled"))
     margin: float = _field(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
     temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4)
     head_weight: float = _field(0.0, "share of the head's cross-entropy gradient that trains the group; 0: the head only reads", low=0.0)
@@ -178,6 +178,9 @@ def _check_together(c: Config) -> None:
         raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
     if c.rule == "ff" and c.resolved_norm != "input":
         raise bad_key("norm", c.norm, "rule ff measures goodness on features that no statistic has rescaled", "use norm=auto or norm=input")
+    if c.rule == "vff" and c.negatives == "hard" and c.labelling == "shared" and c.resolved_contrast == "in_batch":
+        fix = "use labelling=triplet or contrast=triplet"
+        raise bad_key("negatives", c.negatives, "every class is a negative already where shared copies are contrasted in the batch", fix)
     if c.inference == "sweep" and c.rule == "head":
         raise bad_key("inference", c.inference, "rule head never sees a labelled image", "use inference=heads, or rule=vff or ff")
     for name, override in c.overrides.items():

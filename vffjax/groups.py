@@ -31,7 +31,7 @@ class _Module(nn.Module):
     normalise_head: bool
 
     def setup(self) -> None:
-        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros)
+        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, precision=jax.lax.Precision.HIGHEST)
 
     def features(self, x: Array, clean: int, train: bool) -> Array:
         for layer in self.layers:

@@ -35,11 +35,16 @@ def _unit(z: Array) -> Array:
     return z * jax.lax.rsqrt(jnp.maximum(squared, EPSILON))
 
 
+def _dot(a: Array, b: Array) -> Array:
+    # The default precision of a matrix product is bf16 on TPU; at a temperature of 0.05 that is an error of 4 % in a logit.
+    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def cscl_triplet(
     anchor: Float[Array, " d"], positive: Float[Array, " d"], negative: Float[Array, " d"], margin: float, temperature: float
 ) -> Float[Array, ""]:
     """CSCL for one anchor of unit length: `tau softplus((s(a, n) - s(a, p) + m) / tau)`."""
-    difference = anchor @ negative - anchor @ positive
+    difference = _dot(negative - positive, anchor)
     return temperature * jax.nn.softplus((difference + margin) / temperature)
 
 
@@ -56,17 +61,9 @@ def cscl_in_batch(
     `-log(sum_{j: match} e_j / sum_j e_j)`, the form of neighbourhood components analysis (Goldberger et al., 2004) on cosines.
     """
     match = copy_labels == label
-    scores = (copies @ anchor - margin * match) / temperature
+    scores = (_dot(copies, anchor) - margin * match) / temperature
     right = jax.nn.logsumexp(jnp.where(match, scores, -jnp.inf))
     return jax.nn.logsumexp(scores) - right
-
-
-def class_similarity(
-    anchor: Float[Array, " d"], label: Int[Array, ""], copies: Float[Array, "copies d"], copy_labels: Int[Array, " copies"]
-) -> Float[Array, ""]:
-    """Mean cosine of one anchor with the copies of one class."""
-    match = (copy_labels == label).astype(jnp.float32)
-    return (copies @ anchor) @ match / jnp.maximum(match.sum(), 1.0)
 
 
 def goodness(features: Float[Array, "batch *feature"]) -> Float[Array, " batch"]:

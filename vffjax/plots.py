@@ -34,11 +34,11 @@ def curves_figure(records: list[dict[str, Any]]) -> Figure:
     left, right = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     _curves(left, records, "loss", "all groups", scale=lambda v: v, percent=False)
-    left.set(title="Training loss of each group", ylabel="local loss (no unit)")
+    left.set(title="Training loss of each group", ylabel="loss (no unit)")
     values = np.concatenate([line.get_ydata() for line in left.lines] or [np.empty(0)])
     if values.size and values.min() > 0 and values.max() > 30 * values.min():
         left.set_yscale("log")
-        left.set_ylabel("local loss (no unit, log scale)")
+        left.set_ylabel("loss (no unit, log scale)")
 
     _curves(right, records, "val_error", "ensemble", scale=lambda v: v, percent=True)
     if right.lines:

@@ -1,15 +1,30 @@
 """Pooling over positions, written so that forward and gradient are elementwise or plain reductions on every backend."""
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
 def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array, "batch g g c"]:
-    """Mean over the cells of a `cells` x `cells` grid, or of every position where the map is smaller; ragged edges are cut."""
+    """Mean over the cells of a `cells` x `cells` grid, or the map itself where it is smaller.
+
+    Where the grid does not divide the map, cell `i` of `g` spans the positions `floor(i h / g)` to `ceil((i + 1) h / g)`: cells
+    overlap, and no position is left out.
+    """
     h, w = x.shape[1:3]
     rows, columns = min(cells, h), min(cells, w)
-    a, b = h // rows, w // columns
-    x = x[:, : rows * a, : columns * b]
-    return x.reshape(x.shape[0], rows, a, columns, b, x.shape[3]).mean(axis=(2, 4))
+    if h % rows == 0 and w % columns == 0:
+        return x.reshape(x.shape[0], rows, h // rows, columns, w // columns, x.shape[3]).mean(axis=(2, 4))
+    return jnp.einsum("ih,nhwc,jw->nijc", _cell_means(h, rows), x, _cell_means(w, columns))
+
+
+def _cell_means(size: int, cells: int) -> Array:
+    """Row `i` averages the positions of cell `i`."""
+    weights = np.zeros((cells, size), np.float32)
+    for i in range(cells):
+        start, end = i * size // cells, -(-(i + 1) * size // cells)
+        weights[i, start:end] = 1 / (end - start)
+    return jnp.asarray(weights)
 
 
 def max_pool(x: Float[Array, "batch h w c"], window: int) -> Float[Array, "batch h2 w2 c"]:

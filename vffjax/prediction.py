@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vffjax.errors import UserError
-from vffjax.experiment import load_run
 from vffjax.inference import ensemble, make_scores
+from vffjax.workdir import load_run
 
 # A file that claims more pixels than this is refused before it is decoded: 64 Mi pixels are 192 MiB.
 MAX_PIXELS = 2**26
@@ -55,8 +55,11 @@ def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], ep
     scores = np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(images)))
     names = run["class_names"]
     found = []
+    trained = range(run["trained_groups"])
+    # The voting groups were chosen for the configured inference; a sweep's choice says nothing of the heads.
+    voting = tuple(run["voting"]) if plan.config.inference == "heads" else tuple(trained)
     for i, path in enumerate(paths):
-        by = {group.name: rank(scores[g, i], names, top) for g, group in enumerate(plan.groups)}
-        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], tuple(run["voting"]))[0], names, top)
+        by = {plan.groups[g].name: rank(scores[g, i], names, top) for g in trained}
+        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], voting)[0], names, top)
         found.append({"image": str(path), "by": by})
     return found

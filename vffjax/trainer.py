@@ -1,4 +1,4 @@
-"""Greedy training: one step of one group, all groups on a batch, a scanned epoch. The only place that jits and donates."""
+"""Greedy training: one step of one group, all groups on a batch, a scanned epoch. The only place where training is jitted."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax import rules
-from vffjax.augment import augment, normalise
+from vffjax.augment import augment, cut_out, normalise
 from vffjax.config import Config, for_group
 from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
 from vffjax.labelling import Streams, make_codebook
@@ -60,7 +60,8 @@ def make_plan(config: Config, train_size: int, classes: int) -> Plan:
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
     """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not."""
-    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)  # one step is left to decay in
     rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
 
@@ -123,8 +124,11 @@ def train_step(
     Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head; and `ensemble_accuracy` of all heads.
     """
     augment_key, stream_key, group_key = (jax.random.fold_in(key, i) for i in range(3))
-    x = augment(augment_key, normalise(images, task.mean, task.std), plan.config)
-    logits = clean_log_p(plan, task, states, x).mean(axis=0) if rules.needs_predictions(plan.config) else None
+    x = normalise(augment(augment_key, images, plan.config), task.mean, task.std)
+    x = cut_out(augment_key, x, plan.config.cutout)
+    # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
+    trained = len(plan.groups) if active is None else active + 1
+    logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
     streams = rules.make_streams(plan.config, task, stream_key, x, labels, logits)
 
     new_states, metrics = list(states), []
@@ -144,11 +148,11 @@ def train_step(
 
 
 def clean_log_p(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
+    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
-    """Log-probabilities of every group's head on normalised images, one clean pass, running statistics."""
+    """Log-probabilities of the `first` groups' heads (None: all) on normalised images, one clean pass, running statistics."""
     z, out = rules.prepare_clean(plan.config, task, x), []
-    for group, state in zip(plan.groups, states, strict=True):
+    for group, state in list(zip(plan.groups, states, strict=True))[:first]:
         z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
         out.append(jax.nn.log_softmax(group.logits(state.params, z)))
     return jnp.stack(out)

@@ -1,0 +1,118 @@
+"""What a run leaves at its end: summary.json, curves.png, features.png."""
+
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vffjax.augment import normalise
+from vffjax.data import Dataset
+from vffjax.groups import GroupState
+from vffjax.logbook import read_metrics, write_json
+from vffjax.plots import plot_curves, plot_features
+from vffjax.rules import Task, prepare_clean, prepare_labelled
+from vffjax.trainer import Plan
+
+
+def conclude(
+    plan: Plan,
+    dataset: Dataset,
+    states: tuple[GroupState, ...],
+    task: Task,
+    run: dict[str, Any],
+    measured: dict[str, Any],
+    cost: dict[str, Any],
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    """Writes the summary and the figures of the chosen epoch; `run` is its checkpoint's state, `measured` its test error.
+
+    `seconds` and `images_per_second` are those of training alone; compilation stands apart, validation and saving are not counted.
+    """
+    metrics = read_metrics(workdir)
+    summary = measured | {
+        "val_error": run["val_error"],
+        "voting": run["voting"],
+        "epochs": plan.total_epochs,
+        "best_epoch": run["epoch"],
+        "images_per_second": float(np.median([m["images_per_second"] for m in metrics])),
+        "seconds": sum(m["seconds"] for m in metrics),
+        **_earlier_cost(workdir, cost),
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+        | {"python": platform.python_version(), "vffjax": importlib.metadata.version("vffjax")},
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "seed": plan.config.seed,
+    }
+    write_json(workdir / "summary.json", summary)
+    plot_curves(workdir)
+    draw_features(workdir / "features.png", plan, dataset, states, task)
+    return summary
+
+
+def _earlier_cost(workdir: pathlib.Path, cost: dict[str, Any]) -> dict[str, Any]:
+    """A finished run that is started again compiles nothing; its first summary knows what it cost."""
+    path = workdir / "summary.json"
+    if cost["peak_bytes"] is None and path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads(path.read_text())
+            return {key: earlier[key] for key in cost}
+    return cost
+
+
+def executable_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak bytes of a compiled program by the compiler's own plan: arguments, outputs and temporaries. Exact, on every device."""
+    plan: Any = compiled.memory_analysis()
+    return int(plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
+
+
+def _commit() -> str | None:
+    """The commit of this code, `-dirty` if it was changed since; None where it does not run from its own checkout."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if pathlib.Path(git("rev-parse", "--show-toplevel")) == root:
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return None
+
+
+def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tuple[GroupState, ...], task: Task) -> None:
+    """`features.png`: codebook, first filters, and every group's maps of the three kinds of data, for three test images.
+
+    Rule head has no labelled images: its rows for them are left blank.
+    """
+    labels = dataset.test.labels[:3]
+    wrong = (labels + 1) % dataset.num_classes
+    images = dataset.test.images[:3]
+    x = normalise(jnp.asarray(images), task.mean, task.std)
+    kinds = [prepare_clean(plan.config, task, x)]
+    if plan.config.rule != "head":
+        for told in (labels, wrong):
+            pairs = zip(x[:, None], map(jnp.asarray, told), strict=True)
+            kinds.append(jnp.concatenate([prepare_labelled(plan.config, task, image, label) for image, label in pairs]))
+    streams = []
+    z, clean = jnp.concatenate(kinds), len(labels)
+    for group, state in zip(plan.groups, states, strict=True):
+        z, _ = group.features(state.params, state.batch_stats, z, clean, False)
+        shown = np.full((3, clean, *z.shape[1:]), np.nan, np.float32)
+        shown[: len(kinds)] = np.asarray(z, np.float32).reshape(len(kinds), clean, *z.shape[1:])
+        streams.append(shown)
+    plot_features(
+        path,
+        images=images / 255,
+        class_names=dataset.class_names,
+        labels=labels.tolist(),
+        wrong_labels=wrong.tolist(),
+        codebook=np.asarray(task.codebook) if plan.config.rule == "vff" else None,
+        streams=streams,
+        filters=np.asarray(states[0].params["layers_0"]["kernel"]),
+    )
