@@ -1,11 +1,14 @@
-"""Settings of every test: on CPU unless asked otherwise, and no silent broadcast over a missing axis."""
+"""Settings of every test: on CPU unless asked otherwise, no silent broadcast over a missing axis; fixtures that files share."""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+from vffjax import cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -13,3 +16,37 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
     return jax.random.key(7)
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command in process; returns status, stdout, stderr."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, arguments)))
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(call):
+    """The command must end with status 2, nothing on stdout, and one line on stderr that holds all `parts`."""
+
+    def run(*arguments, parts):
+        status, out, err = call(*arguments)
+        assert (status, out) == (2, ""), err
+        assert err.count("\n") == 1, err
+        assert err.startswith("vffjax: error: ")
+        assert "Traceback" not in err
+        missing = [part for part in parts if part not in err]
+        assert not missing, f"{missing} not in {err}"
+
+    return run
+
+
+@pytest.fixture
+def no_tensorboard(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # makes the import raise ImportError

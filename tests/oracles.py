@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,13 +101,11 @@ def leaves(tree):
 
 def assert_same(a, b):
     """Bitwise equality of two trees."""
-    for (path, x), (_, y) in zip(leaves(a), leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=path)
+    chex.assert_trees_all_equal(a, b, strict=True)
 
 
 def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    for (path, x), (_, y) in zip(leaves(a), leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=path)
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)
 
 
 def differs(a, b):

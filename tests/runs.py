@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import json
 import pathlib
 import shutil
 import tempfile
@@ -88,6 +89,10 @@ def contents(folder):
     """Every file's path, bytes and time of change."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
 
 
 def untimed(record):

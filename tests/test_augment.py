@@ -30,6 +30,12 @@ def test_normalise_gives_mean_0_and_deviation_1_per_channel():
     np.testing.assert_allclose(out.std((0, 1, 2)), 1, atol=1e-5)
 
 
+def test_bytes_stay_bytes_and_padding_is_black(key):
+    out = views(key, jnp.full((N, H, W, 1), 200, jnp.uint8), flip=True, crop_padding=2)
+    assert out.dtype == np.uint8
+    assert set(np.unique(out)) == {0, 200}
+
+
 def test_no_augmentation_changes_no_bit(key, images):
     np.testing.assert_array_equal(views(key, images), images)
 

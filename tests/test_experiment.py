@@ -1,4 +1,4 @@
-"""Whole runs in process: the summary and the record, exact resume, refusals that leave a workdir as it was, honest choices."""
+"""Whole runs: the record, exact resume, refusals that leave a workdir as it was, no use of the test set, the sequential schedule."""
 
 import contextlib
 import dataclasses
@@ -11,22 +11,18 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TIMES, assert_same_bits, contents, copy_of, finished, tiny, train, untimed
+from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
 from vffjax import checkpoint, data, experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
 from vffjax.trainer import init_states
-from vffjax.workdir import claim_workdir, load_run, locked, read_config
+from vffjax.workdir import load_run
 
 
 class Killed(BaseException):
     """Stands for a signal: nothing in the library catches it."""
-
-
-def summary_of(workdir):
-    return json.loads((workdir / "summary.json").read_text())
 
 
 def saved_states(config, workdir, epoch):
@@ -40,23 +36,6 @@ def saved_states(config, workdir, epoch):
 # What a run leaves behind
 
 
-def test_summary_holds_the_documented_fields():
-    summary, config = summary_of(finished()), tiny()
-    assert set(summary) == {
-        *("test_error", "test_error_per_group", "val_error", "voting", "epochs", "best_epoch", "images_per_second", "seconds"),
-        *("compile_seconds", "peak_bytes", "versions", "commit", "device", "seed"),
-    }
-    assert summary["epochs"] == config.epochs
-    assert summary["seed"] == config.seed
-    assert len(summary["test_error_per_group"]) == 2
-    assert {"jax", "flax", "optax", "numpy", "python", "vffjax"} <= set(summary["versions"])
-    for error in (summary["test_error"], summary["val_error"], *summary["test_error_per_group"]):
-        assert 0 <= error <= 100
-    # A network of ten classes that has learnt, in percent: not a fraction, and not an accuracy.
-    assert 1 < summary["test_error"] < 50
-    assert all(summary[key] > 0 for key in TIMES)
-
-
 def test_metrics_hold_one_object_per_epoch():
     lines = (finished() / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -68,22 +47,6 @@ def test_metrics_hold_one_object_per_epoch():
         assert r["loss"] == pytest.approx(sum(r["loss_per_group"]))
     assert records[-1]["loss"] < records[0]["loss"]
     assert summary_of(finished())["seconds"] == pytest.approx(sum(r["seconds"] for r in records))
-
-
-def test_config_json_restores_the_configuration():
-    assert read_config(finished()) == tiny()
-
-
-@pytest.mark.parametrize("name", ["curves.png", "features.png"])
-def test_plots_are_not_blank(name):
-    with Image.open(finished() / name) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    assert min(pixels.shape[:2]) >= 200
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
-    # No half of it is empty.
-    height, width = pixels.shape[:2]
-    for part in (pixels[: height // 2], pixels[height // 2 :], pixels[:, : width // 2], pixels[:, width // 2 :]):
-        assert part.std() > 5
 
 
 def test_a_run_without_a_codebook_is_drawn(tmp_path):
@@ -200,49 +163,6 @@ def test_training_a_finished_run_again_changes_nothing(tmp_path):
 # Refusals
 
 
-OTHERS = [("seed", 1), ("epochs", 4), ("widths", (16, 13)), ("overrides", {"group1": {"clip_norm": 1.0}})]
-
-
-@pytest.mark.parametrize(("key", "value"), OTHERS)
-def test_the_workdir_of_another_configuration_is_refused_and_left_as_it_was(key, value):
-    before = contents(finished())
-    with pytest.raises(UserError, match=rf"config\.{key}=.*another --workdir"):
-        train(tiny(**{key: value}), finished())
-    assert contents(finished()) == before
-
-
-def test_a_workdir_that_another_run_is_writing_is_refused(tmp_path):
-    workdir = copy_of(finished(), tmp_path)
-    with locked(workdir):
-        before = contents(workdir)
-        with pytest.raises(UserError, match=r"another run is writing here; wait for it"):
-            train(tiny(), workdir)
-        assert contents(workdir) == before
-    # The lock goes with its holder.
-    train(tiny(), workdir)
-
-
-def test_data_that_have_moved_are_no_other_configuration(tmp_path):
-    claim_workdir(finished(), tiny(data_dir=str(tmp_path)))
-
-
-def test_checkpoints_without_their_configuration_are_refused(tmp_path):
-    workdir = copy_of(finished(), tmp_path)
-    (workdir / "config.json").unlink()
-    before = contents(workdir)
-    with pytest.raises(UserError, match=r"no config\.json"):
-        train(tiny(seed=1), workdir)
-    assert contents(workdir) == before
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": "many"}', '{"epoch": 3}'])
-def test_a_damaged_config_json_is_refused_and_named(text, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
-        train(tiny(), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
-
-
 def test_input_that_does_not_fit_leaves_no_workdir(tmp_path):
     with pytest.raises(UserError, match=r"config\.batch_size=361: larger than the 360 training images"):
         train(tiny(batch_size=361), tmp_path / "run")
@@ -284,39 +204,6 @@ def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Choices
-
-
-def test_the_best_epoch_is_the_one_of_least_validation_error():
-    records, summary = read_metrics(finished()), summary_of(finished())
-    least = min(r["val_error"] for r in records)
-    assert summary["val_error"] == least
-    assert summary["best_epoch"] == max(r["epoch"] for r in records if r["val_error"] == least)
-    assert summary["voting"] == records[summary["best_epoch"] - 1]["voting"]
-
-
-def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
-    # The second of four epochs is made the best.
-    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), experiment._validate
-
-    def scripted(*args):
-        return sound(*args) | {"val_error": next(errors)}
-
-    config = tiny(epochs=4)
-    with mock.patch.object(experiment, "_validate", scripted):
-        summary = train(config, tmp_path)
-    assert (summary["best_epoch"], summary["val_error"]) == (2, 10.0)
-    assert Checkpoints(tmp_path).epochs() == [2, 3, 4]
-    by_epoch = {e: experiment.evaluate(tmp_path, epoch=str(e))["test_error_per_group"] for e in (2, 4)}
-    assert summary["test_error_per_group"] == by_epoch[2] != by_epoch[4]
-
-
-def test_without_validation_data_all_groups_vote_at_the_last_epoch(tmp_path):
-    summary = train(tiny(val_fraction=0.0, epochs=2), tmp_path)
-    assert summary["val_error"] is None
-    assert (summary["best_epoch"], summary["voting"]) == (2, [0, 1])
-    assert [r["val_error"] for r in read_metrics(tmp_path)] == [None, None]
-    found = experiment.evaluate(tmp_path)
-    assert (found["val_error"], found["test_error"]) == (None, summary["test_error"])
 
 
 def test_the_test_set_decides_nothing(tmp_path):

@@ -25,7 +25,7 @@ RULES = {
     "head": {"rule": "head"},
 }
 CASES = [(MLP, rule) for rule in RULES] + [(CONV, rule) for rule in ("shared", "triplet, hard, head", "ff, hard", "head")]
-MUTANTS = [(MLP, rule) for rule in ("shared", "triplet, hard, head", "ff, hard", "head")] + [(CONV, "shared")]
+MUTANTS = [(MLP, "shared"), (MLP, "ff, hard"), (MLP, "head"), (CONV, "triplet, hard, head")]
 
 
 def names(cases):

@@ -52,7 +52,7 @@ class Config:
     copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1)
     negatives: str = _field("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
     contrast: str = _field("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
-    similarity: str = _field("grid", "cosine of positions, flat map, 2x2 cells, pooled vector; alike on mlp", ("position", "flat", "grid", "pooled"))
+    similarity: str = _field("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))
     margin: float = _field(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
     temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4)
     head_weight: float = _field(0.0, "share of the head's cross-entropy gradient that trains the group; 0: the head only reads", low=0.0)

@@ -1,0 +1,94 @@
+"""A group's optimizer: rates over the steps, both update rules, decay and clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import CONV, assert_close, config_of, leaves, quick_jit, small_run
+
+from vffjax.trainer import make_optimizer
+
+
+def updates_of(config, gradients, params, steps_per_epoch=5):
+    """Parameters after each of the gradients."""
+    optimizer, out = make_optimizer(config, steps_per_epoch), []
+    state, update = optimizer.init(params), quick_jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        out.append(params)
+    return out
+
+
+@pytest.mark.parametrize("warmup_epochs", [0.0, 0.6, 2.0, 4.0])
+def test_the_rate_warms_up_from_zero_and_decays_to_zero_on_a_cosine(warmup_epochs):
+    config = config_of(optimizer="sgd", momentum=0.0, learning_rate=0.3, epochs=4, warmup_epochs=warmup_epochs)
+    total = 4 * 5
+    warmup = min(round(warmup_epochs * 5), total - 1)  # warm-up to the end leaves one step to decay in
+    points = np.array([float(p["b"][0]) for p in updates_of(config, [{"b": jnp.ones(1)}] * (total + 1), {"b": jnp.zeros(1)})])
+    rates = -np.diff(np.concatenate([[0.0], points]))
+    expected = [0.3 * t / warmup if t < warmup else 0.15 * (1 + np.cos(np.pi * (t - warmup) / (total - warmup))) for t in range(total + 1)]
+    np.testing.assert_allclose(rates, expected, atol=2e-6)
+    assert abs(rates[total]) < 1e-6
+
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0, -1.0])}
+KERNEL_GRADIENTS = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 2)), jnp.float32)
+GRADIENTS = [{"kernel": g, "bias": jnp.array([0.1 * i, 2.0])} for i, g in enumerate(KERNEL_GRADIENTS)]
+
+
+def rate(step, total=20):
+    return 0.1 * 0.5 * (1 + np.cos(np.pi * step / total))
+
+
+def test_sgd_is_nesterov_momentum_with_decoupled_decay_of_kernels():
+    config = config_of(optimizer="sgd", momentum=0.9, weight_decay=0.05, learning_rate=0.1, epochs=4)
+    found = updates_of(config, GRADIENTS, PARAMS)
+    for name, decay in (("kernel", 0.05), ("bias", 0.0)):
+        p, trace = np.asarray(PARAMS[name], np.float64), 0.0
+        for t, gradient in enumerate(GRADIENTS):
+            g = np.asarray(gradient[name], np.float64)
+            trace = g + 0.9 * trace
+            p = p - rate(t) * (g + 0.9 * trace + decay * p)
+            np.testing.assert_allclose(found[t][name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_adam_with_decoupled_decay_of_kernels():
+    config = config_of(weight_decay=0.05, learning_rate=0.1, epochs=4)
+    found = updates_of(config, GRADIENTS, PARAMS)
+    for name, decay in (("kernel", 0.05), ("bias", 0.0)):
+        p, m, v = np.asarray(PARAMS[name], np.float64), 0.0, 0.0
+        for t, gradient in enumerate(GRADIENTS):
+            g = np.asarray(gradient[name], np.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p = p - rate(t) * (m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8) + decay * p)
+            np.testing.assert_allclose(found[t][name], p, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weight_decay_shrinks_kernels_and_nothing_else(optimizer):
+    run = small_run(config_of(**CONV, optimizer=optimizer, weight_decay=0.1, learning_rate=0.5))
+    params = run.states[0].params
+    after = updates_of(run.plan.config, [jax.tree.map(jnp.zeros_like, params)], params)[0]
+    for (path, old), (_, new) in zip(leaves(params), leaves(after), strict=True):
+        np.testing.assert_allclose(new, old * (0.95 if "kernel" in path else 1.0), rtol=1e-6, err_msg=path)
+
+
+def test_adamw_clips_before_it_averages():
+    """Adam hides the scale of one gradient, not of two: the second counts as much as the first, though it is 100 times as large."""
+    config = config_of(learning_rate=0.1, epochs=4, clip_norm=0.5)
+    large = [{"bias": scale * jnp.array([3.0, 4.0])} for scale in (1.0, -100.0)]
+    clipped = [{"bias": jnp.array([0.3, 0.4])}, {"bias": jnp.array([-0.3, -0.4])}]
+    zero = {"bias": jnp.zeros(2)}
+    assert_close(updates_of(config, large, zero), updates_of(config_of(learning_rate=0.1, epochs=4), clipped, zero), rtol=1e-4)
+
+
+def test_clipping_bounds_the_norm_of_the_whole_groups_gradient():
+    config = config_of(optimizer="sgd", momentum=0.0, learning_rate=1.0, clip_norm=0.5)
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    zero = jax.tree.map(jnp.zeros_like, gradient)
+    for scale, norm in ((1.0, 0.5), (0.01, 0.05)):
+        after = updates_of(config, [jax.tree.map(lambda g, s=scale: s * g, gradient)], zero)[0]
+        np.testing.assert_allclose(after["a"], [-0.6 * norm, 0], rtol=1e-5)
+        np.testing.assert_allclose(after["b"], [[-0.8 * norm]], rtol=1e-5)

@@ -1,0 +1,74 @@
+"""The summary of a finished run: its fields, its figures, and the epoch, voters and test error that it chooses."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import TIMES, finished, summary_of, tiny, train
+
+from vffjax import experiment
+from vffjax.checkpoint import Checkpoints
+from vffjax.logbook import read_metrics
+
+
+def test_summary_holds_the_documented_fields():
+    summary, config = summary_of(finished()), tiny()
+    assert set(summary) == {
+        *("test_error", "test_error_per_group", "val_error", "voting", "epochs", "best_epoch", "images_per_second", "seconds"),
+        *("compile_seconds", "peak_bytes", "versions", "commit", "device", "seed"),
+    }
+    assert summary["epochs"] == config.epochs
+    assert summary["seed"] == config.seed
+    assert len(summary["test_error_per_group"]) == 2
+    assert {"jax", "flax", "optax", "numpy", "python", "vffjax"} <= set(summary["versions"])
+    for error in (summary["test_error"], summary["val_error"], *summary["test_error_per_group"]):
+        assert 0 <= error <= 100
+    # A network of ten classes that has learnt, in percent: not a fraction, and not an accuracy.
+    assert 1 < summary["test_error"] < 50
+    assert all(summary[key] > 0 for key in TIMES)
+
+
+@pytest.mark.parametrize("name", ["curves.png", "features.png"])
+def test_plots_are_not_blank(name):
+    with Image.open(finished() / name) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) >= 200
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    # No half of it is empty.
+    height, width = pixels.shape[:2]
+    for part in (pixels[: height // 2], pixels[height // 2 :], pixels[:, : width // 2], pixels[:, width // 2 :]):
+        assert part.std() > 5
+
+
+def test_the_best_epoch_is_the_one_of_least_validation_error():
+    records, summary = read_metrics(finished()), summary_of(finished())
+    least = min(r["val_error"] for r in records)
+    assert summary["val_error"] == least
+    assert summary["best_epoch"] == max(r["epoch"] for r in records if r["val_error"] == least)
+    assert summary["voting"] == records[summary["best_epoch"] - 1]["voting"]
+
+
+def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
+    # The second of four epochs is made the best.
+    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), experiment._validate
+
+    def scripted(*args):
+        return sound(*args) | {"val_error": next(errors)}
+
+    config = tiny(epochs=4)
+    with mock.patch.object(experiment, "_validate", scripted):
+        summary = train(config, tmp_path)
+    assert (summary["best_epoch"], summary["val_error"]) == (2, 10.0)
+    assert Checkpoints(tmp_path).epochs() == [2, 3, 4]
+    by_epoch = {e: experiment.evaluate(tmp_path, epoch=str(e))["test_error_per_group"] for e in (2, 4)}
+    assert summary["test_error_per_group"] == by_epoch[2] != by_epoch[4]
+
+
+def test_without_validation_data_all_groups_vote_at_the_last_epoch(tmp_path):
+    summary = train(tiny(val_fraction=0.0, epochs=2), tmp_path)
+    assert summary["val_error"] is None
+    assert (summary["best_epoch"], summary["voting"]) == (2, [0, 1])
+    assert [r["val_error"] for r in read_metrics(tmp_path)] == [None, None]
+    found = experiment.evaluate(tmp_path)
+    assert (found["val_error"], found["test_error"]) == (None, summary["test_error"])
