@@ -1,5 +1,7 @@
 """Pooling over positions, written so that forward and gradient are elementwise or plain reductions on every backend."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -28,12 +30,15 @@ def _cell_means(size: int, cells: int) -> Array:
 
 
 def max_pool(x: Float[Array, "batch h w c"], window: int) -> Float[Array, "batch h2 w2 c"]:
-    """Max over disjoint windows; ragged edges are cut. Ties share the gradient.
+    """Max over disjoint windows; ragged edges are cut. Two equal values share the gradient.
 
-    A maximum over reshaped axes: its gradient is elementwise, where that of `reduce_window` is slow on CPU.
+    Pairwise maxima of strided slices, so that the gradient is elementwise (that of `reduce_window` is slow on CPU) and always adds up
+    to one. The gradient of a maximum over reshaped axes counts the values equal to it: where XLA computes the map twice with different
+    roundings it counts none, and divides by zero.
     """
     if window == 1:
         return x
     n, h, w, c = x.shape
-    x = x[:, : h // window * window, : w // window * window]
-    return x.reshape(n, h // window, window, w // window, window, c).max(axis=(2, 4))
+    x = x[:, : h // window * window, : w // window * window].reshape(n, h // window, window, w // window, window, c)
+    rows = functools.reduce(jnp.maximum, (x[:, :, i] for i in range(window)))
+    return functools.reduce(jnp.maximum, (rows[:, :, :, j] for j in range(window)))
