@@ -1,6 +1,6 @@
 """Compiles a configuration's training epoch for a TPU that is not there, and reads what the compiler says of it.
 
-    pip install libtpu
+    pip install -e ".[tpu-compiler]"
     JAX_PLATFORMS=cpu python benchmarks/tpu_compile.py --config configs/cifar10.py [--config.KEY=VALUE ...] [--out FILE.json]
 
 libtpu is Google's own TPU compiler; given a topology it makes a real executable without the device, the same on every machine. No

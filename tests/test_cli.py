@@ -81,7 +81,7 @@ def test_a_run_in_a_process_prints_plain_lines_and_the_same_command_finds_it_don
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     # Not on a terminal: no bar, no colours, nothing of the libraries.
-    assert lines[0] == f"workdir {tmp_path / 'run'}"
+    assert lines[0] == f"workdir {tmp_path / 'run'}; 2 group(s) of widths 4 4 | 6 6; cpu"
     assert len(lines) == 3
     number = r"\d+\.\d+"
     for i, line in enumerate(lines[1:], 1):

@@ -51,13 +51,13 @@ def test_the_best_epoch_is_the_one_of_least_validation_error():
 
 def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
     # The second of four epochs is made the best.
-    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), experiment._validate
+    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), experiment.validate
 
     def scripted(*args):
         return sound(*args) | {"val_error": next(errors)}
 
     config = tiny(epochs=4)
-    with mock.patch.object(experiment, "_validate", scripted):
+    with mock.patch.object(experiment, "validate", scripted):
         summary = train(config, tmp_path)
     assert (summary["best_epoch"], summary["val_error"]) == (2, 10.0)
     assert Checkpoints(tmp_path).epochs() == [2, 3, 4]

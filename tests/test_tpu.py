@@ -22,7 +22,7 @@ print(json.dumps(tpu_compile.Target(parse_train(sys.argv[1:])[0]).compile_epoch(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_the_epoch_of_cifar10_compiles_for_tpu_v5e():
     arguments = ["--config", "configs/cifar10.py", "--config.precision=bf16"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -36,6 +36,12 @@ def conclude(
     `seconds` and `images_per_second` are those of training alone; compilation stands apart, validation and saving are not counted.
     """
     metrics = read_metrics(workdir)
+    origin = cost | {
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+        | {"python": platform.python_version(), "vffjax": importlib.metadata.version("vffjax")},
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+    }
     summary = measured | {
         "val_error": run["val_error"],
         "voting": run["voting"],
@@ -43,11 +49,7 @@ def conclude(
         "best_epoch": run["epoch"],
         "images_per_second": float(np.median([m["images_per_second"] for m in metrics])),
         "seconds": sum(m["seconds"] for m in metrics),
-        **_earlier_cost(workdir, cost),
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
-        | {"python": platform.python_version(), "vffjax": importlib.metadata.version("vffjax")},
-        "commit": _commit(),
-        "device": jax.devices()[0].device_kind,
+        **(origin if cost["peak_bytes"] is not None else _earlier(workdir, origin)),
         "seed": plan.config.seed,
     }
     write_json(workdir / "summary.json", summary)
@@ -56,14 +58,12 @@ def conclude(
     return summary
 
 
-def _earlier_cost(workdir: pathlib.Path, cost: dict[str, Any]) -> dict[str, Any]:
-    """A finished run that is started again compiles nothing; its first summary knows what it cost."""
-    path = workdir / "summary.json"
-    if cost["peak_bytes"] is None and path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = json.loads(path.read_text())
-            return {key: earlier[key] for key in cost}
-    return cost
+def _earlier(workdir: pathlib.Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """A finished run that is started again trains nothing: what it cost, and what trained it, its first summary knows."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads((workdir / "summary.json").read_text())
+        return {key: earlier[key] for key in origin}
+    return origin
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:
