@@ -20,6 +20,8 @@ from vffjax.plots import plot_curves, plot_features
 from vffjax.rules import Task, prepare_clean, prepare_labelled
 from vffjax.trainer import Plan
 
+_PACKAGES = ("vffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
 
 def conclude(
     plan: Plan,
@@ -37,8 +39,7 @@ def conclude(
     """
     metrics = read_metrics(workdir)
     origin = cost | {
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
-        | {"python": platform.python_version(), "vffjax": importlib.metadata.version("vffjax")},
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
     }
@@ -56,6 +57,13 @@ def conclude(
     plot_curves(workdir)
     draw_features(workdir / "features.png", plan, dataset, states, task)
     return summary
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path and not installed
+        return None
 
 
 def _earlier(workdir: pathlib.Path, origin: dict[str, Any]) -> dict[str, Any]:
