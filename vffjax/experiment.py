@@ -184,8 +184,10 @@ def _run_state(plan: Plan, dataset: Dataset, epoch: int) -> dict[str, Any]:
     }
 
 
-def evaluate(workdir: pathlib.Path | str, inference_name: str = "", epoch: str = "best", data_dir: str = "") -> dict[str, Any]:
-    """Validation and test errors in percent of a trained run; voting groups are chosen on the validation data."""
+def evaluate(
+    workdir: pathlib.Path | str, inference_name: str = "", epoch: str = "best", data_dir: str = "", test: bool = True
+) -> dict[str, Any]:
+    """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data."""
     plan, states, task, run = load_run(workdir, epoch)
     name = inference_name or plan.config.inference
     if name == "sweep" and plan.config.rule == "head":
@@ -196,7 +198,9 @@ def evaluate(workdir: pathlib.Path | str, inference_name: str = "", epoch: str =
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
     validated = validate(seen, validation, run["trained_groups"])
-    test = on_device(dataset.test)
-    found = np.asarray(scores(task, states, test.images))[: run["trained_groups"]]
-    header = {"workdir": str(workdir), "epoch": run["epoch"], "inference": name}
-    return header | validated | measure(found, test.labels, tuple(validated["voting"]), "test")
+    header = {"workdir": str(workdir), "epoch": run["epoch"], "inference": name} | validated
+    if not test:
+        return header
+    unseen = on_device(dataset.test)
+    found = np.asarray(scores(task, states, unseen.images))[: run["trained_groups"]]
+    return header | measure(found, unseen.labels, tuple(validated["voting"]), "test")
