@@ -22,7 +22,7 @@ from vffjax import experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.cli import parse_train
 from vffjax.config import Config, make_config
-from vffjax.errors import UserError
+from vffjax.errors import UserError, bad_key
 from vffjax.logbook import replace_file, write_json
 
 RULES: dict[str, dict[str, Any]] = {
@@ -119,6 +119,8 @@ def main() -> None:
             raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
         variants = {rule: RULES[rule] | given(own.set, rule) for rule in rules}
         config, name, _ = parse_train(rest)
+        if config.val_fraction == 0:
+            raise bad_key("val_fraction", config.val_fraction, "leaves nothing to choose on", "hold out some images, such as 0.1")
         runs: dict[str, list[dict[str, Any]]] = {}
         # Seeds outside, rules inside: a machine that slows down does so for every rule.
         for seed in map(int, seeds):

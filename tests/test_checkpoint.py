@@ -37,9 +37,9 @@ def run_state(epoch, val_error=50.0, trained_groups=2):
 
 
 def save(workdir, made, *runs):
-    plan, states, task = made
+    _, states, task = made
     checkpoints = Checkpoints(workdir)
-    writer = checkpoints.writer(plan)
+    writer = checkpoints.writer()
     for run in runs:
         writer.save(run["epoch"], states, task, run)
     writer.close()
@@ -222,7 +222,7 @@ def test_a_damaged_older_step_does_not_stop_a_writer(saved, tmp_path):
 def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):
     made = make(grouping="all", widths=(2,))
     plan, states, task = made
-    first, second = Checkpoints(tmp_path).writer(plan), Checkpoints(tmp_path).writer(plan)
+    first, second = Checkpoints(tmp_path).writer(), Checkpoints(tmp_path).writer()
     first.save(1, states, task, run_state(1, 50.0))
     with pytest.raises(UserError, match="another run may be writing"):
         second.save(1, jax.tree.map(jnp.zeros_like, states), task, run_state(1, 1.0))

@@ -69,8 +69,8 @@ class Checkpoints:
         self._verify(epoch, name)
         return self._restore(epoch, **{name: ocp.args.StandardRestore(_abstract_states(plan, self.run(epoch))[group])})[name]
 
-    def writer(self, plan: Plan) -> "Writer":
-        return Writer(self, plan)
+    def writer(self) -> "Writer":
+        return Writer(self)
 
     def _some_epochs(self) -> list[int]:
         epochs = self.epochs()
@@ -115,8 +115,8 @@ class Checkpoints:
 class Writer:
     """Saves epochs into a workdir; keeps the two latest and the best. One writer at a time."""
 
-    def __init__(self, checkpoints: Checkpoints, plan: Plan):
-        self._checkpoints, self._plan = checkpoints, plan
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
         folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
         complete = set(checkpoints.epochs())

@@ -52,12 +52,13 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", config.to_dict())
     # Not earlier: bad input leaves one line, and no folder.
     print(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
 
     with locked(workdir):
+        claim_workdir(workdir, config)  # again, now that nobody else can have written here since
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", config.to_dict())
         return _train_in(config, workdir, dataset, plan)
 
 
@@ -87,7 +88,7 @@ def _run_epochs(
     train_data, validation = on_device(dataset.train), on_device(dataset.validation)
     scores = inference.make_scores(plan, plan.config.inference)
     cost: dict[str, Any] = {"compile_seconds": 0.0, "peak_bytes": 0}
-    with Logbook(workdir, plan.total_epochs, done) as logbook, contextlib.closing(checkpoints.writer(plan)) as writer:
+    with Logbook(workdir, plan.total_epochs, done) as logbook, contextlib.closing(checkpoints.writer()) as writer:
         run_epoch, compiled_for = None, None
         for epoch in range(done, plan.total_epochs):
             active = plan.active(epoch)
