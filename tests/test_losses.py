@@ -133,7 +133,7 @@ def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, key):
     wrong = np.array([0, 1, 2, 2])
     copy_labels = np.concatenate([labels, wrong]) if config.labelling == "triplet" else np.tile(np.arange(classes), config.copies_per_class)
     clean, copies = maps(9, 4, 4, 4, 2), maps(10, len(copy_labels), 4, 4, 2)
-    streams = Streams(*(jnp.asarray(a) for a in (clean, labels, copies, copy_labels)))
+    streams = Streams(*(jnp.asarray(a) for a in (np.concatenate([clean, copies]), labels, copy_labels)))
     value = quick_jit(lambda s: rules._cscl(config, s, key, jnp.zeros((4, classes))))(streams)
     if config.resolved_contrast == "in_batch":
         rows = [oracles.in_batch(a, y, copies, copy_labels, kind, MARGIN, TAU) for a, y in zip(clean, labels, strict=True)]
@@ -168,7 +168,7 @@ def test_the_forward_forward_rule_takes_right_labels_as_positive():
     config = config_of(rule="ff", goodness_threshold=0.5)
     copies = maps(13, 8, 3, 3, 2) * np.array([2.0] * 4 + [0.1] * 4).reshape(-1, 1, 1, 1)
     labels = np.zeros(4, np.int32)
-    streams = Streams(*(jnp.asarray(a) for a in (copies[:4], labels, copies, np.tile(labels, 2))))
+    streams = Streams(*(jnp.asarray(a) for a in (np.concatenate([copies[:4], copies]), labels, np.tile(labels, 2))))
     value = rules._forward_forward(config, streams)
     np.testing.assert_allclose(value, oracles.forward_forward(copies[:4], copies[4:], 0.5, 0.0), rtol=1e-5)
 

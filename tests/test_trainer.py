@@ -113,9 +113,8 @@ def test_each_group_steps_as_if_alone_on_the_features_of_its_predecessors(mlp):
             new, _, m = trainer.group_step(for_group(plan.config, i), group, plan.optimizers[i], states[i], streams, group_key)
             out.append((new, m["loss"]))
             # The next group sees what this one computed before its update.
-            both = jnp.concatenate([streams.clean, streams.copies])
-            features, _ = group.features(states[i].params, states[i].batch_stats, both, len(labels), True)
-            streams = streams._replace(clean=features[: len(labels)], copies=features[len(labels) :])
+            features, _ = group.features(states[i].params, states[i].batch_stats, streams.rows, len(labels), True)
+            streams = streams._replace(rows=features)
         return out
 
     for i, (state, loss) in enumerate(alone(run.states)):

@@ -1,10 +1,10 @@
-"""The convolution of every layer, with gradients that stay fast on CPU inside `lax.scan`.
+"""The convolution of every layer, fast on CPU too, where its gradients must stay so inside `lax.scan`.
 
 XLA:CPU rewrites the odd layouts of a convolution's gradients into its fast form only in the entry computation, not in a loop body
-(jax issue 12868), where they run about 150 times slower. Here both gradients are written in forms that are fast anywhere:
-the input gradient as a plain NHWC/HWIO convolution with the flipped kernel, the kernel gradient as matrix products over a few
-images at a time, so that their shifted copies stay in cache. GPU and TPU get XLA's own gradients: the choice is made where the
-program is lowered, not where it is traced.
+(jax issue 12868), where they run about 150 times slower. Here, on CPU, a convolution and its gradients are written in forms that are
+fast anywhere: by `winograd` where that applies; else the input gradient is a plain NHWC/HWIO convolution with the flipped kernel, the
+kernel gradient matrix products over a few images at a time, so that their shifted copies stay in cache. GPU and TPU get XLA's own
+convolution and gradients: the choice is made where the program is lowered, not where it is traced.
 """
 
 import functools
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from vffjax import winograd
 
 # Rows (image positions) per matrix product of the kernel gradient; 4,096 rows of 3 x 48 floats are 2 MiB, one L2 cache.
 _ROWS_PER_PRODUCT = 4096
@@ -25,7 +27,9 @@ def _plain(x: Array, kernel: Array) -> Array:
 @jax.custom_vjp
 def conv(x: Float[Array, "batch h w c"], kernel: Float[Array, "k k c d"]) -> Float[Array, "batch h w d"]:
     """Cross-correlation with stride 1, zero padding to the same size; `k` is odd. Differentiable once, in reverse mode."""
-    return _plain(x, kernel)
+    if not winograd.applies(x.shape, kernel.shape):
+        return _plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=_plain)
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -47,12 +51,15 @@ conv.defvjp(_forward, _backward)
 
 
 def _input_gradient(x: Array, kernel: Array, g: Array) -> Array:
-    del x
+    if winograd.applies(x.shape, kernel.shape):
+        return winograd.input_gradient(kernel, g)
     return _plain(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
 
 def _kernel_gradient(x: Array, g: Array, size: int) -> Array:
     n, h, w, _ = x.shape
+    if winograd.applies(x.shape, (size, size, x.shape[3], g.shape[3])):
+        return winograd.kernel_gradient(x, g).astype(x.dtype)
     chunk = max(1, min(n, _ROWS_PER_PRODUCT // (h * w)))
     whole = n // chunk * chunk
     product = functools.partial(_kernel_gradient_of_chunk, size=size)

@@ -12,12 +12,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Streams(NamedTuple):
-    """Clean rows and labelled rows on their way through the groups."""
+    """Clean rows, then labelled rows, in one array on their way through the groups: one call of a layer serves both."""
 
-    clean: Float[Array, "batch *feature"]
+    rows: Float[Array, "rows *feature"]
     labels: Int[Array, " batch"]
-    copies: Float[Array, "copies *feature"]  # no rows under rule head
-    copy_labels: Int[Array, " copies"]  # the label that each copy carries, right or wrong for its image
+    copy_labels: Int[Array, " copies"]  # the label that each copy carries, right or wrong for its image; none under rule head
+
+    @property
+    def clean(self) -> Float[Array, "batch *feature"]:
+        return self.rows[: self.labels.shape[0]]
+
+    @property
+    def copies(self) -> Float[Array, "copies *feature"]:
+        return self.rows[self.labels.shape[0] :]
 
 
 def make_codebook(key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float) -> Float[Array, "classes h w c"]:
@@ -37,7 +44,7 @@ def wrong_labels(
 
 def clean_only(images: Float[Array, "batch h w c"], labels: Int[Array, " batch"]) -> Streams:
     """The streams of rule head: no copies."""
-    return Streams(images, labels, images[:0], labels[:0])
+    return Streams(images, labels, labels[:0])
 
 
 def lwnl_triplet(
@@ -48,7 +55,8 @@ def lwnl_triplet(
 ) -> Streams:
     """The documented three kinds: `x`, then `x + n_y` for all images followed by `x + n_y'` for all."""
     copy_labels = jnp.concatenate([labels, wrong])
-    return Streams(images, labels, jnp.concatenate([images, images]) + codebook[copy_labels], copy_labels)
+    noisy = jnp.concatenate([images, images]) + codebook[copy_labels]
+    return Streams(jnp.concatenate([images, noisy]), labels, copy_labels)
 
 
 def lwnl_shared(
@@ -66,7 +74,8 @@ def lwnl_shared(
     classes = codebook.shape[0]
     copy_labels = jnp.tile(jnp.arange(classes, dtype=labels.dtype), copies_per_class)
     rows = jnp.resize(jax.random.permutation(key, images.shape[0]), copy_labels.shape)
-    return Streams(images, labels, images[rows] + jnp.tile(codebook, (copies_per_class, 1, 1, 1)), copy_labels)
+    copies = images[rows] + jnp.tile(codebook, (copies_per_class, 1, 1, 1))
+    return Streams(jnp.concatenate([images, copies]), labels, copy_labels)
 
 
 def overlay(
@@ -97,7 +106,7 @@ def overlay_streams(
     """Clean: neutral label. Copies: all images with the right label, then all with a wrong one."""
     copy_labels = jnp.concatenate([labels, wrong])
     copies = overlay(jnp.concatenate([images, images]), jax.nn.one_hot(copy_labels, classes), low, high)
-    return Streams(neutral(images, classes, low, high), labels, copies, copy_labels)
+    return Streams(jnp.concatenate([neutral(images, classes, low, high), copies]), labels, copy_labels)
 
 
 def neutral(

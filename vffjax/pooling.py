@@ -2,8 +2,10 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -29,16 +31,52 @@ def _cell_means(size: int, cells: int) -> Array:
     return jnp.asarray(weights)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: Float[Array, "batch h w c"], window: int) -> Float[Array, "batch h2 w2 c"]:
-    """Max over disjoint windows; ragged edges are cut. Two equal values share the gradient.
-
-    Pairwise maxima of strided slices, so that the gradient is elementwise (that of `reduce_window` is slow on CPU) and always adds up
-    to one. The gradient of a maximum over reshaped axes counts the values equal to it: where XLA computes the map twice with different
-    roundings it counts none, and divides by zero.
-    """
+    """Max over disjoint windows; ragged edges are cut."""
     if window == 1:
         return x
+    pairwise, reduced = (functools.partial(f, window=window) for f in (_pairwise_max, _reduced_max))
+    return lax.platform_dependent(x, cpu=pairwise, default=reduced)
+
+
+def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:
+    """The gradient of `max_pool` in `x`: `g` at the largest entry of each window. Several that are equal share it on CPU; elsewhere
+    the first has all of it."""
+    if window == 1:
+        return g
+
+    def scattered(x: Array, g: Array) -> Array:
+        return jax.vjp(functools.partial(_reduced_max, window=window), x)[1](g)[0]
+
+    return lax.platform_dependent(x, g, cpu=functools.partial(_shared_gradient, window=window), default=scattered)
+
+
+max_pool.defvjp(lambda x, window: (max_pool(x, window), x), lambda window, x, g: (max_pool_gradient(x, g, window),))
+
+
+def _reduced_max(x: Array, window: int) -> Array:
+    size = (1, window, window, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, size, size, "VALID")
+
+
+def _windows(x: Array, window: int) -> Array:
     n, h, w, c = x.shape
-    x = x[:, : h // window * window, : w // window * window].reshape(n, h // window, window, w // window, window, c)
+    return x[:, : h // window * window, : w // window * window].reshape(n, h // window, window, w // window, window, c)
+
+
+def _pairwise_max(x: Array, window: int) -> Array:
+    """Elementwise maxima of strided slices: XLA:CPU's `reduce_window` is slow, and its gradient more so."""
+    x = _windows(x, window)
     rows = functools.reduce(jnp.maximum, (x[:, :, i] for i in range(window)))
     return functools.reduce(jnp.maximum, (rows[:, :, :, j] for j in range(window)))
+
+
+def _shared_gradient(x: Array, g: Array, window: int) -> Array:
+    n, h, w, c = x.shape
+    largest, x = _pairwise_max(x, window), _windows(x, window)
+    equal = [(x[:, :, i, :, j] == largest).astype(g.dtype) for i in range(window) for j in range(window)]
+    share = g / functools.reduce(jnp.add, equal)
+    spread = jnp.where(x == largest[:, :, None, :, None], share[:, :, None, :, None], 0)
+    spread = spread.reshape(n, h // window * window, w // window * window, c)
+    return jnp.pad(spread, ((0, 0), (0, h % window), (0, w % window), (0, 0)))

@@ -10,6 +10,7 @@ from vffjax import labelling, losses
 from vffjax.config import Config
 from vffjax.groups import LayerGroup
 from vffjax.labelling import Streams
+from vffjax.pooling import mean_pool_to_grid
 
 
 class Task(NamedTuple):
@@ -74,22 +75,36 @@ def local_loss(
     params: Any, config: Config, group: LayerGroup, batch_stats: Any, streams: Streams, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], tuple[Any, Streams, dict[str, Array]]]:
     """Loss of one group on its input streams; new statistics, detached output streams and metrics as auxiliary output."""
-    clean = streams.clean.shape[0]
-    features, batch_stats = group.features(params, batch_stats, jnp.concatenate([streams.clean, streams.copies]), clean, True)
-    anchors, copies = features[:clean], features[clean:]
+    clean = streams.labels.shape[0]
+    features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
+    out = streams._replace(rows=features)
+    seen = _pooled(config, features)
 
     head_share = {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule]
-    logits = group.logits(params, losses.scale_gradient(anchors, head_share))
+    # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
+    logits = group.logits(params, losses.scale_gradient(seen, head_share))[:clean]
     head_loss = losses.head_cross_entropy(logits, streams.labels, config.label_smoothing)
 
-    out = Streams(anchors, streams.labels, copies, streams.copy_labels)
     if config.rule == "head":
         local = jnp.zeros(())
     else:
-        local = _forward_forward(config, out) if config.rule == "ff" else _cscl(config, out, key, logits)
+        local = _forward_forward(config, out) if config.rule == "ff" else _cscl(config, streams._replace(rows=seen), key, logits)
     metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)}
     out, metrics = jax.lax.stop_gradient((out, metrics))
     return local + head_loss, (batch_stats, out, metrics)
+
+
+def _pooled(config: Config, features: Array) -> Array:
+    """What the head and the cosine read: means over the head's cells, where the cosine's cells are made of whole ones; else the map.
+
+    Both pool further by themselves and get the same numbers, and the feature map is read, and its gradient written, once.
+    """
+    cells = {"grid": 2, "pooled": 1}.get(config.similarity)
+    if config.rule != "vff" or features.ndim != 4 or not cells or config.head_grid % cells:
+        return features
+    if any(side % config.head_grid for side in features.shape[1:3]):
+        return features
+    return mean_pool_to_grid(features.astype(jnp.float32), config.head_grid)
 
 
 def _forward_forward(config: Config, streams: Streams) -> Array:
@@ -99,8 +114,8 @@ def _forward_forward(config: Config, streams: Streams) -> Array:
 
 
 def _cscl(config: Config, streams: Streams, key: PRNGKeyArray, logits: Array) -> Array:
-    anchors = losses.embed(streams.clean, config.similarity)
-    copies = losses.embed(streams.copies, config.similarity)
+    embedded = streams._replace(rows=losses.embed(streams.rows, config.similarity))
+    anchors, copies = embedded.clean, embedded.copies
     margin, temperature = config.margin, config.temperature
     if config.resolved_contrast == "in_batch":
         per_anchor = jax.vmap(losses.cscl_in_batch, in_axes=(0, 0, None, None, None, None))

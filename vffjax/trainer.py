@@ -104,10 +104,8 @@ def group_step(
 
 def frozen_step(group: LayerGroup, state: GroupState, streams: Streams) -> Streams:
     """The streams behind a group that no longer trains: running statistics, no update."""
-    clean = streams.clean.shape[0]
-    both = jnp.concatenate([streams.clean, streams.copies])
-    features = jax.lax.stop_gradient(group.features(state.params, state.batch_stats, both, clean, False)[0])
-    return streams._replace(clean=features[:clean], copies=features[clean:])
+    features = group.features(state.params, state.batch_stats, streams.rows, streams.labels.shape[0], False)[0]
+    return streams._replace(rows=jax.lax.stop_gradient(features))
 
 
 def train_step(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vffjax.conv import conv
+from vffjax.normalisation import EPSILON, affine, by_row, normalise
 from vffjax.pooling import max_pool
 
 MOMENTUM = 0.9
-EPSILON = 1e-5
 
 
 class Layer(nn.Module):
@@ -32,47 +32,44 @@ def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *fea
 
 
 class Norm(nn.Module):
-    """Normalisation over the two streams.
+    """Normalisation over the two streams; with `pool` and `relu`, max-pooling over windows and ReLU behind it.
 
     `batch`: each stream by its own batch statistics, and by its own running statistics in evaluation. `anchor`: both by the clean
     stream's, so that no labelled image touches a clean one nor rescales itself. `layer`: each row by itself. Computed in float32.
     """
 
     kind: str
+    pool: int = 1
+    relu: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch *feature"], clean: int, train: bool) -> Float[Array, "batch *feature"]:
+    def __call__(self, x: Float[Array, "batch *feature"], clean: int, train: bool) -> Float[Array, "batch *out"]:
         channels = x.shape[-1]
-        last = (1,) * (x.ndim - 1) + (channels,)
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32).reshape(last)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32).reshape(last)
-        z = x.astype(jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         if self.kind == "layer":
-            axes = tuple(range(1, z.ndim))
+            last = (1,) * (x.ndim - 1) + (channels,)
+            z, axes = x.astype(jnp.float32), tuple(range(1, x.ndim))
             mean, var = z.mean(axes, keepdims=True), z.var(axes, keepdims=True)
-            return ((z - mean) * jax.lax.rsqrt(var + EPSILON) * scale + bias).astype(x.dtype)
+            z = (z - mean) * jax.lax.rsqrt(var + EPSILON) * scale.reshape(last) + bias.reshape(last)
+            return self._finish(z).astype(x.dtype)
 
-        streams = 2 if self.kind == "batch" else 1
+        shared = self.kind == "anchor"
+        streams = 1 if shared else 2
         means = self.variable("batch_stats", "mean", jnp.zeros, (streams, channels), jnp.float32)
         variances = self.variable("batch_stats", "var", jnp.ones, (streams, channels), jnp.float32)
-        parts = [z[:clean], z[clean:]]
-        out = []
-        for row, part in enumerate(parts):
-            if part.shape[0] == 0:
-                continue
-            source = row if self.kind == "batch" else 0
-            if train and source == row:
-                axes = tuple(range(part.ndim - 1))
-                mean = part.mean(axes)
-                var = jnp.maximum(jnp.mean(part * part, axes) - mean * mean, 0.0)
-                if not self.is_initializing():
-                    means.value = means.value.at[row].set(MOMENTUM * means.value[row] + (1 - MOMENTUM) * mean)
-                    variances.value = variances.value.at[row].set(MOMENTUM * variances.value[row] + (1 - MOMENTUM) * var)
-            elif not train:
-                mean, var = means.value[source], variances.value[source]
-            gain = scale * jax.lax.rsqrt(var.reshape(last) + EPSILON)
-            out.append((part * gain + (bias - mean.reshape(last) * gain)).astype(x.dtype))
-        return jnp.concatenate(out) if len(out) > 1 else out[0]
+        present = slice(0, 1) if shared else slice(0 if clean else 1, 1 if clean == x.shape[0] else 2)
+        if train:
+            out, mean, var = normalise(x, scale, bias, clean, shared, self.pool, self.relu)
+            if not self.is_initializing():
+                means.value = means.value.at[present].set(MOMENTUM * means.value[present] + (1 - MOMENTUM) * mean)
+                variances.value = variances.value.at[present].set(MOMENTUM * variances.value[present] + (1 - MOMENTUM) * var)
+            return out
+        gain, offset = affine(means.value[present], variances.value[present], scale, bias)
+        return self._finish(x.astype(jnp.float32) * by_row(gain, x, clean) + by_row(offset, x, clean)).astype(x.dtype)
+
+    def _finish(self, z: Array) -> Array:
+        return max_pool(nn.relu(z) if self.relu else z, self.pool)
 
 
 class _Affine(Layer):
@@ -81,13 +78,11 @@ class _Affine(Layer):
     norm: str = "batch"
     dtype: Any = jnp.float32
 
-    def finish(self, x: Array, clean: int, train: bool) -> Array:
+    def finish(self, x: Array, clean: int, train: bool, pool: int = 1) -> Array:
         if self.norm in ("input", "none"):
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
-            x = x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))
-        else:
-            x = Norm(self.norm, name="norm")(x, clean, train)
-        return nn.relu(x)
+            return max_pool(nn.relu(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
+        return Norm(self.norm, pool, relu=True, name="norm")(x, clean, train)
 
     def kernel(self, shape: tuple[int, ...]) -> Array:
         # He initialisation (He et al., 2015) for ReLU; parameters live in float32 and are cast at use.
@@ -116,4 +111,4 @@ class ConvLayer(_Affine):
         if self.norm == "input":
             x = divide_by_rms(x)
         x = conv(x, self.kernel((3, 3, x.shape[3], self.width)))
-        return max_pool(self.finish(x, clean, train), self.pool)
+        return self.finish(x, clean, train, self.pool)
