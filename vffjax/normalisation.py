@@ -1,8 +1,8 @@
 """Batch normalisation of two streams, max-pooling and ReLU as one operation, whose gradient needs nothing but its input.
 
 Pooling comes first: an affine map takes the largest of a window to the largest, or, where its slope is negative, the smallest. So
-everything but the statistics works on the pooled map, a quarter of the positions for 2x2 windows, and the backward pass, derived by hand from
-`y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015), keeps `x` alone and makes one pass over it.
+everything but the statistics works on the pooled map, a quarter of the positions for 2x2 windows, and the backward pass keeps `x` alone and
+makes one pass over it. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015).
 """
 
 import functools
@@ -29,8 +29,9 @@ def normalise(
 ) -> tuple[Float[Array, "batch *out"], Float[Array, "sources c"], Float[Array, "sources c"]]:
     """`x` by batch statistics, pooled and rectified; and the means and variances, which are not to be differentiated.
 
-    The first `clean` rows are one stream, the rest another. Each is normalised by its own statistics, or, if `shared`, both by those of the
-    clean rows: there are as many sources as streams that are present, or one. Moments and arithmetic are float32; the output has the type of `x`.
+    The first `clean` rows are one stream, the rest another. Each is normalised by its own statistics, or, if `shared`, both by those
+    of the clean rows: there are as many sources as streams that are present, or one. Moments and arithmetic are float32; the output
+    has the type of `x`.
     """
     return _forward(x, scale, bias, clean, shared, pool, relu)[0]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +109,25 @@ def frozen_step(group: LayerGroup, state: GroupState, streams: Streams) -> Strea
     return streams._replace(rows=jax.lax.stop_gradient(features))
 
 
+def _fenced(step: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
+    """`step`, done with all that it computes before anything that takes its result begins: one group's intermediate maps at a time.
+
+    Without, the compiler puts off the groups' updates and holds the maps of several. A barrier says so to it; XLA:CPU drops barriers before
+    it orders its operations, so there the step is one branch of a condition that always holds, which the compiler cannot know.
+    """
+
+    def never(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, *arguments))
+
+    def branch(*arguments: Any) -> Any:
+        return jax.lax.cond(labels[0] & 1 < 2, step, never, *arguments)
+
+    def barrier(*arguments: Any) -> Any:
+        return jax.lax.optimization_barrier(step(*arguments))
+
+    return functools.partial(jax.lax.platform_dependent, cpu=branch, default=barrier)
+
+
 def train_step(
     plan: Plan,
     active: int | None,
@@ -132,9 +152,9 @@ def train_step(
     new_states, metrics = list(states), []
     for i, (group, optimizer) in enumerate(zip(plan.groups, plan.optimizers, strict=True)):
         if active is None or i == active:
-            new_states[i], streams, m = group_step(
-                for_group(plan.config, i), group, optimizer, states[i], streams, jax.random.fold_in(group_key, i)
-            )
+            update = functools.partial(group_step, for_group(plan.config, i), group, optimizer)
+            update = _fenced(update, labels) if active is None and len(plan.groups) > 1 else update
+            new_states[i], streams, m = update(states[i], streams, jax.random.fold_in(group_key, i))
             metrics.append(m)
         elif i < active:
             streams = frozen_step(group, states[i], streams)

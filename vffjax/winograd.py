@@ -1,9 +1,10 @@
 """3x3 convolutions on CPU by the minimal filtering algorithm F(2x2, 3x3): 2.25 times fewer multiplications than by definition.
 
 Winograd (Arithmetic Complexity of Computations, 1980); for convolutional networks Lavin and Gray (CVPR 2016). An output tile of 2x2
-positions needs an input tile of 4x4, and `y = A' [(G k G') * (B' x B)] A` per channel pair: sixteen products where the definition takes
-thirty-six. Summed over channels, each of the sixteen is one matrix product (tiles x channels) x (channels x width). All constants are
-0, 1 and 1/2, so the rounding errors are those of the plain sum. The kernel gradient is the adjoint, `G' [V' (A g A')] G`, by the same tiles.
+positions needs an input tile of 4x4, and `y = A' [(G k G') * (B' x B)] A` per pair of channels: sixteen products where the definition
+takes thirty-six. Summed over channels, each of the sixteen is one matrix product (tiles x channels) x (channels x width). All constants
+are 0, 1 and 1/2, so the rounding errors are those of the plain sum. The kernel gradient is the adjoint, `G' [V' (A g A')] G` with
+`V = B' x B`, by the same tiles.
 
 XLA:CPU computes a convolution by its definition, and the gradient of its kernel slowly inside a loop; here all three are matrix
 products over a few images at a time, whose sixteen tiles stay in cache.
