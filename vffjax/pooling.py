@@ -1,6 +1,7 @@
-"""Pooling over positions, written so that forward and gradient are elementwise or plain reductions on every backend."""
+"""Pooling over positions. On CPU forward and gradient are elementwise or plain reductions: XLA's window operations are slow there."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +34,33 @@ def _cell_means(size: int, cells: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: Float[Array, "batch h w c"], window: int) -> Float[Array, "batch h2 w2 c"]:
-    """Max over disjoint windows; ragged edges are cut."""
+    """Max over disjoint windows; ragged edges are cut. Entries that are equal share the gradient on CPU; elsewhere the first has it."""
     if window == 1:
         return x
     pairwise, reduced = (functools.partial(f, window=window) for f in (_pairwise_max, _reduced_max))
     return lax.platform_dependent(x, cpu=pairwise, default=reduced)
 
 
+def _max_pool_backward(window: int, x: Array, g: Array) -> tuple[Array]:
+    # Not by comparison with the maximum: XLA may compute `x` twice with other roundings, and then nothing is equal to it.
+    pairwise, reduced = (functools.partial(_gradient_of, functools.partial(f, window=window)) for f in (_pairwise_max, _reduced_max))
+    return (lax.platform_dependent(x, g, cpu=pairwise, default=reduced),)
+
+
+def _gradient_of(pool: Callable[[Array], Array], x: Array, g: Array) -> Array:
+    return jax.vjp(pool, x)[1](g)[0]
+
+
+max_pool.defvjp(lambda x, window: (max_pool(x, window), x), _max_pool_backward)
+
+
 def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:
-    """The gradient of `max_pool` in `x`: `g` at the largest entry of each window. Several that are equal share it on CPU; elsewhere
-    the first has all of it."""
+    """The gradient of `max_pool` for an `x` that lies in memory, such as a convolution's output: on CPU by comparison, in one pass."""
     if window == 1:
         return g
-
-    def scattered(x: Array, g: Array) -> Array:
-        return jax.vjp(functools.partial(_reduced_max, window=window), x)[1](g)[0]
-
-    return lax.platform_dependent(x, g, cpu=functools.partial(_shared_gradient, window=window), default=scattered)
-
-
-max_pool.defvjp(lambda x, window: (max_pool(x, window), x), lambda window, x, g: (max_pool_gradient(x, g, window),))
+    comparison = functools.partial(_gradient_by_comparison, window=window)
+    reduced = functools.partial(_gradient_of, functools.partial(_reduced_max, window=window))
+    return lax.platform_dependent(x, g, cpu=comparison, default=reduced)
 
 
 def _reduced_max(x: Array, window: int) -> Array:
@@ -66,13 +74,12 @@ def _windows(x: Array, window: int) -> Array:
 
 
 def _pairwise_max(x: Array, window: int) -> Array:
-    """Elementwise maxima of strided slices: XLA:CPU's `reduce_window` is slow, and its gradient more so."""
     x = _windows(x, window)
     rows = functools.reduce(jnp.maximum, (x[:, :, i] for i in range(window)))
     return functools.reduce(jnp.maximum, (rows[:, :, :, j] for j in range(window)))
 
 
-def _shared_gradient(x: Array, g: Array, window: int) -> Array:
+def _gradient_by_comparison(x: Array, g: Array, window: int) -> Array:
     n, h, w, c = x.shape
     largest, x = _pairwise_max(x, window), _windows(x, window)
     equal = [(x[:, :, i, :, j] == largest).astype(g.dtype) for i in range(window) for j in range(window)]

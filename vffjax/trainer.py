@@ -152,7 +152,7 @@ def train_step(
     new_states, metrics = list(states), []
     for i, (group, optimizer) in enumerate(zip(plan.groups, plan.optimizers, strict=True)):
         if active is None or i == active:
-            update = functools.partial(group_step, for_group(plan.config, i), group, optimizer)
+            update: Callable[..., Any] = functools.partial(group_step, for_group(plan.config, i), group, optimizer)
             update = _fenced(update, labels) if active is None and len(plan.groups) > 1 else update
             new_states[i], streams, m = update(states[i], streams, jax.random.fold_in(group_key, i))
             metrics.append(m)

@@ -40,9 +40,10 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"]) -> Flo
     products = products.reshape(16, d, c).astype(x.dtype)
 
     def few(x: Array) -> Array:
-        tiles = [lax.dot_general(v.reshape(-1, c), u, (((1,), (1,)), ((), ()))) for v, u in zip(_input_tiles(x), products, strict=True)]
-        rows = _columns([tile.reshape(-1, h // 2, w // 2, d) for tile in tiles], _output_pair)
-        return jnp.stack([jnp.stack(_output_pair(row), 3) for row in rows], 2).reshape(-1, h, w, d)
+        pairs = zip(_input_tiles(x), products, strict=True)
+        tiles = [_product(v.reshape(-1, c), u, 1).reshape(-1, h // 2, w // 2, d) for v, u in pairs]
+        rows = _columns(tiles, _output_pair)
+        return jnp.stack([jnp.stack(_output_pair(row), 3) for row in rows], 2).reshape(-1, h, w, d).astype(x.dtype)
 
     size, rest = _split(n, h * w * (c + d))
     whole = n - rest
@@ -62,7 +63,7 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
 
     def add(total: list[Array], pair: tuple[Array, Array]) -> tuple[list[Array], None]:
         pairs = zip(total, _input_tiles(pair[0]), _gradient_tiles(pair[1]), strict=True)
-        return [t + _over_rows(v.reshape(-1, c), m.reshape(-1, d)) for t, v, m in pairs], None
+        return [t + _product(v.reshape(-1, c), m.reshape(-1, d), 0) for t, v, m in pairs], None
 
     size, rest = _split(n, h * w * (c + d))
     whole = n - rest
@@ -73,8 +74,9 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
     return jnp.einsum("ai,bj,abcd->ijcd", _KERNEL, _KERNEL, jnp.stack(total).reshape(4, 4, c, d), precision="highest")
 
 
-def _over_rows(a: Array, b: Array) -> Array:
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(a: Array, b: Array, axis: int) -> Array:
+    """Contracted over `axis` of both, summed in float32."""
+    return lax.dot_general(a, b, (((axis,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _split(n: int, elements: int) -> tuple[int, int]:
@@ -93,9 +95,10 @@ def _columns(tiles: list[Array], transform: Callable[[list[Array]], list[Array]]
 def _input_tiles(x: Array) -> list[Array]:
     """`B' x B` of every overlapping 4x4 tile: sixteen maps [n, h / 2, w / 2, c]."""
     h, w = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = _input_four([x[:, i : i + h - 1 : 2] for i in range(4)])
-    return [tile for row in rows for tile in _input_four([row[:, :, j : j + w - 1 : 2] for j in range(4)])]
+    # Sums in float32, rounded once: in bfloat16 each of the two steps would round.
+    z = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows = _input_four([z[:, i : i + h - 1 : 2] for i in range(4)])
+    return [tile.astype(x.dtype) for row in rows for tile in _input_four([row[:, :, j : j + w - 1 : 2] for j in range(4)])]
 
 
 def _input_four(d: list[Array]) -> list[Array]:
@@ -108,8 +111,9 @@ def _output_pair(m: list[Array]) -> list[Array]:
 
 def _gradient_tiles(g: Array) -> list[Array]:
     """`A g A'` of every 2x2 tile: sixteen maps [n, h / 2, w / 2, d]; the adjoint of the output transform."""
-    rows = _gradient_four([g[:, i::2] for i in range(2)])
-    return [tile for row in rows for tile in _gradient_four([row[:, :, j::2] for j in range(2)])]
+    z = g.astype(jnp.float32)
+    rows = _gradient_four([z[:, i::2] for i in range(2)])
+    return [tile.astype(g.dtype) for row in rows for tile in _gradient_four([row[:, :, j::2] for j in range(2)])]
 
 
 def _gradient_four(g: list[Array]) -> list[Array]:

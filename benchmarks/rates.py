@@ -1,0 +1,99 @@
+"""The arithmetic of a training step, and how fast this machine multiplies matrices: together, the share of the machine that is used.
+
+FLOPs are those of the model, counted from layer shapes, not those that a program executes. A fast convolution algorithm (Winograd, FFT)
+may execute fewer, and padding counts as if it were image. Normalisation, activation, pooling, CSCL and the optimizer count nothing.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vffjax.config import Config
+from vffjax.groups import make_groups
+from vffjax.networks.layers import ConvLayer
+from vffjax.rules import needs_predictions
+
+KERNEL = 3  # side of every convolution's kernel, in positions
+PRODUCTS, TRIALS = 8, 5
+
+
+class GroupWork(NamedTuple):
+    """Multiplications that one row needs on its way forward: in each layer of a group, and in its head."""
+
+    layers: tuple[int, ...]
+    head: int
+
+
+def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int) -> tuple[GroupWork, ...]:
+    """The multiplications of each group for images (h, w, c)."""
+    shape: tuple[int, ...] = image_shape
+    work = []
+    for group in make_groups(config, classes):
+        layers = []
+        for layer in group.module.layers:
+            if isinstance(layer, ConvLayer):
+                layers.append(KERNEL * KERNEL * math.prod(shape) * layer.width)
+                shape = (shape[0] // layer.pool, shape[1] // layer.pool, layer.width)
+            else:
+                layers.append(math.prod(shape) * layer.width)
+                shape = (layer.width,)
+        cells = math.prod(min(config.head_grid, side) for side in shape[:-1])
+        work.append(GroupWork(tuple(layers), cells * shape[-1] * classes))
+    return tuple(work)
+
+
+def copies_per_step(config: Config, classes: int) -> int:
+    """Labelled rows that pass through the layers beside the batch."""
+    if config.rule == "head":
+        return 0
+    shared = config.rule == "vff" and config.labelling == "shared"
+    return config.copies_per_class * classes if shared else 2 * config.batch_size
+
+
+def training_flops(config: Config, image_shape: tuple[int, int, int], classes: int) -> int:
+    """Model FLOPs of one training step of all groups, two for each multiplication.
+
+    Every layer goes forward and has a kernel gradient for each row, clean or labelled; each but the first of its group has an input
+    gradient as well, and so has a head whose gradient enters the group. Heads see clean rows only.
+    """
+    batch = config.batch_size
+    rows = batch + copies_per_step(config, classes)
+    enters = {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule] > 0
+    total = 0
+    for layers, head in forward_work(config, image_shape, classes):
+        total += rows * (3 * sum(layers) - layers[0]) + batch * head * (3 if enters else 2)
+        if needs_predictions(config):  # one more clean pass, forward alone
+            total += batch * (sum(layers) + head)
+    return 2 * total
+
+
+def product_rate(products: Callable[[], None], size: int) -> float:
+    """FLOP/s of `products`, which multiplies matrices of `size` x `size` `PRODUCTS` times and waits: the median of `TRIALS` runs."""
+    products()
+    seconds = []
+    for _ in range(TRIALS):
+        start = time.perf_counter()
+        products()
+        seconds.append(time.perf_counter() - start)
+    return PRODUCTS * 2 * size**3 / statistics.median(seconds)
+
+
+def jax_products(size: int, precision: str) -> Callable[[], None]:
+    """For `product_rate`: JAX at its default precision for `f32`, in and out of bfloat16 for `bf16`."""
+    dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
+    multiply: Any = jax.jit(jnp.matmul)
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
+    step = x / math.sqrt(size)  # products of products stay near 1
+
+    def run() -> None:
+        y = x
+        for _ in range(PRODUCTS):
+            y = multiply(y, step)
+        y.block_until_ready()
+
+    return run

@@ -1,0 +1,206 @@
+"""The benchmark against PyTorch: its arithmetic, its order of measuring, its table, and what it says to bad input."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from oracles import CONV, MLP, config_of
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import contenders  # noqa: E402
+import rates  # noqa: E402
+import throughput  # noqa: E402
+
+DIGITS = ["--config", str(ROOT / "configs/digits.py"), "--config.batch_size=16"]
+TINY = [*DIGITS, "--config.network=mlp", "--config.widths=(4,4)", "--config.grouping=layer"]
+TRIPLET = {"rule": "vff", "labelling": "triplet"}
+
+# Multiplications of a row: layers 9*2*4*64, 9*4*4*64, 9*4*6*16, 9*6*6*16; heads of the groups 4*4*4*3 and 2*2*6*3, by layer also
+# 4*4*4*3 and 4*4*6*3. Twelve clean rows.
+CONV_LAYERS = (4608, 9216, 3456, 5184)
+BY_WIDTH = 3 * sum(CONV_LAYERS) - 4608 - 3456  # the first layer of each group has no input gradient
+
+
+@pytest.mark.parametrize(
+    ("changes", "multiplications"),
+    [
+        (CONV | {"rule": "head", "grouping": "all"}, 12 * (3 * 22464 - 4608) + 12 * 3 * 72),
+        (CONV | {"rule": "head"}, 12 * BY_WIDTH + 12 * 3 * (192 + 72)),
+        (CONV, (12 + 6) * BY_WIDTH + 12 * 2 * (192 + 72)),  # two copies of three classes; the head only reads
+        (CONV | {"head_weight": 0.5}, (12 + 6) * BY_WIDTH + 12 * 3 * (192 + 72)),
+        (CONV | TRIPLET, 36 * BY_WIDTH + 12 * 2 * (192 + 72)),
+        (CONV | TRIPLET | {"negatives": "hard"}, 36 * BY_WIDTH + 12 * 2 * (192 + 72) + 12 * (22464 + 192 + 72)),
+        (CONV | {"rule": "ff", "grouping": "layer"}, 36 * 2 * 22464 + 12 * 2 * (192 + 192 + 288 + 72)),
+        (MLP | {"rule": "head"}, 12 * 2 * (128 * 12 + 120 + 120) + 12 * 3 * (36 + 30 + 36)),
+    ],
+)
+def test_flops_of_a_step_are_those_counted_by_hand(changes, multiplications):
+    assert rates.training_flops(config_of(**changes), (8, 8, 2), 3) == 2 * multiplications
+
+
+def test_the_rate_of_matrix_products_is_that_of_the_median_run(monkeypatch):
+    ran = []
+    clock = iter([0.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0, 12.1, 13.0, 13.5])  # 9 s, 0.1 s and three times 0.5 s
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(clock))
+    assert rates.product_rate(lambda: ran.append(1), 10) == rates.PRODUCTS * 2 * 1000 / 0.5
+    assert len(ran) == 1 + rates.TRIALS  # one to warm up
+
+
+def test_matrix_products_run_in_both_precisions():
+    for precision in ("f32", "bf16"):
+        assert rates.product_rate(rates.jax_products(32, precision), 32) > 0
+
+
+def test_contenders_take_turns_and_none_always_follows_the_same(monkeypatch):
+    ran = []
+    fakes = {name: type("Fake", (), {"epoch": lambda self, name=name: ran.append(name)})() for name in ("a", "b", "c")}
+    clock = iter(range(100))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(throughput.time, "sleep", lambda seconds: ran.append("pause"))
+    rounds = throughput.measure(fakes, 3, images=40)
+    assert "".join(name if name != "pause" else "-" for name in ran) == "-a-b-c-b-c-a-c-a-b"
+    assert rounds == [{"a": 40.0, "b": 40.0, "c": 40.0}] * 3
+
+
+def test_ratios_are_to_the_best_peer_of_the_same_round():
+    contender = type("Fake", (), {"library": "jax", "facts": {"compile_seconds": 1.0}})()
+    rounds = [
+        {"bp": 10.0, "torch-bp": 5.0, "torch-bp-compiled": 4.0, "torch-vff": 99.0},
+        {"bp": 30.0, "torch-bp": 10.0, "torch-bp-compiled": 20.0, "torch-vff": 99.0},
+        {"bp": 90.0, "torch-bp": 10.0, "torch-bp-compiled": 1.0, "torch-vff": 99.0},
+    ]
+    row = throughput.summarise("bp", contender, rounds, flops_per_image=4.0, product_rate=480.0)
+    assert (row["images_per_second"], row["images_per_second_range"], row["n"]) == (30.0, [10.0, 90.0], 3)
+    assert (row["over_torch_bp"], row["over_torch_bp_range"]) == (2.0, [1.5, 9.0])
+    assert (row["flops_per_second"], row["share_of_matrix_product_rate"]) == (120.0, 0.25)
+    alone = throughput.summarise("bp", contender, [{"bp": 10.0, "torch-vff": 5.0}], 4.0, 480.0)
+    assert alone["over_torch_bp"] is None
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_a_row_for_every_contender(tmp_path):
+    out = tmp_path / "speed.json"
+    command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), *TINY, "--quick", "--out", str(out)]
+    # Compilers that hurry: the order of the speeds says nothing here. PyTorch's is switched off, it takes half a minute.
+    hurry = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false", "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | hurry)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert [*rows, *found["missing"]] == list(contenders.CONTENDERS)
+    assert not any(name in found["missing"] for name in contenders.RULES)
+    if found["versions"]["torch"]:
+        assert not found["missing"]
+        assert all(max(round[name] for name in contenders.TORCH_BP) > 0 for round in found["rounds"])
+    for name, row in rows.items():
+        speeds = [speed[name] for speed in found["rounds"]]
+        low, high = row["images_per_second_range"]
+        assert len(speeds) == row["n"] == found["repeats"] == 2
+        assert (low, high) == (min(speeds), max(speeds))
+        assert 0 < low <= row["images_per_second"] <= high
+        assert row["flops_per_second"] == pytest.approx(row["images_per_second"] * row["model_flops_per_image"])
+        assert 0 < row["share_of_matrix_product_rate"] < 1.5
+        assert row["library"] == ("torch" if name.startswith("torch") else "jax")
+        if row["library"] == "jax":
+            assert row["compile_seconds"] > 0 and row["peak_bytes"] > 0
+        else:
+            assert row["peak_bytes"] is None and "CPU" in row["peak_bytes_from"]
+            assert row["optimizer"] in ("fused", "foreach") and len(row["tried"]) == 2
+        assert f"| {name} | {row['images_per_second']:,.0f} |" in done.stdout
+    assert found["matrix_products"]["best"] >= found["matrix_products"]["jax"] > 0
+    assert found["command"] == command[2:]
+    assert found["config"]["widths"] == [4, 4]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.json", "speed.png"]
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *map(str, arguments)])
+    throughput.main()
+
+
+def test_without_pytorch_its_rows_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes the import raise ImportError
+    monkeypatch.delitem(sys.modules, "torch_peers", raising=False)
+    out = tmp_path / "speed.json"
+    run_main(monkeypatch, *TINY, "--only", "bp,torch-bp", "--steps", "1", "--repeats", "1", "--quick", "--out", out)
+    found = json.loads(out.read_text())
+    assert [row["contender"] for row in found["rows"]] == ["bp"]
+    assert found["rows"][0]["over_torch_bp"] is None
+    assert "[bench]" in found["missing"]["torch-bp"]
+    assert "| torch-bp | did not run: PyTorch cannot be imported" in capsys.readouterr().out
+
+
+def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
+    calls = []
+
+    def fake_compile(function, mode):
+        def compiled(*arguments):
+            calls.append(mode)
+            if mode == "broken":
+                raise RuntimeError("no\ncompiler")
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setattr(contenders, "_COMPILE_MODES", {"cpu": ("broken", "working")})
+    work = contenders.Workload(config_of(**MLP, dataset="digits"), steps=2)
+    config = contenders.variant(config_of(**MLP, dataset="digits"), "torch-bp-compiled")
+    contender = contenders.TorchContender(config, work, compiled=True)
+    assert contender.facts["failed"] == {"broken": "RuntimeError: no compiler"}
+    assert contender.facts["tried"].keys() == {"working, fused", "working, foreach"}
+    assert contender.facts["mode"] == "working"
+    assert contender.facts["tried"][f"working, {contender.facts['optimizer']}"] == min(contender.facts["tried"].values())
+    calls.clear()
+    contender.epoch()
+    assert calls == ["working", "working"]
+
+    monkeypatch.setattr(contenders, "_COMPILE_MODES", {"cpu": ("broken",)})
+    with pytest.raises(contenders.Unavailable, match="no compiler"):
+        contenders.TorchContender(config, work, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--only", "vff,nonsense"], ["--only=nonsense", "torch-bp"]),
+        (["--steps", "0"], ["--steps=0", "least is 1"]),
+        (["--repeats=-2"], ["--repeats=-2", "least is 1"]),
+        (["--steps", "few"], ["--steps", "few", "--help"]),
+        (["--out", "missing/speed.json"], ["--out=missing/speed.json", "folder"]),
+        (["--out", "/dev/null/speed.json"], ["--out=/dev/null/speed.json", "folder"]),
+        (["--out", "speed.txt"], ["--out=speed.txt", ".json"]),
+        (["--workdir", "runs/x"], ["--workdir=runs/x", "--out"]),
+        (["--nonsense=1"], ["nonsense"]),
+        (["--config.rule=nonsense"], ["config.rule='nonsense'", "choose one of"]),
+        (["--config.schedule=sequential"], ["config.schedule='sequential'", "schedule=joint"]),
+        (["--config.norm=layer"], ["config.norm='layer'", "norm=auto", "--only"]),
+        (["--config.labelling=triplet", "--config.negatives=hard"], ["config.negatives='hard'", "negatives=uniform", "--only"]),
+        (["--config.cutout=9"], ["config.cutout=9", "8-pixel images"]),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(arguments, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, *TINY, "--out", "speed.json", *arguments)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("throughput: error: ")
+    assert not [part for part in parts if part not in err], err
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_is_asked_for_and_spinning_threads_are_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *TINY)
+    assert "--out" in capsys.readouterr().err
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *TINY, "--out", tmp_path / "speed.json")
+    assert "OMP_WAIT_POLICY=active" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Convolution by 2x2 tiles: value and gradients against NumPy loops, and no less exact than the plain sum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from vffjax import conv as conv_module
+from vffjax import winograd
+
+# In images of 4 x 6 positions with 2 and 3 channels.
+ELEMENTS_OF_AN_IMAGE = 4 * 6 * (2 + 3)
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("batch", "images"), [(5, 100), (6, 2), (7, 4), (5, 0)], ids=["one step", "whole steps", "ragged", "by image"])
+def test_value_and_gradients_equal_the_definition(batch, images, monkeypatch):
+    monkeypatch.setattr(winograd, "_ELEMENTS_PER_STEP", images * ELEMENTS_OF_AN_IMAGE)
+    x, kernel, g = random(0, batch, 4, 6, 2), random(1, 3, 3, 2, 3), random(2, batch, 4, 6, 3)
+
+    @oracles.quick_jit
+    def found(x, kernel, g):
+        return winograd.convolve(x, kernel), winograd.input_gradient(kernel, g), winograd.kernel_gradient(x, g)
+
+    expected = oracles.conv(x, kernel), *oracles.conv_gradients(x, kernel, g)
+    for part, whole in zip(found(x, kernel, g), expected, strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "images", "expected"), [(128, 8, (8, 0)), (148, 4, (4, 0)), (148, 10, (10, 8)), (138, 4, (3, 0)), (3, 8, (3, 0)), (7, 3, (3, 1))]
+)
+def test_steps_are_divisors_of_the_batch_where_one_is_near_the_cache(n, images, expected, monkeypatch):
+    monkeypatch.setattr(winograd, "_ELEMENTS_PER_STEP", images * 100)
+    assert winograd._split(n, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "expected"),
+    [
+        ((1, 8, 6, 16), (3, 3, 16, 16), True),
+        ((1, 7, 6, 16), (3, 3, 16, 16), False),
+        ((1, 8, 5, 16), (3, 3, 16, 16), False),
+        ((1, 8, 6, 16), (5, 5, 16, 16), False),
+        ((1, 8, 6, 3), (3, 3, 3, 16), False),
+        ((1, 8, 6, 16), (3, 3, 16, 10), False),
+    ],
+)
+def test_it_applies_to_even_maps_and_enough_channels(x, kernel, expected):
+    assert winograd.applies(x, kernel) is expected
+
+
+@pytest.mark.parametrize("part", ["value", "input gradient", "kernel gradient"])
+def test_rounding_errors_are_those_of_the_plain_sum(part):
+    """Root mean square error against float64, at most twice the plain convolution's."""
+    x, kernel, g = random(0, 2, 8, 8, 48), random(1, 3, 3, 48, 32), random(2, 2, 8, 8, 32)
+    plain = lambda x, kernel: conv_module._plain(x, kernel)  # noqa: E731
+    dx, dkernel = jax.vjp(plain, x, kernel)[1](g)
+    ours, theirs, exact = {
+        "value": (winograd.convolve(x, kernel), plain(x, kernel), oracles.conv(x, kernel)),
+        "input gradient": (winograd.input_gradient(kernel, g), dx, oracles.conv_gradients(x, kernel, g)[0]),
+        "kernel gradient": (winograd.kernel_gradient(x, g), dkernel, oracles.conv_gradients(x, kernel, g)[1]),
+    }[part]
+    error, base = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact) ** 2)) for a in (ours, theirs))
+    assert error <= 2 * base
+    assert error > 0  # float32, not the oracle itself
+
+
+def test_bf16_keeps_its_type_and_an_error_near_the_plain_one():
+    arrays = random(0, 2, 8, 8, 32), random(1, 3, 3, 32, 32), random(2, 2, 8, 8, 32)
+    x, kernel, g = (jnp.asarray(a, jnp.bfloat16) for a in arrays)
+    exact = oracles.conv_gradients(*(np.asarray(a, np.float64) for a in (x, kernel, g)))
+    value = winograd.convolve(x, kernel)
+    assert value.dtype == jnp.bfloat16
+    pairs = [
+        (value, oracles.conv(np.asarray(x, np.float64), np.asarray(kernel, np.float64))),
+        (winograd.input_gradient(kernel, g), exact[0]),
+        (winograd.kernel_gradient(x, g), exact[1]),
+    ]
+    for found, expected in pairs:
+        # Half a unit of 8 bits is 0.2 % of a number; tiles are rounded before their products, and each mixes four numbers.
+        assert np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2)) < 0.006 * expected.std()
+
+
+def test_the_layer_s_convolution_goes_this_way_on_cpu_only():
+    x, kernel = jnp.zeros((2, 8, 8, 16)), jnp.zeros((3, 3, 16, 16))
+    gradient = jax.grad(lambda x, k: jnp.sum(conv_module.conv(x, k) ** 2), (0, 1))
+    lowered = jax.jit(gradient).trace(x, kernel)
+    assert lowered.lower(lowering_platforms=("cpu",)).as_text().count("stablehlo.convolution") == 0
+    assert lowered.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution") == 3
