@@ -83,7 +83,7 @@ def _split(n: int, elements: int) -> tuple[int, int]:
     """Images in a step and images left over: a divisor of `n` if one is near the size that suits the cache."""
     most = min(n, max(1, _ELEMENTS_PER_STEP // elements))
     size = next(k for k in range(most, 0, -1) if n % k == 0)
-    return (size, 0) if 2 * size >= most else (most, n % most)
+    return (size, 0) if 4 * size >= 3 * most else (most, n % most)
 
 
 def _columns(tiles: list[Array], transform: Callable[[list[Array]], list[Array]]) -> list[list[Array]]:
