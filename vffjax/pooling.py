@@ -32,11 +32,16 @@ def _cell_means(size: int, cells: int) -> Array:
     return jnp.asarray(weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: Float[Array, "batch h w c"], window: int) -> Float[Array, "batch h2 w2 c"]:
-    """Max over disjoint windows; ragged edges are cut. Entries that are equal share the gradient on CPU; elsewhere the first has it."""
-    if window == 1:
-        return x
+    """Max over disjoint windows; ragged edges are cut. Entries that are equal share the gradient on CPU; elsewhere the first has it.
+
+    With a window of 1 any array passes as it is.
+    """
+    return x if window == 1 else _max_pool(x, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: Array, window: int) -> Array:
     pairwise, reduced = (functools.partial(f, window=window) for f in (_pairwise_max, _reduced_max))
     return lax.platform_dependent(x, cpu=pairwise, default=reduced)
 
@@ -51,7 +56,7 @@ def _gradient_of(pool: Callable[[Array], Array], x: Array, g: Array) -> Array:
     return jax.vjp(pool, x)[1](g)[0]
 
 
-max_pool.defvjp(lambda x, window: (max_pool(x, window), x), _max_pool_backward)
+_max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _max_pool_backward)
 
 
 def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:

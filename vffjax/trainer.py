@@ -94,38 +94,52 @@ def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupSta
 
 
 def group_step(
-    config: Config, group: LayerGroup, optimizer: optax.GradientTransformation, state: GroupState, streams: Streams, key: PRNGKeyArray
+    config: Config,
+    group: LayerGroup,
+    optimizer: optax.GradientTransformation,
+    state: GroupState,
+    streams: Streams,
+    key: PRNGKeyArray,
+    fence: bool = False,
 ) -> tuple[GroupState, Streams, dict[str, Array]]:
-    """One update of one group on its own loss; its features, detached, are the next group's streams. Pure."""
-    gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
-    (_, (stats, streams, metrics)), grads = gradient(state.params, config, group, state.batch_stats, streams, key)
+    """One update of one group on its own loss; its features, detached, are the next group's streams. Pure.
+
+    With `fence`, nothing that takes the result begins before the gradient is done: one group's intermediate maps are alive at a time.
+    """
+
+    def differentiate(params: Any, streams: Streams, key: PRNGKeyArray) -> Any:
+        gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
+        return gradient(params, config, group, state.batch_stats, streams, key)
+
+    differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
+    (_, (stats, streams, metrics)), grads = differentiate(state.params, streams, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return GroupState(optax.apply_updates(state.params, updates), stats, opt_state), streams, metrics
+
+
+def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
+    """`function`, done with all that it computes before anything that takes its result begins.
+
+    A barrier says so to the compiler. XLA:CPU drops barriers before it orders its operations; there the function is one branch of a
+    condition that always holds, which the compiler cannot know.
+    """
+
+    def never(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+
+    def branch(*arguments: Any) -> Any:
+        return jax.lax.cond(labels[0] & 1 < 2, function, never, *arguments)
+
+    def barrier(*arguments: Any) -> Any:
+        return jax.lax.optimization_barrier(function(*arguments))
+
+    return functools.partial(jax.lax.platform_dependent, cpu=branch, default=barrier)
 
 
 def frozen_step(group: LayerGroup, state: GroupState, streams: Streams) -> Streams:
     """The streams behind a group that no longer trains: running statistics, no update."""
     features = group.features(state.params, state.batch_stats, streams.rows, streams.labels.shape[0], False)[0]
     return streams._replace(rows=jax.lax.stop_gradient(features))
-
-
-def _fenced(step: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
-    """`step`, done with all that it computes before anything that takes its result begins: one group's intermediate maps at a time.
-
-    Without, the compiler puts off the groups' updates and holds the maps of several. A barrier says so to it; XLA:CPU drops barriers before
-    it orders its operations, so there the step is one branch of a condition that always holds, which the compiler cannot know.
-    """
-
-    def never(*arguments: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, *arguments))
-
-    def branch(*arguments: Any) -> Any:
-        return jax.lax.cond(labels[0] & 1 < 2, step, never, *arguments)
-
-    def barrier(*arguments: Any) -> Any:
-        return jax.lax.optimization_barrier(step(*arguments))
-
-    return functools.partial(jax.lax.platform_dependent, cpu=branch, default=barrier)
 
 
 def train_step(
@@ -152,9 +166,8 @@ def train_step(
     new_states, metrics = list(states), []
     for i, (group, optimizer) in enumerate(zip(plan.groups, plan.optimizers, strict=True)):
         if active is None or i == active:
-            update: Callable[..., Any] = functools.partial(group_step, for_group(plan.config, i), group, optimizer)
-            update = _fenced(update, labels) if active is None and len(plan.groups) > 1 else update
-            new_states[i], streams, m = update(states[i], streams, jax.random.fold_in(group_key, i))
+            own, fence = for_group(plan.config, i), active is None and len(plan.groups) > 1
+            new_states[i], streams, m = group_step(own, group, optimizer, states[i], streams, jax.random.fold_in(group_key, i), fence)
             metrics.append(m)
         elif i < active:
             streams = frozen_step(group, states[i], streams)
