@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tpu_compile import SIZES
 
 from vffjax.cli import parse_train
 from vffjax.config import Config
+from vffjax.data import SIZES
 from vffjax.trainer import Images, init_states, make_epoch, make_plan, make_task, train_step
 
 STEPS, PAIRS = 24, 5

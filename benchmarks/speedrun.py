@@ -1,6 +1,7 @@
 """Seconds of training to a validation accuracy, by local rules only.
 
-    python benchmarks/speedrun.py --target 0.80 [--config configs/speedrun.py] [--config.KEY=VALUE ...] [--seeds 0,1,2] [--out FILE.json]
+    python benchmarks/speedrun.py --target 0.80 [--config configs/cifar10_speed.py] [--config.KEY=VALUE ...] [--seeds 0,1,2]
+                                  [--out FILE.json]
 
 The rules of the board:
 
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
-        rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "speedrun.py"), *rest]
+        rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "cifar10_speed.py"), *rest]
     try:
         if not 0 < own.target < 1:
             raise UserError(f"--target={own.target}: not a share of 1; give for example 0.80")

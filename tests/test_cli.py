@@ -19,7 +19,7 @@ from vffjax import cli, experiment
 def test_help_lists_the_commands(arguments, call):
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
-    for command in ("train", "evaluate", "predict", "prepare"):
+    for command in ("train", "evaluate", "predict", "prepare", "memory"):
         assert re.search(rf"^  {command}  +\w+", out, re.MULTILINE)
 
 
@@ -39,6 +39,7 @@ OPTIONS = {
     "evaluate": ["--workdir", "--inference", "--epoch", "--data_dir", "--json"],
     "predict": ["--workdir", "--epoch", "--top", "--json", "IMAGE"],
     "prepare": ["DATASET", "--data_dir", "cifar10"],
+    "memory": ["--config FILE", "--config.KEY=VALUE", "--depths", "--batches", "--target", "here", "cpu", "tpu", "--json", "--out"],
 }
 
 

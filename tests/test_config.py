@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 
 from vffjax import config as config_module
+from vffjax import data
 from vffjax.cli import load_config_file
 from vffjax.config import DATASETS, FIELDS, Config, check_against_data, default_config, for_group, from_json, make_config
 from vffjax.errors import UserError
@@ -62,8 +63,9 @@ def test_there_are_configuration_files():
     assert len(FILES) > len(list((ROOT / "configs").glob("*.py")))  # some have variants
 
 
-def test_every_data_set_has_sizes_here():
+def test_every_data_set_has_sizes_here_and_in_the_library():
     assert set(SIZES) == set(DATASETS)
+    assert {name: (s.image_shape, s.classes, s.train_images) for name, s in data.SIZES.items()} == SIZES
 
 
 def test_the_defaults_are_valid():
@@ -147,9 +149,17 @@ def test_whole_numbers_are_taken_for_real_ones():
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6)}
 TOGETHER = {
     "a width below 1": ({"widths": (4, 0)}, "config.widths=(4, 0)"),
+    "features cached while all train": ({"feature_cache": "device"}, "config.feature_cache='device'"),
+    "features cached of augmented images": (
+        {"feature_cache": "host", "schedule": "sequential", "flip": True},
+        "config.feature_cache='host'",
+    ),
     "conv4 with three widths": ({"network": "conv4", "widths": (4, 4, 6)}, "config.widths=(4, 4, 6)"),
     "conv4 with three pools": (CONV | {"pools": (1, 2, 1)}, "config.pools=(1, 2, 1)"),
     "a pool below 1": (CONV | {"pools": (1, 0, 1, 1)}, "config.pools=(1, 0, 1, 1)"),
+    "conv with more widths than pools": ({"network": "conv", "widths": (4,) * 6}, "config.pools=(1, 2, 1, 2)"),
+    "conv with fewer widths than pools": ({"network": "conv", "widths": (4,)}, "config.pools=(1, 2, 1, 2)"),
+    "conv with a pool below 1": ({"network": "conv", "widths": (4, 4), "pools": (1, 0)}, "config.pools=(1, 0)"),
     "a warm-up longer than the run": ({"epochs": 2, "warmup_epochs": 2.5}, "config.warmup_epochs=2.5"),
     "a group's warm-up longer than the run": (
         {"epochs": 2, "overrides": {"group1": {"warmup_epochs": 2.5}}},
@@ -172,9 +182,16 @@ def test_values_that_do_not_go_together_are_refused(raw, named):
     refused(raw, named, "; ")
 
 
+def test_what_conv_needs_is_said_with_an_example():
+    refused({"network": "conv", "widths": (4,) * 3}, "conv with 3 widths needs 3 windows of at least 1", "(1, 2, 1)")
+    refused({"network": "conv4", "widths": (4,) * 6}, "conv4 has 4 layers, not 6", "use network=conv")
+    assert make_config({"network": "conv", "widths": (4,) * 3, "pools": (1, 2, 1)}).pools == (1, 2, 1)
+
+
 AGAINST_DATA = {
     "a batch larger than the data": ({"batch_size": 101}, "config.batch_size=101", "use at most 100"),
     "pools that leave nothing": (CONV | {"pools": (2, 2, 2, 2)}, "config.pools=(2, 2, 2, 2)", "smaller windows"),
+    "pools of conv that leave nothing": ({"network": "conv", "widths": (4, 4), "pools": (3, 3)}, "config.pools=(3, 3)", "smaller windows"),
     "a cutout larger than the image": ({"cutout": 9}, "config.cutout=9", "use at most 8"),
     "more classes than label pixels": ({"rule": "ff"}, "config.rule='ff'", "33 label pixels"),
     "an override of a group that is not there": ({"overrides": {"group3": {}}}, "config.overrides.group3={}", "group0 to group2"),

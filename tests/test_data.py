@@ -30,6 +30,13 @@ def test_shapes_types_and_determinism(name, shape, sizes):
     np.testing.assert_allclose(first.std, pixels.std(axis=0), rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_the_table_of_sizes_is_right(name):
+    made, sizes = data.load(Config(dataset=name)), data.SIZES[name]
+    assert (len(made.train) + len(made.validation), made.image_shape, made.num_classes) == sizes
+    assert data.split_sizes(Config(dataset=name), sizes.train_images) == (len(made.train), len(made.validation))
+
+
 def test_digits_use_the_whole_range_and_a_stratified_test_set():
     digits = data.load(Config(dataset="digits"))
     assert digits.train.images.min() == 0 and digits.train.images.max() == 255

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from oracles import CONV, MLP, config_of, differs, small_run
+from oracles import CONV, MLP, assert_close, config_of, differs, quick_jit, small_run, streams_of
 
+from vffjax import rules
 from vffjax.groups import cut, init_variables, make_groups
 from vffjax.networks import build
 
@@ -86,3 +87,36 @@ def test_features_in_evaluation_leave_the_statistics_alone():
     _, moved = group.features(state.params, state.batch_stats, x, 3, True)
     oracles.assert_same(kept, state.batch_stats)
     assert all(differs(moved[layer], state.batch_stats[layer]) for layer in state.batch_stats)
+
+
+RECOMPUTED = {"vff": CONV, "head": CONV | {"rule": "head"}, "ff": CONV | {"rule": "ff"}, "vff on dense layers": MLP | {"head_weight": 1.0}}
+
+
+@pytest.mark.parametrize("changes", RECOMPUTED.values(), ids=RECOMPUTED.keys())
+def test_recomputed_groups_learn_the_same(changes, key):
+    """Four layers in two segments, three in two of different length."""
+    results = []
+    for rematerialise in (False, True):
+        run = small_run(config_of(**changes | {"grouping": "all"}, rematerialise=rematerialise))
+        group, state, config = run.plan.groups[0], run.states[0], run.plan.config
+        gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
+        step = quick_jit(lambda params, stats, streams, g=gradient, c=config, grp=group: g(params, c, grp, stats, streams, key))
+        results.append(step(state.params, state.batch_stats, streams_of(run, key)))
+    (plain, plain_grads), (again, again_grads) = results
+    assert_close(again_grads, plain_grads, rtol=1e-3, atol=1e-5)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(again_grads["layers_0"]))
+    assert_close(again, plain, rtol=1e-4, atol=1e-5)  # loss, statistics, streams, metrics
+    stats = again[1][0]
+    assert set(stats) == set(state.batch_stats)
+    assert all(differs(stats[layer], state.batch_stats[layer]) for layer in stats)
+
+
+def test_recomputed_features_have_the_same_gradient_in_their_input():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8, 8, 2)), jnp.float32)
+    gradients = []
+    for rematerialise in (False, True):
+        run = small_run(config_of(**CONV, rematerialise=rematerialise))
+        group, state = run.plan.groups[0], run.states[0]
+        loss = quick_jit(jax.grad(lambda x, g=group, s=state: jnp.sum(g.features(s.params, s.batch_stats, x, 3, True)[0] ** 2)))
+        gradients.append(loss(x))
+    assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)

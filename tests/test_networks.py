@@ -167,8 +167,10 @@ def test_bf16_layers_keep_float32_variables(cls, kind, streams):
         ({"network": "mlp", "widths": (7, 3, 5)}, (5, 5, 1)),
         ({"network": "conv4", "widths": (3, 5, 5, 2), "pools": (1, 2, 1, 2)}, (9, 10, 3)),
         ({"network": "conv4", "widths": (4, 4, 4, 4), "pools": (3, 1, 2, 1)}, (13, 7, 1)),
+        ({"network": "conv", "widths": (3,), "pools": (2,)}, (9, 10, 3)),
+        ({"network": "conv", "widths": (3, 4, 5, 4, 3, 2), "pools": (1, 2, 1, 1, 3, 1)}, (13, 7, 1)),
     ],
-    ids=["mlp", "conv4", "conv4, other pools"],
+    ids=["mlp", "conv4", "conv4, other pools", "conv of one layer", "conv of six layers"],
 )
 def test_layers_have_the_widths_and_sizes_they_declare(network, image):
     config = config_of(**network)
@@ -182,6 +184,11 @@ def test_layers_have_the_widths_and_sizes_they_declare(network, image):
         else:
             shape = (2, shape[1] // config.pools[i], shape[2] // config.pools[i], config.widths[i])
         assert out.shape == shape
+
+
+def test_conv_of_four_layers_is_conv4():
+    sizes = {"widths": (3, 5, 5, 2), "pools": (1, 2, 1, 2)}
+    assert build(config_of(network="conv", **sizes)) == build(config_of(network="conv4", **sizes))
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -198,6 +205,12 @@ def test_the_gradient_of_max_pool_goes_to_maxima_in_equal_shares():
     x = jnp.asarray([[1.0, 4.0, 2.0, 2.0, 9.0], [3.0, 0.0, 2.0, 2.0, 9.0], [9.0, 9.0, 9.0, 9.0, 9.0]]).reshape(1, 3, 5, 1)
     gradient = jax.grad(lambda x: jnp.sum(max_pool(x, 2) * jnp.array([1.0, 8.0]).reshape(1, 1, 2, 1)))(x)
     np.testing.assert_allclose(gradient[0, :, :, 0], [[0, 1, 2, 2, 0], [0, 0, 2, 2, 0], [0, 0, 0, 0, 0]])
+
+
+def test_a_window_of_one_changes_nothing_and_takes_any_shape():
+    x = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(max_pool(x, 1), x)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(max_pool(x, 1) ** 2))(x), 2 * x)
 
 
 @pytest.mark.parametrize("cells", [1, 2, 3, 4, 9])

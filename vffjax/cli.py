@@ -1,8 +1,9 @@
-"""The command line: train, evaluate, predict, prepare. Bad input ends with status 2 and one line on stderr."""
+"""The command line: train, evaluate, predict, prepare, memory. Bad input ends with status 2 and one line on stderr."""
 
 import argparse
 import contextlib
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import os
@@ -13,8 +14,10 @@ import textwrap
 import traceback
 from typing import Any, NoReturn
 
+from vffjax import ledger
 from vffjax.config import FIELDS, Config, make_config, nearest_key
 from vffjax.errors import UserError, bad_key
+from vffjax.logbook import write_json
 
 USAGE = """usage: vffjax COMMAND [OPTION ...]
 
@@ -22,6 +25,7 @@ USAGE = """usage: vffjax COMMAND [OPTION ...]
   evaluate  validation and test error of a trained workdir
   predict   classes of image files, by each group and by the ensemble
   prepare   download a data set for tensorflow-datasets
+  memory    what a training step takes, beside what back-propagation takes
 
 vffjax COMMAND --help tells more."""
 
@@ -37,13 +41,18 @@ with the same workdir goes on where it stopped. The workdir gets config.json, me
 The keys and their defaults; a file sets some of them, --config.KEY=VALUE wins:
 """
 
+MEMORY_USAGE = """vffjax memory --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--depths 2,4,8] [--batches 128,512]
+                     [--target here|cpu|tpu] [--json] [--out FILE.json]
+
+--config and --config.KEY=VALUE as for train; see vffjax train --help."""
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # Before jax is imported; what a user sets wins. XLA's and Orbax's own chatter is not ours to show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "prepare": _prepare}
+    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "prepare": _prepare, "memory": _memory}
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE)
@@ -249,8 +258,57 @@ def _prepare(arguments: list[str]) -> None:
     print(f"{a.dataset}: ready in {data.prepare(a.dataset, a.data_dir)}")
 
 
+def _memory(arguments: list[str]) -> None:
+    about = "MB of one training step by the compiler's own plan: of back-propagation, of the same with its maps recomputed (checkpointed)"
+    about += " or its batch in four parts (accumulated), and of VFF. Nothing is trained and no data set is read."
+    parser = _parser("memory", about)
+    parser.usage = MEMORY_USAGE
+    depths = "layers, all of the first width, without pooling; VFF with each layer a group; default: the configuration's own network"
+    parser.add_argument("--depths", default="", metavar="N,N", help=depths)
+    parser.add_argument("--batches", default="", metavar="N,N", help="images in a step; default: config.batch_size")
+    target = "here: JAX's first device; cpu; tpu: a TPU v5e, which need not be there (its compiler: pip install -e '.[tpu-compiler]')"
+    parser.add_argument("--target", choices=ledger.TARGETS, default="here", help=target)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="write JSON")
+    a, rest = parser.parse_known_args(arguments)
+    config, name, workdir = parse_train(rest)
+    if workdir:
+        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out FILE.json")
+    cases = ledger.cases(config, whole_numbers("--depths", a.depths), whole_numbers("--batches", a.batches))
+    from vffjax import memory, targets
+
+    device = targets.find(a.target)
+    rows = []
+    for case in cases:
+        if sys.stderr.isatty():
+            print(f"== {case}", file=sys.stderr)
+        rows.append(memory.measure(case, device))
+    ledger.compare(rows)
+    found = {"config": name, "target": a.target, "jax": importlib.metadata.version("jax"), "rows": rows}
+    if a.out:
+        with _naming_files(a.out, "--out"):
+            write_json(a.out, found)
+    print(json.dumps(found, indent=2) if a.json else ledger.table(rows))
+
+
+def whole_numbers(flag: str, text: str) -> list[int]:
+    """The different numbers of a comma-separated list, in order; none if it is empty."""
+    words = text.split(",") if text else []
+    if not all(re.fullmatch("[0-9]{1,6}", word) and int(word) for word in words):
+        raise UserError(f"{flag}={text}: not whole numbers from 1; give for example 2,4,8")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def json_file(text: str) -> pathlib.Path:
+    """The value of --out, if it is a .json file that can be written."""
+    path = pathlib.Path(text)
+    if path.suffix != ".json" or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out={text}: cannot be written; give a .json file in a folder that exists and is yours")
+    return path
+
+
 @contextlib.contextmanager
-def _naming_files(folder: pathlib.Path) -> Any:
+def _naming_files(folder: pathlib.Path, flag: str = "--workdir") -> Any:
     """A disk that is full or a folder that is not ours is bad input too."""
     try:
         yield
@@ -258,4 +316,4 @@ def _naming_files(folder: pathlib.Path) -> Any:
         raise
     except OSError as error:
         where = error.filename or folder
-        raise UserError(f"{where}: {error.strerror or error}; check space and permissions, or give another --workdir") from error
+        raise UserError(f"{where}: {error.strerror or error}; check space and permissions, or give another {flag}") from error

@@ -16,6 +16,7 @@ import ml_collections
 from vffjax.errors import UserError, bad_key
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
+CONVOLUTIONAL = ("conv4", "conv")
 OVERRIDABLE = ("optimizer", "learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "momentum")
 
 
@@ -39,9 +40,9 @@ class Config:
     crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0)
     cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0)
 
-    network: str = _field("mlp", "layers to train", ("mlp", "conv4"))
+    network: str = _field("mlp", "layers to train; conv: as conv4, with any number of layers", ("mlp", "conv4", "conv"))
     widths: tuple[int, ...] = _field((512, 512, 512), "output units or channels of each layer")
-    pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4: side of the max-pooling window after each layer, in positions; 1: none")
+    pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
     norm: str = _field("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
     head_grid: int = _field(4, "side in cells of the grid to which conv features are mean-pooled for the head", low=1)
     grouping: str = _field("width", "what makes one group: equal width, each layer, or all layers", ("width", "layer", "all"))
@@ -61,6 +62,7 @@ class Config:
     peer_normalisation: float = _field(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0)
 
     schedule: str = _field("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"))
+    feature_cache: str = _field("none", "sequential: keep the frozen groups' features of the training images", ("none", "device", "host"))
     epochs: int = _field(10, "passes over the training images (sequential: for each group)", low=1)
     batch_size: int = _field(128, "images in a step", low=1)
     optimizer: str = _field("adamw", "optax optimizer of each group", ("adamw", "sgd"))
@@ -71,6 +73,7 @@ class Config:
     clip_norm: float = _field(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0)
     overrides: Mapping[str, Mapping[str, Any]] = _field({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
     precision: str = _field("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
+    rematerialise: bool = _field(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
     inference: str = _field("heads", "how the final error is measured: head ensemble, or sweep over all labels", ("heads", "sweep"))
     eval_batch_size: int = _field(500, "images in a step of evaluation", low=1)
@@ -169,11 +172,19 @@ def _check_range(key: str, value: Any, shown: str = "") -> None:
 def _check_together(c: Config) -> None:
     if any(w < 1 for w in c.widths):
         raise bad_key("widths", c.widths, "a width below 1", "give each layer at least one unit")
-    if c.network == "conv4":
-        if len(c.widths) != 4:
-            raise bad_key("widths", c.widths, f"conv4 has 4 layers, not {len(c.widths)}", "give 4 widths, such as (48, 48, 96, 96)")
-        if len(c.pools) != 4 or any(p < 1 for p in c.pools):
-            raise bad_key("pools", c.pools, "conv4 needs 4 windows of at least 1", "give for example (1, 2, 1, 2)")
+    if c.network in CONVOLUTIONAL:
+        layers = len(c.widths)
+        if c.network == "conv4" and layers != 4:
+            fix = "give 4 widths, such as (48, 48, 96, 96), or use network=conv"
+            raise bad_key("widths", c.widths, f"conv4 has 4 layers, not {layers}", fix)
+        if len(c.pools) != layers or any(p < 1 for p in c.pools):
+            problem = f"{c.network} with {layers} widths needs {layers} windows of at least 1"
+            raise bad_key("pools", c.pools, problem, f"give for example {(1, 2, *[1] * layers)[:layers]}")
+    if c.feature_cache != "none" and c.schedule != "sequential":
+        raise bad_key("feature_cache", c.feature_cache, "no group is frozen where all train together", "use schedule=sequential")
+    if c.feature_cache != "none" and (c.flip or c.crop_padding or c.cutout):
+        problem = "the features of augmented images change in every epoch"
+        raise bad_key("feature_cache", c.feature_cache, problem, "use flip=False, crop_padding=0 and cutout=0, or feature_cache=none")
     if c.warmup_epochs > c.epochs:
         raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
     if c.rule == "ff" and c.resolved_norm != "input":
@@ -199,7 +210,7 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
     if c.batch_size > train_size:
         raise bad_key("batch_size", c.batch_size, f"larger than the {train_size} training images", f"use at most {train_size}")
     side = min(image_shape[:2])
-    if c.network == "conv4" and math.prod(c.pools) > side:
+    if c.network in CONVOLUTIONAL and math.prod(c.pools) > side:
         raise bad_key("pools", c.pools, f"pools {side}x{side} images to nothing", "use smaller windows")
     if c.cutout > side:
         raise bad_key("cutout", c.cutout, f"larger than the {side}-pixel images", f"use at most {side}")

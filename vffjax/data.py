@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,24 @@ from vffjax.errors import bad_key
 
 TFDS_NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 SPLIT_STREAM = 0x5EED  # keeps the split apart from the other uses of the seed
+
+
+class Sizes(NamedTuple):
+    """What there is to know of a set without reading it."""
+
+    train_images: int  # validation images included
+    image_shape: tuple[int, int, int]  # height, width, channels
+    classes: int
+
+
+SIZES = {
+    "digits": Sizes(1_437, (8, 8, 1), 10),
+    "synthetic": Sizes(2_000, (16, 16, 3), 10),
+    "mnist": Sizes(60_000, (28, 28, 1), 10),
+    "fashion_mnist": Sizes(60_000, (28, 28, 1), 10),
+    "cifar10": Sizes(50_000, (32, 32, 3), 10),
+    "cifar100": Sizes(50_000, (32, 32, 3), 100),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,18 +153,24 @@ def _take(split: Split, index: np.ndarray) -> Split:
     return Split(split.images[index], split.labels[index])
 
 
+def split_sizes(config: Config, images: int) -> tuple[int, int]:
+    """Training and validation images that are made of a set's training `images`. Raises `UserError` if they are too few."""
+    if config.train_examples > images:
+        fix = f"use at most {images}, or 0 for all"
+        raise bad_key("train_examples", config.train_examples, f"{config.dataset} has {images} training images", fix)
+    kept = config.train_examples or images
+    held_out = round(config.val_fraction * kept)
+    if config.val_fraction > 0 and held_out == 0:
+        raise bad_key("val_fraction", config.val_fraction, f"no validation image out of {kept}", "raise it, or use 0 for none")
+    if held_out >= kept:
+        raise bad_key("val_fraction", config.val_fraction, f"leaves no training image out of {kept}", "lower it")
+    return kept - held_out, held_out
+
+
 def _cut(split: Split, config: Config) -> tuple[Split, Split]:
     """Training and validation images: the seed's permutation, cut to config.train_examples, validation first."""
-    if config.train_examples > len(split):
-        fix = f"use at most {len(split)}, or 0 for all"
-        raise bad_key("train_examples", config.train_examples, f"{config.dataset} has {len(split)} training images", fix)
-    order = np.random.default_rng([config.seed, SPLIT_STREAM]).permutation(len(split))
-    order = order[: config.train_examples or None]
-    held_out = round(config.val_fraction * len(order))
-    if config.val_fraction > 0 and held_out == 0:
-        raise bad_key("val_fraction", config.val_fraction, f"no validation image out of {len(order)}", "raise it, or use 0 for none")
-    if held_out >= len(order):
-        raise bad_key("val_fraction", config.val_fraction, f"leaves no training image out of {len(order)}", "lower it")
+    kept, held_out = split_sizes(config, len(split))
+    order = np.random.default_rng([config.seed, SPLIT_STREAM]).permutation(len(split))[: kept + held_out]
     return _take(split, order[held_out:]), _take(split, order[:held_out])
 
 

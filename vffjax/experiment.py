@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vffjax import data as data_module
-from vffjax import inference
+from vffjax import feature_cache, inference
 from vffjax.checkpoint import Checkpoints
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
@@ -95,9 +95,9 @@ def _run_epochs(
             if run_epoch is None or active != compiled_for:
                 # Compiled apart, so that no epoch's time holds it, and nothing can be compiled again.
                 start = time.perf_counter()
-                run_epoch = make_epoch(plan, active).lower(task, states, train_data, jnp.int32(epoch)).compile()
+                run_epoch, train_data, largest = _prepare_epoch(plan, active, task, states, train_data)
                 cost["compile_seconds"] += time.perf_counter() - start
-                cost["peak_bytes"] = max(cost["peak_bytes"], executable_bytes(run_epoch))
+                cost["peak_bytes"] = max(cost["peak_bytes"], executable_bytes(largest))
                 compiled_for = active
             start = time.perf_counter()
             states, metrics = run_epoch(task, states, train_data, jnp.int32(epoch))
@@ -115,6 +115,18 @@ def _run_epochs(
             if last_of_stage or (epoch + 1) % plan.config.checkpoint_every == 0:
                 writer.save(epoch + 1, states, task, _run_state(plan, dataset, epoch + 1) | validated)
     return cost
+
+
+def _prepare_epoch(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images) -> tuple[Any, Images, Any]:
+    """The compiled epoch of a stage, the data it takes, and the largest executable in it. Frozen features are computed here."""
+    data = data._replace(features=None)
+    if active and plan.config.feature_cache != "none":
+        data = feature_cache.with_features(plan, active, task, states, data)
+        if plan.config.feature_cache == "host":
+            epoch, largest = feature_cache.make_host_epoch(plan, active, task, states, data)
+            return epoch, data, largest
+    compiled = make_epoch(plan, active).lower(task, states, data, jnp.int32(0)).compile()
+    return compiled, data, compiled
 
 
 def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, active: int | None, seconds: float) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Layer grouping (LG): a network's layers cut into groups, each with an auxiliary head. Gradients stop at a group's border."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +16,7 @@ from vffjax.config import Config
 from vffjax.networks import build
 from vffjax.networks.layers import Layer, divide_by_rms
 from vffjax.pooling import mean_pool_to_grid
+from vffjax.recompute import recomputed
 
 
 class GroupState(NamedTuple):
@@ -33,8 +36,8 @@ class _Module(nn.Module):
     def setup(self) -> None:
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, precision=jax.lax.Precision.HIGHEST)
 
-    def features(self, x: Array, clean: int, train: bool) -> Array:
-        for layer in self.layers:
+    def features(self, x: Array, clean: int, train: bool, part: slice = slice(None)) -> Array:
+        for layer in self.layers[part]:
             x = layer(x, clean, train)
         return x
 
@@ -55,6 +58,7 @@ class LayerGroup:
 
     name: str
     module: _Module
+    rematerialise: bool = False
 
     @property
     def width(self) -> int:
@@ -70,11 +74,34 @@ class LayerGroup:
         self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: int, train: bool
     ) -> tuple[Float[Array, "batch *out"], Any]:
         """Feature map of `x`, whose first `clean` rows are clean and the rest labelled, and the new batch statistics."""
+        if train and self.rematerialise:
+            return self._recomputed(params, batch_stats, x, clean)
+        return self._features(clean, train, slice(None), params, batch_stats, x)
+
+    def _features(self, clean: int, train: bool, part: slice, params: Any, batch_stats: Any, x: Array) -> tuple[Array, Any]:
+        """Through the layers of `part`; parameters and statistics of others need not be given."""
         variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
         if train and batch_stats:
-            out, new = self.module.apply(variables, x, clean, True, method="features", mutable=["batch_stats"])
+            out, new = self.module.apply(variables, x, clean, True, part, method="features", mutable=["batch_stats"])
             return cast(Array, out), new["batch_stats"]
-        return cast(Array, self.module.apply(variables, x, clean, train, method="features")), batch_stats
+        return cast(Array, self.module.apply(variables, x, clean, train, part, method="features")), batch_stats
+
+    def _recomputed(self, params: Any, batch_stats: Any, x: Array, clean: int) -> tuple[Array, Any]:
+        """`features` in training, whose gradient keeps the inputs of segments of layers and recomputes one segment at a time.
+
+        Of n layers about sqrt(n) make a segment: so the least is kept (Chen et al., 2016, arXiv:1604.06174), and each layer is
+        recomputed once in any case.
+        """
+        count = len(self.module.layers)
+        size = round(math.sqrt(count))
+        new_stats: dict[str, Any] = {}
+        for first in range(0, count, size):
+            names = [f"layers_{i}" for i in range(first, min(first + size, count))]
+            own_params, own_stats = ({name: tree[name] for name in names if name in tree} for tree in (params, batch_stats))
+            segment = functools.partial(self._features, clean, True, slice(first, first + size))
+            x, own_stats = recomputed(segment)(own_params, own_stats, x)
+            new_stats |= own_stats
+        return x, new_stats
 
     def logits(self, params: Any, features: Float[Array, "batch *feature"]) -> Float[Array, "batch classes"]:
         """The head's class scores, float32."""
@@ -99,7 +126,7 @@ def make_groups(config: Config, classes: int) -> tuple[LayerGroup, ...]:
     # Without a normalisation behind the linear map, features have any scale, and a linear head needs one.
     free_scale = config.resolved_norm in ("input", "none")
     modules = (_Module(layers, classes, config.head_grid, free_scale) for layers in cut(build(config), config.grouping))
-    return tuple(LayerGroup(f"group{i}", module) for i, module in enumerate(modules))
+    return tuple(LayerGroup(f"group{i}", module, config.rematerialise) for i, module in enumerate(modules))
 
 
 def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:

@@ -1,6 +1,5 @@
 """Classifying with trained groups: an ensemble of heads on one clean pass, or a sweep over all labels that needs no head."""
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax import losses, rules
-from vffjax.augment import normalise
+from vffjax.batching import map_batches
 from vffjax.groups import GroupState
 from vffjax.rules import Task
-from vffjax.trainer import Plan, clean_log_p
+from vffjax.trainer import Plan, clean_log_p, normalised
 
 # With more groups than this, only runs of last groups are tried as voters, not every set.
 _EXHAUSTIVE_GROUPS = 6
@@ -51,12 +50,10 @@ def make_scores(plan: Plan, inference: str) -> Callable[[Task, tuple[GroupState,
 
     @jax.jit
     def scores(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:
-        n, batch = images.shape[0], min(plan.config.eval_batch_size, images.shape[0])
-        padded = jnp.pad(images, ((0, -n % batch), (0, 0), (0, 0), (0, 0)))
-        batches = padded.reshape(-1, batch, *images.shape[1:])
-        one = functools.partial(per_batch, plan, task, states)
-        out = jax.lax.map(lambda x: one(normalise(x, task.mean, task.std)), batches)
-        return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[3])[:, :n]
+        def by_image(batch: Array) -> Array:
+            return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)
+
+        return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
 
     return scores
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
@@ -22,10 +23,11 @@ _INITIALISATION, _CODEBOOK, _EPOCH = range(3)
 
 
 class Images(NamedTuple):
-    """A split on the device, as bytes."""
+    """A split on the device, as bytes; `features` is what frozen groups made of them (see `feature_cache`), or None."""
 
     images: UInt8[Array, "n h w c"]
     labels: Int[Array, " n"]
+    features: Float[Array | np.ndarray, "n *feature"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +138,40 @@ def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Calla
     return functools.partial(jax.lax.platform_dependent, cpu=branch, default=barrier)
 
 
-def frozen_step(group: LayerGroup, state: GroupState, streams: Streams) -> Streams:
-    """The streams behind a group that no longer trains: running statistics, no update."""
-    features = group.features(state.params, state.batch_stats, streams.rows, streams.labels.shape[0], False)[0]
-    return streams._replace(rows=jax.lax.stop_gradient(features))
+def before(
+    plan: Plan,
+    active: int,
+    states: tuple[GroupState, ...],
+    rows: Float[Array, "rows *feature"],
+    clean: int,
+    labels: Int[Array, " batch"] | None = None,
+) -> Float[Array, "rows *out"]:
+    """The input of group `active` for rows of images, the first `clean` of them clean: frozen groups, running statistics, no gradient.
+
+    With any `labels` for the fence, one group's maps are alive at a time.
+    """
+    for group, state in list(zip(plan.groups, states, strict=True))[:active]:
+
+        def features(rows: Array, group: LayerGroup = group, state: GroupState = state) -> Array:
+            return group.features(state.params, state.batch_stats, rows, clean, False)[0]
+
+        rows = (features if labels is None else _fenced(features, labels))(rows)
+    return jax.lax.stop_gradient(rows)
+
+
+def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    """Images as the first group takes them, by the training images' statistics."""
+    return normalise(images, task.mean, task.std)
+
+
+def _behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None) -> Streams:
+    """The streams at the input of group `active`; `cached` clean rows are taken as they are, the copies pass the frozen groups."""
+    if cached is None:
+        return streams._replace(rows=before(plan, active, states, streams.rows, streams.labels.shape[0], streams.labels))
+    if streams.copies.shape[0] == 0:
+        return streams._replace(rows=cached)
+    copies = before(plan, active, states, streams.copies, 0, streams.labels)
+    return streams._replace(rows=jnp.concatenate([cached.astype(copies.dtype), copies]))
 
 
 def train_step(
@@ -150,27 +182,29 @@ def train_step(
     images: UInt8[Array, "batch h w c"],
     labels: Int[Array, " batch"],
     key: PRNGKeyArray,
+    features: Float[Array, "batch *feature"] | None = None,
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors.
+    """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors, whose
+    output for the clean images may be given as `features`.
 
     Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head; and `ensemble_accuracy` of all heads.
     """
-    augment_key, stream_key, group_key = (jax.random.fold_in(key, i) for i in range(3))
-    x = normalise(augment(augment_key, images, plan.config), task.mean, task.std)
+    augment_key, stream_key, groups_key = (jax.random.fold_in(key, i) for i in range(3))
+    x = normalised(task, augment(augment_key, images, plan.config))
     x = cut_out(augment_key, x, plan.config.cutout)
     # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
     streams = rules.make_streams(plan.config, task, stream_key, x, labels, logits)
 
+    streams = streams if active is None else _behind_frozen(plan, active, states, streams, features)
     new_states, metrics = list(states), []
-    for i, (group, optimizer) in enumerate(zip(plan.groups, plan.optimizers, strict=True)):
-        if active is None or i == active:
-            own, fence = for_group(plan.config, i), active is None and len(plan.groups) > 1
-            new_states[i], streams, m = group_step(own, group, optimizer, states[i], streams, jax.random.fold_in(group_key, i), fence)
-            metrics.append(m)
-        elif i < active:
-            streams = frozen_step(group, states[i], streams)
+    training = range(len(plan.groups)) if active is None else [active]
+    for i in training:
+        own, key = for_group(plan.config, i), jax.random.fold_in(groups_key, i)
+        fence = len(training) > 1
+        new_states[i], streams, m = group_step(own, plan.groups[i], plan.optimizers[i], states[i], streams, key, fence)
+        metrics.append(m)
     log_p = jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
     out["accuracy"] = jnp.mean(log_p.argmax(-1) == labels[None], axis=1)
@@ -189,21 +223,46 @@ def clean_log_p(
     return jnp.stack(out)
 
 
+def epoch_order(plan: Plan, labels: Int[Array, " n"], epoch: Int[Array, ""]) -> tuple[PRNGKeyArray, Int[Array, "steps batch"]]:
+    """The epoch's key, drawn from the seed and its number, and the images of each of its steps."""
+    key = jax.random.fold_in(run_key(plan.config, _EPOCH), epoch)
+    steps, batch = plan.steps_per_epoch, plan.config.batch_size
+    order = jax.random.permutation(jax.random.fold_in(key, 0), labels.shape[0])
+    return key, order[: steps * batch].reshape(steps, batch)
+
+
+def run_steps(
+    plan: Plan,
+    active: int | None,
+    task: Task,
+    states: tuple[GroupState, ...],
+    data: Images,
+    key: PRNGKeyArray,
+    order: Int[Array, "steps batch"],
+    numbers: Int[Array, " steps"],
+    features: Float[Array, "steps batch *feature"] | None = None,
+) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+    """Some steps of an epoch, `numbers` counting from 1; metrics of each. Cached features come from `data`, or step by step as given."""
+
+    def step(states: tuple[GroupState, ...], inputs: tuple[Array, Array, Array | None]) -> Any:
+        rows, number, given = inputs
+        cached = data.features[rows] if data.features is not None else given
+        return train_step(plan, active, task, states, data.images[rows], data.labels[rows], jax.random.fold_in(key, number), cached)
+
+    return jax.lax.scan(step, states, (order, numbers, features))
+
+
+def mean_over_steps(metrics: dict[str, Float[Array, "steps *rest"]]) -> dict[str, Float[Array, "*rest"]]:
+    return jax.tree.map(lambda m: m.mean(axis=0), metrics)
+
+
 def run_epoch(
     plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images, epoch: Int[Array, ""]
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
     """Every batch of one epoch, in an order drawn from the seed and the epoch's number; metrics are means over its steps."""
-    key = jax.random.fold_in(run_key(plan.config, _EPOCH), epoch)
-    steps, batch = plan.steps_per_epoch, plan.config.batch_size
-    order = jax.random.permutation(jax.random.fold_in(key, 0), data.labels.shape[0])[: steps * batch].reshape(steps, batch)
-
-    def step(states: tuple[GroupState, ...], inputs: tuple[Array, Array]) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-        rows, number = inputs
-        step_key = jax.random.fold_in(key, number)
-        return train_step(plan, active, task, states, data.images[rows], data.labels[rows], step_key)
-
-    states, metrics = jax.lax.scan(step, states, (order, jnp.arange(1, steps + 1)))
-    return states, jax.tree.map(lambda m: m.mean(axis=0), metrics)
+    key, order = epoch_order(plan, data.labels, epoch)
+    states, metrics = run_steps(plan, active, task, states, data, key, order, jnp.arange(1, plan.steps_per_epoch + 1))
+    return states, mean_over_steps(metrics)
 
 
 def make_epoch(plan: Plan, active: int | None = None) -> jax.stages.Wrapped:

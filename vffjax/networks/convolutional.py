@@ -1,4 +1,4 @@
-"""Four 3x3 convolutions, as in the paper's CIFAR experiments; widths and pooling are ours."""
+"""3x3 convolutions: four of them, as in the paper's CIFAR experiments, or any number; widths and pooling are ours."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ from vffjax.config import Config
 from vffjax.networks.layers import ConvLayer, Layer
 
 
-def conv4(config: Config) -> tuple[Layer, ...]:
+def convolutional(config: Config) -> tuple[Layer, ...]:
     """One `ConvLayer` per entry of `config.widths`, each followed by max-pooling over its entry of `config.pools`."""
     dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
     pairs = zip(config.widths, config.pools, strict=True)

@@ -1,0 +1,165 @@
+"""The memory ledger in full: what one training step takes, VFF beside back-propagation, by depth, batch and device.
+
+    python benchmarks/memory.py --config configs/cifar10.py --out FILE.json [--config.KEY=VALUE ...] [--quick]
+                                [--depths 2,4,8,16] [--batches 128,512]
+
+Methods: `bp` back-propagation on the same network; `bp checkpointed` the same, keeping the inputs of segments of about sqrt(depth)
+layers and recomputing the rest; `bp accumulated` the same, its gradient the mean over four parts of the batch, one after the other; `vff
+joint` all groups on each batch; `vff sequential` the last group on its frozen predecessors. For VFF each layer is a group. A network
+of given depth has layers of the configuration's first width, without pooling. Devices: this machine's CPU, in the configuration's
+precision; a TPU v5e by libtpu's compiler, which makes a real executable without the chip, in bf16, skipped where libtpu is not
+installed; and JAX's own device, in bf16, where that is a GPU or TPU.
+
+Bytes are those of the compiler's plan for one step whose states are donated: arguments (states, batch, codebook), outputs, the part
+of the outputs that lies where arguments were, and temporaries. Not counted are the rest of the data set on the device, the scratch memory
+of the runtime and its libraries, and on a TPU what the compiler keeps in the chip's vector memory, 128 MiB on a v5e: where the maps of a
+small batch fit there, back-propagation takes little of the counted memory, and less than VFF. On CPU the plan is that of XLA's default
+schedule, in which training runs. It allocates the outputs of all gradient loops of `bp` before the first begins, a quarter of its
+temporaries; that of `bp checkpointed` hardly does.
+
+On a GPU or TPU each row also has the peak that the allocator measured over two steps; it includes what the compiler took to try kernels.
+Every row has a process of its own, so that peaks do not mix. Writes FILE.json after every row, then a plot FILE.png; prints the table.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import io
+import multiprocessing
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from vffjax import ledger, targets
+from vffjax.cli import json_file, parse_train, whole_numbers
+from vffjax.config import Config, make_config
+from vffjax.data import SIZES
+from vffjax.errors import UserError
+from vffjax.ledger import Case
+from vffjax.logbook import replace_file, write_json
+from vffjax.memory import compile_step, make_step, row
+from vffjax.trainer import init_states, make_task
+
+STYLES = {
+    "bp": ("tab:red", "-"),
+    "bp checkpointed": ("tab:orange", "-"),
+    ledger.ACCUMULATED: ("tab:purple", "-"),
+    "vff joint": ("tab:blue", "-"),
+    "vff sequential": ("tab:cyan", "--"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python benchmarks/memory.py --help")
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
+    """Own options, completed and checked; the configuration and its name. Raises `UserError`."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json", help="results; the plot is FILE.png")
+    parser.add_argument("--depths", metavar="N,N", help="layers of the networks; default: 2,4,8,16; quick: 2,4")
+    parser.add_argument("--batches", metavar="N,N", help="images in a step; default: 128,512; quick: 32")
+    parser.add_argument("--quick", action="store_true", help="a look: small networks, which leave much of the difference to other things")
+    own, rest = parser.parse_known_args(arguments)
+    own.depths = whole_numbers("--depths", own.depths or ("2,4" if own.quick else "2,4,8,16"))
+    own.batches = whole_numbers("--batches", own.batches or ("32" if own.quick else "128,512"))
+    config, name, workdir = parse_train(rest)
+    if workdir:
+        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out")
+    return own, config, name
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a process that ends with it, as does all that it held on the device."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measured_row(case: Case, target: str) -> dict[str, Any]:
+    """A row of the ledger; of a device that is here also `measured_peak_bytes`, None where it does not count them."""
+    place = targets.find(target)
+    compiled = compile_step(case, place)
+    found = {"target": target} | row(case, place, compiled) | {"measured_peak_bytes": None}
+    if target == "here" and compiled is not None:
+        run(case, compiled)
+        found["measured_peak_bytes"] = (place.device.memory_stats() or {}).get("peak_bytes_in_use")
+    return found
+
+
+def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
+    """Some steps on random images, from fresh states; the last states and metrics."""
+    sizes, (plan, _) = SIZES[case.config.dataset], make_step(case)
+    rng, channels = np.random.default_rng(0), sizes.image_shape[2]
+    images = jnp.asarray(rng.integers(0, 256, (plan.config.batch_size, *sizes.image_shape), np.uint8))
+    labels = jnp.asarray(rng.integers(0, sizes.classes, plan.config.batch_size), jnp.int32)
+    task = make_task(plan.config, sizes.classes, sizes.image_shape, (0.5,) * channels, (0.25,) * channels)
+    states, metrics = jax.jit(functools.partial(init_states, plan, sizes.image_shape))(), None
+    for number in range(steps):
+        states, metrics = step(task, states, images, labels, jax.random.key(number))
+    return jax.block_until_ready((states, metrics))
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Temporaries against depth: a line for each method, a panel for each device and batch."""
+    panels = list(dict.fromkeys((r["target"], r["batch"]) for r in rows))
+    names = list(dict.fromkeys(target for target, _ in panels))
+    batches = list(dict.fromkeys(batch for _, batch in panels))
+    figure = Figure(figsize=(4.6 * len(batches), 3.4 * len(names) + 0.5), dpi=120, layout="constrained")
+    grid = figure.subplots(len(names), len(batches), squeeze=False)
+    for (target, batch), axes in zip(panels, grid.ravel(), strict=True):
+        shown = [r for r in rows if (r["target"], r["batch"]) == (target, batch)]
+        for method, (color, style) in STYLES.items():
+            points = [(r["depth"], r["temp_bytes"] / 1e6) for r in shown if r["method"] == method and not r["problem"]]
+            axes.plot([p[0] for p in points], [p[1] for p in points], style, color=color, marker="o", markersize=3.5, label=method)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        depths = sorted({r["depth"] for r in shown})
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.set_ylim(bottom=0)
+        axes.set(title=f"{shown[0]['device']}, {shown[0]['precision']}, batch {batch}", xlabel="layers", ylabel="temporaries (MB)")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False, fontsize="small")
+    FigureCanvasAgg(figure)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    replace_file(path, content.getvalue())
+
+
+def main() -> None:
+    try:
+        own, config, name = parse(sys.argv[1:])
+        # Not asked here: a process that has asked holds the device.
+        precisions = {"cpu": config.precision, "tpu": "bf16"} | ({} if in_own_process(jax.default_backend) == "cpu" else {"here": "bf16"})
+        skipped = {} if targets.has_tpu_compiler() else {"tpu": "libtpu is not installed; pip install -e '.[tpu-compiler]'"}
+        cases = {}
+        for target in (t for t in precisions if t not in skipped):
+            cases[target] = ledger.cases(make_config(config.to_dict() | {"precision": precisions[target]}), own.depths, own.batches)
+    except UserError as error:
+        print("memory: error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    for target, reason in skipped.items():
+        print(f"== {target} skipped: {reason}", file=sys.stderr)
+    rows: list[dict[str, Any]] = []
+    found = {"config": name, "command": sys.argv[1:], "quick": own.quick, "jax": jax.__version__, "skipped": skipped, "rows": rows}
+    for target in cases:
+        for case in cases[target]:
+            print(f"== {target}: {case}", file=sys.stderr, flush=True)
+            rows.append(in_own_process(measured_row, case, target))
+            ledger.compare(rows)
+            write_json(own.out, found)
+    draw(rows, own.out.with_suffix(".png"))
+    print(ledger.table(rows))
+
+
+if __name__ == "__main__":
+    main()
