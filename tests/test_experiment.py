@@ -258,3 +258,19 @@ def test_an_untrained_group_is_not_evaluated(tmp_path):
     found = experiment.evaluate(tmp_path)
     assert found["epoch"] == 1
     assert len(found["test_error_per_group"]) == len(found["val_error_per_group"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "told", "expected"), [("tpu", None, "kept"), ("gpu", "elsewhere", "elsewhere"), ("cpu", None, None)], ids=str
+)
+def test_compiled_programs_are_kept_on_accelerators_unless_jax_was_told_where(backend, told, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", told)
+        experiment.keep_compiled_programs()
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == (str(tmp_path / "kept" / "vffjax") if expected == "kept" else expected)

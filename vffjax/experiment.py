@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -45,10 +46,23 @@ def on_device(split: data_module.Split) -> Images:
     return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
+def keep_compiled_programs() -> None:
+    """On GPU and TPU, the second start of a configuration compiles nothing: programs are kept in `$XDG_CACHE_HOME/vffjax`, or
+    `~/.cache/vffjax`. What JAX was told otherwise wins (`JAX_COMPILATION_CACHE_DIR`).
+
+    Not on CPU, where a program kept by one machine can be wrong for another that shares the home folder.
+    """
+    told = jax.config.values.get("jax_compilation_cache_dir")
+    if jax.default_backend() != "cpu" and not told:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "vffjax"))
+
+
 def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
     """Trains, or goes on where the workdir's latest checkpoint is, to the end; returns what `summary.json` holds."""
     workdir = pathlib.Path(workdir)
     claim_workdir(workdir, config)
+    keep_compiled_programs()
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     workdir.mkdir(parents=True, exist_ok=True)
