@@ -2,7 +2,7 @@
 
     python benchmarks/speedrun.py --target 0.80
 
-Four convolutions in two groups, pooled early, wide enough for the target. Measured: see docs/performance.md.
+Four convolutions in two groups, pooled early. Untried: no accuracy and no time have been measured yet, and the target may need more epochs.
 """
 
 import ml_collections
