@@ -11,15 +11,12 @@ import numpy as np
 from rates import PRODUCTS
 
 from vffjax.config import Config, check_against_data, make_config
+from vffjax.data import SIZES
 from vffjax.errors import bad_key
 from vffjax.groups import GroupState
 from vffjax.rules import Task, needs_predictions
 from vffjax.summary import executable_bytes
 from vffjax.trainer import Images, Plan, init_states, make_epoch, make_plan, make_task
-
-# Image shape and classes. Not from tpu_compile: that module sets the environment of a TPU that is not there.
-IMAGES = {"digits": ((8, 8, 1), 10), "synthetic": ((16, 16, 3), 10), "mnist": ((28, 28, 1), 10), "fashion_mnist": ((28, 28, 1), 10)}
-IMAGES |= {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
 
 RULES: dict[str, dict[str, Any]] = {
     "vff": {"rule": "vff"},
@@ -56,7 +53,7 @@ class Workload:
     """Random images of the data set's size and random labels, as many as make `steps` steps."""
 
     def __init__(self, config: Config, steps: int):
-        self.shape, self.classes = IMAGES[config.dataset]
+        _, self.shape, self.classes = SIZES[config.dataset]
         self.examples = steps * config.batch_size
         rng = np.random.default_rng(config.seed)
         self._images = rng.integers(0, 256, (self.examples, *self.shape), np.uint8)

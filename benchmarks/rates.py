@@ -59,7 +59,7 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     """Model FLOPs of one training step of all groups, two for each multiplication.
 
     Every layer goes forward and has a kernel gradient for each row, clean or labelled; each but the first of its group has an input
-    gradient as well, and so has a head whose gradient enters the group. Heads see clean rows only.
+    gradient as well, and so has a head whose gradient enters the group. Heads count for clean rows only.
     """
     batch = config.batch_size
     rows = batch + copies_per_step(config, classes)

@@ -53,19 +53,19 @@ def make_host_epoch(plan: Plan, active: int, task: Task, states: tuple[GroupStat
         return run_steps(plan, active, task, states, data, key, order, numbers, features)
 
     jitted, start = jax.jit(steps, donate_argnums=1), jax.jit(functools.partial(epoch_order, plan))
-    on_device, cached = data._replace(features=None), np.asarray(data.features)
+    on_device, example = data._replace(features=None), np.asarray(data.features)
     pieces = np.array_split(np.arange(plan.steps_per_epoch), -(-plan.steps_per_epoch // STEPS_PER_TRANSFER))
     key, order = start(data.labels, jnp.int32(0))
 
     def compiled(length: int) -> Any:
-        features = jax.ShapeDtypeStruct((length, plan.config.batch_size, *cached.shape[1:]), cached.dtype)
+        features = jax.ShapeDtypeStruct((length, plan.config.batch_size, *example.shape[1:]), example.dtype)
         return jitted.lower(task, states, on_device, key, order[:length], jnp.arange(length), features).compile()
 
     by_length = {length: compiled(length) for length in {len(piece) for piece in pieces}}
 
     def epoch(task: Task, states: tuple[GroupState, ...], data: Images, number: Array) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
         key, order = start(data.labels, number)
-        rows, metrics = np.asarray(order), []
+        rows, cached, metrics = np.asarray(order), np.asarray(data.features), []
         for piece in pieces:
             features = jax.device_put(cached[rows[piece]])
             numbers = jnp.asarray(piece + 1, jnp.int32)

@@ -16,14 +16,13 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from vffjax import rules
-from vffjax.augment import augment, cut_out, normalise
 from vffjax.data import SIZES, split_sizes
 from vffjax.groups import GroupState
 from vffjax.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
 from vffjax.targets import Target
-from vffjax.trainer import Plan, init_states, make_plan, make_task, train_step
+from vffjax.trainer import Plan, augmented, init_states, make_plan, make_task, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
@@ -47,8 +46,8 @@ def accumulated_step(
         total, stats = carry
         images, labels, key = batch
         augment_key, stream_key, group_key = (jax.random.fold_in(key, i) for i in range(3))
-        x = normalise(augment(augment_key, images, plan.config), task.mean, task.std)
-        streams = rules.make_streams(plan.config, task, stream_key, cut_out(augment_key, x, plan.config.cutout), labels)
+        x = augmented(plan.config, task, augment_key, images)
+        streams = rules.make_streams(plan.config, task, stream_key, x, labels)
         (loss, (stats, _, metrics)), grads = gradient(state.params, plan.config, group, stats, streams, group_key)
         accuracy = jnp.mean(metrics["log_p"].argmax(-1) == labels)
         return (jax.tree.map(jnp.add, total, grads), stats), {"loss": loss, "accuracy": accuracy}

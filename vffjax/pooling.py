@@ -61,8 +61,6 @@ _max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _max_pool_backward
 
 def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:
     """The gradient of `max_pool` for an `x` that lies in memory, such as a convolution's output: on CPU by comparison, in one pass."""
-    if window == 1:
-        return g
     comparison = functools.partial(_gradient_by_comparison, window=window)
     reduced = functools.partial(_gradient_of, functools.partial(_reduced_max, window=window))
     return lax.platform_dependent(x, g, cpu=comparison, default=reduced)

@@ -1,8 +1,7 @@
 """Gradients that compute a function's forward pass again, instead of keeping what it computed the first time.
 
 `jax.checkpoint` tells the compiler so by a barrier. XLA:CPU drops barriers before it merges equal operations, finds the second forward
-pass equal to the first, and keeps everything after all. So on CPU the backward pass is one branch of a condition that always holds, which
-the compiler cannot know: nothing in a branch is merged with what stands outside.
+pass equal to the first, and keeps everything after all. So on CPU the backward pass is a branch (`fence.as_branch`).
 """
 
 from collections.abc import Callable
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
+
+from vffjax.fence import as_branch
 
 
 def recomputed(f: Callable[[Any, Any, Array], tuple[Array, Any]]) -> Callable[[Any, Any, Array], tuple[Array, Any]]:
@@ -30,13 +31,10 @@ def recomputed(f: Callable[[Any, Any, Array], tuple[Array, Any]]) -> Callable[[A
     def again(params: Any, constants: Any, x: Array, g: Array) -> tuple[Any, Array]:
         return jax.vjp(lambda params, x: f(params, constants, x), params, x, has_aux=True)[1](g)
 
-    def never(*arguments: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(again, *arguments))
-
     def branch(*arguments: Any) -> Any:
         # Of the incoming gradient, so that no forward pass is computed before it is needed.
         bits = lax.bitcast_convert_type(arguments[-1].ravel()[0].astype(jnp.float32), jnp.int32)
-        return lax.cond(bits & 1 < 2, again, never, *arguments)
+        return as_branch(again, bits, *arguments)
 
     def barrier(*arguments: Any) -> Any:
         return again(*lax.optimization_barrier(arguments))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from vffjax import rules
 from vffjax.augment import augment, cut_out, normalise
 from vffjax.config import Config, for_group
+from vffjax.fence import as_branch
 from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
 from vffjax.labelling import Streams, make_codebook
 from vffjax.rules import Task
@@ -122,15 +123,11 @@ def group_step(
 def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
     """`function`, done with all that it computes before anything that takes its result begins.
 
-    A barrier says so to the compiler. XLA:CPU drops barriers before it orders its operations; there the function is one branch of a
-    condition that always holds, which the compiler cannot know.
+    A barrier says so to the compiler; on CPU `fence.as_branch` does, on any of the `labels`.
     """
 
-    def never(*arguments: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
-
     def branch(*arguments: Any) -> Any:
-        return jax.lax.cond(labels[0] & 1 < 2, function, never, *arguments)
+        return as_branch(function, labels[0], *arguments)
 
     def barrier(*arguments: Any) -> Any:
         return jax.lax.optimization_barrier(function(*arguments))
@@ -157,6 +154,11 @@ def before(
 
         rows = (features if labels is None else _fenced(features, labels))(rows)
     return jax.lax.stop_gradient(rows)
+
+
+def augmented(config: Config, task: Task, key: PRNGKeyArray, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    """Images as the first group takes them in training: flipped, cropped, normalised, cut out."""
+    return cut_out(key, normalised(task, augment(key, images, config)), config.cutout)
 
 
 def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
@@ -190,8 +192,7 @@ def train_step(
     Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head; and `ensemble_accuracy` of all heads.
     """
     augment_key, stream_key, groups_key = (jax.random.fold_in(key, i) for i in range(3))
-    x = normalised(task, augment(augment_key, images, plan.config))
-    x = cut_out(augment_key, x, plan.config.cutout)
+    x = augmented(plan.config, task, augment_key, images)
     # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
