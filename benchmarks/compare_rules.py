@@ -20,9 +20,9 @@ from typing import Any
 
 from vffjax import experiment
 from vffjax.checkpoint import Checkpoints
-from vffjax.cli import parse_train
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
+from vffjax.flags import parse_train
 from vffjax.logbook import replace_file, write_json
 
 RULES: dict[str, dict[str, Any]] = {

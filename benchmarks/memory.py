@@ -39,10 +39,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from vffjax import ledger, targets
-from vffjax.cli import json_file, parse_train, whole_numbers
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
+from vffjax.flags import json_file, parse_train, whole_numbers
 from vffjax.ledger import Case
 from vffjax.logbook import replace_file, write_json
 from vffjax.memory import compile_step, make_step, row

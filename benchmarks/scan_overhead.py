@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vffjax.cli import parse_train
 from vffjax.config import Config
 from vffjax.data import SIZES
+from vffjax.flags import parse_train
 from vffjax.trainer import Images, init_states, make_epoch, make_plan, make_task, train_step
 
 STEPS, PAIRS = 24, 5

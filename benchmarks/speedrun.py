@@ -35,10 +35,10 @@ import numpy as np
 
 from vffjax import data as data_module
 from vffjax import inference
-from vffjax.cli import parse_train
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
 from vffjax.experiment import on_device, plan_for
+from vffjax.flags import parse_train
 from vffjax.logbook import write_json
 from vffjax.trainer import Images, Plan, init_states, make_epoch, make_task
 

@@ -35,9 +35,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rates import jax_products, product_rate, training_flops
 
-from vffjax.cli import parse_train
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
+from vffjax.flags import parse_train
 from vffjax.logbook import replace_file, write_json
 
 # On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,

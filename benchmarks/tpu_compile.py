@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from vffjax import targets
-from vffjax.cli import parse_train
 from vffjax.config import Config
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
+from vffjax.flags import parse_train
 from vffjax.memory import step_arguments
 from vffjax.trainer import Images, make_plan, run_epoch, train_step
 

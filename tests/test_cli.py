@@ -9,7 +9,9 @@ import pytest
 from command_lines import CONFIG, TINY_FLAGS, in_a_process
 from runs import compiled_once, finished, untimed
 
-from vffjax import cli, experiment
+from vffjax import experiment
+from vffjax.config import FIELDS
+from vffjax.flags import parse_train
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Help
@@ -29,7 +31,7 @@ def test_help_of_train_explains_every_key(arguments, call):
     assert (status, err) == (0, "")
     assert "--config FILE" in out
     assert "--workdir DIR" in out
-    for key, field in cli.FIELDS.items():
+    for key, field in FIELDS.items():
         assert re.search(rf"^  {key} = ", out, re.MULTILINE)
         assert all(choice in out for choice in field.metadata["choices"])
     assert max(map(len, out.splitlines())) <= 140
@@ -65,13 +67,13 @@ def test_train_py_is_the_train_command_and_help_needs_no_jax():
 
 def test_an_unset_key_of_the_file_keeps_its_default_and_the_command_line_wins():
     flags = ["--config.epochs=7", "--config.learning_rate", "1", "--noconfig.flip", "--workdir", "w"]
-    config, name, workdir = cli.parse_train([CONFIG, *flags])
+    config, name, workdir = parse_train([CONFIG, *flags])
     assert (config.epochs, config.learning_rate, config.flip, config.dataset) == (7, 1.0, False, "digits")
     assert (name, workdir) == ("digits", "w")
 
 
 def test_overrides_of_groups_can_be_given_on_the_command_line():
-    config, _, _ = cli.parse_train([CONFIG, "--config.overrides={'group1': {'learning_rate': 1e-4}}"])
+    config, _, _ = parse_train([CONFIG, "--config.overrides={'group1': {'learning_rate': 1e-4}}"])
     assert config.overrides == {"group1": {"learning_rate": 1e-4}}
 
 

@@ -64,8 +64,8 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
     # In a process of its own: libtpu reads its environment once, and must not meet the backend of the other tests.
     script = """
 import json, sys
-from vffjax import cli, ledger, memory, targets
-case = ledger.cases(cli.parse_train(sys.argv[1:])[0], [], [])[0]
+from vffjax import flags, ledger, memory, targets
+case = ledger.cases(flags.parse_train(sys.argv[1:])[0], [], [])[0]
 print(json.dumps(memory.measure(case, targets.find("tpu"))))
 """
     done = in_a_process("-c", script, *DENSE)

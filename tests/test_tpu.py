@@ -16,7 +16,7 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, "benchmarks")
 import tpu_compile
-from vffjax.cli import parse_train
+from vffjax.flags import parse_train
 print(json.dumps(tpu_compile.Target(parse_train(sys.argv[1:])[0]).compile_epoch()))
 """
 
