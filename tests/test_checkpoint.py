@@ -31,17 +31,17 @@ def make(seed=0, **changes):
     return plan, jax.tree.map(fill, init_states(plan, SHAPE)), make_task(config, CLASSES, SHAPE, (0.25,), (0.5,))
 
 
-def run_state(epoch, val_error=50.0, trained_groups=2):
-    names = [f"c{i}" for i in range(CLASSES)]
-    return {"epoch": epoch, "val_error": val_error, "trained_groups": trained_groups, "image_shape": list(SHAPE), "class_names": names}
+def run_state(epoch, val_error=50.0, trained_groups=2, scheduled=True):
+    ranked = {"epoch": epoch, "val_error": val_error, "trained_groups": trained_groups, "scheduled": scheduled}
+    return ranked | {"image_shape": list(SHAPE), "class_names": [f"c{i}" for i in range(CLASSES)]}
 
 
-def save(workdir, made, *runs):
-    _, states, task = made
+def save(workdir, made, *runs, config=None):
+    plan, states, task = made
     checkpoints = Checkpoints(workdir)
     writer = checkpoints.writer()
     for run in runs:
-        writer.save(run["epoch"], states, task, run)
+        writer.save(run["epoch"], states, task, run | {"config": (config or plan.config).to_dict()})
     writer.close()
     return checkpoints
 
@@ -61,7 +61,8 @@ def test_restored_arrays_have_the_bits_types_and_trees_that_were_saved(changes, 
     checkpoints = save(tmp_path, made, run)
     states, task = checkpoints.restore(7, made[0])
     assert_same_bits((states, task), made[1:])
-    assert checkpoints.run(7) == run
+    assert checkpoints.run(7) == run | {"config": made[0].config.to_dict(), "format": checkpoint.FORMAT}
+    assert checkpoints.fault(7, made[0].config) == ""
 
 
 def test_one_group_is_restored_without_the_files_of_the_others(saved, tmp_path):
@@ -99,6 +100,32 @@ def test_an_epoch_before_the_last_stage_is_never_the_best(tmp_path):
     checkpoints = save(tmp_path, made, *runs)
     assert checkpoints.best() == 2
     assert checkpoints.epochs() == [2, 3, 4]
+
+
+def test_an_epoch_saved_only_to_leave_is_never_the_best_and_goes_when_the_next_is_saved(tmp_path):
+    # A run that nobody disturbs has no such epoch to choose, nor would it have kept it in the place of another.
+    made = make(grouping="all", optimizer="sgd", widths=(2,))
+    runs = [run_state(2, 50.0), run_state(4, 40.0), run_state(5, 1.0, scheduled=False)]
+    checkpoints = save(tmp_path, made, *runs)
+    assert (checkpoints.epochs(), checkpoints.best(), checkpoints.latest()) == ([2, 4, 5], 4, 5)
+    save(tmp_path, made, run_state(6, 60.0))
+    assert (checkpoints.epochs(), checkpoints.best(), checkpoints.latest()) == ([4, 6], 4, 6)
+
+
+def test_a_step_that_is_deleted_by_halves_is_no_step(tmp_path, monkeypatch):
+    made = make(grouping="all", optimizer="sgd", widths=(2,))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, made, run_state(1, 50.0), run_state(2, 40.0), run_state(3, 30.0))
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    assert Checkpoints(tmp_path).epochs() == [2, 3]
+    monkeypatch.undo()
+    checkpoints = save(tmp_path, made, run_state(4, 20.0))
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["3", "3.sha256.json", "4", "4.sha256.json"]
 
 
 def test_an_interrupted_save_is_not_used_and_the_next_writer_replaces_it(saved, tmp_path):
@@ -201,10 +228,52 @@ def test_a_digest_that_differs_names_its_file(saved, tmp_path):
 OTHERS = [{"widths": (5, 3)}, {"widths": (4, 4, 3)}, {"optimizer": "sgd"}, {"widths": (4, 3, 2)}, {"widths": (4,)}]
 
 
-@pytest.mark.parametrize("changes", OTHERS, ids=str)
-def test_a_checkpoint_of_another_network_or_optimizer_is_refused(changes, saved):
-    with pytest.raises(UserError, match=r"saved by another network.* \(.+ not .+\); restore the run's own config"):
+@pytest.mark.parametrize("changes", [*OTHERS, {"seed": 9}, {"temperature": 0.1}], ids=str)
+def test_a_checkpoint_of_another_run_is_foreign_even_where_its_arrays_fit(changes, saved):
+    key = next(iter(changes))
+    with pytest.raises(UserError, match=rf"foreign checkpoint, saved by another run \(config\.{key} is .+, not .+\); restore the run's own"):
         Checkpoints(saved).restore(2, make(**changes)[0])
+    assert f"config.{key}" in Checkpoints(saved).fault(2, make(**changes)[0].config)
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
+def test_arrays_of_another_network_or_optimizer_are_refused(changes, tmp_path):
+    # By a configuration that says otherwise, as after a change of the code.
+    other = make(**changes)
+    checkpoints = save(tmp_path, make(), run_state(2), config=other[0].config)
+    with pytest.raises(UserError, match=r"saved by another network.* \(.+ not .+\); restore the run's own config"):
+        checkpoints.restore(2, other[0])
+
+
+def test_a_step_under_another_number_is_foreign(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for end in ("", ".sha256.json"):
+        (workdir / "checkpoints" / f"2{end}").rename(workdir / "checkpoints" / f"5{end}")
+    for read in (lambda: Checkpoints(workdir).restore(5, make()[0]), lambda: Checkpoints(workdir).run(5)):
+        with pytest.raises(UserError, match="checkpoints/5: foreign checkpoint, of epoch 2"):
+            read()
+
+
+def test_a_file_that_nobody_saved_is_foreign(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    (workdir / "checkpoints" / "2" / "group0" / "more").write_text("")
+    with pytest.raises(UserError, match="group0/more: foreign file"):
+        Checkpoints(workdir).restore(2, make()[0])
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "group0/../../../outside"])
+def test_digests_that_point_out_of_the_step_are_refused(name, saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    path = workdir / "checkpoints" / "2.sha256.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "0" * 64}))
+    with pytest.raises(UserError, match=r"damaged checkpoint \(no such file\)"):
+        Checkpoints(workdir).restore(2, make()[0])
+
+
+def test_a_step_of_another_format_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    with pytest.raises(UserError, match="saved by another version of vffjax"):
+        Checkpoints(saved).run(2)
 
 
 def test_a_damaged_older_step_does_not_stop_a_writer(saved, tmp_path):
@@ -215,7 +284,7 @@ def test_a_damaged_older_step_does_not_stop_a_writer(saved, tmp_path):
         if path.is_file():
             truncate(path)
     checkpoints = save(workdir, made, run_state(3, 30.0), run_state(4, 35.0))
-    assert {3, 4} <= set(checkpoints.epochs())
+    assert {1, 3, 4} <= set(checkpoints.epochs())
     assert_same_bits(checkpoints.restore(4, made[0]), made[1:])
 
 
@@ -223,7 +292,7 @@ def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):
     made = make(grouping="all", widths=(2,))
     plan, states, task = made
     first, second = Checkpoints(tmp_path).writer(), Checkpoints(tmp_path).writer()
-    first.save(1, states, task, run_state(1, 50.0))
+    first.save(1, states, task, run_state(1, 50.0) | {"config": plan.config.to_dict()})
     with pytest.raises(UserError, match="another run may be writing"):
         second.save(1, jax.tree.map(jnp.zeros_like, states), task, run_state(1, 1.0))
     first.close()

@@ -4,19 +4,24 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import shutil
+import signal
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
-from vffjax import checkpoint, data, experiment
+from vffjax import checkpoint, data, experiment, trainer
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
+from vffjax.termination import Terminated
 from vffjax.trainer import init_states
 from vffjax.workdir import load_run
 
@@ -74,9 +79,10 @@ def killed_after_line(epoch):
     sound = Logbook.epoch
 
     def patched(self, record):
-        sound(self, record)
+        written = sound(self, record)
         if record["epoch"] == epoch:
             raise Killed
+        return written
 
     with mock.patch.object(Logbook, "epoch", patched), pytest.raises(Killed):
         yield
@@ -133,11 +139,49 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(changes, ki
     found = train(config, tmp_path)
 
     assert untimed(found) == untimed(wanted)
-    assert list(map(untimed, read_metrics(tmp_path))) == list(map(untimed, read_metrics(wanted_dir)))
-    epochs = Checkpoints(tmp_path).epochs()
-    assert epochs == Checkpoints(wanted_dir).epochs()
+    assert found["peak_bytes"] == wanted["peak_bytes"]
+    assert_same_run(tmp_path, wanted_dir, config)
+
+
+def assert_same_run(workdir, other, config):
+    """Equal records, and equal bits in every saved epoch."""
+    assert list(map(untimed, read_metrics(workdir))) == list(map(untimed, read_metrics(other)))
+    epochs = Checkpoints(workdir).epochs()
+    assert epochs == Checkpoints(other).epochs()
     for epoch in epochs:
-        assert_same_bits(saved_states(config, tmp_path, epoch), saved_states(config, wanted_dir, epoch))
+        assert_same_bits(saved_states(config, workdir, epoch), saved_states(config, other, epoch))
+
+
+@pytest.mark.parametrize("schedule", ["joint", "sequential"])
+def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(schedule, tmp_path):
+    # Epoch 3 is not to be saved by the schedule, and is the best of all: no undisturbed run could choose it.
+    config = tiny(epochs=4, checkpoint_every=2, schedule=schedule)
+    sound, validate = Logbook.epoch, experiment.validate
+
+    def signalled(self, record):
+        if record["epoch"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return sound(self, record)
+
+    def scripted(scores, validation, trained):
+        return validate(scores, validation, trained) | {"val_error": next(errors)}
+
+    runs = {}
+    for name in ("disturbed", "undisturbed"):
+        errors = iter([50.0, 40.0, 1.0, 30.0, 45.0, 20.0, 35.0, 25.0])
+        with mock.patch.object(experiment, "validate", scripted):
+            if name == "disturbed":
+                total = 4 if schedule == "joint" else 8
+                with mock.patch.object(Logbook, "epoch", signalled), pytest.raises(Terminated, match=f"epoch 3 of {total} is saved"):
+                    train(config, tmp_path / name)
+                assert Checkpoints(tmp_path / name).epochs() == [2, 3]
+                assert not (tmp_path / name / "summary.json").exists()
+            runs[name] = train(config, tmp_path / name)
+    assert untimed(runs["disturbed"]) == untimed(runs["undisturbed"])
+    assert runs["disturbed"]["best_epoch"] == (4 if schedule == "joint" else 6)
+    assert_same_run(tmp_path / "disturbed", tmp_path / "undisturbed", config)
+    # The signal has its old meaning again.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_runs_of_other_seeds_differ(tmp_path):
@@ -169,37 +213,144 @@ def test_input_that_does_not_fit_leaves_no_workdir(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_latest_checkpoint_stops_a_run_and_its_fix_goes_on(tmp_path):
+def damage(workdir, *epochs):
+    for epoch in epochs:
+        (workdir / "checkpoints" / str(epoch) / "group1" / "manifest.ocdbt").write_bytes(b"")
+
+
+def test_from_a_damaged_latest_checkpoint_a_run_goes_back_to_the_one_before_and_says_so(tmp_path, capsys):
     workdir = copy_of(finished(), tmp_path)
-    path = workdir / "checkpoints" / "3" / "group1" / "manifest.ocdbt"
-    path.write_bytes(b"")
+    assert Checkpoints(workdir).epochs() == [2, 3]
+    damage(workdir, 3)
+    (workdir / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (workdir / "summary.json").unlink()
+    assert untimed(train(tiny(), workdir)) == untimed(summary_of(finished()))
+    assert_same_run(workdir, finished(), tiny())
+    err = capsys.readouterr().err
+    assert "checkpoints/3/group1/manifest.ocdbt: damaged checkpoint (SHA-256 differs); now " in err
+    assert "going on from epoch 2" in err
+    assert "epoch 3/3" in err
+    # What was set aside went when its epoch had been saved again.
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "2.sha256.json", "3", "3.sha256.json"]
+
+
+@pytest.mark.parametrize("epochs", [(2,), (2, 3)], ids=str)
+def test_where_an_earlier_checkpoint_or_every_one_is_damaged_the_run_stops_and_its_fix_goes_on(epochs, tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    damage(workdir, *epochs)
     before = contents(workdir)
-    with pytest.raises(UserError, match=r"group1/manifest\.ocdbt: damaged"):
+    with pytest.raises(UserError, match=r"2/group1/manifest\.ocdbt: damaged .* delete .*checkpoints/2 to go on"):
         train(tiny(), workdir)
     assert contents(workdir) == before
 
+    for epoch in epochs:
+        shutil.rmtree(workdir / "checkpoints" / str(epoch))
+    found = train(tiny(), workdir)
+    if epochs == (2, 3):  # from the start
+        assert untimed(found) == untimed(summary_of(finished()))
+
+
+def test_a_checkpoint_that_is_gone_is_missed(tmp_path, capsys):
+    workdir = copy_of(finished(), tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "3")
     assert untimed(train(tiny(), workdir)) == untimed(summary_of(finished()))
+    assert re.search(r"checkpoints/3: missing, .*\ngoing on from epoch 2\n", capsys.readouterr().err)
 
 
-def test_divergence_names_the_group_and_leaves_earlier_checkpoints_intact(tmp_path):
-    changes = {"schedule": "sequential", "epochs": 1, "rule": "head", "norm": "none"}
-    config = tiny(**changes, overrides={"group1": {"optimizer": "sgd", "learning_rate": 1e30}})
-    with pytest.raises(UserError, match=r"epoch 2: the loss or a parameter of group1 is not finite; lower config\.lea"):
+def test_other_data_than_the_run_began_with_are_refused(tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    before, sound = contents(workdir), data.load
+
+    def one_pixel_apart(config):
+        dataset = sound(config)
+        dataset.train.images[0, 0, 0] ^= 1
+        return dataset
+
+    with mock.patch.object(data, "load", one_pixel_apart), pytest.raises(UserError, match=r"config\.dataset='digits': other images"):
+        train(tiny(), workdir)
+    assert contents(workdir) == before
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path):
+    config = tiny(epochs=2)
+    with killed_after_save(1):
         train(config, tmp_path)
+    here = experiment.origin()
+    with mock.patch.object(experiment, "origin", lambda: here | {"device": "another"}):
+        summary = train(config, tmp_path)
+    assert summary["device"] == "another"
+    assert [origin["device"] for origin in summary["earlier_origins"]] == [here["device"]]
+    # Nothing is trained when a finished run is started again: what trained it stays.
+    assert untimed(train(config, tmp_path)) == untimed(summary)
+
+
+def test_divergence_names_step_and_group_and_leaves_earlier_checkpoints_intact(tmp_path):
+    def explodes_at_step_5(config, steps):
+        group1 = config.optimizer == "sgd"
+        return optax.sgd(lambda count: jnp.where(group1 & (count == 4), jnp.inf, 1e-2))
+
+    config = tiny(schedule="sequential", epochs=1, rule="head", norm="none", overrides={"group1": {"optimizer": "sgd"}})
+    # The loss of step 6 is the first to see what step 5 has done.
+    found = r"epoch 2, step 6 of 11: the loss of group1 is not finite; the checkpoint of epoch 1 is kept; lower config\.lea"
+    with mock.patch.object(trainer, "make_optimizer", explodes_at_step_5):
+        with pytest.raises(UserError, match=found):
+            train(config, tmp_path)
+        states, _ = saved_states(config, tmp_path, 1)
     assert Checkpoints(tmp_path).epochs() == [1]
-    states, _ = saved_states(config, tmp_path, 1)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(states))
     assert [r["epoch"] for r in read_metrics(tmp_path)] == [1]
     assert not (tmp_path / "summary.json").exists()
 
 
+def explosive(config, steps):
+    return optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38))
+
+
 def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     # One step: the loss is that of the initial parameters, and finite; the update is not.
-    config = tiny(epochs=1, rule="head", optimizer="sgd", learning_rate=1e38, weight_decay=1e10, batch_size=360)
-    with pytest.raises(UserError, match="not finite"):
-        train(config, tmp_path)
+    with mock.patch.object(trainer, "make_optimizer", explosive):
+        found = r"epoch 1, after its last step a parameter of group0 is not finite; there is no checkpoint yet"
+        with pytest.raises(UserError, match=found):
+            train(tiny(epochs=1, rule="head", batch_size=360), tmp_path)
     assert Checkpoints(tmp_path).epochs() == []
+
+
+def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
+    """One image in the training data makes every network overflow: the steps without it train as ever."""
+    config = tiny(epochs=2, on_nonfinite="skip")
+    poisoned, sound = [], trainer.normalised
+
+    def overflowing(task, images):
+        # No byte image does this by itself; a pixel of value 77 at the corner is the mark.
+        marked = images[:, :1, :1] == 77
+        return jnp.where(marked, jnp.inf, sound(task, images))
+
+    def marked(config):
+        dataset = load(config)
+        for split in (dataset.train, dataset.validation, dataset.test):
+            split.images[:, 0, 0] = 0
+        dataset.train.images[:1, 0, 0] = 77
+        poisoned.append(1)
+        return dataset
+
+    load = data.load
+    with mock.patch.object(trainer, "normalised", overflowing), mock.patch.object(data, "load", marked):
+        train(config, tmp_path)
+        with pytest.raises(UserError, match=r"epoch 1, step \d+ of 11: the loss of group0 is not finite"):
+            train(tiny(epochs=2), tmp_path / "stops")
+    assert poisoned
+    records = read_metrics(tmp_path)
+    # The image is in one step of each epoch, or in the rows that are left over.
+    assert all(r["skipped_steps_per_group"] in ([1, 1], [0, 0]) for r in records)
+    assert any(r["skipped_steps_per_group"] == [1, 1] for r in records)
+    assert all(np.isfinite([*r["loss_per_group"], r["train_accuracy"]]).all() for r in records)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved_states(config, tmp_path, 2)))
+
+
+def test_an_epoch_in_which_every_step_is_skipped_ends_the_run(tmp_path):
+    found = r"epoch 1, no step of group0 was finite; there is no checkpoint yet"
+    with mock.patch.object(trainer, "make_optimizer", explosive), pytest.raises(UserError, match=found):
+        train(tiny(epochs=1, rule="head", on_nonfinite="skip"), tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -219,7 +370,7 @@ def test_the_test_set_decides_nothing(tmp_path):
         found = train(config, tmp_path)
     wanted = summary_of(finished())
     assert found["test_error"] != wanted["test_error"]
-    others = set(wanted) - {"test_error", "test_error_per_group", *TIMES}
+    others = set(wanted) - {"test_error", "test_error_per_group", "data_sha256", *TIMES}
     assert {key: found[key] for key in others} == {key: wanted[key] for key in others}
     assert list(map(untimed, read_metrics(tmp_path))) == list(map(untimed, read_metrics(finished())))
     for epoch in Checkpoints(finished()).epochs():

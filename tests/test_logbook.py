@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vffjax import logbook
-from vffjax.logbook import Logbook, read_metrics, write_json
+from vffjax.logbook import Logbook, read_metrics, restore_metrics, write_json
 
 RECORD = {
     "epoch": 3,
@@ -36,6 +36,7 @@ def write(tmp_path, no_tensorboard):
 
     def run(first, last, total=10, **fields):
         stream = io.StringIO()
+        restore_metrics(tmp_path, [record for record in read_metrics(tmp_path) if record["epoch"] <= first])
         with Logbook(tmp_path, total, first, stream) as book:
             for epoch in range(first + 1, last + 1):
                 book.epoch({"epoch": epoch, "loss": 1.0 / epoch, **fields})
@@ -85,6 +86,30 @@ def test_fresh_start_drops_everything(tmp_path, write):
     write(0, 5)
     write(0, 1)
     assert epochs(tmp_path) == [1]
+
+
+DAMAGE = {
+    "a line is gone": lambda lines: lines[:1] + lines[2:],
+    "a line is there twice": lambda lines: lines[:2] + lines[1:],
+    "a figure is another": lambda lines: [lines[0].replace(b"1.0", b"9.0"), *lines[1:]],
+    "lines have changed places": lambda lines: lines[::-1],
+    "nothing is left": lambda lines: [],
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE.values(), None], ids=[*DAMAGE, "no file is left"])
+def test_the_record_is_restored_to_what_was_written(damage, tmp_path, no_tensorboard):
+    with Logbook(tmp_path, 3, 0, io.StringIO()) as book:
+        history = [book.epoch({"epoch": epoch, "loss": 1.0 / epoch, "seconds": np.float32(0.1)}) for epoch in (1, 2, 3)]
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(damage(before.splitlines(keepends=True))))
+        assert path.read_bytes() != before
+    restore_metrics(tmp_path, history)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("torn", [b'{"epoch": 3, "lo', b'{"epoch": 3, "loss": 0.5}', b"\x00\x00\x00", b'{"epoch": 3, "loss": \xff'])

@@ -237,8 +237,23 @@ def test_a_scanned_epoch_is_the_loop_of_steps_over_the_same_order(conv):
     # Adam divides by small numbers: roundings grow to a hundredth of a step of 1e-3.
     assert_close([s.params for s in scanned], [s.params for s in looped], rtol=1e-3, atol=2e-5)
     assert_close([s.batch_stats for s in scanned], [s.batch_stats for s in looped], rtol=1e-3, atol=1e-4)
+    assert not metrics.pop("nonfinite_steps").any()
+    assert not metrics.pop("first_nonfinite").any()
+    assert all(m.pop("finite").all() for m in history)
     assert_close(metrics, {name: np.mean([m[name] for m in history], axis=0) for name in history[0]}, rtol=1e-3)
     assert [int(leaf) for path, leaf in leaves(scanned) if "count" in path] == [8] * 4
+
+
+def test_metrics_of_an_epoch_count_finite_steps_only():
+    finite = np.array([[True, True], [True, False], [True, False], [True, True]])
+    loss = np.where(finite, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], np.nan).astype(np.float32)
+    metrics = {"finite": finite, "loss": loss, "ensemble_accuracy": np.array([0.0, 0.9, 0.9, 1.0], np.float32)}
+    found = trainer.over_steps(jax.tree.map(jnp.asarray, metrics))
+    assert set(found) == {"loss", "ensemble_accuracy", "nonfinite_steps", "first_nonfinite"}
+    np.testing.assert_allclose(found["loss"], [4.0, 5.0])
+    assert found["ensemble_accuracy"] == 0.5
+    assert found["nonfinite_steps"].tolist() == [0, 2]
+    assert found["first_nonfinite"].tolist() == [0, 2]
 
 
 def test_epochs_differ_in_order_and_draws(conv):

@@ -1,12 +1,15 @@
 """Checkpoints: one Orbax step per saved epoch, with one item per group, the task's arrays, and the run's state as JSON.
 
 A workdir's `checkpoints/EPOCH/` holds `group0`, `group1`, ... (parameters, batch statistics, optax state), `task` (codebook, pixel
-statistics) and `run` (epoch, seed, voting groups, sizes, class names). `checkpoints/EPOCH.sha256.json` beside it is written last:
-a step without it was interrupted and is not used; a file that differs from it is damaged and is named.
+statistics) and `run` (configuration, record of all epochs, voting groups, what trained it). `checkpoints/EPOCH.sha256.json` beside it is
+written last and removed first: a step without it was interrupted and is not used; a file that differs from it is damaged and is named.
+Digests find damage, not forgery: whoever can write files can write digests.
 """
 
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -14,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from vffjax.config import Config, from_json
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
 from vffjax.logbook import write_json
@@ -23,6 +26,7 @@ from vffjax.rules import Task
 from vffjax.trainer import Plan, init_states
 
 FOLDER = "checkpoints"
+FORMAT = 2  # of the run's state
 _OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
 
 
@@ -37,10 +41,16 @@ class Checkpoints:
         found = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit() and p.is_dir()]
         return sorted(epoch for epoch in found if self._digests(epoch).exists())
 
+    def missing(self) -> list[int]:
+        """Epochs that were saved and whose folder is gone."""
+        digests = (path.name.partition(".")[0] for path in self.folder.glob("*.sha256.json"))
+        return sorted(int(epoch) for epoch in digests if epoch.isdigit() and not (self.folder / epoch).is_dir())
+
     def best(self) -> int:
         """The saved epoch with the least validation error, among equals the last; without validation data the last.
 
-        Of a sequential run only epochs of the last stage reached count: before it, groups were still untrained.
+        Of a sequential run only epochs of the last stage reached count: before it, groups were still untrained. An epoch that was saved
+        only because the run was told to leave does not count: a run that nobody disturbs could not choose it.
         """
         return max(self._some_epochs(), key=lambda epoch: (*_rank(self.run(epoch)), epoch))
 
@@ -50,12 +60,37 @@ class Checkpoints:
     def run(self, epoch: int) -> dict[str, Any]:
         """The JSON state of a saved epoch."""
         self._verify(epoch, "run")
-        return self._restore(epoch, run=ocp.args.JsonRestore())["run"]
+        run = self._restore(epoch, run=ocp.args.JsonRestore())["run"]
+        step = self.folder / str(epoch)
+        if not isinstance(run, dict) or run.get("format") != FORMAT:
+            raise UserError(f"{step}: saved by another version of vffjax; read it with that one (summary.json names its commit)")
+        if run["epoch"] != epoch:
+            raise UserError(f"{step}: foreign checkpoint, of epoch {run['epoch']}; {_remove(step)}")
+        return run
+
+    def fault(self, epoch: int, config: Config) -> str:
+        """What is wrong with a saved epoch of a run by `config`, in one line; empty if every file of it is as it was saved."""
+        try:
+            self._verify(epoch)
+            self._check_config(epoch, self.run(epoch), config)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def set_aside(self, epoch: int) -> pathlib.Path:
+        """Renames a saved epoch so that nothing uses it; returns where it is now. It goes when its epoch has been saved again."""
+        aside = _aside(self.folder / str(epoch))
+        shutil.rmtree(aside, ignore_errors=True)
+        # The digests first: without them the step counts for nothing, whatever happens next.
+        self._digests(epoch).unlink(missing_ok=True)
+        (self.folder / str(epoch)).rename(aside)
+        return aside
 
     def restore(self, epoch: int, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
         """All groups and the task of a saved epoch."""
         self._verify(epoch)
         run = self.run(epoch)
+        self._check_config(epoch, run, plan.config)
         groups = {f"group{i}": ocp.args.StandardRestore(state) for i, state in enumerate(_abstract_states(plan, run))}
         saved = len(list((self.folder / str(epoch)).glob("group*")))
         if saved != len(groups):
@@ -81,24 +116,36 @@ class Checkpoints:
     def _digests(self, epoch: int) -> pathlib.Path:
         return self.folder / f"{epoch}.sha256.json"
 
+    def _check_config(self, epoch: int, run: dict[str, Any], config: Config) -> None:
+        step = self.folder / str(epoch)
+        saved, here = from_json(run["config"], f"{step}: foreign checkpoint").trained_by(), config.trained_by()
+        for key in saved:
+            if saved[key] != here[key]:
+                difference = f"config.{key} is {saved[key]!r} there, not {here[key]!r}"
+                raise UserError(f"{step}: foreign checkpoint, saved by another run ({difference}); {_OWN_CONFIG}, or {_remove(step)}")
+
     def _verify(self, epoch: int, item: str = "") -> None:
         """Compares the files of one item and of the step itself, or of all items, with their SHA-256."""
         step = self.folder / str(epoch)
-        fix = f"delete {step} to go on from an earlier checkpoint, or start again in a new --workdir"
         try:
             expected = json.loads(self._digests(epoch).read_text())
             wanted = {name: digest for name, digest in expected.items() if not item or "/" not in name or name.startswith(f"{item}/")}
             if not any("/" in name for name in wanted):
                 raise ValueError("no digests")
         except (OSError, ValueError, AttributeError):
-            raise UserError(f"{self._digests(epoch)}: damaged checkpoint digests; {fix}") from None
+            raise UserError(f"{self._digests(epoch)}: damaged checkpoint digests; {_remove(step)}") from None
+        present = {path.relative_to(step).as_posix(): path for path in step.rglob("*") if not path.is_dir()}
         for name, digest in wanted.items():
+            if name not in present:  # nor is a name that leads out of the step
+                raise UserError(f"{step / name}: damaged checkpoint (no such file); {_remove(step)}")
             try:
-                sound = _sha256(step / name) == digest
+                sound = _sha256(present[name]) == digest
             except OSError as error:
-                raise UserError(f"{step / name}: damaged checkpoint ({error.strerror}); {fix}") from None
+                raise UserError(f"{step / name}: damaged checkpoint ({error.strerror}); {_remove(step)}") from None
             if not sound:
-                raise UserError(f"{step / name}: damaged checkpoint (SHA-256 differs); {fix}")
+                raise UserError(f"{step / name}: damaged checkpoint (SHA-256 differs); {_remove(step)}")
+        for name in present.keys() - expected.keys():
+            raise UserError(f"{step / name}: foreign file in a checkpoint; remove it, or {_remove(step)}")
 
     def _restore(self, epoch: int, **items: Any) -> Any:
         try:
@@ -120,44 +167,89 @@ class Writer:
         folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
         complete = set(checkpoints.epochs())
+        self._remove_halves()
         for path in list(folder.iterdir()):
-            if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
-                shutil.rmtree(path)
-            elif path.is_dir() and path.name.isdigit() and int(path.name) not in complete:
-                # Interrupted before its digests, or they are lost: nothing reads it, and Orbax would not save over it. It is kept aside.
-                aside = path.with_name(f"{path.name}.incomplete")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-        keep = policies.AnyPreservationPolicy(
-            [policies.LatestN(2), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)]
-        )
-        self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(preservation_policy=keep, enable_async_checkpointing=False)
-        )
+            if path.is_dir() and path.name.isdigit() and int(path.name) not in complete:
+                # Interrupted before its digests, or they are lost: nothing reads it, and Orbax would not save over it.
+                checkpoints.set_aside(int(path.name))
+        for epoch in checkpoints.missing():
+            checkpoints._digests(epoch).unlink()
+        self._ranks = {epoch: self._read_rank(epoch) for epoch in complete}
+        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
 
     def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
-        """Saves all groups after `epoch` epochs. `run` must be JSON; `val_error` (percent or None) and `trained_groups` rank the step."""
+        """Saves all groups after `epoch` epochs. `run` must be JSON; its `val_error` (percent or None), `trained_groups` and `scheduled`
+        rank the step. If the disk refuses, `OSError` names the step, and the earlier ones are as they were."""
         groups = {f"group{i}": ocp.args.StandardSave(state) for i, state in enumerate(states)}
-        items = ocp.args.Composite(**groups, task=ocp.args.StandardSave(task), run=ocp.args.JsonSave(run))
-        metrics = None if run["val_error"] is None else {key: run[key] for key in ("val_error", "trained_groups")}
+        items = ocp.args.Composite(**groups, task=ocp.args.StandardSave(task), run=ocp.args.JsonSave({"format": FORMAT} | run))
         step = self._checkpoints.folder / str(epoch)
         # Orbax knows the steps that it has found or saved, and would write over one that came since.
-        if step.exists() or not self._manager.save(epoch, args=items, metrics=metrics):
+        if step.exists() or not self._write(epoch, items):
             raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
-        self._manager.wait_until_finished()
         digests = {p.relative_to(step).as_posix(): _sha256(p) for p in sorted(step.rglob("*")) if p.is_file()}
         write_json(self._checkpoints._digests(epoch), digests)
-        for path in self._checkpoints.folder.glob("*.sha256.json"):  # steps that the policy has removed
-            if not (self._checkpoints.folder / path.name.split(".")[0]).is_dir():
-                path.unlink()
+        self._ranks[epoch] = _rank(run)
+        self._prune()
 
     def close(self) -> None:
         self._manager.close()
 
+    def _write(self, epoch: int, items: ocp.args.Composite) -> bool:
+        try:
+            saved = self._manager.save(epoch, args=items)
+            self._manager.wait_until_finished()
+            return saved
+        except OSError:
+            self._remove_halves()
+            raise
+        except ValueError as error:  # TensorStore's, whatever the system said
+            self._remove_halves()
+            reason = next((words for words in _SYSTEM_ERRORS if words in str(error)), "cannot be written")
+            raise OSError(_SYSTEM_ERRORS.get(reason, errno.EIO), reason, str(self._checkpoints.folder / str(epoch))) from error
 
-def _rank(run: dict[str, Any]) -> tuple[int, float]:
-    """The better, the greater."""
-    return run["trained_groups"], -(run["val_error"] or 0.0)
+    def _remove_halves(self) -> None:
+        """What Orbax had not finished when it was killed or refused."""
+        for path in self._checkpoints.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        """Deletes what is no longer needed: all but the latest two and the best of the scheduled epochs, and the latest of all."""
+        scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank is not None and rank[0])
+        best = max(scheduled, key=lambda epoch: (self._ranks[epoch], epoch), default=None)
+        damaged = {epoch for epoch, rank in self._ranks.items() if rank is None}
+        for epoch in self._ranks.keys() - {*scheduled[-2:], best, max(self._ranks)} - damaged:
+            # In this order: what is deleted by halves has no digests, and is not taken for a step that was damaged.
+            self._checkpoints._digests(epoch).unlink()
+            self._manager.delete(epoch)
+            del self._ranks[epoch]
+        for path in self._checkpoints.folder.glob("*.aside"):
+            if int(path.name.split(".")[0]) <= max(self._ranks):
+                shutil.rmtree(path)
+
+    def _read_rank(self, epoch: int) -> tuple[bool, int, float] | None:
+        """None for a damaged step: it is left where it is, for its owner to look at."""
+        try:
+            return _rank(self._checkpoints.run(epoch))
+        except UserError:
+            return None
+
+
+_SYSTEM_ERRORS = {
+    os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+}
+
+
+def _rank(run: dict[str, Any]) -> tuple[bool, int, float]:
+    """The better, the greater; whether the epoch was to be saved anyway comes first."""
+    return run["scheduled"], run["trained_groups"], -(run["val_error"] or 0.0)
+
+
+def _aside(step: pathlib.Path) -> pathlib.Path:
+    return step.with_name(f"{step.name}.aside")
+
+
+def _remove(step: pathlib.Path) -> str:
+    return f"delete {step} to go on from the other checkpoints, or start again in a new --workdir"
 
 
 def _check_fits(folder: pathlib.Path, abstract: Any) -> None:

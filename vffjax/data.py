@@ -1,6 +1,7 @@
 """Image sets as arrays in host memory, split into training, validation and test images."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -68,6 +69,15 @@ class Dataset:
         """Height, width, channels."""
         _, height, width, channels = self.train.images.shape
         return height, width, channels
+
+    def sha256(self) -> str:
+        """Of all images, labels and class names: runs of one configuration with the same digest have seen the same."""
+        digest = hashlib.sha256(repr((self.class_names, self.image_shape)).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(len(split).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels).astype("<i4").data)
+        return digest.hexdigest()
 
 
 def load(config: Config) -> Dataset:

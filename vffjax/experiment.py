@@ -19,11 +19,12 @@ from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
 from vffjax.errors import UserError
 from vffjax.groups import GroupState, make_groups
-from vffjax.logbook import Logbook, write_json
+from vffjax.logbook import Logbook, restore_metrics, write_json
 from vffjax.rules import Task
-from vffjax.summary import conclude, executable_bytes
-from vffjax.trainer import Images, Plan, init_states, make_epoch, make_plan, make_task
-from vffjax.workdir import claim_workdir, load_run, locked
+from vffjax.summary import conclude, executable_bytes, origin
+from vffjax.termination import Request, Terminated, deferred
+from vffjax.trainer import Images, Plan, all_finite, init_states, make_epoch, make_plan, make_task
+from vffjax.workdir import LOCK, claim_workdir, load_run, locked, sound_epoch
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
@@ -59,49 +60,73 @@ def keep_compiled_programs() -> None:
 
 
 def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
-    """Trains, or goes on where the workdir's latest checkpoint is, to the end; returns what `summary.json` holds."""
+    """Trains, or goes on where the workdir's newest sound checkpoint is, to the end; returns what `summary.json` holds.
+
+    Raises `UserError` for bad input, `Terminated` if SIGTERM came while it trained, once the epoch has been saved.
+    """
     workdir = pathlib.Path(workdir)
     claim_workdir(workdir, config)
     keep_compiled_programs()
-    dataset = data_module.load(config)
-    plan = plan_for(config, dataset)
-    workdir.mkdir(parents=True, exist_ok=True)
-    # Not earlier: bad input leaves one line, and no folder.
-    print(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
-
-    with locked(workdir):
-        claim_workdir(workdir, config)  # again, now that nobody else can have written here since
+    with contextlib.ExitStack() as held:
+        used = (workdir / LOCK).exists()
+        if used:
+            held.enter_context(locked(workdir))  # while another run writes here, that is the answer, and no data are read for it
+        dataset = data_module.load(config)
+        plan = plan_for(config, dataset)
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Not earlier: bad input leaves one line, and no folder.
+        print(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+        if not used:
+            held.enter_context(locked(workdir))
+            claim_workdir(workdir, config)  # again, now that nobody else can have written here since
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
-        return _train_in(config, workdir, dataset, plan)
+        with deferred() as told_to_leave:
+            return _train_in(config, workdir, dataset, plan, told_to_leave)
 
 
-def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan) -> dict[str, Any]:
+def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, told_to_leave: Request) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir)
-    done = checkpoints.epochs()[-1] if checkpoints.epochs() else 0
+    done = sound_epoch(checkpoints, config)
     if done:
         states, task = checkpoints.restore(done, plan)
+        run = checkpoints.run(done)
+        if run["data_sha256"] != dataset.sha256():
+            raise UserError(
+                f"config.dataset={config.dataset!r}: other images or labels than the run began with; restore them, or start anew"
+            )
     else:
         states = init_states(plan, dataset.image_shape)
         task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
-    cost: dict[str, Any] = {"compile_seconds": 0.0, "peak_bytes": None}
+        run = _run_state(plan, dataset)
+    restore_metrics(workdir, run["history"])
     if done < plan.total_epochs:
-        cost = _run_epochs(plan, dataset, task, states, done, checkpoints, workdir)
-    epoch = checkpoints.best()
-    run = checkpoints.run(epoch)
-    states, task = checkpoints.restore(epoch, plan)
+        run = _run_epochs(plan, dataset, task, states, run, checkpoints, workdir, told_to_leave)
+    best = checkpoints.best()
+    states, task = checkpoints.restore(best, plan)
     test = on_device(dataset.test)
     found = np.asarray(inference.make_scores(plan, config.inference)(task, states, test.images))
-    measured = measure(found, test.labels, tuple(run["voting"]), "test")
-    return conclude(plan, dataset, states, task, run, measured, cost, workdir)
+    chosen = checkpoints.run(best)
+    measured = measure(found, test.labels, tuple(chosen["voting"]), "test")
+    return conclude(plan, dataset, states, task, chosen, measured, run, workdir)
 
 
 def _run_epochs(
-    plan: Plan, dataset: Dataset, task: Task, states: tuple[GroupState, ...], done: int, checkpoints: Checkpoints, workdir: pathlib.Path
+    plan: Plan,
+    dataset: Dataset,
+    task: Task,
+    states: tuple[GroupState, ...],
+    run: dict[str, Any],
+    checkpoints: Checkpoints,
+    workdir: pathlib.Path,
+    told_to_leave: Request,
 ) -> dict[str, Any]:
+    """Trains what is left of the run after `run`, the state of its newest checkpoint; returns the state of its last."""
     train_data, validation = on_device(dataset.train), on_device(dataset.validation)
     scores = inference.make_scores(plan, plan.config.inference)
-    cost: dict[str, Any] = {"compile_seconds": 0.0, "peak_bytes": 0}
+    done, here = run["epoch"], origin()
+    if run["origins"][-1:] != [here]:
+        run["origins"].append(here)
     with Logbook(workdir, plan.total_epochs, done) as logbook, contextlib.closing(checkpoints.writer()) as writer:
         run_epoch, compiled_for = None, None
         for epoch in range(done, plan.total_epochs):
@@ -110,8 +135,8 @@ def _run_epochs(
                 # Compiled apart, so that no epoch's time holds it, and nothing can be compiled again.
                 start = time.perf_counter()
                 run_epoch, train_data, largest = _prepare_epoch(plan, active, task, states, train_data)
-                cost["compile_seconds"] += time.perf_counter() - start
-                cost["peak_bytes"] = max(cost["peak_bytes"], executable_bytes(largest))
+                run["compile_seconds"] += time.perf_counter() - start
+                run["peak_bytes"] = max(run["peak_bytes"], executable_bytes(largest))
                 compiled_for = active
             start = time.perf_counter()
             states, metrics = run_epoch(task, states, train_data, jnp.int32(epoch))
@@ -120,15 +145,21 @@ def _run_epochs(
             jax.block_until_ready(metrics)
             seconds = time.perf_counter() - start
             metrics, finite, found = jax.device_get(queued)
-            _check_finite(metrics, finite, epoch + 1, active)
+            _check_finite(plan, metrics, finite, epoch, active, run["epoch"])
 
             validated = validate(found, validation, trained_groups(plan, epoch))
             # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
-            logbook.epoch(_record(plan, metrics, epoch, active, seconds) | validated)
+            record = logbook.epoch(_record(plan, metrics, epoch, active, seconds) | validated)
             last_of_stage = (epoch + 1) % plan.config.epochs == 0
-            if last_of_stage or (epoch + 1) % plan.config.checkpoint_every == 0:
-                writer.save(epoch + 1, states, task, _run_state(plan, dataset, epoch + 1) | validated)
-    return cost
+            scheduled = last_of_stage or (epoch + 1) % plan.config.checkpoint_every == 0
+            leave = told_to_leave.made
+            run["history"].append(record)
+            if scheduled or leave:
+                run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": trained_groups(plan, epoch)}
+                writer.save(epoch + 1, states, task, run)
+            if leave:
+                raise Terminated(f"epoch {epoch + 1} of {plan.total_epochs} is saved; the same command goes on from there")
+    return run
 
 
 def _prepare_epoch(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images) -> tuple[Any, Images, Any]:
@@ -149,6 +180,8 @@ def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, active: int 
         return trained if active is None else [trained[0] if i == active else None for i in range(len(plan.groups))]
 
     record: dict[str, Any] = {"epoch": epoch + 1} | ({} if active is None else {"group": active})
+    if plan.config.on_nonfinite == "skip":
+        record["skipped_steps_per_group"] = per_group(metrics["nonfinite_steps"])
     return record | {
         "loss": float(metrics["loss"].sum()),
         "loss_per_group": per_group(metrics["loss"]),
@@ -186,28 +219,39 @@ def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str
 @jax.jit
 def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
     """Of each group, whether all its parameters and statistics are finite: after the epoch's last step no loss has seen them."""
-    return jnp.stack([jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state[:2])]).all() for state in states])
+    return jnp.stack([all_finite(state[:2]) for state in states])
 
 
-def _check_finite(metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, active: int | None) -> None:
+def _check_finite(plan: Plan, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, active: int | None, saved: int) -> None:
     """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only."""
-    bad = ~finite
-    bad[slice(None) if active is None else slice(active, active + 1)] |= ~np.isfinite(metrics["loss"])
-    if bad.any():
-        what = f"epoch {epoch}: the loss or a parameter of group{int(bad.argmax())} is not finite"
-        raise UserError(f"{what}; lower config.learning_rate or set config.clip_norm, in a new --workdir")
+    groups = range(len(plan.groups)) if active is None else [active]
+    problems = []
+    for group, first, count in zip(groups, metrics["first_nonfinite"], metrics["nonfinite_steps"], strict=True):
+        if plan.config.on_nonfinite == "stop" and first:
+            problems.append((int(first), f"step {first} of {plan.steps_per_epoch}: the loss of group{group} is not finite"))
+        elif count == plan.steps_per_epoch:
+            problems.append((plan.steps_per_epoch, f"no step of group{group} was finite"))
+    problems += [(plan.steps_per_epoch, f"after its last step a parameter of group{i} is not finite") for i in np.flatnonzero(~finite)]
+    if problems:
+        kept = f"the checkpoint of epoch {saved} is kept" if saved else "there is no checkpoint yet"
+        fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"
+        raise UserError(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
 
 
-def _run_state(plan: Plan, dataset: Dataset, epoch: int) -> dict[str, Any]:
-    """What a checkpoint needs beside its arrays: to go on, and to be evaluated without the training data."""
+def _run_state(plan: Plan, dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint keeps beside its arrays, before the first epoch: to go on, to be evaluated without the training data, and to say
+    what made it. Later it holds the last epoch's validation too."""
     return {
-        "epoch": epoch,
-        "trained_groups": trained_groups(plan, epoch - 1),
-        "seed": plan.config.seed,  # every key is folded from it and the epoch
-        "steps_per_epoch": plan.steps_per_epoch,
+        "epoch": 0,
+        "history": [],
+        "config": plan.config.to_dict(),
+        "data_sha256": dataset.sha256(),
         "train_size": len(dataset.train.labels),
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
+        "compile_seconds": 0.0,
+        "peak_bytes": 0,
+        "origins": [],  # more than one if it went on with other versions or on another device
     }
 
 

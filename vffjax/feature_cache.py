@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from vffjax.batching import map_batches
 from vffjax.groups import GroupState
 from vffjax.rules import Task, prepare_clean
-from vffjax.trainer import Images, Plan, before, epoch_order, mean_over_steps, normalised, run_steps
+from vffjax.trainer import Images, Plan, before, epoch_order, normalised, over_steps, run_steps
 
 # Steps whose features are on the device at a time; the next are on their way meanwhile.
 STEPS_PER_TRANSFER = 16
@@ -71,6 +71,6 @@ def make_host_epoch(plan: Plan, active: int, task: Task, states: tuple[GroupStat
             numbers = jnp.asarray(piece + 1, jnp.int32)
             states, some = by_length[len(piece)](task, states, data._replace(features=None), key, order[piece], numbers, features)
             metrics.append(some)
-        return states, mean_over_steps(jax.tree.map(lambda *parts: jnp.concatenate(parts), *metrics))
+        return states, over_steps(jax.tree.map(lambda *parts: jnp.concatenate(parts), *metrics))
 
     return epoch, by_length[max(by_length)]

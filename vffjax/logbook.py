@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, Self, TextIO
 
 import tqdm
@@ -19,7 +20,7 @@ METRICS = "metrics.jsonl"
 class Logbook:
     """Writes a workdir's record: metrics.jsonl, TensorBoard events if tensorboardX is installed, progress on the terminal.
 
-    Records count epochs from 1; `first_epoch` is the number of epochs already finished, whose lines are kept.
+    Records count epochs from 1; `first_epoch` is the number of epochs already finished, whose lines `restore_metrics` has left.
     """
 
     def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
@@ -29,7 +30,6 @@ class Logbook:
         self._stream = sys.stderr if stream is None else stream
         self._total = total_epochs
         self._bar: tqdm.tqdm | None = None
-        _keep_epochs(workdir / METRICS, first_epoch)
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(open(workdir / METRICS, "ab"))
             self._tensorboard = _tensorboard_writer(workdir / "tensorboard", first_epoch)
@@ -40,11 +40,12 @@ class Logbook:
                 stack.callback(self._bar.close)
             self._open = stack.pop_all()
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Records one finished epoch. `record["epoch"]` is needed, all other fields may be missing or None."""
+    def epoch(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Records one finished epoch, and returns what its line holds. `record["epoch"]` is needed, all else may be missing or None."""
         record = _plain(record)
+        written = _nulls(record)
         # One write of a whole line: a killed run leaves at most one torn line, the last.
-        self._metrics.write(_dumps(record).encode() + b"\n")
+        self._metrics.write(_line(written))
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
         if self._tensorboard is not None:
@@ -59,6 +60,7 @@ class Logbook:
             self._bar.update(record["epoch"] - self._bar.n)
             # tqdm skips updates that follow each other quickly; an epoch is worth a redraw.
             self._bar.refresh()
+        return written
 
     def close(self) -> None:
         """May be called twice."""
@@ -73,7 +75,25 @@ class Logbook:
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, whole lines only; none if there is no such file."""
-    return [record for _, record in _whole_lines(pathlib.Path(workdir) / METRICS)]
+    try:
+        content = (pathlib.Path(workdir) / METRICS).read_bytes()
+    except FileNotFoundError:
+        return []
+    found = []
+    # Split on b"\n" alone; what follows the last one is torn or empty.
+    for line in content.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                found.append(record)
+    return found
+
+
+def restore_metrics(workdir: pathlib.Path, history: Sequence[dict[str, Any]]) -> None:
+    """Makes metrics.jsonl hold exactly these records, as `Logbook.epoch` returned them: no torn, foreign or missing line survives."""
+    path, wanted = pathlib.Path(workdir) / METRICS, b"".join(map(_line, history))
+    if (path.read_bytes() if path.exists() else b"") != wanted:
+        replace_file(path, wanted)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -99,30 +119,8 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
         raise
 
 
-def _keep_epochs(path: pathlib.Path, last: int) -> None:
-    """Drops a torn line, and the lines of epochs that will run again."""
-    if not path.exists():
-        return
-    kept = b"".join(line for line, record in _whole_lines(path) if record["epoch"] <= last)
-    if kept != path.read_bytes():
-        replace_file(path, kept)
-
-
-def _whole_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    found = []
-    # Split on b"\n" alone; what follows the last one is torn or empty.
-    for line in content.split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
-            found.append((line + b"\n", record))
-    return found
+def _line(record: dict[str, Any]) -> bytes:
+    return _dumps(record).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

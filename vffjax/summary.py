@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.metadata
-import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -15,11 +15,12 @@ import numpy as np
 from vffjax.augment import normalise
 from vffjax.data import Dataset
 from vffjax.groups import GroupState
-from vffjax.logbook import read_metrics, write_json
+from vffjax.logbook import write_json
 from vffjax.plots import plot_curves, plot_features
 from vffjax.rules import Task, prepare_clean, prepare_labelled
 from vffjax.trainer import Plan
 
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
 _PACKAGES = ("vffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -30,27 +31,24 @@ def conclude(
     task: Task,
     run: dict[str, Any],
     measured: dict[str, Any],
-    cost: dict[str, Any],
+    last: dict[str, Any],
     workdir: pathlib.Path,
 ) -> dict[str, Any]:
-    """Writes the summary and the figures of the chosen epoch; `run` is its checkpoint's state, `measured` its test error.
+    """Writes the summary and the figures of the chosen epoch; `run` is its checkpoint's state, `measured` its test error, `last` the state
+    of the run's last checkpoint.
 
     `seconds` and `images_per_second` are those of training alone; compilation stands apart, validation and saving are not counted.
     """
-    metrics = read_metrics(workdir)
-    origin = cost | {
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
-        "commit": _commit(),
-        "device": jax.devices()[0].device_kind,
-    }
     summary = measured | {
         "val_error": run["val_error"],
         "voting": run["voting"],
         "epochs": plan.total_epochs,
         "best_epoch": run["epoch"],
-        "images_per_second": float(np.median([m["images_per_second"] for m in metrics])),
-        "seconds": sum(m["seconds"] for m in metrics),
-        **(origin if cost["peak_bytes"] is not None else _earlier(workdir, origin)),
+        "images_per_second": float(np.median([m["images_per_second"] for m in last["history"]])),
+        "seconds": sum(m["seconds"] for m in last["history"]),
+        **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256")},
+        **last["origins"][-1],
+        "earlier_origins": last["origins"][:-1],
         "seed": plan.config.seed,
     }
     write_json(workdir / "summary.json", summary)
@@ -59,19 +57,21 @@ def conclude(
     return summary
 
 
+def origin() -> dict[str, Any]:
+    """What trains here and now, as far as it can change numbers."""
+    return {
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path and not installed
         return None
-
-
-def _earlier(workdir: pathlib.Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """A finished run that is started again trains nothing: what it cost, and what trained it, its first summary knows."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads((workdir / "summary.json").read_text())
-        return {key: earlier[key] for key in origin}
-    return origin
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 
 from vffjax import rules
 from vffjax.augment import augment, cut_out, normalise
@@ -108,6 +108,8 @@ def group_step(
     """One update of one group on its own loss; its features, detached, are the next group's streams. Pure.
 
     With `fence`, nothing that takes the result begins before the gradient is done: one group's intermediate maps are alive at a time.
+    The metric `finite` says whether the loss is; if `config.on_nonfinite` is skip, whether the whole new state is too. If not, the
+    state then stays as it was.
     """
 
     def differentiate(params: Any, streams: Streams, key: PRNGKeyArray) -> Any:
@@ -115,9 +117,18 @@ def group_step(
         return gradient(params, config, group, state.batch_stats, streams, key)
 
     differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
-    (_, (stats, streams, metrics)), grads = differentiate(state.params, streams, key)
+    (loss, (stats, streams, metrics)), grads = differentiate(state.params, streams, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return GroupState(optax.apply_updates(state.params, updates), stats, opt_state), streams, metrics
+    new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
+    if config.on_nonfinite == "skip":
+        finite &= all_finite(new)
+        new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+    return new, streams, metrics | {"finite": finite}
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether there is neither infinity nor NaN in any leaf."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
@@ -189,7 +200,7 @@ def train_step(
     """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors, whose
     output for the clean images may be given as `features`.
 
-    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head; and `ensemble_accuracy` of all heads.
+    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`; and `ensemble_accuracy` of all heads.
     """
     augment_key, stream_key, groups_key = (jax.random.fold_in(key, i) for i in range(3))
     x = augmented(plan.config, task, augment_key, images)
@@ -253,17 +264,30 @@ def run_steps(
     return jax.lax.scan(step, states, (order, numbers, features))
 
 
-def mean_over_steps(metrics: dict[str, Float[Array, "steps *rest"]]) -> dict[str, Float[Array, "*rest"]]:
-    return jax.tree.map(lambda m: m.mean(axis=0), metrics)
+def over_steps(metrics: dict[str, Shaped[Array, "steps *rest"]]) -> dict[str, Shaped[Array, "*rest"]]:
+    """Of each group, the mean of each metric over its `finite` steps; `nonfinite_steps`, how many others there were, and
+    `first_nonfinite`, the first of them from 1, or 0.
+
+    A mean over no step is NaN. `ensemble_accuracy` is taken over the steps in which every group was finite.
+    """
+    finite = metrics["finite"]
+
+    def mean(values: Array) -> Array:
+        counted = finite if values.ndim == 2 else finite.all(axis=1)
+        return jnp.where(counted, values, 0).sum(axis=0) / counted.sum(axis=0)
+
+    means = {name: mean(values) for name, values in metrics.items() if name != "finite"}
+    first = jnp.where(finite.all(axis=0), 0, 1 + jnp.argmin(finite, axis=0))
+    return means | {"nonfinite_steps": (~finite).sum(axis=0), "first_nonfinite": first}
 
 
 def run_epoch(
     plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images, epoch: Int[Array, ""]
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """Every batch of one epoch, in an order drawn from the seed and the epoch's number; metrics are means over its steps."""
+    """Every batch of one epoch, in an order drawn from the seed and the epoch's number; metrics as `over_steps`."""
     key, order = epoch_order(plan, data.labels, epoch)
     states, metrics = run_steps(plan, active, task, states, data, key, order, jnp.arange(1, plan.steps_per_epoch + 1))
-    return states, mean_over_steps(metrics)
+    return states, over_steps(metrics)
 
 
 def make_epoch(plan: Plan, active: int | None = None) -> jax.stages.Wrapped:
