@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -41,9 +42,10 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 def _refuse_links(workdir: pathlib.Path) -> None:
     """What a run writes must lie in its workdir, also in one that somebody else has packed."""
-    root = workdir.resolve()
+    root = os.path.realpath(workdir)
     for path in itertools.chain(workdir.glob("*"), *((workdir / name).rglob("*") for name in (FOLDER, "tensorboard"))):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        # Not resolve(), which raises where links lead round in a circle.
+        if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
             raise UserError(f"{path}: a link that leads out of --workdir {workdir}; remove it, or give another --workdir")
 
 
