@@ -34,7 +34,7 @@ def tiny(**changes):
 
 
 @functools.cache
-def _scratch():
+def scratch():
     folder = tempfile.mkdtemp(prefix="vffjax-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return pathlib.Path(folder)
@@ -44,7 +44,7 @@ def _scratch():
 def compiled_once():
     """Lets runs of equal configurations share compiled programs: compiling is most of what a tiny run costs."""
     settings = {
-        "jax_compilation_cache_dir": str(_scratch() / "compiled"),
+        "jax_compilation_cache_dir": str(scratch() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -75,7 +75,7 @@ def train(config, workdir, plots=False):
 @functools.cache
 def finished():
     """A finished run of `tiny()`, plots and all. Not to be written to: see `copy_of`."""
-    workdir = _scratch() / "finished"
+    workdir = scratch() / "finished"
     train(tiny(), workdir, plots=True)
     return workdir
 

@@ -231,7 +231,8 @@ OTHERS = [{"widths": (5, 3)}, {"widths": (4, 4, 3)}, {"optimizer": "sgd"}, {"wid
 @pytest.mark.parametrize("changes", [*OTHERS, {"seed": 9}, {"temperature": 0.1}], ids=str)
 def test_a_checkpoint_of_another_run_is_foreign_even_where_its_arrays_fit(changes, saved):
     key = next(iter(changes))
-    with pytest.raises(UserError, match=rf"foreign checkpoint, saved by another run \(config\.{key} is .+, not .+\); restore the run's own"):
+    said = rf"foreign checkpoint, saved by another run \(config\.{key} is .+, not .+\); restore the run's own"
+    with pytest.raises(UserError, match=said):
         Checkpoints(saved).restore(2, make(**changes)[0])
     assert f"config.{key}" in Checkpoints(saved).fault(2, make(**changes)[0].config)
 

@@ -1,6 +1,7 @@
 """A finished run once more, from its config.json alone, and what came out differently."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -16,7 +17,7 @@ from vffjax.workdir import load_run, read_config
 
 # They say how fast and where it ran, not what came out.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
-SURROUNDINGS = ("versions", "commit", "device", "flags", "earlier_origins")
+SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins")
 
 
 def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: str = "") -> dict[str, Any]:
@@ -42,9 +43,9 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
     first, second = _summary(one), _summary(other)
     ignored = {*COSTS, *SURROUNDINGS}
     differences = _fields("summary.json", *({key: s[key] for key in s if key not in ignored} for s in (first, second)))
-    records = [{r["epoch"]: {key: r[key] for key in r if key not in COSTS} for r in read_metrics(folder)} for folder in (one, other)]
-    for epoch in sorted(records[0].keys() | records[1].keys()):
-        differences += _fields(f"metrics.jsonl, epoch {epoch}", records[0].get(epoch, {}), records[1].get(epoch, {}))
+    records = [[{key: r[key] for key in r if key not in COSTS} for r in read_metrics(folder)] for folder in (one, other)]
+    for line, (a, b) in enumerate(itertools.zip_longest(*records, fillvalue={}), 1):
+        differences += _fields(f"metrics.jsonl, line {line}", a, b)
     arrays, found = _compare_checkpoints(one, other)
     differences += found
     return {

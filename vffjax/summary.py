@@ -63,8 +63,15 @@ def origin() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
+        "cores": _cores(),
         "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
     }
+
+
+def _cores() -> int | None:
+    """How many processors this process may use: on CPU they share out the sums of an operation, and so change its rounding."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def _version(package: str) -> str | None:

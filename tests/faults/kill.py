@@ -22,29 +22,26 @@ import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIG = [
-    f"--config={ROOT / 'configs' / 'digits.py'}",
-    "--config.widths=(8,8,12,12)",
-    "--config.train_examples=400",
-    "--config.batch_size=32",
-]
-SCHEDULES = {
-    "joint": ["--config.epochs=12", "--config.checkpoint_every=1"],
+SMALL = {"widths": (8, 8, 12, 12), "train_examples": 400, "batch_size": 32}
+JOINT, SEQUENTIAL = {"epochs": 12}, {"epochs": 5, "schedule": "sequential"}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "joint": JOINT | {"checkpoint_every": 1},
     "joint, every other epoch": JOINT | {"checkpoint_every": 2, "labelling": "triplet", "negatives": "hard"},
     "sequential": SEQUENTIAL | {"checkpoint_every": 1},
     "sequential, cached": SEQUENTIAL | {"checkpoint_every": 2, "feature_cache": "host"},
 }
-TOTAL = {"joint": 12, "joint, every other epoch": 12, "sequential": 10, "sequential, cached": 10}
 INSTANTS = ("any time", "in a save", "at a line", "between groups")
 
 
 class Run:
     """One process of `train`, watched from outside."""
 
-    def __init__(self, schedule: str, workdir: pathlib.Path, environment: dict[str, str]):
+    def __init__(self, changes: dict[str, Any], workdir: pathlib.Path, environment: dict[str, str]):
+        """`changes`: keys of configs/digits.py; of a sequential run two groups are expected."""
         self.workdir = workdir
+        self.total = changes["epochs"] * (2 if changes.get("schedule") == "sequential" else 1)
         self.began = time.monotonic()
-        keys = [f"--config.{key}={value}" for key, value in (SMALL | SCHEDULES[schedule]).items()]
+        keys = [f"--config.{key}={value}" for key, value in changes.items()]
         command = [sys.executable, "train.py", "--config=configs/digits.py", *keys, f"--workdir={workdir}"]
         with open(workdir.with_suffix(".log"), "ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -67,9 +64,9 @@ class Run:
         return self.process.wait(timeout=300)
 
 
-def wait_for(run: Run, instant: str, schedule: str, life: float, draw: random.Random) -> str:
-    """Returns at the instant, or when the process has ended; says where the run was."""
-    before, total = run.lines(), TOTAL[schedule]
+def wait_for(run: Run, instant: str, life: float, draw: random.Random) -> str:
+    """Returns at the instant, or when the process has ended; says where the run was. `life`: seconds that an undisturbed process takes."""
+    before, total = run.lines(), run.total
     if instant == "any time":
         until = run.began + draw.uniform(0, life)
         while run.alive() and time.monotonic() < until:
@@ -91,14 +88,13 @@ def disturb(
     """One trial up to its end; the signals it got, and what became of the process then."""
     signals = []
     for _ in range(draw.randint(1, 3)):
-        run = Run(schedule, workdir, environment)
-        where = wait_for(run, instant, schedule, life, draw)
+        run = Run(changes, workdir, environment)
+        where = wait_for(run, instant, life, draw)
         run.process.send_signal(how)
         signals.append({"at": round(time.monotonic() - run.began, 3), "where": where, "status": run.end()})
         if signals[-1]["status"] == 0:  # it was quicker
             break
-    run = Run(schedule, workdir, environment)
-    return {"schedule": schedule, "instant": instant, "signals": signals, "status": run.end()}
+    return {"instant": instant, "signals": signals, "status": Run(changes, workdir, environment).end()}
 
 
 def judge(trial: dict[str, Any], reference: pathlib.Path, workdir: pathlib.Path, how: int) -> list[str]:
@@ -145,7 +141,7 @@ def main() -> None:
         life = {}
         for i, schedule in enumerate(chosen):
             for name in (f"reference{i}", f"again{i}"):
-                run = Run(schedule, folder / name, environment)
+                run = Run(SMALL | SCHEDULES[schedule], folder / name, environment)
                 if run.end():
                     sys.exit(f"the undisturbed run failed: {(folder / name).with_suffix('.log').read_text()}")
             # The second found its programs compiled, as the trials do; and two undisturbed processes must agree.
@@ -155,7 +151,8 @@ def main() -> None:
         for number in range(a.trials):
             schedule, instant = chosen[number % len(chosen)], INSTANTS[number // len(chosen) % len(INSTANTS)]
             workdir = folder / f"trial{number}"
-            trial = disturb(schedule, instant, workdir, environment, life[schedule], draw, how)
+            changes = SMALL | SCHEDULES[schedule]
+            trial = {"schedule": schedule} | disturb(changes, instant, workdir, environment, life[schedule], draw, how)
             trial["wrong"] = judge(trial, folder / f"reference{chosen.index(schedule)}", workdir, how)
             failures += bool(trial["wrong"])
             trials.append(trial)

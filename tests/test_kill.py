@@ -1,0 +1,54 @@
+"""Processes killed from outside: the short form of faults/kill.py, which does the same for as many trials as one likes."""
+
+import os
+import random
+import signal
+
+import pytest
+from faults import kill
+from runs import TINY, scratch, tiny, train
+
+JOINT = TINY | {"epochs": 8, "checkpoint_every": 1}
+SEQUENTIAL = TINY | {"epochs": 4, "checkpoint_every": 2, "schedule": "sequential"}
+CASES = {
+    "joint": (JOINT, [("in a save", signal.SIGKILL), ("at a line", signal.SIGKILL)]),
+    "sequential": (SEQUENTIAL, [("between groups", signal.SIGKILL), ("at a line", signal.SIGTERM)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("changes", "signals"), CASES.values(), ids=CASES.keys())
+def test_a_process_that_is_killed_goes_on_to_the_bits_of_an_undisturbed_one(changes, signals, tmp_path):
+    train(tiny(**changes), tmp_path / "reference")
+    # What compiled here is found there.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(scratch() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    workdir, draw, signalled = tmp_path / "run", random.Random(0), 0
+    for instant, how in signals:
+        run = kill.Run(changes, workdir, environment)
+        where = kill.wait_for(run, instant, 0.0, draw)
+        run.process.send_signal(how)
+        status = run.end()
+        assert status in (-9, 143, -15, 0), where
+        signalled += status != 0
+    assert signalled, "no signal came in time"
+    status = kill.Run(changes, workdir, environment).end()
+    assert kill.judge({"status": status, "signals": []}, tmp_path / "reference", workdir, signal.SIGKILL) == []
+
+
+def test_the_judge_sees_what_is_wrong(tmp_path):
+    train(tiny(), tmp_path / "reference")
+    train(tiny(seed=1), tmp_path / "run")
+    sound = {"status": 0, "signals": [{"status": -9}]}
+    assert kill.judge(sound, tmp_path / "reference", tmp_path / "reference", signal.SIGKILL) == []
+    assert kill.judge(sound, tmp_path / "reference", tmp_path / "run", signal.SIGKILL)
+    assert kill.judge(sound | {"signals": [{"status": 1}]}, tmp_path / "reference", tmp_path / "reference", signal.SIGKILL)
+    metrics = tmp_path / "reference" / "metrics.jsonl"
+    for text in (metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n", metrics.read_text()[:-1]):
+        (tmp_path / "run" / "metrics.jsonl").write_text(text)
+        found = kill.judge(sound, tmp_path / "reference", tmp_path / "run", signal.SIGKILL)
+        assert any(line.startswith("metrics.jsonl: epochs") for line in found)
