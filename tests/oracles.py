@@ -1,6 +1,5 @@
 """Slow NumPy float64 versions of what the library computes, written from the definitions, and small set-ups that tests share."""
 
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -11,9 +10,10 @@ import numpy as np
 from vffjax import rules
 from vffjax.augment import normalise
 from vffjax.config import default_config, make_config
-from vffjax.groups import GroupState
+from vffjax.probes import quick_jit as quick_jit
+from vffjax.probes import random_states, random_variables
 from vffjax.rules import Task
-from vffjax.trainer import Images, clean_log_p, init_states, make_plan
+from vffjax.trainer import Images, clean_log_p, make_plan
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups
@@ -37,11 +37,6 @@ class Run(NamedTuple):
         return self.data.images[rows], self.data.labels[rows]
 
 
-# A third of the time to compile, for what is run once or twice.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else None
-quick_jit = functools.partial(jax.jit, compiler_options=_QUICK)
-
-
 def small_run(config, classes=3, shape=(8, 8, 2), examples=0):
     """A run on random images, no leaf at its initial value: a zero head hides gradients, unit statistics hide their use.
 
@@ -56,28 +51,6 @@ def small_run(config, classes=3, shape=(8, 8, 2), examples=0):
     codebook = config.noise_scale * rng.normal(size=(classes, *shape))
     task = Task(*(jnp.asarray(a, jnp.float32) for a in (codebook, 0.4 + 0.05 * channel, 0.3 - 0.02 * channel)))
     return Run(plan, task, random_states(plan, shape), Images(jnp.asarray(images), jnp.asarray(labels)))
-
-
-def random_states(plan, shape):
-    """States as `init_states` shapes them, with random variables and fresh optimizers."""
-    out = []
-    for i, state in enumerate(jax.eval_shape(functools.partial(init_states, plan, shape))):
-        params, stats = (random_variables(tree, i) for tree in (state.params, state.batch_stats))
-        out.append(GroupState(params, stats, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state.opt_state)))
-    return tuple(out)
-
-
-def random_variables(shapes, seed=0):
-    """Variables of a module: kernels of usual size, scales and variances positive."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, shape):
-        name, noise = path[-1].key, rng.normal(size=shape.shape)
-        if name == "kernel":
-            return jnp.asarray(noise * np.sqrt(2 / np.prod(shape.shape[:-1])), shape.dtype)
-        return jnp.asarray(rng.uniform(0.5, 2, shape.shape) if name in ("scale", "var") else 0.2 * noise, shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def variables_of(module, x, clean=1):

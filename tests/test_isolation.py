@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from oracles import CONV, MLP, config_of, leaves, quick_jit, small_run, streams_of
 
-from vffjax import rules, trainer
-from vffjax.config import for_group
+from vffjax import probes, rules, trainer
 
 RULES = {
     "shared": {},
@@ -29,24 +28,10 @@ def names(cases):
 
 
 def losses_and_gradients(run, key):
-    """[loss_i] and [i][j] -> d loss_i / d params_j, where every loss is a function of all groups' parameters: the forward chain
-    that `train_step` runs, without its per-group differentiation, which would hide a dependence."""
-    group_key, config = jax.random.fold_in(key, 2), run.plan.config
-
-    def losses(params):
-        out, s = [], streams_of(run, key)
-        for j, (group, state) in enumerate(zip(run.plan.groups, run.states, strict=True)):
-            j_key, j_config = jax.random.fold_in(group_key, j), for_group(config, j)
-            loss, (_, s, _) = rules.local_loss(params[j], j_config, group, state.batch_stats, s, j_key)
-            out.append(loss)
-        return jnp.stack(out)
-
-    @quick_jit
-    def both(params):
-        values, pull = jax.vjp(losses, params)
-        return values, [pull(row)[0] for row in jnp.eye(len(values))]
-
-    return both([state.params for state in run.states])
+    """[loss_i] and [i][j] -> d loss_i / d params_j, where every loss is a function of all groups' parameters."""
+    gradients = functools.partial(probes.loss_gradients, run.plan)
+    params = [state.params for state in run.states]
+    return quick_jit(lambda params: gradients(params, run.states, streams_of(run, key), key))(params)
 
 
 def leaking_pairs(gradients):

@@ -1,0 +1,474 @@
+"""The locality certificate: it passes for every configuration and option, and fails, with the right names, for back-propagation and
+for planted leaks."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_lines import CONFIG, ROOT, in_a_process
+from oracles import MLP, config_of
+
+from vffjax import locality, probes, rules, trainer
+from vffjax.config import make_config
+from vffjax.errors import UserError
+from vffjax.flags import load_config_file
+
+TWO = {"network": "mlp", "widths": (8, 6), "grouping": "layer"}  # two groups
+BP = {"rule": "head", "grouping": "all"}
+
+FILES = sorted((ROOT / "configs").glob("*.py"))
+GIVEN = [f"{path.name}{variant}" for path in FILES for variant in (["", ":small"] if "VARIANTS" in path.read_text() else [""])]
+
+
+def of_file(given):
+    return make_config(load_config_file(str(ROOT / "configs" / given))[0])
+
+
+def plain(certificate):
+    """The certificate, if it can be written as strict JSON and read back as it was."""
+    assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
+    return certificate
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What passes
+
+
+@pytest.mark.parametrize("given", [given for given in GIVEN if given != "digits.py"])  # below, with numbers
+def test_every_configuration_is_local_by_its_program(given):
+    found = plain(locality.certify(of_file(given), numeric=False))
+    assert (found["local"], found["violations"]) == (True, [])
+    assert len(found["groups"]) == (3 if "mnist" in given else 2)
+    assert [(p["program"], p["trains"]) for p in found["programs"]] == [
+        ("step", [*found["groups"]]),
+        ("epoch", [*found["groups"]]),
+        ("losses", []),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [given for given in GIVEN if given != "digits.py"])
+def test_every_configuration_is_local_by_numbers(given):
+    _check_numbers(locality.certify(of_file(given)))
+
+
+def test_digits_is_local_by_numbers():
+    found = locality.certify(of_file("digits.py"))
+    _check_numbers(found)
+    assert all(seen["other_images"] for seen in found["numeric"]["images"].values())
+
+
+def _check_numbers(found):
+    numbers = plain(found)["numeric"]
+    assert (found["local"], found["violations"]) == (True, [])
+    gradients = np.array(numbers["gradients"])
+    own = np.eye(len(gradients), dtype=bool)
+    assert (gradients[own] > 0).all() and (gradients[~own] == 0).all()
+    assert all(seen["labelled_copies"] == 0 for seen in numbers["images"].values())
+    assert numbers["interference"] == dict.fromkeys(list(found["groups"])[1:], True)
+
+
+OPTIONS = {
+    "shared, hard": {"contrast": "triplet", "negatives": "hard", "head_weight": 0.5},
+    "triplet, hard": {"labelling": "triplet", "negatives": "hard"},
+    "ff, hard": {"rule": "ff", "negatives": "hard", "peer_normalisation": 0.1},
+    "input": {"norm": "input", "rule": "head"},
+    "sequential, triplet, hard": {"schedule": "sequential", "labelling": "triplet", "negatives": "hard"},
+    "device cache": {"schedule": "sequential", "feature_cache": "device"},
+    "host cache": {"schedule": "sequential", "feature_cache": "host", "rule": "head"},
+    "rematerialised": {"rematerialise": True, "grouping": "width", "widths": (8, 8, 8, 6), "head_weight": 1.0},
+    "skip, clipped, overridden": {"on_nonfinite": "skip", "clip_norm": 1.0, "overrides": {"group1": {"optimizer": "sgd"}}},
+    "triplet, augmented, bf16": {"labelling": "triplet", "flip": True, "crop_padding": 1, "cutout": 2, "precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_local_by_its_program(option):
+    found = plain(locality.certify(config_of(**TWO | OPTIONS[option]), numeric=False))
+    assert (found["local"], found["violations"], found["numeric"]) == (True, [], None)
+
+
+@pytest.mark.parametrize("norm", ["anchor", "layer", "none"])  # batch is that of digits
+def test_labelled_copies_touch_no_clean_image_and_statistics_are_told(norm):
+    found = locality.certify(config_of(**TWO, norm=norm))
+    _check_numbers(found)
+    for seen in found["numeric"]["images"].values():
+        assert seen["other_images"] == (norm == "anchor")
+
+
+def test_an_untrained_stage_is_told_apart_in_the_sequential_schedule():
+    found = locality.certify(config_of(**TWO, schedule="sequential"))
+    assert found["local"]
+    assert [p["trains"] for p in found["programs"] if p["program"] == "epoch"] == [["group0"], ["group1"]]
+    assert found["numeric"]["interference"] == {"group1": True}
+    assert found["sees"]["group1"]["running_statistics"] == ["group0"]
+
+
+def test_a_single_layer_is_local_trivially():
+    found = locality.certify(config_of(network="mlp", widths=(6,)), numeric=False)
+    assert found["local"]
+    assert "trivially" in found["verdict"]
+
+
+def test_a_configuration_that_does_not_fit_its_data_is_bad_input():
+    with pytest.raises(UserError, match=r"config\.batch_size=5000"):
+        locality.certify(config_of(**TWO, batch_size=5000))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What a group sees
+
+
+def sees(**changes):
+    return locality.certify(config_of(**MLP | changes), numeric=False)["sees"]
+
+
+def test_what_a_group_sees_is_read_from_its_program():
+    first, second, last = sees(head_weight=0.0).values()
+    assert first["images"] and first["labels"] and first["class_noise"] and first["pixel_statistics"] and first["own_optimizer_state"]
+    assert (first["images_pass"], second["images_pass"], last["images_pass"]) == ([], ["group0"], ["group0", "group1"])
+    for seen in (first, second, last):
+        assert (seen["heads_of_others"], seen["later_groups"], seen["running_statistics"]) == ({}, {}, [])
+        assert seen["own_head"] == "no"
+    alone = sees(rule="head", **TWO)["group0"]
+    assert (alone["own_head"], alone["class_noise"]) == ("floating point", False)
+
+
+def test_drawn_labels_are_told_and_no_leak():
+    found = sees(labelling="triplet", negatives="hard")
+    assert found["group0"]["heads_of_others"] == {"group1": "whole numbers", "group2": "whole numbers"}
+    assert found["group0"]["later_groups"] == {"group1": "whole numbers", "group2": "whole numbers"}
+    assert found["group2"]["later_groups"] == {}
+    # Behind frozen groups only those that have trained predict.
+    found = sees(labelling="triplet", negatives="hard", schedule="sequential")
+    assert [list(seen["heads_of_others"]) for seen in found.values()] == [[], ["group0"], ["group0", "group1"]]
+    assert all(seen["later_groups"] == {} for seen in found.values())
+
+
+def test_kept_features_stand_for_frozen_groups():
+    found = sees(rule="head", schedule="sequential", feature_cache="device")
+    assert [(seen["cached_features"], seen["images"]) for seen in found.values()] == [(False, True), (True, False), (True, False)]
+    assert all(seen["images_pass"] == [] for seen in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Back-propagation
+
+
+def test_back_propagation_crosses_every_layer():
+    found = plain(locality.certify(config_of(**MLP | BP)))
+    assert not found["local"]
+    assert found["verdict"] == "gradients cross every layer: this is back-propagation"
+    crossed = {(v["from_part"], v["to_part"]) for v in found["violations"]}
+    layers = [f"group0/layers_{i}" for i in range(3)]
+    assert crossed == {(b, a) for i, a in enumerate(layers) for b in [*layers[i + 1 :], "group0/head"]}
+    one = next(v for v in found["violations"] if v["from_part"] == "group0/layers_2" and v["to_part"] == "group0/layers_0")
+    assert (one["kind"], one["from"], one["to"]) == ("backward", "group0/layers_2/kernel", "group0/layers_0/kernel")
+    assert one["max_abs"] == found["numeric"]["layers"]["group0"]["layers_0"] > 0
+    assert found["inside"]["group0"] == found["violations"]
+
+
+def test_crossings_inside_groups_are_told_and_no_leak():
+    found = locality.certify(config_of(network="mlp", widths=(8, 8, 6, 6)), numeric=False)
+    assert found["local"]
+    for name in found["groups"]:
+        assert [(v["from"], v["to"]) for v in found["inside"][name]] == [(f"{name}/layers_1/kernel", f"{name}/layers_0/kernel")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Planted leaks
+
+
+def leaks(numeric=False, **changes):
+    """(kind, program, from part, to part) -> the violation."""
+    found = plain(locality.certify(config_of(**TWO | changes), numeric))
+    assert found["local"] == (not found["violations"])
+    return {(v["kind"], v["program"], v["from_part"], v["to_part"]): v for v in found["violations"]}
+
+
+def leaky_jax(stop_gradient):
+    class Namespace:
+        def __init__(self, honest, **changed):
+            self.__dict__ |= {"honest": honest} | changed
+
+        def __getattr__(self, name):
+            return getattr(self.honest, name)
+
+    return Namespace(jax, lax=Namespace(jax.lax, stop_gradient=stop_gradient))
+
+
+def plant_in_loss(monkeypatch, change):
+    """`change(params, group, batch_stats, rows)` are the rows that a group passes on."""
+    honest = rules.local_loss
+
+    def planted(params, config, group, batch_stats, streams, key):
+        loss, (stats, out, metrics) = honest(params, config, group, batch_stats, streams, key)
+        return loss, (stats, out._replace(rows=change(params, group, stats, out.rows)), metrics)
+
+    monkeypatch.setattr(rules, "local_loss", planted)
+
+
+def plant_in_step(monkeypatch, change):
+    """`change(plan, task, states, images, labels, key)` is added to the new parameters of the first group, a tree or a number."""
+    honest = trainer.train_step
+
+    def planted(plan, active, task, states, images, labels, key, features=None):
+        (first, *others), metrics = honest(plan, active, task, states, images, labels, key, features)
+        added = change(plan, task, states, images, labels, key)
+        added = jax.tree.map(lambda p: added, first.params) if isinstance(added, jax.Array) else added
+        return (first._replace(params=jax.tree.map(jnp.add, first.params, added)), *others), metrics
+
+    monkeypatch.setattr(trainer, "train_step", planted)
+
+
+@pytest.mark.parametrize("changes", [{"rule": "ff"}, {"rule": "head"}], ids=["ff", "head"])
+def test_a_removed_stop_gradient_is_found(changes, monkeypatch):
+    monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x))
+    found = leaks(**changes)
+    assert list(found) == [("forward", "step", "group0", "group1")]
+    (leak,) = found.values()
+    assert (leak["from"], leak["to"]) == ("group0/layers_0/kernel", "group1/layers_0/kernel")
+    # Rule ff's head reads detached features by a stop of its own.
+    assert ("group1/head/kernel" in leak["to_leaves"]) == (changes["rule"] == "head")
+
+
+def test_a_removed_stop_gradient_behind_frozen_groups_is_found(monkeypatch):
+    monkeypatch.setattr(trainer, "jax", leaky_jax(lambda x: x))
+    assert list(leaks(schedule="sequential")) == [("forward", "step", "group0", "group1")]
+
+
+def test_a_removed_stop_gradient_is_found_by_numbers(monkeypatch):
+    monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x))
+    found = leaks(numeric=True)
+    assert {key[:2] for key in found} == {("forward", "step"), ("forward", "numbers")}
+    leak = found["forward", "numbers", "group0", "group1"]
+    assert (leak["from"].rpartition("/")[0][:15], leak["to"]) == ("group0/layers_0", "group1/loss")
+    assert leak["max_abs"] > 0
+
+
+def test_statistics_that_pass_on_undetached_are_found(monkeypatch):
+    """Numbers miss it: the derivative of the statistics is not written. The program says that they are not detached."""
+    plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + stats["layers_0"]["norm"]["mean"].mean())
+    (leak,) = leaks().values()
+    assert (leak["kind"], leak["program"], leak["from"], leak["to"]) == (
+        "forward",
+        "step",
+        "group0/layers_0/kernel",
+        "group1/layers_0/kernel",
+    )
+    assert set(leak["from_leaves"]) == {"group0/layers_0/kernel", "group0/batch_stats/layers_0/norm/mean"}
+
+
+def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detached(monkeypatch):
+    plant_in_step(
+        monkeypatch, lambda plan, task, states, *_: jax.lax.stop_gradient(states[1].batch_stats["layers_0"]["norm"]["var"].mean())
+    )
+    found = leaks()
+    leak = found["backward", "step", "group1", "group0"]
+    assert (leak["from"], leak["to"]) == ("group1/batch_stats/layers_0/norm/var", "group0/layers_0/kernel")
+    assert leak["from_leaves"] == ["group1/batch_stats/layers_0/norm/var"]
+    assert not any(name.startswith(("group0/batch_stats", "group0/opt_state")) for name in leak["to_leaves"])
+
+
+def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch):
+    """Only in the next step would it reach parameters."""
+    honest = trainer.train_step
+
+    def planted(plan, active, task, states, *batch):
+        (first, *others), metrics = honest(plan, active, task, states, *batch)
+        later = states[1].params["layers_0"]["norm"]["bias"].mean()
+        return (first._replace(batch_stats=jax.tree.map(lambda old: old + later, first.batch_stats)), *others), metrics
+
+    monkeypatch.setattr(trainer, "train_step", planted)
+    (leak,) = leaks().values()
+    assert (leak["kind"], leak["program"]) == ("backward", "step")
+    assert (leak["from"], leak["to"]) == ("group1/layers_0/norm/bias", "group0/batch_stats/layers_0/norm/mean")
+
+
+def test_a_leak_outside_the_step_is_found(monkeypatch):
+    honest = trainer.run_epoch
+
+    def planted(plan, active, task, states, data, epoch):
+        (first, second), metrics = honest(plan, active, task, states, data, epoch)
+        params = jax.tree.map(lambda p: p + second.params["head"]["bias"].mean(), first.params)
+        return (first._replace(params=params), second), metrics
+
+    monkeypatch.setattr(trainer, "run_epoch", planted)
+    (leak,) = leaks().values()
+    assert (leak["kind"], leak["program"], leak["from_part"], leak["to_part"]) == ("backward", "epoch", "group1", "group0")
+    assert "group1/head/bias" in leak["from_leaves"]
+
+
+def test_logits_that_pass_on_undetached_are_found(monkeypatch):
+    plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + group.logits(params, rows).mean())
+    (leak,) = leaks().values()
+    assert (leak["kind"], leak["from"], leak["to"]) == ("forward", "group0/head/kernel", "group1/layers_0/kernel")
+    assert set(leak["from_leaves"]) == {"group0/head/kernel", "group0/head/bias"}
+
+
+def test_a_joint_step_of_back_propagation_is_found(monkeypatch):
+    def down(plan, task, states, images, labels, key):
+        """Minus the gradient of the last head's loss in the first group."""
+        streams = probes.step_streams(plan, task, states, images, labels, key)
+
+        def loss(params):
+            rows = streams.rows
+            for group, own, state in zip(plan.groups, (params, states[1].params), states, strict=True):
+                rows, _ = group.features(own, state.batch_stats, rows, labels.shape[0], True)
+            return -rules.losses.head_cross_entropy(plan.groups[1].logits(states[1].params, rows)[: labels.shape[0]], labels)
+
+        return jax.grad(loss)(states[0].params)
+
+    plant_in_step(monkeypatch, down)
+    leak = leaks()["backward", "step", "group1", "group0"]
+    assert (leak["from"], leak["to"]) == ("group1/head/kernel", "group0/layers_0/kernel")
+    assert {"group1/head/kernel", "group1/layers_0/kernel", "group1/layers_0/norm/scale"} <= set(leak["from_leaves"])
+
+
+def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch):
+    """No step shows it, since none differentiates there. The losses do, as functions of all parameters, and numbers."""
+
+    @jax.custom_vjp
+    def passed_on(x):
+        return jax.lax.stop_gradient(x)
+
+    passed_on.defvjp(lambda x: (jax.lax.stop_gradient(x), None), lambda _, g: (g,))
+    detach = functools.partial(jax.tree.map, lambda x: passed_on(x) if jnp.issubdtype(x.dtype, jnp.floating) else x)
+    monkeypatch.setattr(rules, "jax", leaky_jax(detach))
+    found = leaks(numeric=True)
+    assert {key[:2] for key in found} == {("forward", "losses"), ("forward", "numbers")}
+    leak = found["forward", "losses", "group0", "group1"]
+    assert (leak["from"], leak["to"]) == ("group0/layers_0/kernel", "group1/loss")
+
+
+def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch):
+    @jax.custom_vjp
+    def scaled(loss, kernel):
+        return loss
+
+    scaled.defvjp(lambda loss, kernel: (loss, kernel), lambda kernel, g: (g * (1 + kernel.mean()), jnp.zeros_like(kernel)))
+    honest, honest_loss, smuggled = trainer.train_step, rules.local_loss, []
+
+    def step(plan, active, task, states, *batch):
+        smuggled.append(states[1].params["head"]["kernel"])
+        found = honest(plan, active, task, states, *batch)
+        smuggled.clear()
+        return found
+
+    def loss(params, config, group, *rest):
+        value, others = honest_loss(params, config, group, *rest)
+        return scaled(value, smuggled[0]) if smuggled and group.name == "group0" else value, others
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(rules, "local_loss", loss)
+    (leak,) = leaks().values()
+    assert (leak["kind"], leak["program"]) == ("backward", "step")
+    assert (leak["from"], leak["to"], leak["from_leaves"]) == ("group1/head/kernel", "group0/layers_0/kernel", ["group1/head/kernel"])
+
+
+def test_copies_that_touch_clean_images_are_found(monkeypatch):
+    plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + 1e-3 * jax.lax.stop_gradient(rows[-1:]))
+    found = leaks(numeric=True)
+    assert {key[0] for key in found} == {"labelled copies touch clean images"}
+    assert all(v["max_abs"] > 0 for v in found.values())
+
+
+def test_a_network_that_does_not_learn_proves_nothing(monkeypatch):
+    honest = trainer.train_step
+    monkeypatch.setattr(
+        trainer, "train_step", lambda plan, active, task, states, *batch: (states, honest(plan, active, task, states, *batch)[1])
+    )
+    found = locality.certify(config_of(**TWO), numeric=False)
+    assert not found["local"]
+    assert {v["kind"] for v in found["violations"]} == {"nothing learns"}
+    assert {(v["from"], v["to"]) for v in found["violations"]} >= {
+        ("data/images", "group0/layers_0/kernel"),
+        ("data/labels", "group1/head/kernel"),
+    }
+
+
+def test_a_group_whose_gradient_is_zero_proves_nothing(monkeypatch):
+    honest = rules.local_loss
+    monkeypatch.setattr(rules, "local_loss", lambda params, *rest: honest(jax.lax.stop_gradient(params), *rest))
+    found = {v["to"] for v in leaks(numeric=True).values() if v["kind"] == "nothing learns"}
+    assert found
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Text, JSON and the command
+
+
+SMALL = [CONFIG, "--config.network=mlp", "--config.widths=(8, 6)", "--config.grouping=layer"]
+
+
+def test_the_command_says_in_words_what_it_found(call):
+    status, out, err = call("locality", *SMALL)
+    assert (status, err) == (0, "")
+    assert out.startswith("digits: local: no gradient crosses a border between groups\n")
+    for part in (
+        "group0, 1 layer, learns from",
+        "images through group0",
+        "class noise",
+        "parameters of later groups: never",
+        "bitwise the same",
+    ):
+        assert part in out, part
+    assert max(map(len, out.splitlines())) <= 140
+
+
+def test_the_command_fails_for_back_propagation_and_writes_json(call, tmp_path):
+    path = tmp_path / "found.json"
+    status, out, err = call(
+        "locality", *SMALL, *(f"--config.{key}={value}" for key, value in BP.items()), "--structure", "--json", "--out", path
+    )
+    assert (status, err) == (1, "")
+    found = json.loads(out)
+    assert found == json.loads(path.read_text())
+    assert (found["config"], found["local"], found["numeric"]) == ("digits", False, None)
+    assert found["configuration"]["grouping"] == "all"
+    assert found["violations"][0]["from"] == "group0/layers_1/kernel"
+
+
+def test_the_text_names_the_leaves_of_a_leak(monkeypatch):
+    plant_in_step(monkeypatch, lambda plan, task, states, *_: states[1].params["head"]["kernel"].mean())
+    found = locality.certify(config_of(**TWO))
+    numbers = next(v for v in found["violations"] if v["program"] == "numbers")
+    assert (numbers["kind"], numbers["from_part"], numbers["to"]) == ("interference", "group1", "group0/head/bias")
+    assert {name.split("/")[1] for name in numbers["to_leaves"]} == {"head", "layers_0"}
+    text = locality.text(found)
+    assert text.startswith("NOT LOCAL: found: backward, interference\n")
+    assert "other parameters in group1: earlier groups' new states CHANGE" in text
+    assert "  backward, by the step: group1/head/kernel -> group0/layers_0/kernel and 4 more leaves\n" in text
+
+
+def test_the_text_of_drawn_labels_and_of_what_was_not_tried():
+    text = locality.text(locality.certify(config_of(**TWO, labelling="triplet", negatives="hard")))
+    assert "predictions of group1's head, as drawn labels" in text
+    assert "parameters of later groups: never, but for those drawn labels" in text
+    assert "not tried, wrong labels are drawn from the predictions of all heads" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--config", "missing"]),
+        ([CONFIG, "--workdir=w"], ["--workdir=w", "--out"]),
+        ([CONFIG, "--config.widths=(0,)"], ["config.widths"]),
+        ([CONFIG, "--out=here.txt"], ["--out=here.txt"]),
+        ([CONFIG, "--nonsense"], ["nonsense"]),
+    ],
+)
+def test_bad_input_of_the_command(arguments, parts, fails):
+    fails("locality", *arguments, parts=parts)
+
+
+def test_bad_input_is_refused_before_jax_is_there_and_help_needs_none():
+    run = "import sys; from vffjax.cli import main\ntry: main(['locality', *sys.argv[1:]])\n"
+    run += "except SystemExit as e: print('jax' in sys.modules, e.code)"
+    assert in_a_process("-c", run, CONFIG, "--workdir=w").stdout == "False 2\n"
+    done = in_a_process("-c", run, "--help")
+    assert done.stdout.startswith("usage: vffjax locality --config FILE")
+    assert done.stdout.endswith("False 0\n")

@@ -1,0 +1,178 @@
+"""What each output of a traced program depends on, found by walking its jaxpr with sets of sources in the place of arrays.
+
+Trusted are two facts: `stop_gradient` lets no derivative through, and neither does a result that is not floating point. Everything else
+counts as passing whatever it takes to all that it returns, unless it is a call, a loop or a choice whose own program can be walked. So a
+dependence may be reported that is not there, but none that is there is missed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core.primitives import stop_gradient_p
+
+
+class Flow(NamedTuple):
+    """Sets of sources, source `i` as the bit `1 << i`, of one array."""
+
+    value: int = 0  # it depends on them in any way
+    real: int = 0  # ... by a path on which everything is floating point
+    gradient: int = 0  # ... and on which no `stop_gradient` lies: all that a derivative could follow, and perhaps more
+
+
+NOTHING = Flow()
+
+
+def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None) -> list[Flow]:
+    """The flow of every output of `program`, whose flattened input `i` is source `sources[i]`, by default `i`.
+
+    Several inputs may be one source. An input that is not floating point is a source by value alone. Constants are none.
+    """
+    variables = program.jaxpr.invars
+    numbers = range(len(variables)) if sources is None else sources
+    inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i)) for variable, i in zip(variables, numbers, strict=True)]
+    return _walk(program.jaxpr, inputs)
+
+
+def members(sources: int) -> list[int]:
+    """The numbers of the sources in a set."""
+    return [i for i in range(sources.bit_length()) if sources >> i & 1]
+
+
+def union(parts: Iterable[Flow]) -> Flow:
+    """What depends on any of what the parts depend on."""
+    value = real = gradient = 0
+    for part in parts:
+        value, real, gradient = value | part.value, real | part.real, gradient | part.gradient
+    return Flow(value, real, gradient)
+
+
+def _floating(variable: Any) -> bool:
+    # Keys of random numbers, tokens and the like have a type that is no number, or none.
+    dtype = getattr(variable.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _onto(variable: Any, flow: Flow) -> Flow:
+    """`flow` as it arrives in a variable: whole numbers, truth values and keys carry neither real paths nor gradients."""
+    return flow if _floating(variable) else Flow(flow.value)
+
+
+def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow]) -> list[Flow]:
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    # Whatever has an effect may speak to whatever has one after it: by a reference, through the host, by order.
+    world = NOTHING
+
+    def read(atom: Any) -> Flow:
+        return NOTHING if isinstance(atom, Literal) else known.get(atom, NOTHING)
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        if _speaks(equation):
+            world = union([world, *operands])
+            found = [world] * len(equation.outvars)
+            # A reference may have been written to.
+            known.update({atom: union([read(atom), world]) for atom in equation.invars if not isinstance(atom, Literal)})
+        else:
+            found = _through(equation, operands)
+        known.update({variable: _onto(variable, flow) for variable, flow in zip(equation.outvars, found, strict=True)})
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _speaks(equation: JaxprEqn) -> bool:
+    # The name of a mapped axis counts as an effect in JAX, and is none.
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
+
+
+def _through(equation: JaxprEqn, operands: list[Flow]) -> list[Flow]:
+    """The flows of an equation's outputs."""
+    if equation.primitive is stop_gradient_p:
+        return [flow._replace(gradient=0) for flow in operands]
+    rule = _RULES.get(equation.primitive.name)
+    found = rule(equation, operands) if rule else None
+    return [union(operands)] * len(equation.outvars) if found is None else found
+
+
+def _body(equation: JaxprEqn) -> Jaxpr | None:
+    """The one program that an equation runs on its operands one by one; None if that is not plain, and all is taken to reach all."""
+    inner = [equation.params[name] for name in ("jaxpr", "call_jaxpr") if name in equation.params]
+    if len(inner) != 1 or not isinstance(inner[0], ClosedJaxpr | Jaxpr):
+        return None
+    jaxpr = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
+    fits = (len(jaxpr.invars), len(jaxpr.outvars)) == (len(equation.invars), len(equation.outvars))
+    return jaxpr if fits else None
+
+
+def _called(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+    jaxpr = _body(equation)
+    return None if jaxpr is None else _walk(jaxpr, operands)
+
+
+def _own_derivative(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+    """A function with a rule of its own for derivatives: the rule may do anything, whatever the function itself does."""
+    found, anything = _called(equation, operands), union(operands).gradient
+    return None if found is None else [flow._replace(gradient=anything) for flow in found]
+
+
+def _barrier(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+    return operands if len(operands) == len(equation.outvars) else None
+
+
+def _conditional(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+    branches = equation.params.get("branches")
+    if not branches:
+        return None
+    index, rest = operands[0], operands[1:]
+    each = [_walk(branch.jaxpr, rest) for branch in branches]
+    return [union([Flow(index.value), *flows]) for flows in zip(*each, strict=True)]
+
+
+def _scan(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+    jaxpr, consts, carries = _body(equation), equation.params.get("num_consts"), equation.params.get("num_carry")
+    if jaxpr is None or consts is None or carries is None:
+        return None
+    fixed, start, each = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
+    # A step's results beside the carry are those of the last, widest pass.
+    results: list[Flow] = []
+
+    def step(carry: list[Flow]) -> list[Flow]:
+        found = _walk(jaxpr, [*fixed, *carry, *each])
+        results[:] = found[carries:]
+        return found[:carries]
+
+    return _settled(step, start) + results
+
+
+def _while(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+    names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
+    if not all(name in equation.params for name in names):
+        return None
+    condition, tested, body, fixed = (equation.params[name] for name in names)
+    of_condition, of_body, start = operands[:tested], operands[tested : tested + fixed], operands[tested + fixed :]
+
+    def step(carry: list[Flow]) -> list[Flow]:
+        (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry])
+        return [union([flow, Flow(goes_on.value)]) for flow in _walk(body.jaxpr, [*of_body, *carry])]
+
+    return _settled(step, start)
+
+
+def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> list[Flow]:
+    """A loop's carry after any number of steps, none included. Sets only grow, and are finite, so this ends."""
+    while True:
+        grown = [union(pair) for pair in zip(carry, step(carry), strict=True)]
+        if grown == carry:
+            return carry
+        carry = grown
+
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
+_RULES: dict[str, Callable[[JaxprEqn, list[Flow]], list[Flow] | None]] = {
+    **dict.fromkeys(_CALLS, _called),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _own_derivative),
+    "optimization_barrier": _barrier,
+    "cond": _conditional,
+    "scan": _scan,
+    "while": _while,
+}
