@@ -21,7 +21,7 @@ from vffjax.flags import parse_train
 def test_help_lists_the_commands(arguments, call):
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
-    for command in ("train", "evaluate", "predict", "prepare", "memory"):
+    for command in ("train", "evaluate", "predict", "export", "prepare", "memory", "locality", "reproduce"):
         assert re.search(rf"^  {command}  +\w+", out, re.MULTILINE)
 
 
@@ -40,6 +40,9 @@ def test_help_of_train_explains_every_key(arguments, call):
 OPTIONS = {
     "evaluate": ["--workdir", "--inference", "--epoch", "--data_dir", "--json"],
     "predict": ["--workdir", "--epoch", "--top", "--json", "IMAGE"],
+    "export": ["--workdir", "--out", "--epoch"],
+    "locality": ["--config FILE", "--config.KEY=VALUE", "--structure", "--json", "--out"],
+    "reproduce": ["WORKDIR", "--into", "--data_dir", "--json"],
     "prepare": ["DATASET", "--data_dir", "cifar10"],
     "memory": ["--config FILE", "--config.KEY=VALUE", "--depths", "--batches", "--target", "here", "cpu", "tpu", "--json", "--out"],
 }
@@ -112,6 +115,21 @@ def test_the_default_workdir_is_the_same_for_the_same_configuration_alone(monkey
         call("train", *TINY_FLAGS, *extra)
     assert seen[0] == seen[1] != seen[2]
     assert re.fullmatch(r"runs/digits-[0-9a-f]{8}", seen[0].as_posix())
+
+
+@pytest.mark.parametrize("moment", ["while it trains", "before"])
+def test_sigterm_ends_a_process_that_trains_with_status_143_and_the_way_on(moment, tmp_path):
+    code = "import os, signal, sys; from vffjax import experiment, logbook; from vffjax.cli import main; sound = logbook.Logbook.epoch\n"
+    code += "def epoch(self, record):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return sound(self, record)\n"
+    code += "logbook.Logbook.epoch = epoch\n" if moment == "while it trains" else "os.kill(os.getpid(), signal.SIGTERM)\n"
+    done = in_a_process("-c", code + "main(['train', *sys.argv[1:]])", *TINY_FLAGS, f"--workdir={tmp_path / 'run'}")
+    if moment == "before":
+        assert (done.returncode, done.stderr) == (-15, "")
+        return
+    assert done.returncode == 143, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == "vffjax: told to leave (SIGTERM): epoch 1 of 3 is saved; the same command goes on from there"
+    assert (tmp_path / "run" / "checkpoints" / "1.sha256.json").exists()
 
 
 def test_an_interrupt_says_how_to_go_on(call, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, prepare, memory, locality. Bad input ends with status 2 and one line on stderr."""
+"""The command line: one function for each command. Bad input ends with status 2 and one line on stderr."""
 
 import argparse
 import contextlib
@@ -22,14 +22,14 @@ from vffjax.termination import Terminated
 
 USAGE = """usage: vffjax COMMAND [OPTION ...]
 
-  train     train a network by a configuration; python train.py is the same
-  evaluate  validation and test error of a trained workdir
-  predict   classes of image files, by each group and by the ensemble
-  prepare   download a data set for tensorflow-datasets
-  export    weights of a trained workdir as a safetensors file
-  memory    what a training step takes, beside what back-propagation takes
-  locality  whether any gradient crosses a group, proved on the program that trains; and what each group sees
-  reproduce train a finished workdir's run again and compare, to the bit
+  train      train a network by a configuration; python train.py is the same
+  evaluate   validation and test error of a trained workdir
+  predict    classes of image files, by each group and by the ensemble
+  prepare    download a data set for tensorflow-datasets
+  export     weights of a trained workdir as a safetensors file
+  memory     what a training step takes, beside what back-propagation takes
+  locality   whether any gradient crosses a group, proved on the program that trains; and what each group sees
+  reproduce  train a finished workdir's run again and compare, to the bit
 
 vffjax COMMAND --help tells more."""
 
@@ -209,7 +209,10 @@ def _reproduce(arguments: list[str]) -> int:
     from vffjax import reproduction
 
     with tempfile.TemporaryDirectory(prefix="vffjax-") as scratch, _naming_files(a.into or pathlib.Path(scratch), "--into"):
-        found = reproduction.reproduce(a.workdir, a.into or pathlib.Path(scratch), a.data_dir)
+        try:
+            found = reproduction.reproduce(a.workdir, a.into or pathlib.Path(scratch), a.data_dir)
+        except Terminated as leave:
+            raise leave if a.into else Terminated("nothing is kept; with --into DIR it would go on from there") from None
     print(json.dumps(found, indent=2) if a.json else reproduction.text(found))
     return 0 if found["identical"] else 1
 

@@ -8,15 +8,20 @@ import dataclasses
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
-from vffjax.errors import UserError, bad_key
+from vffjax.errors import UserError, bad_key, printable
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
 CONVOLUTIONAL = ("conv4", "conv")
+# Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
+MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
+_MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
 OVERRIDABLE = ("optimizer", "learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "momentum")
 
 
@@ -34,50 +39,52 @@ class Config:
     seed: int = _field(0, "seed of everything random: split, initialisation, codebook, order, augmentation", low=0, high=2**31 - 1)
     dataset: str = _field("digits", "what to learn", DATASETS)
     data_dir: str = _field("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    train_examples: int = _field(0, "images kept for training and validation, drawn by the seed; 0: all", low=0)
+    train_examples: int = _field(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
     val_fraction: float = _field(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
     flip: bool = _field(False, "mirror training images left to right with probability 1/2")
-    crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0)
-    cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0)
+    crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
+    cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
 
     network: str = _field("mlp", "layers to train; conv: as conv4, with any number of layers", ("mlp", "conv4", "conv"))
     widths: tuple[int, ...] = _field((512, 512, 512), "output units or channels of each layer")
     pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
     norm: str = _field("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
-    head_grid: int = _field(4, "side in cells of the grid to which conv features are mean-pooled for the head", low=1)
+    head_grid: int = _field(4, "side in cells of the grid to which conv features are mean-pooled for the head", low=1, high=1024)
     grouping: str = _field("width", "what makes one group: equal width, each layer, or all layers", ("width", "layer", "all"))
+    init_from: str = _field("", "safetensors file whose weights the groups start from, as vffjax export writes it; empty: random")
 
     rule: str = _field("vff", "local objective of a group: CSCL (+ head), forward-forward goodness, head loss alone", ("vff", "ff", "head"))
     labelling: str = _field("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
-    noise_scale: float = _field(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0)
-    copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1)
+    noise_scale: float = _field(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
+    copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
     negatives: str = _field("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
     contrast: str = _field("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
     similarity: str = _field("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))
     margin: float = _field(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
-    temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4)
-    head_weight: float = _field(0.0, "share of the head's cross-entropy gradient that trains the group; 0: the head only reads", low=0.0)
+    temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4, high=_LARGE)
+    head_weight: float = _field(0.0, "share of the head's gradient that trains the group; 0: the head only reads", low=0.0, high=_LARGE)
     label_smoothing: float = _field(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
-    goodness_threshold: float = _field(1.0, "ff: mean squared activity that divides positive from negative", low=0.0)
-    peer_normalisation: float = _field(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0)
+    goodness_threshold: float = _field(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
+    peer_normalisation: float = _field(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0, high=_LARGE)
 
     schedule: str = _field("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"))
     feature_cache: str = _field("none", "sequential: keep the frozen groups' features of the training images", ("none", "device", "host"))
-    epochs: int = _field(10, "passes over the training images (sequential: for each group)", low=1)
-    batch_size: int = _field(128, "images in a step", low=1)
+    epochs: int = _field(10, "passes over the training images (sequential: for each group)", low=1, high=1_000_000)
+    batch_size: int = _field(128, "images in a step", low=1, high=2**20)
     optimizer: str = _field("adamw", "optax optimizer of each group", ("adamw", "sgd"))
-    learning_rate: float = _field(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0)
-    weight_decay: float = _field(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0)
+    learning_rate: float = _field(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0, high=_LARGE)
+    weight_decay: float = _field(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0, high=_LARGE)
     momentum: float = _field(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
-    warmup_epochs: float = _field(0.0, "linear warm-up, in epochs", low=0.0)
-    clip_norm: float = _field(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0)
+    warmup_epochs: float = _field(0.0, "linear warm-up, in epochs", low=0.0, high=_LARGE)
+    clip_norm: float = _field(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
     overrides: Mapping[str, Mapping[str, Any]] = _field({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
+    on_nonfinite: str = _field("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))
     precision: str = _field("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
     rematerialise: bool = _field(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
     inference: str = _field("heads", "how the final error is measured: head ensemble, or sweep over all labels", ("heads", "sweep"))
-    eval_batch_size: int = _field(500, "images in a step of evaluation", low=1)
-    checkpoint_every: int = _field(1, "epochs between checkpoints; the last epoch is always saved", low=1)
+    eval_batch_size: int = _field(500, "images in a step of evaluation", low=1, high=2**20)
+    checkpoint_every: int = _field(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
     # fmt: on
 
     @property
@@ -87,6 +94,10 @@ class Config:
     @property
     def resolved_contrast(self) -> str:
         return ("in_batch" if self.labelling == "shared" else "triplet") if self.contrast == "auto" else self.contrast
+
+    def trained_by(self) -> dict[str, Any]:
+        """What makes two runs the same: all keys but where the data lie. Plain JSON types, tuples as lists."""
+        return {key: value for key, value in self.to_dict().items() if key != "data_dir"}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, tuples as lists."""
@@ -106,10 +117,15 @@ def default_config() -> ml_collections.ConfigDict:
 
 def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Converts and checks. Raises `UserError` naming `config.KEY`, the value and the fix."""
-    plain = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
+    try:
+        plain = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
+    except (RecursionError, config_dict.RequiredValueError) as error:
+        raise UserError(
+            f"config: cannot be read ({type(error).__name__}: {printable(str(error), 200)}); give each key a plain value"
+        ) from None
     for key in plain:
         if key not in FIELDS:
-            raise bad_key(key, plain[key], "no such key", nearest_key(key))
+            raise bad_key(printable(str(key), 100), plain[key], "no such key", nearest_key(str(key)))
     values = {key: _convert(key, value, type(FIELDS[key].default if key != "overrides" else {})) for key, value in plain.items()}
     values["overrides"] = _convert_overrides(values.get("overrides", {}))
     config = Config(**values)
@@ -129,14 +145,16 @@ def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]
     """A copy, its values converted and in range."""
     out: dict[str, dict[str, Any]] = {}
     for name, override in overrides.items():
-        if not re.fullmatch("group(0|[1-9][0-9]*)", name):
-            raise bad_key(f"overrides.{name}", override, "not a group", "name groups group0, group1, ...")
+        if not isinstance(name, str) or not re.fullmatch("group(0|[1-9][0-9]{0,3})", name):
+            raise bad_key(f"overrides.{printable(str(name), 100)}", override, "not a group", "name groups group0, group1, ...")
         if not isinstance(override, Mapping):
             raise bad_key(f"overrides.{name}", override, "not a dictionary", "give for example {'learning_rate': 1e-4}")
         out[name] = {}
         for key, value in override.items():
             if key not in OVERRIDABLE:
-                raise bad_key(f"overrides.{name}.{key}", value, "cannot be overridden", f"use one of {', '.join(OVERRIDABLE)}")
+                raise bad_key(
+                    f"overrides.{name}.{printable(str(key), 100)}", value, "cannot be overridden", f"use one of {', '.join(OVERRIDABLE)}"
+                )
             out[name][key] = _convert(f"overrides.{name}.{key}", value, type(FIELDS[key].default))
             _check_range(key, out[name][key], f"overrides.{name}.{key}")
     return out
@@ -144,6 +162,8 @@ def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 def _convert(key: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 10**300:  # float() would raise
+            raise bad_key(key, value, "too large", "give a number of common size")
         value = float(value)
     if kind is tuple:
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
@@ -161,6 +181,8 @@ def _check_range(key: str, value: Any, shown: str = "") -> None:
         near = difflib.get_close_matches(str(value), meta["choices"], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise bad_key(key, value, "not known", f"{hint}choose one of {', '.join(meta['choices'])}")
+    if isinstance(value, str) and any(unicodedata.category(c) == "Cc" for c in value):
+        raise bad_key(key, value, "holds a control character", "remove it; a path with one has to be renamed")
     if isinstance(value, float) and not math.isfinite(value):
         raise bad_key(key, value, "not a finite number", "give a finite number")
     if meta["low"] is not None and value < meta["low"]:
@@ -172,6 +194,11 @@ def _check_range(key: str, value: Any, shown: str = "") -> None:
 def _check_together(c: Config) -> None:
     if any(w < 1 for w in c.widths):
         raise bad_key("widths", c.widths, "a width below 1", "give each layer at least one unit")
+    if max(c.widths) > MAX_WIDTH or len(c.widths) > MAX_LAYERS:
+        fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
+        raise bad_key("widths", c.widths, "more units or layers than can be meant", fix)
+    if c.init_from and not c.init_from.endswith(".safetensors"):
+        raise bad_key("init_from", c.init_from, "not a .safetensors file", "give one that vffjax export has written")
     if c.network in CONVOLUTIONAL:
         layers = len(c.widths)
         if c.network == "conv4" and layers != 4:
@@ -212,8 +239,15 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
     side = min(image_shape[:2])
     if c.network in CONVOLUTIONAL and math.prod(c.pools) > side:
         raise bad_key("pools", c.pools, f"pools {side}x{side} images to nothing", "use smaller windows")
-    if c.cutout > side:
-        raise bad_key("cutout", c.cutout, f"larger than the {side}-pixel images", f"use at most {side}")
+    for key, pixels in (("cutout", c.cutout), ("crop_padding", c.crop_padding)):
+        if pixels > side:
+            raise bad_key(key, pixels, f"larger than the {side}-pixel images", f"use at most {side}")
+    if c.epochs * (train_size // c.batch_size) > MAX_ENTRIES:  # optax counts in 32 bits
+        raise bad_key("epochs", c.epochs, f"more than {MAX_ENTRIES} steps", "use fewer epochs or a larger batch_size")
+    for layer, (kernel, _) in enumerate(layer_sizes(c, image_shape)):
+        if kernel > MAX_ENTRIES:
+            problem = f"layer {layer} would have {kernel} parameters"
+            raise bad_key("widths", c.widths, problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")
     if c.rule == "ff" and num_classes > image_shape[0] * image_shape[1] // 2:
         # The overlay writes one pixel per class, row by row; more than half of the image would leave little to see.
         raise bad_key("rule", c.rule, f"{num_classes} label pixels do not fit {image_shape[:2]} images", "use rule=vff")
@@ -221,6 +255,30 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
         if int(name[5:]) >= num_groups:
             problem = f"the network has {num_groups} groups"
             raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to group{num_groups - 1}")
+
+
+def layer_sizes(c: Config, image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Of each layer the entries of its kernel and of its feature map of one image, before pooling."""
+    height, width, channels = image_shape
+    found = []
+    for i, units in enumerate(c.widths):
+        if c.network in CONVOLUTIONAL:
+            found.append((9 * channels * units, height * width * units))
+            height, width = height // c.pools[i], width // c.pools[i]
+        else:
+            found.append((height * width * channels * units, units))
+            height = width = 1
+        channels = units
+    return found
+
+
+def least_bytes(c: Config, image_shape: tuple[int, int, int], num_classes: int) -> int:
+    """What training takes at the very least: parameters with their optimizer's states, and the largest feature map once."""
+    sizes = layer_sizes(c, image_shape)
+    copies = {"vff": c.copies_per_class * num_classes if c.labelling == "shared" else 2 * c.batch_size, "ff": 2 * c.batch_size, "head": 0}
+    rows = c.batch_size + copies[c.rule]
+    states = sum(kernel for kernel, _ in sizes) * 4 * (3 if c.optimizer == "adamw" else 2)
+    return states + rows * max(area for _, area in sizes) * (2 if c.precision == "bf16" else 4)
 
 
 def from_json(plain: Mapping[str, Any], path: str) -> Config:

@@ -24,6 +24,7 @@ from vffjax.rules import Task
 from vffjax.summary import conclude, executable_bytes, origin
 from vffjax.termination import Request, Terminated, deferred
 from vffjax.trainer import Images, Plan, all_finite, init_states, make_epoch, make_plan, make_task
+from vffjax.weights import read_weights
 from vffjax.workdir import LOCK, claim_workdir, load_run, locked, sound_epoch
 
 
@@ -97,6 +98,8 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
             )
     else:
         states = init_states(plan, dataset.image_shape)
+        if config.init_from:
+            states = read_weights(config.init_from, plan, states)
         task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
         run = _run_state(plan, dataset)
     restore_metrics(workdir, run["history"])

@@ -1,15 +1,22 @@
 """What a command line says: the configuration from --config FILE and --config.KEY=VALUE, numbers and files. Raises `UserError`."""
 
+import argparse
 import inspect
 import os
 import pathlib
 import re
 import textwrap
 import traceback
+import unicodedata
 from typing import Any
 
-from vffjax.config import FIELDS, Config, make_config, nearest_key
-from vffjax.errors import UserError, bad_key
+from vffjax.config import FIELDS, Config, default_config, make_config, nearest_key
+from vffjax.errors import UserError, bad_key, printable
+
+# A configuration file larger than this is not one.
+MAX_FILE = 2**20
+# A number with more digits is none of ours, and Python refuses to read one of thousands.
+MAX_DIGITS = 18
 
 
 def parse_train(arguments: list[str]) -> tuple[Config, str, str]:
@@ -18,6 +25,15 @@ def parse_train(arguments: list[str]) -> tuple[Config, str, str]:
     from ml_collections import config_flags
 
     given, rest = _take_config(arguments)
+    for argument in rest:
+        if argument.lstrip("-").startswith(
+            ("flagfile", "undefok")
+        ):  # absl's own: to read flags from a file, and to pass over a misspelt one
+            raise UserError(f"argument {argument!r}: not known; give each --config.KEY=VALUE itself")
+    names = [argument.lstrip("-").partition("=")[0] for argument in rest]
+    for key in FIELDS:
+        if isinstance(FIELDS[key].default, tuple) and names.count(f"config.{key}") > 1:  # ml_collections would join them
+            raise UserError(f"--config.{key}: given {names.count(f'config.{key}')} times; give it once")
     values = flags.FlagValues()
     argv = ["train.py", *rest]
     raw, name = load_config_file(given)
@@ -26,10 +42,16 @@ def parse_train(arguments: list[str]) -> tuple[Config, str, str]:
         config_flags.DEFINE_config_dict("config", raw, flag_values=values, sys_argv=argv)
         stray = values(argv)[1:]
         raw = values.config
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    # Deep nesting in a value ends Python's parser with the last two.
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise _flag_at_fault(rest, error) from error
     if stray:
         raise UserError(f"argument {stray[0]!r}: not known; give --config FILE, --config.KEY=VALUE and --workdir DIR")
+    if values["workdir"].present:
+        try:
+            a_path(values.workdir)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--workdir={values.workdir}: {error}") from None
     return make_config(raw), name, values.workdir
 
 
@@ -55,39 +77,70 @@ def load_config_file(given: str) -> tuple[Any, str]:
     # Not by ml_collections: its errors are tracebacks, and it remembers the last file.
     space: dict[str, Any] = {"__name__": "config_file", "__file__": file}
     try:
-        exec(compile(pathlib.Path(file).read_bytes(), file, "exec"), space)
+        exec(compile(_bytes_of(file), file, "exec"), space)
         if "get_config" not in space:
             raise UserError(f"--config={given}: {file} has no function get_config; define it, as in configs/digits.py")
-        variants = space.get("VARIANTS", () if inspect.signature(space["get_config"]).parameters else None)
+        if not callable(space["get_config"]):
+            raise UserError(f"--config={given}: get_config of {file} is no function; define it, as in configs/digits.py")
+        parameters = inspect.signature(space["get_config"]).parameters
+        variants = space.get("VARIANTS", () if parameters else None)
+        if variants is not None and not (isinstance(variants, (tuple, list, dict, set)) and all(isinstance(v, str) for v in variants)):
+            raise UserError(f"--config={given}: VARIANTS of {file} is {type(variants).__name__}; make it a tuple of names")
         if colon and variants is None:
             raise UserError(f"--config={given}: {file} has no variants; use --config={file}")
         if colon and variants and variant not in variants:
             raise UserError(f"--config={given}: {file} has no variant {variant!r}; choose one of {', '.join(variants)}")
+        if not colon and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
+            known = f", one of {', '.join(variants)}" if variants else ""
+            raise UserError(f"--config={given}: get_config wants {', '.join(parameters)}; give a variant, --config={file}:NAME{known}")
         config = space["get_config"](variant) if colon else space["get_config"]()
-    except UserError:
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(f"--config={given}: get_config returns {type(config).__name__}; return what default_config() gives")
+        plain = config.to_dict()
+    except UserError as error:
+        raise error if str(error).startswith("--config=") else UserError(f"--config={given}: {error}") from None
+    except KeyboardInterrupt:
         raise
-    except OSError as error:
-        if error.filename != file:
-            raise
-        raise UserError(f"--config={given}: {error.strerror}; give a configuration file such as configs/digits.py") from error
-    except Exception as error:  # a configuration file is a program
+    except BaseException as error:  # a configuration file is a program, which may even call sys.exit
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        locked = re.search(r'Key "(\w+)" does not exist', str(error))  # ml_collections adds the list of all keys
-        problem = f"config.{locked[1]}: no such key; {nearest_key(locked[1])}" if locked else f"{_first_line(error)}; correct the file"
+        reason = _first_line(error)
+        locked = re.search(r'Key "(\w+)" does not exist', reason)  # ml_collections adds the list of all keys
+        problem = f"config.{locked[1]}: no such key; {nearest_key(locked[1])}" if locked else f"{reason}; correct the file"
         raise UserError(f"--config={given}: line {line}: {problem}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config={given}: get_config returns {type(config).__name__}; return what default_config() gives")
-    return config, pathlib.Path(file).stem + (f"-{variant}" if variant else "")
+    for key, value in plain.items():
+        if key not in FIELDS:
+            raise bad_key(printable(str(key), 100), value, "no such key", nearest_key(str(key)))
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # absl would print it, and Python refuses to print thousands of digits
+            raise bad_key(key, value, "too large", "give a number of common size")
+    # A file need not set every key, and may freeze what it returns; the command line sets keys still.
+    return ml_collections.ConfigDict(default_config().to_dict() | plain), pathlib.Path(file).stem + (f"-{variant}" if variant else "")
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(map(str, error.args[:1])).partition(chr(10))[0]}"
+def _bytes_of(file: str) -> bytes:
+    try:
+        if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe would wait for ever
+            problem = "a directory" if os.path.isdir(file) else "not a file"
+        elif os.path.isfile(file) and os.path.getsize(file) > MAX_FILE:
+            problem = f"{os.path.getsize(file)} bytes, more than a configuration has"
+        else:
+            return pathlib.Path(file).read_bytes()
+    except (OSError, ValueError) as error:  # a ValueError of a null byte
+        problem = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"--config={file}: {problem}; give a configuration file such as configs/digits.py") from None
+
+
+def _first_line(error: BaseException) -> str:
+    try:
+        text = " ".join(map(str, error.args[:1])).partition("\n")[0]
+    except Exception:  # str() of a configuration file's own class
+        text = "without a message"
+    return f"{type(error).__name__}: {printable(text, 300)}"
 
 
 def _flag_at_fault(arguments: list[str], error: Exception) -> UserError:
     """Names the override that cannot be parsed, else says what the library says."""
-    reason = " ".join(str(error).split())[:300]
+    reason = printable(str(error), 300) or type(error).__name__
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.lstrip("-").partition("=")
         if not flag.startswith("config."):
@@ -100,8 +153,9 @@ def _flag_at_fault(arguments: list[str], error: Exception) -> UserError:
         if deeper:
             fix = f"give the whole of config.{key}" + (", as \"{'group0': {'learning_rate': 1e-4}}\"" if key == "overrides" else "")
             return bad_key(f"{key}.{deeper}", value, "cannot be set alone", fix)
-        if flag in reason:
-            return bad_key(key, value, f"not a value of the right type ({reason})", f"give one such as {FIELDS[key].default!r}")
+        default: Any = {} if key == "overrides" else FIELDS[key].default
+        if flag in reason or isinstance(error, (MemoryError, RecursionError)):
+            return bad_key(key, value, f"not a value of the right type ({reason})", f"give one such as {default!r}")
     return UserError(f"{reason}; see python train.py --help")
 
 
@@ -116,17 +170,58 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
-def whole_numbers(flag: str, text: str) -> list[int]:
-    """The different numbers of a comma-separated list, in order; none if it is empty."""
+def whole_numbers(flag: str, text: str, most: int = 10**6) -> list[int]:
+    """The different numbers of a comma-separated list, in order, each at most `most`; none if it is empty."""
     words = text.split(",") if text else []
     if not all(re.fullmatch("[0-9]{1,6}", word) and int(word) for word in words):
         raise UserError(f"{flag}={text}: not whole numbers from 1; give for example 2,4,8")
+    if words and max(map(int, words)) > most:
+        raise UserError(f"{flag}={text}: too large; the most is {most}")
     return list(dict.fromkeys(map(int, words)))
 
 
 def json_file(text: str) -> pathlib.Path:
     """The value of --out, if it is a .json file that can be written."""
-    path = pathlib.Path(text)
-    if path.suffix != ".json" or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out={text}: cannot be written; give a .json file in a folder that exists and is yours")
+    return _new_file(text, ".json")
+
+
+def weights_file(text: str) -> pathlib.Path:
+    """The value of --out, if it is a .safetensors file that can be written."""
+    return _new_file(text, ".safetensors")
+
+
+def _new_file(text: str, suffix: str) -> pathlib.Path:
+    path = a_path(text)
+    # os.path, because a Path raises where a folder may not be read or a name is too long.
+    folder = os.path.dirname(text) or "."
+    if path.suffix != suffix or len(path.name) > 200 or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise UserError(f"--out={text}: cannot be written; give a {suffix} file in a folder that exists and is yours")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--out={text}: there already, and not a file; give another {suffix} file")
     return path
+
+
+def a_path(text: str) -> pathlib.Path:
+    """A path of the command line, neither empty nor with control characters, which a terminal would obey."""
+    if not text or any(unicodedata.category(c) == "Cc" for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is empty or holds a control character; give a path")
+    return pathlib.Path(text)
+
+
+def a_data_dir(text: str) -> str:
+    """The value of --data_dir; empty: as configured, or the default."""
+    return str(a_path(text)) if text else ""
+
+
+def an_epoch(text: str) -> str:
+    """The value of --epoch, which only a run can judge."""
+    if len(text) > MAX_DIGITS:
+        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is no epoch; give best, latest, or a saved epoch's number")
+    return text
+
+
+def a_count(text: str) -> int:
+    """A whole number from 1."""
+    if not re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is too small or no whole number; give at least 1")
+    return int(text)

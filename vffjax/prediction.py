@@ -1,5 +1,7 @@
 """Image files in, ranked classes out."""
 
+import io
+import os
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -14,8 +16,9 @@ from vffjax.errors import UserError
 from vffjax.inference import ensemble, make_scores
 from vffjax.workdir import load_run
 
-# A file that claims more pixels than this is refused before it is decoded: 64 Mi pixels are 192 MiB.
+# A file that claims more pixels than this is refused before it is decoded: 64 Mi pixels take 530 MB to decode and convert.
 MAX_PIXELS = 2**26
+MAX_BYTES = 2**28
 
 
 def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
@@ -24,7 +27,12 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit warns; ours refuses
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe would wait for ever
+                raise UserError(f"{path}: not a file; give a PNG or JPEG image")
+            if os.path.getsize(path) > MAX_BYTES:
+                raise UserError(f"{path}: {os.path.getsize(path)} bytes; give an image of at most {MAX_BYTES} bytes")
+            # From memory, because a file sets aside as many bytes as a chunk claims to have, up to 4 GB.
+            with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG", "JPEG")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{path}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
                 # Pillow would clip 16-bit grey at 255.

@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 
-from vffjax.errors import UserError, bad_key
+from vffjax.errors import UserError, bad_key, printable
 
 CHUNK = 5_000  # records held at a time: bounds the memory, and is enough for the checksum to run over many at once
 REACH_SECONDS = 3.0
@@ -30,7 +30,7 @@ CRC_MASK = 0xA282EAD8  # what the TFRecord format adds to every rotated checksum
 
 def one_line(error: BaseException) -> str:
     """The message of an error of another library, shortened, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
@@ -67,13 +67,15 @@ def find(name: str, root: pathlib.Path) -> pathlib.Path | None:
 def read(name: str, folder: pathlib.Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
     """Reads the splits train and test of a prepared folder, and the class names.
 
-    Each split is (images uint8 [n, h, w, c], labels int32 [n]), in the order of the files. Raises `UserError` naming the folder or
-    file if anything in it is missing, damaged, or not an image set with labels.
+    Each split is (images uint8 [n, h, w, c], labels int32 [n]), in the order of the files. Raises `UserError` naming the file.
     """
     tfds = _import_tfds(name)
     with _quiet():
         try:
-            builder = tfds.builder_from_directory(folder)
+            # Else TFDS imports whatever module a features.json names: a folder from elsewhere is data, not a program.
+            known = tfds.features.FeatureConnector._registered_features
+            with mock.patch.object(tfds.features.FeatureConnector, "cls_from_name", known.__getitem__):
+                builder = tfds.builder_from_directory(folder)
             if builder.info.name != name:
                 raise _damaged(folder, f"dataset_info.json is of {builder.info.name!r}", name)
             shape, names = _features(builder.info.features)
@@ -82,6 +84,10 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, tuple[np.ndarray, n
             raise
         except ImportError as error:
             raise _not_installed(name, error) from None
+        except KeyError as error:
+            raise _damaged(
+                folder / "features.json", f"lacks an entry or names a class not of tensorflow-datasets ({one_line(error)})", name
+            ) from None
         except Exception as error:  # json, protobuf and array_record raise all kinds, RuntimeError among them
             raise _damaged(folder, one_line(error), name) from error
 
@@ -111,9 +117,10 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
                 raise bad_key("dataset", name, f"not prepared in {root} and the download failed ({problem})", fix)
         root.mkdir(parents=True, exist_ok=True)
         # A download folder of our own: it can be removed without harm to another process that prepares another set.
-        # What TFDS prints goes where its progress bars go.
         downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
-        with downloads_at as downloads, contextlib.redirect_stdout(sys.stderr), _without_tensorflow():
+        # What TFDS prints goes where its progress bars go: to a terminal, else nowhere, so that a failure is one line.
+        shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        with downloads_at as downloads, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _without_tensorflow():
             builder.download_and_prepare(download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual))
     except UserError:
         raise
@@ -138,8 +145,7 @@ def crc32c(strings: list[bytes]) -> np.ndarray:
     """CRC-32C (Castagnoli) of each string, uint32 [n]; each at least 4 bytes. The loop runs over positions, not over strings."""
     width = max(map(len, strings), default=0)
     width += width % 2
-    # Right-aligned, because a register of zeros stays zero over leading zeros. The register's true start value, all ones, is
-    # then the same as inverting the first four bytes.
+    # Right-aligned: a register of zeros stays zero over leading zeros. Its true start, all ones, is then inverting the first four bytes.
     block = np.zeros((len(strings), width), np.uint8)
     for row, string in zip(block, strings, strict=True):
         start = width - len(string)
@@ -202,15 +208,22 @@ def _features(features: Any) -> tuple[tuple[int, int, int], tuple[str, ...]]:
 def _read_split(
     builder: Any, split: str, shape: tuple[int, int, int], classes: int, folder: pathlib.Path, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
     if split not in builder.info.splits or not builder.info.splits[split].num_examples:
         raise _damaged(folder / "dataset_info.json", f"no images in split {split!r}", name)
     info = builder.info.splits[split]
-    for path in info.filepaths:
-        if not pathlib.Path(path).is_file():
-            raise _damaged(pathlib.Path(path), "missing", name)
     kind = builder.info.file_format.value if builder.info.file_format else "tfrecord"
     if kind not in ("array_record", "tfrecord"):
         raise UserError(f"{folder}: holds {kind} files, not array_record or tfrecord; set config.data_dir to another folder")
+    for path, expected in zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True):
+        if path.parent != folder or not path.is_file():
+            problem = "missing" if path.parent == folder else "named by dataset_info.json, and outside its folder"
+            raise _damaged(folder / path.name, problem, name)
+        if kind == "array_record":  # TFDS reads fewer than there are without a word
+            with contextlib.closing(ArrayRecordReader(os.fspath(path))) as reader:
+                if reader.num_records() != expected:
+                    raise _damaged(path, f"holds {reader.num_records()} records, not the {expected} of dataset_info.json", name)
     chunks = _array_records(builder, split) if kind == "array_record" else _tfrecords(info, name)
     images, labels, n = np.empty((info.num_examples, *shape), np.uint8), np.empty(info.num_examples, np.int64), 0
     for chunk in chunks:
@@ -284,10 +297,9 @@ def _decode(record: bytes, out: np.ndarray) -> int:
 
 
 def _unreachable(url: str) -> str:
-    """Why `url` cannot be had, or '' if it can.
+    """Why `url` cannot be had, or '' if it can, found out in a thread that is abandoned.
 
-    TFDS tries ten times with growing pauses, and a resolver may hang for longer than any timeout of requests; hence this first
-    try in a thread, which is abandoned.
+    TFDS tries ten times with growing pauses, and a resolver may hang for longer than any timeout of requests.
     """
     import requests
 
@@ -311,7 +323,7 @@ def _unreachable(url: str) -> str:
 
 @contextlib.contextmanager
 def _without_tensorflow() -> Iterator[None]:
-    """Lends TFDS, where TensorFlow is not installed, what the preparation of these sets asks of it: PNG encoding and plain files."""
+    """Lends TFDS, where TensorFlow is not installed, what the preparation of these sets asks of it: PNG encoding, plain files."""
     if importlib.util.find_spec("tensorflow") is not None:
         yield
         return

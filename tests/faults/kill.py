@@ -72,7 +72,9 @@ def wait_for(run: Run, instant: str, life: float, draw: random.Random) -> str:
         while run.alive() and time.monotonic() < until:
             time.sleep(0.001)
     else:
-        line = total // 2 if instant == "between groups" else draw.randint(min(before + 1, total), total)
+        if before == total:  # nothing is left to be written: it evaluates
+            return wait_for(run, "any time", life, draw)
+        line = max(total // 2, before + 1) if instant == "between groups" else draw.randint(before + 1, total)
         while run.alive() and run.lines() < line:
             time.sleep(0.0005)
         if instant == "in a save":
@@ -83,7 +85,7 @@ def wait_for(run: Run, instant: str, life: float, draw: random.Random) -> str:
 
 
 def disturb(
-    schedule: str, instant: str, workdir: pathlib.Path, environment: dict[str, str], life: float, draw: random.Random, how: int
+    changes: dict[str, Any], instant: str, workdir: pathlib.Path, environment: dict[str, str], life: float, draw: random.Random, how: int
 ) -> dict:
     """One trial up to its end; the signals it got, and what became of the process then."""
     signals = []
