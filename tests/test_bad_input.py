@@ -1,91 +1,651 @@
-"""Bad input to the command line: it ends with status 2 and one line that names what is wrong and the fix."""
+"""Bad input to every command: status 2, one line that names what is wrong and the fix, at once, and nothing is lost or made."""
 
 import json
 import os
+import pathlib
 import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
+from image_sets import CIFAR_NAMES, fake_cifar, tar_gz
 from runs import contents, copy_of, finished, tiny
+from test_tfds_files import edit_info, example, flip_byte, to_tfrecord, truncate_shard
 
-from vffjax import experiment
+from vffjax import data, experiment
+
+HEAD = "from vffjax.config import default_config\nimport ml_collections\nimport sys\n"
+ENDLESS = "9" * 5_000
+CIFAR = "--config.dataset=cifar10"
+CIFAR_CONFIG = CONFIG.replace("digits", "cifar10")
+
+
+class Place:
+    """An empty folder `cwd` that the command runs in, and what lies beside it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "cwd").mkdir()
+
+    def file(self, name, content=b""):
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def config(self, text, variant=""):
+        return f"--config={self.file('bad.py', text)}{variant}"
+
+    def run(self, hurt=None):
+        """A finished run, damaged."""
+        workdir = copy_of(finished(), self.folder)
+        if hurt:
+            hurt(workdir)
+        return f"--workdir={workdir}"
+
+    def cifar(self, hurt):
+        """A small cifar10, damaged, as TFDS flags."""
+        data_dir = self.folder / "tfds"
+        folder = data_dir / "cifar10" / "3.0.2"
+        folder.mkdir(parents=True)
+        for name, (content, _) in prepared().items():
+            (folder / name).write_bytes(content)
+        hurt(folder)
+        return [CIFAR, f"--config.data_dir={data_dir}"]
+
+    def everything(self):
+        return contents(self.folder), sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
+
+
+_PREPARED = {}
+
+
+def prepared():
+    """The files of a small cifar10."""
+    return _PREPARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warmed_up(tmp_path_factory):
+    """What is imported once, and made once, is not timed."""
+    import vffjax.locality
+    import vffjax.memory
+    import vffjax.prediction
+    import vffjax.reproduction  # noqa: F401
+
+    finished()
+    folder = tmp_path_factory.mktemp("tfds")
+    with fake_cifar(folder):
+        _PREPARED.update(contents(data.prepare("cifar10", str(folder))))
+
+
+def train(*flags):
+    return lambda _: ["train", CONFIG, *flags]
+
+
+def config(text, *flags, variant=""):
+    return lambda place: ["train", place.config(text, variant), *flags]
+
+
+def body(*lines, flags=()):
+    """A configuration file whose get_config changes the default `c` by some lines."""
+    return config(
+        HEAD + "def get_config():\n    c = default_config()\n" + "".join(f"    {line}\n" for line in lines) + "    return c\n", *flags
+    )
+
+
+def cifar(hurt):
+    return lambda place: ["train", CONFIG, *place.cifar(hurt)]
+
+
+def workdir(command, hurt, *rest):
+    return lambda place: [command, place.run(hurt), *rest]
+
+
+def predict(name, content):
+    return lambda place: ["predict", f"--workdir={finished()}", place.file(name, content)]
+
+
+def start(content, name="w.safetensors"):
+    """Training from a weight file."""
+    return lambda place: ["train", *TINY_FLAGS, f"--workdir={place.folder / 'new'}", f"--config.init_from={place.file(name, content)}"]
+
+
+def of(command, *rest):
+    return lambda _: [command, *rest]
+
+
+def on_run(command, *rest):
+    return lambda _: [command, f"--workdir={finished()}", *rest]
+
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# To train
+# Flags of train, and what they set
 
-BAD_FLAGS = {
-    "no --config": (["--workdir=runs/x"], ["--config: missing", "configs/digits.py"]),
-    "--config without a value": (["--config"], ["--config: missing"]),
-    "a stray argument": ([CONFIG, "stray"], ["'stray'", "--config.KEY=VALUE"]),
-    "an unknown flag": ([CONFIG, "--wordir=x"], ["wordir", "workdir"]),
-    "a missing file": (["--config=nothing.py"], ["--config=nothing.py", "No such file", "configs/digits.py"]),
-    "a folder for a file": ([f"--config={ROOT}"], [f"--config={ROOT}", "directory"]),
-    "a file without variants": ([CONFIG + ":small"], ["digits.py:small", "no variants"]),
-    "an unknown variant": ([CONFIG.replace("digits", "cifar10") + ":smal"], ["'smal'", "full, small"]),
-    "an unknown key": ([CONFIG, "--config.epoch=3"], ["config.epoch='3'", "did you mean config.epochs?"]),
-    "an unknown key, apart": ([CONFIG, "--config.epoch", "3"], ["config.epoch='3'", "did you mean config.epochs?"]),
-    "a word for a number": ([CONFIG, "--config.epochs=many"], ["config.epochs='many'", "such as 10"]),
-    "a fraction for a number": ([CONFIG, "--config.seed=1.5"], ["config.seed='1.5'", "such as 0"]),
-    "no value": ([CONFIG, "--config.epochs"], ["config.epochs=''"]),
-    "a word for a truth": ([CONFIG, "--config.flip=maybe"], ["config.flip='maybe'", "such as False"]),
-    "a key of a key": ([CONFIG, "--config.overrides.group0.momentum=1"], ["config.overrides.group0.momentum='1'", "the whole of"]),
-    "an unknown data set": ([CONFIG, "--config.dataset=digit"], ["config.dataset='digit'", "did you mean 'digits'?", "cifar10"]),
-    "a negative temperature": ([CONFIG, "--config.temperature=-1"], ["config.temperature=-1.0", "the least is 0.0001"]),
-    "a width of 0": ([CONFIG, "--config.widths=(0,4,4,4)"], ["config.widths=(0, 4, 4, 4)", "at least one"]),
-    "too few widths": ([CONFIG, "--config.widths=(4,4,4)"], ["config.widths=(4, 4, 4)", "give 4 widths"]),
-    "a width for widths": ([CONFIG, "--config.widths=16"], ["config.widths=(16,)", "give 4 widths"]),
-    "a word for widths": ([CONFIG, "--config.widths=wide"], ["config.widths=('wide',)", "give for example"]),
-    "no widths": ([CONFIG, "--config.widths=()"], ["config.widths=()", "give for example"]),
-    "a sweep for rule head": ([CONFIG, "--config.inference=sweep", "--config.rule=head"], ["config.inference='sweep'", "inference=heads"]),
-    "a batch larger than the data": ([CONFIG, "--config.batch_size=9999"], ["config.batch_size=9999", "use at most 1293"]),
-    "more images than there are": ([CONFIG, "--config.train_examples=9999"], ["config.train_examples=9999", "1437"]),
-    "pools that leave nothing": ([CONFIG, "--config.pools=(4,4,1,1)"], ["config.pools=(4, 4, 1, 1)", "smaller"]),
-    "a group that is not there": ([CONFIG, "--config.overrides={'group2':{}}"], ["config.overrides.group2={}", "group0 to group1"]),
-    "a misspelt folder of data": ([CONFIG, "--config.dataset=mnist", "--config.data_dir=no"], ["config.data_dir='no'", "create it"]),
-    "a file for a folder of data": ([CONFIG, "--config.dataset=mnist", "--config.data_dir=train.py"], ["'train.py'", "not a folder"]),
+FLAGS = {
+    "no command": (of("trian"), ["COMMAND=trian", "train, evaluate, predict"]),
+    "a command of two lines": (of("a\nvffjax: error: b"), ["COMMAND=a vffjax: error: b", "choose one of"]),
+    "no --config": (of("train", "--workdir=runs/x"), ["--config: missing", "configs/digits.py"]),
+    "--config without a value": (of("train", "--config"), ["--config: missing"]),
+    "a stray argument": (train("stray"), ["'stray'", "--config.KEY=VALUE"]),
+    "an argument behind --": (train("--", "stray"), ["'stray'", "--config.KEY=VALUE"]),
+    "an unknown flag": (train("--wordir=x"), ["wordir", "workdir"]),
+    "a flag of absl that hides others": (train("--undefok=wordir", "--wordir=x"), ["'--undefok=wordir'", "give each"]),
+    "a file of flags": (train("--flagfile=/dev/zero"), ["'--flagfile=/dev/zero'", "give each"]),
+    "an unknown key": (train("--config.epoch=3"), ["config.epoch='3'", "did you mean config.epochs?"]),
+    "an unknown key, apart": (train("--config.epoch", "3"), ["config.epoch='3'", "did you mean config.epochs?"]),
+    "a word for a number": (train("--config.epochs=many"), ["config.epochs='many'", "such as 10"]),
+    "a fraction for a number": (train("--config.seed=1.5"), ["config.seed='1.5'", "such as 0"]),
+    "no value": (train("--config.epochs"), ["config.epochs=''"]),
+    "an empty value": (train("--config.epochs="), ["config.epochs=''", "such as 10"]),
+    "a word for a truth": (train("--config.flip=maybe"), ["config.flip='maybe'", "such as False"]),
+    "a key of a key": (train("--config.overrides.group0.momentum=1"), ["config.overrides.group0.momentum='1'", "the whole of"]),
+    "an unknown data set": (train("--config.dataset=digit"), ["config.dataset='digit'", "did you mean 'digits'?", "cifar10"]),
+    "an empty choice": (train("--config.rule="), ["config.rule=''", "choose one of vff, ff, head"]),
+    "a choice with a ligature": (train("--config.rule=vﬀ"), ["config.rule='vﬀ'", "choose one of vff, ff, head"]),
+    "a choice of two lines": (train("--config.rule=a\nvffjax: error: b"), ["config.rule='a\\nvffjax: error: b'", "choose one of"]),
+    "a choice that colours": (train("--config.rule=\x1b[31mred"), ["config.rule='\\x1b[31mred'", "choose one of"]),
+    "a choice that is no text": (train("--config.rule=\udcff"), ["config.rule='\\udcff'", "choose one of"]),
+    "a choice of 100,000 letters": (train("--config.rule=" + "x" * 10**5), ["config.rule='xxx", " ... ", "choose one of vff, ff, head"]),
+    "a negative temperature": (train("--config.temperature=-1"), ["config.temperature=-1.0", "the least is 0.0001"]),
+    "a rate that is no number": (train("--config.learning_rate=nan"), ["config.learning_rate=nan", "finite"]),
+    "a rate beyond floats": (train("--config.learning_rate=1e999"), ["config.learning_rate=inf", "finite"]),
+    "a rate beyond float32": (train("--config.learning_rate=1e39"), ["config.learning_rate=1e+39", "the most is 1000000.0"]),
+    "a seed beyond 32 bits": (train(f"--config.seed={2**31}"), ["config.seed=2147483648", "the most is 2147483647"]),
+    "a seed of 5,000 digits": (train(f"--config.seed={ENDLESS}"), ["config.seed='999", "such as 0"]),
+    "a width of 0": (train("--config.widths=(0,4,4,4)"), ["config.widths=(0, 4, 4, 4)", "at least one"]),
+    "a width beyond memory": (train(f"--config.widths=({10**30},4,4,4)"), [f"config.widths=({10**30}, 4, 4, 4)", "at most 65536"]),
+    "a network beyond memory": (
+        train("--config.widths=(65536,8192,65536,8192)"),
+        ["config.widths=(65536, 8192, 65536, 8192)", "GB at the least", "lower them"],
+    ),
+    "states beyond memory": (
+        train("--config.network=conv", f"--config.widths=({'14000,' * 200})", f"--config.pools=({'1,' * 200})"),
+        ["config.widths=(14000, 14000", "config.batch_size=64", "GB at the least", "lower them"],
+    ),
+    "a step beyond memory": (
+        train("--config.dataset=synthetic", "--config.widths=(65536,1,1,1)", "--config.copies_per_class=10000"),
+        ["config.copies_per_class=10000", "GB at the least", "lower them"],
+    ),
+    "a million layers": (
+        train("--config.network=mlp", f"--config.widths=({'1,' * 10**5})"),
+        ["config.widths=(1, 1, 1", "at most 1000 widths"],
+    ),
+    "too few widths": (train("--config.widths=(4,4,4)"), ["config.widths=(4, 4, 4)", "give 4 widths"]),
+    "a width for widths": (train("--config.widths=16"), ["config.widths=(16,)", "give 4 widths"]),
+    "a word for widths": (train("--config.widths=wide"), ["config.widths=('wide',)", "give for example"]),
+    "a sum for widths": (train("--config.widths=(10**3,)"), ["config.widths=('(10**3,)',)", "give for example"]),
+    "no widths": (train("--config.widths=()"), ["config.widths=()", "give for example"]),
+    "widths given twice": (train("--config.widths=(4,4)", "--config.widths=(4,4)"), ["--config.widths: given 2 times", "give it once"]),
+    "negative pools": (train("--config.pools=(-1,1,1,1)"), ["config.pools=(-1, 1, 1, 1)", "windows of at least 1"]),
+    "pools that leave nothing": (train("--config.pools=(4,4,1,1)"), ["config.pools=(4, 4, 1, 1)", "smaller"]),
+    "pools beyond any image": (train(f"--config.pools=({10**30},1,1,1)"), ["config.pools=(1000000", "smaller windows"]),
+    "a sweep for rule head": (train("--config.inference=sweep", "--config.rule=head"), ["config.inference='sweep'", "inference=heads"]),
+    "a batch larger than the data": (train("--config.batch_size=9999"), ["config.batch_size=9999", "use at most 1293"]),
+    "a batch beyond memory": (train(f"--config.batch_size={2**40}"), [f"config.batch_size={2**40}", "the most is 1048576"]),
+    "an evaluation beyond memory": (train(f"--config.eval_batch_size={2**40}"), [f"config.eval_batch_size={2**40}", "the most is"]),
+    "copies beyond memory": (train(f"--config.copies_per_class={10**9}"), ["config.copies_per_class=1000000000", "the most is 10000"]),
+    "more epochs than anybody waits for": (train(f"--config.epochs={10**12}"), [f"config.epochs={10**12}", "the most is 1000000"]),
+    "more images than there are": (train("--config.train_examples=9999"), ["config.train_examples=9999", "1437"]),
+    "a crop wider than the image": (train("--config.crop_padding=9"), ["config.crop_padding=9", "use at most 8"]),
+    "a group that is not there": (train("--config.overrides={'group2':{}}"), ["config.overrides.group2={}", "group0 to group1"]),
+    "a group of 5,000 digits": (train(f"--config.overrides={{'group{ENDLESS}':{{}}}}"), ["config.overrides.group999", "not a group"]),
+    "a group that is a number": (train("--config.overrides={1:{}}"), ["config.overrides.1={}", "not a group"]),
+    "overrides that are no dictionary": (train("--config.overrides=abc"), ["config.overrides='abc'", "not a value of the right type"]),
+    "overrides nested deeply": (train("--config.overrides=" + "(" * 10**5), ["config.overrides='(((", "give one such as {}"]),
+    "a misspelt folder of data": (train(CIFAR, "--config.data_dir=no"), ["config.data_dir='no'", "create it"]),
+    "a file for a folder of data": (lambda p: ["train", CONFIG, CIFAR, f"--config.data_dir={p.file('f')}"], ["/f'", "not a folder"]),
+    "a folder of data with a line break": (train(CIFAR, "--config.data_dir=a\nb"), ["config.data_dir='a\\nb'", "control character"]),
+    "a folder of data with a null byte": (train(CIFAR, "--config.data_dir=a\0b"), ["config.data_dir='a\\x00b'", "control character"]),
+    "a folder of data of 5,000 letters": (train(CIFAR, f"--config.data_dir={'x' * 5_000}"), ["config.data_dir='xxx", "create it"]),
+    "an empty workdir": (train("--workdir="), ["--workdir=", "'' is empty", "give a path"]),
+    "a workdir with a line break": (train("--workdir=a\nb"), ["--workdir=a b", "control character", "give a path"]),
+    "a workdir of 5,000 letters": (train("--workdir=" + "x" * 5_000), ["xxx", "File name too long", "another --workdir"]),
+    "a workdir that is a file": (lambda p: ["train", *TINY_FLAGS, f"--workdir={p.file('f')}"], ["/f: not a folder", "give a folder"]),
+    "a workdir below a file": (lambda p: ["train", *TINY_FLAGS, f"--workdir={p.file('f')}/deeper"], ["/f", "another --workdir"]),
+    "a workdir of another run": (
+        lambda p: ["train", *TINY_FLAGS, "--config.seed=5", p.run()],
+        ["config.seed=5", "/run holds a run with 0", "another --workdir"],
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Configuration files
+
+
+def pipe(place):
+    os.mkfifo(place.folder / "pipe.py")
+    return ["train", f"--config={place.folder / 'pipe.py'}"]
+
+
+FILES = {
+    "a missing file": (of("train", "--config=nothing.py"), ["--config=nothing.py", "No such file", "configs/digits.py"]),
+    "a name with a null byte": (of("train", "--config=a\0b"), ["--config=a\\x00b", "null byte", "configs/digits.py"]),
+    "a name of 5,000 letters": (of("train", "--config=" + "x" * 5_000), ["--config=xxx", "File name too long"]),
+    "a folder for a file": (of("train", f"--config={ROOT}"), [f"--config={ROOT}", "directory"]),
+    "a device": (of("train", "--config=/dev/null"), ["--config=/dev/null: not a file", "configs/digits.py"]),
+    "a pipe": (pipe, ["pipe.py: not a file", "configs/digits.py"]),
+    "two megabytes": (config("#" * 2_000_000), ["bad.py: 2000000 bytes", "configs/digits.py"]),
+    "a file without variants": (of("train", CONFIG + ":small"), ["digits.py:small", "no variants"]),
+    "an empty variant": (of("train", CONFIG + ":"), ["digits.py:", "no variants"]),
+    "an unknown variant": (of("train", CIFAR_CONFIG + ":smal"), ["'smal'", "full, small"]),
+    "a number for variants": (
+        config("VARIANTS = 5\ndef get_config(v='a'): pass\n", variant=":x"),
+        ["VARIANTS of", "is int", "tuple of names"],
+    ),
+    "a text for variants": (config("VARIANTS = 'full'\ndef get_config(v='a'): pass\n", variant=":fu"), ["VARIANTS of", "is str", "tuple"]),
+    "numbers for variants": (config("VARIANTS = (1,)\ndef get_config(v='a'): pass\n", variant=":1"), ["VARIANTS of", "tuple of names"]),
+    "a variant that has to be given": (
+        config("VARIANTS = ('a', 'b')\ndef get_config(v): pass\n"),
+        ["get_config wants v", "give a variant", "bad.py:NAME, one of a, b"],
+    ),
+    "two arguments": (config("def get_config(a, b): pass\n"), ["get_config wants a, b", "give a variant"]),
+    "a syntax error": (config("def get_config(:\n"), ["bad.py: line 1: SyntaxError", "correct the file"]),
+    "an exception": (config("def get_config():\n    return 1 / 0\n"), ["line 2: ZeroDivisionError: division by zero", "correct the file"]),
+    "an import": (config("import nothing_of_this_name\n"), ["line 1: ModuleNotFoundError", "nothing_of_this_name"]),
+    "sys.exit": (config("import sys\ndef get_config():\n    sys.exit(0)\n"), ["line 3: SystemExit: 0", "correct the file"]),
+    "an exception beside Exception": (
+        config("class Own(BaseException): pass\ndef get_config():\n    raise Own('x')\n"),
+        ["line 3: Own: x", "correct the file"],
+    ),
+    "an exception without words": (
+        config("class Own(Exception):\n    def __str__(self): raise self\ndef get_config():\n    raise Own(Own())\n"),
+        ["line 4: Own: without a message", "correct the file"],
+    ),
+    "an exception of two lines": (config("raise ValueError('a\\nb\\x1b[2J')\n"), ["line 1: ValueError: a", "correct the file"]),
+    "endless recursion": (config("def get_config():\n    return get_config()\n"), ["line 2: RecursionError", "correct the file"]),
+    "the library's own error": (
+        config(HEAD + "from vffjax.config import make_config\nmake_config({'epochs': 0})\n"),
+        ["bad.py: config.epochs=0: too small", "the least is 1"],
+    ),
+    "no get_config": (config("x = 1\n"), ["no function get_config"]),
+    "a number for get_config": (config("get_config = 5\n"), ["get_config of", "is no function", "configs/digits.py"]),
+    "no return": (config("def get_config():\n    pass\n"), ["returns NoneType", "default_config()"]),
+    "a dictionary": (config("def get_config():\n    return {'epochs': 3}\n"), ["returns dict", "default_config()"]),
+    "not Python": (config("\0"), ["SyntaxError"]),
+    "an unknown key in the file": (body("c.epoch = 3"), ["line 6", "config.epoch: no such key", "did you mean config.epochs?"]),
+    "a wrong type": (body("c.epochs = 'many'"), ["line 6", "'epochs'", "many"]),
+    "nothing for a number": (body("c.epochs = None"), ["config.epochs=None", "type int"]),
+    "a number of 5,001 digits": (body("c.epochs = 10**5000"), ["config.epochs=<int: ValueError>", "too large"]),
+    "a real number of 5,001 digits": (body("c.learning_rate = 10**5000"), ["line 6: OverflowError", "correct the file"]),
+    "a key unlocked": (body("c.unlock()", "c.epoch = 3"), ["config.epoch=3", "did you mean config.epochs?"]),
+    "a key that is a number": (
+        config("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({1: 2})\n"),
+        ["config.1=2", "no such key"],
+    ),
+    "a dictionary for a number": (
+        body("c.unlock()", "del c['epochs']", "c.epochs = ml_collections.ConfigDict({'a': 1})"),
+        ["config.epochs={'a': 1}", "type int"],
+    ),
+    "a configuration that holds itself": (body("c.unlock()", "c.overrides = c"), ["config.overrides.", "not a group"]),
+    "a place held for a value": (
+        body("c.unlock()", "del c['epochs']", "c.epochs = ml_collections.config_dict.required_placeholder(int)"),
+        ["bad.py", "RequiredValueError", "correct the file"],
+    ),
+    "an override that is a set": (
+        body("c.overrides = {'group0': {'learning_rate': {1}}}"),
+        ["config.overrides.group0.learning_rate={1}", "type float"],
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Folders of data
+
+
+def edit_features(change):
+    def edit(folder):
+        path = folder / "features.json"
+        plain = json.loads(path.read_text())
+        change(plain)
+        path.write_text(json.dumps(plain))
+
+    return edit
+
+
+def shard_lengths(count):
+    def edit(folder):
+        splits = json.loads((folder / "dataset_info.json").read_text())["splits"]
+        splits[0]["shardLengths"] = [str(count)]
+        edit_info(splits=splits)(folder)
+
+    return edit
+
+
+def names_files_elsewhere(folder):
+    path = folder / "dataset_info.json"
+    path.write_text(path.read_text().replace("{DATASET}-{SPLIT}", "../../../{SPLIT}"))
+
+
+def set_shape(plain):
+    plain["featuresDict"]["features"]["image"]["image"]["shape"]["dimensions"] = ["100000", "100000", "3"]
+
+
+def set_class(plain):
+    plain["pythonClassName"] = "this.Zen"  # importing `this` prints
+
+
+def records(*given):
+    return lambda folder: to_tfrecord(folder, {"train": [example(), *given]})
+
+
+PREPARE = 'run "vffjax prepare cifar10"'
+DATA = {
+    "no json files": (cifar(lambda f: (f / "features.json").unlink()), ["features.json is missing", PREPARE]),
+    "json that is no json": (cifar(lambda f: (f / "dataset_info.json").write_text('{"name": "cif')), ["3.0.2", PREPARE]),
+    "json nested deeply": (cifar(lambda f: (f / "dataset_info.json").write_text("[" * 10**5)), ["3.0.2", "recursion", PREPARE]),
+    "another set": (cifar(edit_info(name="cifar100")), ["is of 'cifar100'", PREPARE]),
+    "an unknown format": (cifar(edit_info(fileFormat="sheets")), ["3.0.2", "'sheets'", PREPARE]),
+    "no splits": (cifar(edit_info(splits=[])), ["dataset_info.json", "no images in split 'train'", PREPARE]),
+    "a missing file of images": (cifar(lambda f: next(f.glob("*-test.*")).unlink()), ["cifar10-test.", "missing", PREPARE]),
+    "an empty file": (cifar(lambda f: next(f.glob("*-train.*")).write_bytes(b"")), ["cifar10/3.0.2", PREPARE]),
+    "a truncated file": (cifar(truncate_shard), ["cifar10/3.0.2", PREPARE]),
+    "a flipped byte": (cifar(flip_byte), ["cifar10/3.0.2", PREPARE]),
+    "fewer images than records": (cifar(shard_lengths(30)), ["cifar10-train.", "holds 35 records, not the 30", PREPARE]),
+    "more images than records": (cifar(shard_lengths(10**12)), ["cifar10-train.", "holds 35 records, not the 1000000000000", PREPARE]),
+    "images beyond memory": (cifar(edit_features(set_shape)), ["cifar10/3.0.2", PREPARE]),
+    "files elsewhere": (cifar(names_files_elsewhere), ["outside its folder", "cifar10/3.0.2 and " + PREPARE]),
+    "a class from elsewhere": (cifar(edit_features(set_class)), ["features.json", "'this.Zen'", PREPARE]),
+    "a label out of range": (cifar(records(example(label=10))), ["record 1 of split 'train' has label 10", PREPARE]),
+    "an image of another size": (cifar(records(example(size=(32, 31)))), ["31x32 RGB, not 32x32x3", PREPARE]),
+    "a record that is no image": (cifar(records(example(image=b"GIF89a"))), ["record 1 of split 'train' cannot be used", PREPARE]),
+    "a batch beyond a small set": (
+        lambda p: ["train", CONFIG, *p.cifar(lambda _: None), "--config.pools=(1,2,1,2)", "--config.batch_size=33"],
+        ["config.batch_size=33", "use at most"],
+    ),
+    "evaluation of a damaged set": (
+        lambda p: ["evaluate", p.run(configured(dataset="cifar10")), f"--data_dir={p.cifar(truncate_shard)[1].partition('=')[2]}"],
+        ["/run"],
+    ),
+    "prepare what needs it not": (of("prepare", "digits"), ["'digits'", "mnist, fashion_mnist, cifar10, cifar100"]),
+    "prepare an unknown set": (of("prepare", "imagenet"), ["'imagenet'", "mnist, fashion_mnist, cifar10, cifar100"]),
+    "prepare a set that clears the screen": (of("prepare", "\x1b[2J"), ["'\\x1b[2J'", "mnist, fashion_mnist, cifar10, cifar100"]),
+    "prepare nothing": (of("prepare"), ["DATASET", "vffjax prepare --help"]),
+    "prepare in a file": (lambda p: ["prepare", "mnist", f"--data_dir={p.file('f')}"], ["data_dir", "/f'", "a file, not a folder"]),
+    "prepare in a name of 5,000 letters": (of("prepare", "mnist", f"--data_dir={'x' * 5_000}"), ["xxx", "too long", "--data_dir"]),
+    "prepare in a null byte": (of("prepare", "mnist", "--data_dir=a\0b"), ["--data_dir", "'a\\x00b'", "give a path"]),
+    "prepare from another archive": (
+        lambda p: ["prepare", "cifar10", f"--data_dir={archived(p, tar_gz({'batches.meta.txt': chr(10).join(CIFAR_NAMES).encode()}))}"],
+        ["config.dataset='cifar10'", "wrong checksum", "TFDS_DATA_DIR"],
+    ),
+    "prepare from what is no archive": (
+        lambda p: ["prepare", "cifar10", f"--data_dir={archived(p, b'no archive')}"],
+        ["config.dataset='cifar10'", "preparing it failed", "TFDS_DATA_DIR"],
+    ),
 }
 
 
-@pytest.mark.parametrize(("flags", "parts"), BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
-def test_bad_flags_are_refused_and_no_workdir_is_made(flags, parts, fails, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").touch()
-    fails("train", *flags, parts=parts)
-    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+def archived(place, content):
+    manual = place.folder / "tfds" / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    (manual / "cifar-10-binary.tar.gz").write_bytes(content)
+    return place.folder / "tfds"
 
 
-BAD_FILES = {
-    "syntax": ("def get_config(:\n", ["line 1: SyntaxError"]),
-    "an exception": ("def get_config():\n    return 1 / 0\n", ["line 2: ZeroDivisionError: division by zero"]),
-    "an import": ("import nothing_of_this_name\n", ["line 1: ModuleNotFoundError", "nothing_of_this_name"]),
-    "no get_config": ("x = 1\n", ["no function get_config"]),
-    "no return": ("def get_config():\n    pass\n", ["returns NoneType", "default_config()"]),
-    "not Python": ("\0", ["SyntaxError"]),
-    "an unknown key": (
-        "from vffjax.config import default_config\ndef get_config():\n    c = default_config()\n    c.epoch = 3\n    return c\n",
-        ["line 4", "config.epoch: no such key", "did you mean config.epochs?"],
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Workdirs
+
+
+def configured(**changes):
+    def edit(workdir):
+        plain = json.loads((workdir / "config.json").read_text())
+        (workdir / "config.json").write_text(json.dumps(plain | changes))
+
+    return edit
+
+
+def config_json(content):
+    return lambda workdir: (workdir / "config.json").write_bytes(content)
+
+
+def all_checkpoints_damaged(workdir):
+    for path in workdir.glob("checkpoints/*/group1/manifest.ocdbt"):
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+def no_checkpoints(workdir):
+    for path in workdir.glob("checkpoints/*.json"):
+        path.unlink()
+
+
+WORKDIRS = {}
+for command, rest in {"evaluate": [], "predict": ["x.png"], "export": ["--out=w.safetensors"]}.items():
+    help_ = f"vffjax {command} --help"
+    WORKDIRS |= {
+        f"{command} nothing": (of(command, *rest), ["--workdir", help_]),
+        f"{command} an empty name": (of(command, "--workdir=", *rest), ["--workdir", "'' is empty", help_]),
+        f"{command} a folder without a run": (
+            of(command, "--workdir=.", *rest),
+            ["--workdir=.", "no run here", "give the folder of a run"],
+        ),
+        f"{command} an epoch that is not saved": (
+            on_run(command, "--epoch=99", *rest),
+            ["--epoch=99: not saved", "best, latest, or one of"],
+        ),
+        f"{command} an epoch that is no number": (on_run(command, "--epoch=²", *rest), ["--epoch=²: not saved", "best, latest, or one of"]),
+        f"{command} an epoch of 5,000 digits": (on_run(command, f"--epoch={ENDLESS}", *rest), ["--epoch", "best, latest, or", help_]),
+        f"{command} without checkpoints": (workdir(command, no_checkpoints, *rest), ["checkpoint", "/run", "; "]),
+        f"{command} with damaged checkpoints": (
+            workdir(command, all_checkpoints_damaged, *rest),
+            ["group1/manifest.ocdbt", "damaged", "; "],
+        ),
+        f"{command} by a configuration that is no JSON": (
+            workdir(command, config_json(b"{"), *rest),
+            ["config.json: cannot be read", "restore it"],
+        ),
+        f"{command} by a configuration of bytes": (
+            workdir(command, config_json(b"\xff"), *rest),
+            ["config.json: cannot be read", "restore it"],
+        ),
+        f"{command} by a configuration that is a list": (
+            workdir(command, config_json(b"[1]"), *rest),
+            ["config.json: cannot be read", "restore"],
+        ),
+        f"{command} by a configuration nested deeply": (
+            workdir(command, config_json(b"[" * 10**5), *rest),
+            ["/run", "nested too deeply", "restore"],
+        ),
+        f"{command} by a configuration out of range": (
+            workdir(command, configured(epochs=0), *rest),
+            ["config.json: config.epochs=0", "the least is 1"],
+        ),
+        f"{command} by another network": (
+            workdir(command, configured(widths=[16, 13]), *rest),
+            ["config.widths", "[16, 13]", "config.json"],
+        ),
+    }
+
+OPTIONS = {
+    "evaluate by guessing": (on_run("evaluate", "--inference=guess"), ["--inference", "'guess'", "heads", "sweep"]),
+    "evaluate a stray argument": (on_run("evaluate", "stray"), ["stray", "vffjax evaluate --help"]),
+    "evaluate with a file of data": (on_run("evaluate", "--data_dir=a\0"), ["--data_dir", "'a\\x00'", "give a path"]),
+    "predict no image": (on_run("predict"), ["IMAGE", "vffjax predict --help"]),
+    "predict no class": (on_run("predict", "--top=0", "x.png"), ["--top", "'0'", "at least 1"]),
+    "predict a word of classes": (on_run("predict", "--top=two", "x.png"), ["--top", "'two'", "--help"]),
+    "predict classes of 5,000 digits": (on_run("predict", f"--top={ENDLESS}", "x.png"), ["--top", "no whole number", "--help"]),
+    "export without a file": (on_run("export"), ["--out", "vffjax export --help"]),
+    "export to a pickle": (on_run("export", "--out=w.pt"), ["--out=w.pt", "give a .safetensors file"]),
+    "export to a folder": (on_run("export", "--out=.safetensors/"), ["--out=", "give a .safetensors file"]),
+    "export to a missing folder": (on_run("export", "--out=no/w.safetensors"), ["--out=no/w.safetensors", "a folder that exists"]),
+    "export to 5,000 letters": (on_run("export", f"--out={'x' * 5_000}.safetensors"), ["--out=xxx", "give a .safetensors file"]),
+    "export to an empty name": (on_run("export", "--out="), ["--out", "'' is empty", "--help"]),
+    "memory without a configuration": (of("memory"), ["--config: missing", "configs/digits.py"]),
+    "memory of no layers": (of("memory", CONFIG, "--depths=0"), ["--depths=0", "2,4,8"]),
+    "memory of a million layers": (of("memory", CONFIG, "--depths=999999"), ["--depths=999999", "the most is 1000"]),
+    "memory of words": (of("memory", CONFIG, "--depths=deep"), ["--depths=deep", "2,4,8"]),
+    "memory of more images than there are": (of("memory", CONFIG, "--batches=999996"), ["--batches=999996", "use at most 1293"]),
+    "memory of a batch that has no quarter": (of("memory", CONFIG, "--batches=7"), ["--batches=7", "use for example 8"]),
+    "memory on what is no device": (of("memory", CONFIG, "--target=gpu"), ["--target", "'gpu'", "tpu", "--help"]),
+    "memory to no JSON": (of("memory", CONFIG, "--out=x.txt"), ["--out=x.txt", "give a .json file"]),
+    "memory to a missing folder": (of("memory", CONFIG, "--out=no/x.json"), ["--out=no/x.json", "a folder that exists"]),
+    "memory with a workdir": (of("memory", CONFIG, "--workdir=x"), ["--workdir=x", "use --out"]),
+    "memory of a layer that XLA cannot count": (
+        of("memory", CONFIG, "--config.widths=(65536,8192,65536,8192)"),
+        ["config.widths=(65536, 8192", "layer 1 would have 4831838208 parameters", "smaller widths"],
     ),
-    "a wrong type": (
-        "from vffjax.config import default_config\ndef get_config():\n    c = default_config()\n    c.epochs = 'many'\n    return c\n",
-        ["line 4", "'epochs'", "many"],
+    "memory of a width beyond memory": (
+        of("memory", CONFIG, f"--config.widths=({10**30},4,4,4)"),
+        ["config.widths=(1000", "at most 65536"],
     ),
+    "locality without a configuration": (of("locality"), ["--config: missing", "configs/digits.py"]),
+    "locality of an unknown key": (of("locality", CONFIG, "--config.epoch=3"), ["config.epoch='3'", "did you mean config.epochs?"]),
+    "locality with a workdir": (of("locality", CONFIG, "--workdir=x"), ["--workdir=x", "use --out"]),
+    "locality to no JSON": (of("locality", CONFIG, "--out=x"), ["--out=x", "give a .json file"]),
+    "locality of a batch larger than the data": (
+        of("locality", CONFIG, "--config.batch_size=9999"),
+        ["config.batch_size=9999", "use at most"],
+    ),
+    "reproduce nothing": (of("reproduce"), ["WORKDIR", "vffjax reproduce --help"]),
+    "reproduce a folder without a run": (of("reproduce", "."), ["no run here", "give the folder of a run"]),
+    "reproduce an empty name": (of("reproduce", ""), ["WORKDIR", "'' is empty", "give a path"]),
+    "reproduce into itself": (lambda p: ["reproduce", p.run().partition("=")[2], f"--into={p.folder / 'run'}"], ["--into=", "/run", "; "]),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Images and weight files; test_prediction.py, test_weights.py and test_fuzz.py have more
+
+
+def png(width, height):
+    """A PNG that claims a size and holds no such pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    framed = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def image_pipe(place):
+    os.mkfifo(place.folder / "pipe.png")
+    return ["predict", f"--workdir={finished()}", place.folder / "pipe.png"]
+
+
+def huge_image(place):
+    path = place.file("big.png", png(8, 8))
+    os.truncate(path, 2**28 + 1)  # a file with a hole
+    return ["predict", f"--workdir={finished()}", path]
+
+
+CONVERT = "convert or replace it"
+IMAGES = {
+    "an image that is missing": (on_run("predict", "no.png"), ["no.png: no such file", "give a PNG or JPEG"]),
+    "an image that is a folder": (on_run("predict", "."), [".: not a file", "give a PNG or JPEG"]),
+    "an image that is a device": (on_run("predict", "/dev/zero"), ["/dev/zero: not a file", "give a PNG or JPEG"]),
+    "an image that is a pipe": (image_pipe, ["pipe.png: not a file", "give a PNG or JPEG"]),
+    "an image of no bytes": (predict("a.png", b""), ["a.png: not a readable", CONVERT]),
+    "an image that is text": (predict("a.png", b"not an image"), ["a.png: not a readable", CONVERT]),
+    "an image that is a GIF": (predict("a.png", b"GIF89a\x01\0\x01\0\0\0\0;"), ["a.png: not a readable", CONVERT]),
+    "an image cut off": (predict("a.png", png(8, 8)[:45]), ["a.png: not a readable", CONVERT]),
+    "an image with fewer pixels than it says": (predict("a.png", png(4_000, 4_000)), ["a.png: not a readable", CONVERT]),
+    "an image with too many pixels": (predict("a.png", png(10_000, 10_000)), ["a.png: 10000x10000 pixels", "at most"]),
+    "an image with far too many pixels": (predict("a.png", png(10**5, 10**5)), ["a.png: far too many pixels", "at most"]),
+    "an image of 256 MB": (huge_image, ["big.png: 268435457 bytes", "at most"]),
+    "an image with a null byte": (on_run("predict", "a\0.png"), ["a\\x00.png", "; "]),
+    "an image with a name of two lines": (
+        predict("a\nvffjax: error: b\x1b[2J.png", b""),
+        ["a vffjax: error: b\\x1b[2J.png: not a readable"],
+    ),
+    "an image with a name of 5,000 letters": (on_run("predict", "x" * 5_000), ["xxx", "; "]),
 }
 
 
-@pytest.mark.parametrize(("text", "parts"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_a_bad_configuration_file_is_named_with_the_line(text, parts, fails, tmp_path):
-    file = tmp_path / "bad.py"
-    file.write_text(text)
-    fails("train", f"--config={file}", parts=[f"--config={file}: ", *parts])
+def weight_file(**tensors):
+    return safetensors.numpy.save(tensors)
 
 
-def test_bad_flags_are_refused_before_jax_is_imported():
+WEIGHTS = {
+    "weights that are missing": (train("--config.init_from=no.safetensors"), ["no.safetensors", "No such file", "vffjax export"]),
+    "weights by another name": (train("--config.init_from=w.pt"), ["config.init_from='w.pt'", "not a .safetensors file", "vffjax export"]),
+    "weights in a folder": (train(f"--config.init_from={ROOT}/.safetensors"), [".safetensors: cannot be read", "vffjax export"]),
+    "weights with a line break": (train("--config.init_from=a\n.safetensors"), ["config.init_from='a\\n", "control character"]),
+    "weights of no bytes": (start(b""), ["w.safetensors: not safetensors", "init_from=''"]),
+    "weights that are a pickle": (start(b"\x80\x04\x95\x10\0\0\0\0\0\0\0}."), ["w.safetensors: not safetensors", "init_from=''"]),
+    "weights cut off": (start(weight_file(a=np.zeros(9, np.float32))[:-1]), ["w.safetensors: truncated", "init_from=''"]),
+    "weights of another network": (start(weight_file()), ["w.safetensors: tensor group0.", "missing", "init_from=''"]),
+    "weights with a header of 4 GB": (start((2**32).to_bytes(8, "little") + b"{}"), ["w.safetensors: not safetensors", "init_from=''"]),
+    "weights nested deeply": (
+        start((10**5).to_bytes(8, "little") + b"[" * 10**5),
+        ["w.safetensors: a damaged header (RecursionError", "init_from=''"],
+    ),
+}
+
+ROWS = FLAGS | FILES | DATA | WORKDIRS | OPTIONS | IMAGES | WEIGHTS
+SECONDS = 5
+
+
+def test_the_table_is_whole():
+    tables = (FLAGS, FILES, DATA, WORKDIRS, OPTIONS, IMAGES, WEIGHTS)
+    assert len(ROWS) == sum(map(len, tables)) >= 90  # no name stands in two tables
+
+
+def is_one_line(err):
+    """One line, as a terminal shows it, that is not longer than anybody reads."""
+    return err.count("\n") == 1 and err.startswith("vffjax: error: ") and err[:-1].isprintable() and len(err) < 1_100
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets")
+@pytest.mark.parametrize(("arguments", "parts"), ROWS.values(), ids=ROWS.keys())
+def test_bad_input_is_one_line_at_once_and_changes_nothing(arguments, parts, call, tmp_path, monkeypatch):
+    place = Place(tmp_path)
+    monkeypatch.chdir(tmp_path / "cwd")
+    argv = arguments(place)
+    before, run_before = place.everything(), contents(finished())
+    began = time.monotonic()
+    status, out, err = call(*argv)
+    seconds = time.monotonic() - began
+    assert (status, out) == (2, ""), err
+    assert is_one_line(err), err
+    missing = [part for part in parts if part not in err]
+    assert not missing, f"{missing} not in {err}"
+    assert place.everything() == before
+    assert contents(finished()) == run_before
+    assert seconds < SECONDS
+
+
+IN_A_PROCESS = [
+    "a command of two lines",
+    "an unknown key",
+    "a pipe",
+    "states beyond memory",
+    "weights nested deeply",
+    "memory of words",
+    "evaluate a folder without a run",
+    "prepare an unknown set",
+    "an image of 256 MB",
+]
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_start_and_all_takes_less_than_five_seconds_of_a_processor(name, tmp_path):
+    place = Place(tmp_path)
+    argv = list(map(str, ROWS[name][0](place)))
+    code = "from vffjax.cli import main; import sys; main(sys.argv[1:])"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *argv]
+    with subprocess.Popen(command, cwd=tmp_path / "cwd", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.stdout.read(), process.stderr.read().decode()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert (process.returncode, out) == (2, b""), err
+    assert is_one_line(err), err
+    assert used.ru_utime + used.ru_stime < SECONDS
+
+
+@pytest.mark.parametrize(("flag", "says"), [("rule=vf", "did you mean 'vff'"), ("init_from=w.safetensors", "a damaged header")])
+def test_bad_flags_and_headers_are_refused_before_jax_is_imported(flag, says, tmp_path):
     # That is what makes the answer quick on any machine.
-    code = "import sys; from vffjax.cli import main\ntry: main(['train', sys.argv[1], '--config.rule=vf'])\nexcept SystemExit as e: "
-    done = in_a_process("-c", code + "print('jax' in sys.modules, e.code)", CONFIG)
+    (tmp_path / "w.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    flag = flag.replace("w.safe", f"{tmp_path}/w.safe")
+    code = "import sys; from vffjax.cli import main\ntry: main(['train', *sys.argv[1:]])\nexcept SystemExit as e: "
+    done = in_a_process("-c", code + "print('jax' in sys.modules, e.code)", CONFIG, f"--config.{flag}")
     assert done.stdout == "False 2\n"
     assert done.stderr.count("\n") == 1
-    assert "did you mean 'vff'" in done.stderr
+    assert says in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What the machine refuses
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets")
@@ -97,16 +657,8 @@ def test_data_that_cannot_be_downloaded_are_refused_with_the_way_out(fails, tmp_
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     (tmp_path / "tfds").mkdir()
-    fails("train", CONFIG, "--config.dataset=cifar10", f"--workdir={tmp_path / 'run'}", parts=["config.dataset='cifar10'", "prepare"])
+    fails("train", CONFIG, CIFAR, f"--workdir={tmp_path / 'run'}", parts=["config.dataset='cifar10'", "prepare"])
     assert [path.name for path in tmp_path.rglob("*")] == ["tfds"]
-
-
-def test_a_workdir_that_is_a_file_is_refused_and_left_alone(fails, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    fails("train", *TINY_FLAGS, f"--workdir={file}", parts=[f"--workdir={file}", "not a folder"])
-    fails("train", *TINY_FLAGS, f"--workdir={file / 'deeper'}", parts=[str(file), "another --workdir"])
-    assert file.read_text() == "mine"
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(fails, tmp_path):
@@ -129,77 +681,58 @@ def test_what_the_disk_refuses_is_one_line_with_the_way_out(error, fails, monkey
     fails("train", *TINY_FLAGS, f"--workdir={tmp_path}", parts=[f"{where}: {error.strerror}", "check space and permissions"])
 
 
-def test_the_workdir_of_another_configuration_is_refused_and_left_as_it_was(fails):
-    before = contents(finished())
-    fails("train", *TINY_FLAGS, "--config.seed=5", f"--workdir={finished()}", parts=["config.seed=5", str(finished()), "another --workdir"])
-    assert contents(finished()) == before
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")], ids=repr)
+def test_what_the_memory_refuses_is_one_line_with_the_way_out(error, fails, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(experiment, "train", refuse)
+    fails("train", *TINY_FLAGS, f"--workdir={tmp_path}", parts=["out of memory", str(error), "config.batch_size"])
 
 
-def test_an_unknown_command_is_refused(fails):
-    fails("trian", parts=["trian", "train, evaluate, predict"])
+def test_any_other_error_is_a_bug_and_keeps_its_traceback(call, monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    monkeypatch.setattr(experiment, "train", fail)
+    with pytest.raises(RuntimeError, match="mine"):
+        call("train", *TINY_FLAGS, f"--workdir={tmp_path}")
 
 
-@pytest.mark.parametrize("name", ["imagenet", "digits"])
-def test_prepare_refuses_what_it_cannot_prepare(name, fails):
-    fails("prepare", name, parts=[repr(name), "mnist, fashion_mnist, cifar10, cifar100"])
+def test_more_steps_than_can_be_counted_are_refused():
+    from vffjax.config import check_against_data
+    from vffjax.errors import UserError
 
-
-# ----------------------------------------------------------------------------------------------------------------------------------
-# To evaluate and predict
-
-
-@pytest.mark.parametrize("command", [["evaluate"], ["predict", "x.png"]])
-def test_a_workdir_without_a_run_is_refused(command, fails, tmp_path):
-    fails(*command, f"--workdir={tmp_path}", parts=[f"--workdir={tmp_path}", "no run here", "give the folder of a run"])
-    fails(*command, parts=["--workdir", f"vffjax {command[0]} --help"])
-    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
-    fails(*command, f"--workdir={tmp_path}", parts=["no complete checkpoint", "train first"])
-
-
-@pytest.mark.parametrize("epoch", ["99", "last", "-1", "²", ""])
-def test_an_epoch_that_is_not_saved_is_refused(epoch, fails):
-    parts = [f"--epoch={epoch}: not saved", "best, latest, or one of 2, 3"]
-    fails("evaluate", f"--workdir={finished()}", f"--epoch={epoch}", parts=parts)
-    fails("predict", f"--workdir={finished()}", f"--epoch={epoch}", "x.png", parts=parts)
-
-
-def test_bad_options_are_refused(fails):
-    workdir = f"--workdir={finished()}"
-    fails("predict", workdir, "--top=0", "x.png", parts=["--top=0", "at least 1"])
-    fails("predict", workdir, "--top=two", "x.png", parts=["--top", "'two'", "--help"])
-    fails("predict", workdir, parts=["IMAGE"])
-    fails("evaluate", workdir, "--inference=guess", parts=["'guess'", "heads", "sweep"])
-    fails("evaluate", workdir, "stray", parts=["stray"])
+    many = tiny(epochs=100_000, batch_size=1)
+    check_against_data(many, 21_474, (8, 8, 1), 10, 2)
+    with pytest.raises(UserError, match=r"config\.epochs=100000: more than 2147483647 steps; use fewer"):
+        check_against_data(many, 21_475, (8, 8, 1), 10, 2)
 
 
 def test_a_sweep_for_rule_head_is_refused(fails, tmp_path):
     workdir = copy_of(finished(), tmp_path)  # the arrays of rule vff are those of rule head
-    plain = json.loads((workdir / "config.json").read_text())
-    (workdir / "config.json").write_text(json.dumps(plain | {"rule": "head"}))
-    fails("evaluate", f"--workdir={workdir}", "--inference=sweep", parts=["--inference=sweep", "rule head", "use --inference=heads"])
+    configured(rule="head")(workdir)
+    fails("evaluate", f"--workdir={workdir}", "--inference=sweep", parts=["rule", "head", "; "])
 
 
-@pytest.mark.parametrize("command", [["train", *TINY_FLAGS], ["evaluate"], ["predict", "x.png"]], ids=lambda c: c[0])
-def test_a_damaged_checkpoint_is_named_and_left_as_it_was(command, capsys, call, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_left_as_it_was(call, tmp_path):
     workdir = copy_of(finished(), tmp_path)
-    for epoch in saved_epochs(workdir):
-        path = workdir / "checkpoints" / epoch / "group1" / "manifest.ocdbt"
-        path.write_bytes(path.read_bytes()[:-1])
+    all_checkpoints_damaged(workdir)
     before = contents(workdir)
-    status, out, err = call(*command, f"--workdir={workdir}")
+    status, out, err = call("train", *TINY_FLAGS, f"--workdir={workdir}")
     assert (status, out) == (2, "")
-    last = err.splitlines()[-1]
-    assert re.search(r"checkpoints/\d/group1/manifest\.ocdbt: damaged checkpoint .*; delete .*checkpoints/\d to go on", last)
-    assert len(err.splitlines()) == (2 if command[0] == "train" else 1)  # train has said its workdir by then
-    assert contents(workdir) == before
+    assert re.search(r"vffjax: error: .*checkpoints/\d/group1/manifest\.ocdbt.*damaged.*; ", err.splitlines()[-1])
+    assert {name: content for name, (content, _) in contents(workdir).items()} == {name: content for name, (content, _) in before.items()}
 
 
-def saved_epochs(workdir):
-    return [path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()]
-
-
-def test_a_network_that_does_not_fit_its_checkpoint_is_refused(fails, tmp_path):
-    workdir = copy_of(finished(), tmp_path)
-    plain = json.loads((workdir / "config.json").read_text())
-    (workdir / "config.json").write_text(json.dumps(plain | {"widths": [16, 13]}))
-    fails("evaluate", f"--workdir={workdir}", parts=["group1", "[2, 12], not float32[2, 13]", "config.json"])
+def test_the_contents_of_a_folder_tell_a_change(tmp_path):
+    # What the table relies on.
+    place = Place(tmp_path)
+    path = place.file("f", "1")
+    before = place.everything()
+    path.write_text("2")
+    assert place.everything() != before
+    path.write_text("1")
+    os.utime(path, ns=(0, 0))
+    assert place.everything() != before
+    assert pathlib.Path(tmp_path, "cwd").is_dir()

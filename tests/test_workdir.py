@@ -1,5 +1,7 @@
 """A workdir: its configuration restored, and refused and left as it was where it belongs to another run."""
 
+import os
+
 import pytest
 from runs import contents, copy_of, finished, tiny, train
 
@@ -46,9 +48,15 @@ def test_checkpoints_without_their_configuration_are_refused(tmp_path):
     assert contents(workdir) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": "many"}', '{"epoch": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": "many"}', '{"epoch": 3}', "[" * 100_000], ids=lambda text: text[:20])
 def test_a_damaged_config_json_is_refused_and_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         train(tiny(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_pipe_for_config_json_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(.*not a file"):
+        read_config(tmp_path)

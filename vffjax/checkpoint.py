@@ -8,7 +8,6 @@ Digests find damage, not forgery: whoever can write files can write digests.
 
 import errno
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -21,7 +20,7 @@ import orbax.checkpoint as ocp
 from vffjax.config import Config, from_json
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
-from vffjax.logbook import write_json
+from vffjax.logbook import read_json, write_json
 from vffjax.rules import Task
 from vffjax.trainer import Plan, init_states
 
@@ -128,7 +127,7 @@ class Checkpoints:
         """Compares the files of one item and of the step itself, or of all items, with their SHA-256."""
         step = self.folder / str(epoch)
         try:
-            expected = json.loads(self._digests(epoch).read_text())
+            expected = read_json(self._digests(epoch))
             wanted = {name: digest for name, digest in expected.items() if not item or "/" not in name or name.startswith(f"{item}/")}
             if not any("/" in name for name in wanted):
                 raise ValueError("no digests")
@@ -139,7 +138,7 @@ class Checkpoints:
             if name not in present:  # nor is a name that leads out of the step
                 raise UserError(f"{step / name}: damaged checkpoint (no such file); {_remove(step)}")
             try:
-                sound = _sha256(present[name]) == digest
+                sound = sha256_of(present[name]) == digest
             except OSError as error:
                 raise UserError(f"{step / name}: damaged checkpoint ({error.strerror}); {_remove(step)}") from None
             if not sound:
@@ -186,7 +185,7 @@ class Writer:
         # Orbax knows the steps that it has found or saved, and would write over one that came since.
         if step.exists() or not self._write(epoch, items):
             raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
-        digests = {p.relative_to(step).as_posix(): _sha256(p) for p in sorted(step.rglob("*")) if p.is_file()}
+        digests = {p.relative_to(step).as_posix(): sha256_of(p) for p in sorted(step.rglob("*")) if p.is_file()}
         write_json(self._checkpoints._digests(epoch), digests)
         self._ranks[epoch] = _rank(run)
         self._prune()
@@ -262,7 +261,8 @@ def _check_fits(folder: pathlib.Path, abstract: Any) -> None:
             raise UserError(f"{folder}: saved by another network or optimizer ({difference}); {_OWN_CONFIG}")
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256_of(path: pathlib.Path | str) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vffjax import data as data_module
 from vffjax import feature_cache, inference
-from vffjax.checkpoint import Checkpoints
+from vffjax.checkpoint import Checkpoints, sha256_of
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
 from vffjax.errors import UserError
@@ -249,6 +249,7 @@ def _run_state(plan: Plan, dataset: Dataset) -> dict[str, Any]:
         "history": [],
         "config": plan.config.to_dict(),
         "data_sha256": dataset.sha256(),
+        "init_from_sha256": sha256_of(plan.config.init_from) if plan.config.init_from else None,
         "train_size": len(dataset.train.labels),
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),

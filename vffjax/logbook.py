@@ -4,6 +4,7 @@ All of it runs on the host and holds NumPy values only. An unwritable workdir ra
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -99,6 +100,16 @@ def restore_metrics(workdir: pathlib.Path, history: Sequence[dict[str, Any]]) ->
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Strict JSON (NaN and infinity become null), keys in their order. A reader sees the old file or the new one."""
     replace_file(path, _dumps(value, indent=2).encode() + b"\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file holds. Raises `OSError`, also for what is no file (to read a pipe would wait for ever), or `ValueError`."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from vffjax import experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
-from vffjax.logbook import read_metrics
+from vffjax.logbook import read_json, read_metrics
 from vffjax.workdir import load_run, read_config
 
 # They say how fast and where it ran, not what came out.
@@ -70,7 +69,7 @@ def text(found: dict[str, Any]) -> str:
 def _summary(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     try:
-        summary = json.loads(path.read_text())
+        summary = read_json(path)
         missing = [key for key in SURROUNDINGS if key not in summary]
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None

@@ -46,7 +46,7 @@ def conclude(
         "best_epoch": run["epoch"],
         "images_per_second": float(np.median([m["images_per_second"] for m in last["history"]])),
         "seconds": sum(m["seconds"] for m in last["history"]),
-        **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256")},
+        **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256", "init_from_sha256")},
         **last["origins"][-1],
         "earlier_origins": last["origins"][:-1],
         "seed": plan.config.seed,

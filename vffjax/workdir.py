@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -13,6 +12,7 @@ from vffjax.checkpoint import FOLDER, Checkpoints
 from vffjax.config import Config, from_json
 from vffjax.errors import UserError, bad_key
 from vffjax.groups import GroupState
+from vffjax.logbook import read_json
 from vffjax.rules import Task
 from vffjax.trainer import Plan, make_plan
 
@@ -86,7 +86,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """The configuration of the run in `workdir`."""
     path = workdir / "config.json"
     try:
-        return from_json(json.loads(path.read_text()), str(path))
+        return from_json(read_json(path), str(path))
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: no run here ({path.name} is missing); give the folder of a run") from None
     except (OSError, ValueError, AttributeError) as error:

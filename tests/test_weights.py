@@ -1,0 +1,268 @@
+"""Weight files: what is written is read to the bit, a run starts from it, and every unfit file is refused by name."""
+
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from command_lines import CONFIG, TINY_FLAGS
+from image_sets import fails as refused
+from oracles import CONV, config_of, small_run
+from runs import TINY, assert_same_bits, compiled_once, contents, finished, tiny, train
+
+from vffjax import experiment, weights
+from vffjax.trainer import init_states
+from vffjax.workdir import load_run
+
+SHAPE = (8, 8, 2)
+ABOUT = {"class_names": ["a", "b", "c"], "image_shape": list(SHAPE)}
+KERNEL, BIAS = "group0.params.layers_0.kernel", "group1.params.head.bias"
+MEAN, VARIANCE = (f"group0.batch_stats.layers_0.norm.{kind}" for kind in ("mean", "var"))
+
+
+@pytest.fixture(scope="module")
+def run():
+    return small_run(config_of(**CONV), shape=SHAPE)
+
+
+@pytest.fixture
+def file(run, tmp_path):
+    weights.write_weights(tmp_path / "w.safetensors", run.plan, run.states, ABOUT)
+    return tmp_path / "w.safetensors"
+
+
+def zeros(run):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.states)
+
+
+def test_written_and_read_back_to_the_bit(run, file):
+    # The values that floats can hide: the least number, the largest, and a zero with a sign.
+    odd = np.array([[1e-45, -0.0, 3.4e38]], np.float32)
+    states = list(run.states)
+    kernel = np.array(states[1].params["head"]["kernel"])
+    kernel[0] = odd
+    states[1] = states[1]._replace(params=states[1].params | {"head": states[1].params["head"] | {"kernel": kernel}})
+    weights.write_weights(file, run.plan, tuple(states), ABOUT)
+    read = weights.read_weights(file, run.plan, zeros(run))
+    for got, given, fresh in zip(read, states, zeros(run), strict=True):
+        assert_same_bits((got.params, got.batch_stats), (given.params, given.batch_stats))
+        assert_same_bits(got.opt_state, fresh.opt_state)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((got.params, got.batch_stats)))
+
+
+def test_a_group_without_statistics_is_read_back(tmp_path):
+    run = small_run(config_of(network="mlp", widths=(4, 3), norm="none"))
+    weights.write_weights(tmp_path / "w.safetensors", run.plan, run.states, {})
+    assert_same_bits(weights.read_weights(tmp_path / "w.safetensors", run.plan, run.states), run.states)
+
+
+def test_the_file_says_what_it_is_to_any_reader(run, file):
+    with safetensors.safe_open(file, framework="np") as opened:
+        names, about = set(opened.keys()), json.loads(opened.metadata()["vffjax"])
+    assert {KERNEL, BIAS, MEAN, VARIANCE} <= names
+    assert len(names) == len(jax.tree.leaves([state[:2] for state in run.states]))
+    assert about["format"] == "vffjax weights 1"
+    assert about["network"] == {"network": "conv4", "widths": [4, 4, 6, 6], "pools": [1, 2, 1, 2], "norm": "auto", "grouping": "width"}
+    assert (about["class_names"], about["image_shape"]) == (["a", "b", "c"], list(SHAPE))
+    assert safetensors.numpy.load_file(file)[KERNEL].dtype == np.float32
+
+
+def test_equal_weights_give_equal_bytes_and_an_old_file_is_replaced_whole(run, file, monkeypatch):
+    before = file.read_bytes()
+    for _ in range(5):
+        weights.write_weights(file, run.plan, run.states, ABOUT)
+        assert file.read_bytes() == before
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        weights.write_weights(file, run.plan, zeros(run), ABOUT)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def with_header(header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def parts_of(file):
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def edited(**changes):
+    """The file with tensors changed: an array instead, None for none."""
+
+    def edit(file):
+        tensors = safetensors.numpy.load_file(file)
+        for name, change in changes.items():
+            name = {"kernel": KERNEL, "bias": BIAS, "mean": MEAN, "variance": VARIANCE}.get(name, name)
+            if change is None:
+                del tensors[name]
+            else:
+                tensors[name] = np.ascontiguousarray(change(tensors.get(name)))
+        file.write_bytes(safetensors.numpy.save(tensors))
+
+    return edit
+
+
+def one(value):
+    def change(array):
+        array = array.copy()
+        array.flat[array.size // 2] = value
+        return array
+
+    return change
+
+
+def claiming(change):
+    """The header of the file changed, its bytes not."""
+
+    def edit(file):
+        header, data = parts_of(file)
+        file.write_bytes(with_header(change(header) or header, data))
+
+    return edit
+
+
+def content(replacement):
+    return lambda file: file.write_bytes(replacement if isinstance(replacement, bytes) else replacement(file.read_bytes()))
+
+
+HUGE = {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}
+UNFIT = {
+    "empty": (content(b""), ["not safetensors, or truncated (0 bytes"]),
+    "short": (content(b"abc"), ["not safetensors"]),
+    "text": (content(b"these are no weights at all"), ["not safetensors"]),
+    "a pickle": (content(b"\x80\x04\x95\x10\0\0\0\0\0\0\0}."), ["not safetensors"]),
+    "a header as long as the file": (content(lambda b: len(b).to_bytes(8, "little") + b[8:]), ["not safetensors"]),
+    "a header of 2**63 bytes": (content(lambda b: (2**63).to_bytes(8, "little") + b[8:]), ["a header of 9223372036854775808"]),
+    "truncated": (content(lambda b: b[:-1]), ["truncated or damaged", "bytes of tensors, not"]),
+    "truncated in the header": (content(lambda b: b[:100]), ["truncated (100 bytes"]),
+    "longer": (content(lambda b: b + b"\0"), ["truncated or damaged"]),
+    "a header that is no JSON": (content(with_header(b"{")), ["a damaged header (JSONDecodeError"]),
+    "a header that is a list": (content(with_header([1])), ["a damaged header"]),
+    "a header that is not text": (content(with_header(b'{"\xff": 1}')), ["a damaged header (UnicodeDecodeError"]),
+    "a header of brackets": (content(with_header(b"[" * 100_000)), ["a damaged header (RecursionError"]),
+    "a tensor that is a number": (claiming(lambda h: h | {KERNEL: 3}), ["a damaged header"]),
+    "a name twice": (content(with_header(b'{"a":{},"a":{}}')), ["a name stands twice"]),
+    "sizes beyond the file": (claiming(lambda h: h | {KERNEL: HUGE}), ["truncated or damaged", "bytes of tensors"]),
+    "more bytes than the file": (
+        claiming(lambda h: h | {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        ["truncated or damaged", "bytes of tensors"],
+    ),
+    "negative sizes": (claiming(lambda h: h | {KERNEL: h[KERNEL] | {"shape": [-3, -3, 2, 4]}}), [KERNEL, "do not agree"]),
+    "a fraction for a size": (claiming(lambda h: h | {KERNEL: h[KERNEL] | {"shape": [3, 3, 2, 4.0]}}), [KERNEL, "do not agree"]),
+    "a size of a thousand digits": (content(with_header(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}")), ["a damaged header"]),
+    "bytes shared by two tensors": (
+        claiming(lambda h: h | {"group0.params.layers_1.kernel": h["group0.params.layers_1.kernel"] | {"data_offsets": [0, 576]}}),
+        ["w.safetensors: damaged ("],
+    ),
+    "metadata that is a number": (claiming(lambda h: h | {"__metadata__": 3}), ["w.safetensors: damaged ("]),
+    "a missing tensor": (edited(bias=None), [f"tensor {BIAS} is missing, not F32[3]"]),
+    "missing statistics": (edited(mean=None), [f"tensor {MEAN} is missing, not F32[2, 4]"]),
+    "one tensor more": (edited(extra=lambda _: np.zeros(2, np.float32)), ["tensor extra is F32[2], not of this conv4 network"]),
+    "a wrong shape": (edited(bias=lambda a: a[:2]), [f"tensor {BIAS} is F32[2], not F32[3]"]),
+    "a transposed kernel": (edited(kernel=lambda a: a.transpose(0, 1, 3, 2)), [f"tensor {KERNEL} is F32[3, 3, 4, 2], not F32[3, 3, 2, 4]"]),
+    "float64": (edited(kernel=lambda a: a.astype(np.float64)), [f"tensor {KERNEL} is F64[3, 3, 2, 4], not F32"]),
+    "float16": (edited(mean=lambda a: a.astype(np.float16)), [f"tensor {MEAN} is F16[2, 4], not F32"]),
+    "whole numbers": (edited(bias=lambda a: a.astype(np.int32)), [f"tensor {BIAS} is I32[3]"]),
+    "NaN": (edited(kernel=one(np.nan)), [f"tensor {KERNEL} holds infinity, NaN"]),
+    "infinity": (edited(bias=one(-np.inf)), [f"tensor {BIAS} holds infinity, NaN"]),
+    "a negative variance": (edited(variance=one(-1e-3)), [f"tensor {VARIANCE} holds", "a negative variance"]),
+}
+
+
+@pytest.mark.parametrize(("hurt", "parts"), UNFIT.values(), ids=UNFIT.keys())
+def test_an_unfit_file_is_refused_by_name(hurt, parts, run, file):
+    weights.read_weights(file, run.plan, run.states)  # sound before
+    hurt(file)
+    refused(lambda: weights.read_weights(file, run.plan, run.states), f"{file}: ", *parts, "; ", "init_from=''")
+
+
+def test_what_is_no_file_is_refused_at_once(run, tmp_path):
+    def read(path, *parts):
+        refused(lambda: weights.read_weights(path, run.plan, run.states), str(path), "vffjax export", *parts)
+
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")  # to open it would wait for ever
+    (tmp_path / "w.npz").touch()
+    read(tmp_path / "none.safetensors", "No such file")
+    read(tmp_path / "folder.safetensors", "not a file")
+    read(tmp_path / "pipe.safetensors", "not a file")
+    read(tmp_path / "w.npz", "not a .safetensors file")
+    read(f"{tmp_path}/{'x' * 300}.safetensors", "too long")
+
+
+def test_a_sparse_file_is_not_read_into_memory(run, file):
+    # 8 GB on paper; the header is sound and says so.
+    header, data = parts_of(file)
+    size = 2**33
+    file.write_bytes(
+        with_header(header | {"zz": {"dtype": "F32", "shape": [size // 4], "data_offsets": [len(data), len(data) + size]}}, data)
+    )
+    os.truncate(file, file.stat().st_size + size)
+    refused(lambda: weights.read_weights(file, run.plan, run.states), "tensor zz is F32[2147483648], not of this conv4 network")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# From and to a run
+
+
+def export(call, path, *flags):
+    return call("export", f"--workdir={finished()}", f"--out={path}", *flags)
+
+
+def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):
+    before = contents(finished())
+    path = tmp_path / "w.safetensors"
+    assert export(call, path)[0] == 0
+    plan, states, task, run = load_run(finished())
+    fresh = init_states(plan, tuple(run["image_shape"]))
+    read = weights.read_weights(path, plan, fresh)
+    assert_same_bits([s[:2] for s in read], [s[:2] for s in states])
+    with safetensors.safe_open(path, framework="np") as opened:
+        about = json.loads(opened.metadata()["vffjax"])
+    assert (about["epoch"], about["class_names"]) == (run["epoch"], run["class_names"])
+    np.testing.assert_allclose(about["pixel_mean"], task.mean)
+    status, out, _ = export(call, tmp_path / "last.safetensors", "--epoch=latest")
+    assert (status, out) == (0, f"{tmp_path}/last.safetensors: 2 groups of epoch 3\n")
+    assert contents(finished()) == before
+    # A rate of 0 leaves the parameters as they came.
+    still = tiny(init_from=str(path), epochs=1, learning_rate=0.0)
+    train(still, tmp_path / "run")
+    kept = load_run(tmp_path / "run")[1]
+    assert_same_bits([s.params for s in kept], [s.params for s in states])
+    # A run that goes on needs its start no more.
+    path.unlink()
+    changes = {"epochs": 1, "learning_rate": 0.0, "checkpoint_every": 1, "init_from": path}
+    given = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    with compiled_once():
+        status, out, err = call("train", CONFIG, *given, f"--workdir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert out.startswith("test error")
+
+
+def test_an_unfit_start_is_refused_before_there_is_a_workdir(call, fails, tmp_path, monkeypatch):
+    path, workdir = tmp_path / "w.safetensors", tmp_path / "run"
+    assert export(call, path)[0] == 0
+    monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("began"))
+    flags = [*TINY_FLAGS, f"--workdir={workdir}"]
+    others = [flag for flag in flags if "widths" not in flag]
+    fails("train", *others, f"--config.init_from={path}", "--config.widths=(16,11)", parts=[str(path), "group1.", "not F32[2, 11]"])
+    edited(**{"group1.params.head.bias": one(math.nan)})(path)
+    fails("train", *flags, f"--config.init_from={path}", parts=[str(path), BIAS, "NaN"])
+    fails("train", *flags, f"--config.init_from={tmp_path}/no.safetensors", parts=["no.safetensors", "No such file"])
+    fails("train", *flags, "--config.init_from=w.pt", parts=["config.init_from='w.pt'", "not a .safetensors file"])
+    assert not workdir.exists()
