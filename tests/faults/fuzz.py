@@ -153,6 +153,8 @@ def run(a):
         command = [sys.executable, __file__, "--child", *map(str, options)]
         at = None
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout
+            assert process.stderr
             for line in process.stdout:
                 at = json.loads(line)
                 if "outcome" in at:

@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
@@ -239,7 +240,7 @@ def tensors_entry(rng, content, _):
     header, data = cut_tensors(content)
     plain = json.loads(header)
     name = rng.choice(list(plain))
-    odd = [0, 1, -1, 2**31, 2**40, 2**62, 2**63, 2**64, 10**30, 1.5, 1e400, None, True, "3", [], {}, [2**40] * 3, [0], [1] * 100]
+    odd: list[Any] = [0, 1, -1, 2**31, 2**40, 2**62, 2**63, 2**64, 10**30, 1.5, 1e400, None, True, "3", [], {}, [2**40] * 3, [0], [1] * 100]
     entry = plain[name]
     change = rng.randrange(5)
     if change == 0 or name == "__metadata__":
