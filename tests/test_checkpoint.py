@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back to the bit, damage is found and named, the right epochs are kept."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -33,7 +34,9 @@ def make(seed=0, **changes):
 
 def run_state(epoch, val_error=50.0, trained_groups=2, scheduled=True):
     ranked = {"epoch": epoch, "val_error": val_error, "trained_groups": trained_groups, "scheduled": scheduled}
-    return ranked | {"image_shape": list(SHAPE), "class_names": [f"c{i}" for i in range(CLASSES)]}
+    history = [{"epoch": e, "val_error": 1.5, "seconds": 1.0, "images_per_second": 2} for e in range(1, epoch + 1)]
+    made_by = {"history": history, "origins": [{}], "compile_seconds": 0.5, "peak_bytes": 1, "data_sha256": "", "train_size": 64}
+    return ranked | made_by | {"voting": [0], "image_shape": list(SHAPE), "class_names": [f"c{i}" for i in range(CLASSES)]}
 
 
 def save(workdir, made, *runs, config=None):
@@ -122,7 +125,7 @@ def test_a_step_that_is_deleted_by_halves_is_no_step(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, made, run_state(1, 50.0), run_state(2, 40.0), run_state(3, 30.0))
     assert (tmp_path / "checkpoints" / "1").is_dir()
-    assert Checkpoints(tmp_path).epochs() == [2, 3]
+    assert (Checkpoints(tmp_path).epochs(), Checkpoints(tmp_path).incomplete()) == ([2, 3], [])
     monkeypatch.undo()
     checkpoints = save(tmp_path, made, run_state(4, 20.0))
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["3", "3.sha256.json", "4", "4.sha256.json"]
@@ -134,14 +137,28 @@ def test_an_interrupted_save_is_not_used_and_the_next_writer_replaces_it(saved, 
     (workdir / "checkpoints" / "2.sha256.json").unlink()
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-0").mkdir()
     checkpoints = Checkpoints(workdir)
-    assert checkpoints.epochs() == [1]
+    assert (checkpoints.epochs(), checkpoints.incomplete()) == ([1], [2])
     assert (checkpoints.best(), checkpoints.latest()) == (1, 1)
     # Reading alone removes nothing.
     assert (workdir / "checkpoints" / "2").is_dir()
-    save(workdir, made, run_state(2, 30.0))
-    assert checkpoints.epochs() == [1, 2]
+    plan, states, task = made
+    writer = checkpoints.writer()
+    writer.save(2, states, task, run_state(2, 30.0) | {"config": plan.config.to_dict()})
+    writer.close()
+    assert (checkpoints.epochs(), checkpoints.incomplete()) == ([1, 2], [])
     assert not list(checkpoints.folder.glob("*tmp*"))
-    assert_same_bits(checkpoints.restore(2, made[0]), made[1:])
+    assert_same_bits(checkpoints.restore(2, plan), (states, task))
+
+
+def test_an_older_step_without_digests_is_kept_aside_and_nothing_foreign_is_touched(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    folder = workdir / "checkpoints"
+    (folder / "1.sha256.json").unlink()
+    (folder / "old.aside").mkdir()
+    checkpoints = save(workdir, make(), run_state(3), run_state(4))
+    assert checkpoints.epochs() == [2, 3, 4]
+    assert (folder / "1.aside" / "group0").is_dir()
+    assert (folder / "old.aside").is_dir()
 
 
 def flip(path):
@@ -179,7 +196,7 @@ def test_damage_to_any_file_of_a_step_is_found_and_the_file_named(damage, saved,
             with pytest.raises(UserError) as caught:
                 read()
             assert str(path) in str(caught.value)
-            assert f"delete {step}" in str(caught.value)
+            assert "train with this --workdir again" in str(caught.value)
         path.write_bytes(sound)
     checkpoints.restore(2, plan)
 
@@ -277,16 +294,46 @@ def test_a_step_of_another_format_is_refused(saved, tmp_path, monkeypatch):
         Checkpoints(saved).run(2)
 
 
-def test_a_damaged_older_step_does_not_stop_a_writer(saved, tmp_path):
-    # Orbax reads the metrics of all steps when it decides which to keep.
+WRONG_STATES = {
+    "no epoch": {"epoch": None},
+    "a word for an error": {"val_error": "x"},
+    "infinity for an error": {"val_error": float("inf")},
+    "a word for a size": {"train_size": "x"},
+    "a number for names": {"class_names": 5},
+    "a word for a side": {"image_shape": ["a", 1, 1]},
+    "a giant's side": {"image_shape": [10**9, 1, 1]},
+    "two sides": {"image_shape": [1, 1]},
+    "no history": {"history": []},
+    "a number for history": {"history": 3},
+    "an empty record": {"history": [{}, {}]},
+    "no origin": {"origins": []},
+    "a number for a configuration": {"config": 3},
+    "voters that have not trained": {"voting": [7]},
+    "nobody votes": {"voting": []},
+    "a truth for a number": {"trained_groups": True},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_STATES.values(), ids=WRONG_STATES.keys())
+def test_a_state_that_no_run_wrote_is_refused_though_its_digest_fits(changes, tmp_path):
+    checkpoints = save(tmp_path, make(grouping="all", widths=(2,)), run_state(2))
+    path = tmp_path / "checkpoints" / "2" / "run" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    digests = tmp_path / "checkpoints" / "2.sha256.json"
+    digests.write_text(json.dumps(json.loads(digests.read_text()) | {"run/metadata": checkpoint.sha256_of(path)}))
+    for read in (lambda: checkpoints.run(2), checkpoints.best):
+        with pytest.raises(UserError, match=r"checkpoints/2/run: not the state of a run"):
+            read()
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["a pipe", "an endless link"])
+def test_what_is_no_file_is_refused_and_not_read(replace, saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
-    made = make()
-    for path in (workdir / "checkpoints" / "1").iterdir():
-        if path.is_file():
-            truncate(path)
-    checkpoints = save(workdir, made, run_state(3, 30.0), run_state(4, 35.0))
-    assert {1, 3, 4} <= set(checkpoints.epochs())
-    assert_same_bits(checkpoints.restore(4, made[0]), made[1:])
+    path = workdir / "checkpoints" / "2" / "run" / "metadata"
+    path.unlink()
+    replace(path)
+    with pytest.raises(UserError, match=r"run/metadata: damaged checkpoint \(not a file\)"):
+        Checkpoints(workdir).run(2)
 
 
 def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):

@@ -96,7 +96,7 @@ LATEST_DAMAGE = {
         "run/metadata.*no such file",
     ),
     "a file that nobody saved": (lambda step, foreign: (step / "group0" / "extra").write_text("x"), "group0/extra: foreign file"),
-    "a link that leads nowhere": (lambda step, foreign: link(array_file(step), array_file(step).name), "group1/.*damaged checkpoint"),
+    "a link that leads nowhere": (lambda step, foreign: link(array_file(step), array_file(step).name), "group1/.*not a file"),
     "another run's file": (
         lambda step, foreign: shutil.copy(array_file(foreign / "checkpoints" / "3"), array_file(step)),
         "group1/.*SHA-256 differs",
@@ -114,6 +114,7 @@ LATEST_DAMAGE = {
     "truncated digests": (lambda step, foreign: cut(step.with_name("3.sha256.json")), "3.sha256.json: damaged checkpoint digests"),
     "emptied digests": (lambda step, foreign: cut(step.with_name("3.sha256.json"), 0), "3.sha256.json: damaged checkpoint digests"),
     "a digest fewer": (lambda step, foreign: forget(step, "group1"), "group1/.*: foreign file"),
+    "its digests gone": (lambda step, foreign: step.with_name("3.sha256.json").unlink(), "checkpoints/3: not completely saved, or"),
     "the folder gone": (lambda step, foreign: shutil.rmtree(step), "checkpoints/3: missing"),
 }
 
@@ -141,8 +142,10 @@ STOPPING = {
     "no configuration": (lambda w: (w / "config.json").unlink(), "has checkpoints but no config.json"),
     "another seed in the configuration": (lambda w: edit_json(w / "config.json", seed=1), r"config\.seed=0: .* holds a run with 1"),
     "another temperature in the configuration": (lambda w: edit_json(w / "config.json", temperature=0.5), r"config\.temperature=0\.05"),
-    "the earlier step": (lambda w: flip(array_file(w / "checkpoints" / "2")), "checkpoints/2/group1/.*SHA-256 differs"),
-    "both steps": (lambda w: [flip(array_file(w / "checkpoints" / n)) for n in "23"], "checkpoints/2/group1/.*SHA-256 differs"),
+    "the best step": (lambda w: flip(array_file(w / "checkpoints" / "2")), "checkpoints/2/group1/.*SHA-256 differs.*the best epoch"),
+    "the best step gone": (lambda w: shutil.rmtree(w / "checkpoints" / "2"), "checkpoints/2: missing, .* the best epoch"),
+    "the best step's digests gone": (lambda w: (w / "checkpoints" / "2.sha256.json").unlink(), "checkpoints/2: not comp.* the best epoch"),
+    "both steps": (lambda w: [flip(array_file(w / "checkpoints" / n)) for n in "23"], "checkpoints/3/group1/.*SHA-256 differs"),
     "a link that leads out": (
         lambda w: (w / "metrics.jsonl.tmp").symlink_to(w.parent / "outside"),
         "metrics.jsonl.tmp: a link that leads out",

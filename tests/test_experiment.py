@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 import shutil
 import signal
@@ -103,6 +104,41 @@ def killed_in_save(epoch):
 
 
 @contextlib.contextmanager
+def killed_before_prune(epoch):
+    """All is saved, and what is no longer needed is still there."""
+    sound = checkpoint.Writer._prune
+
+    def patched(self):
+        if max(self._ranks, default=0) == epoch:
+            raise Killed
+        sound(self)
+
+    with mock.patch.object(checkpoint.Writer, "_prune", patched), pytest.raises(Killed):
+        yield
+
+
+@contextlib.contextmanager
+def killed_in_prune(epoch):
+    """A step that is no longer needed is half deleted."""
+    sound = checkpoint.ocp.CheckpointManager.delete
+
+    def patched(self, step):
+        if max(self.all_steps()) == epoch:
+            shutil.rmtree(pathlib.Path(self.directory) / str(step) / "group0")
+            raise Killed
+        sound(self, step)
+
+    with mock.patch.object(checkpoint.ocp.CheckpointManager, "delete", patched), pytest.raises(Killed):
+        yield
+
+
+@contextlib.contextmanager
+def killed_at_the_summary(epoch):
+    with mock.patch.object(experiment, "conclude", mock.Mock(side_effect=Killed)), pytest.raises(Killed):
+        yield
+
+
+@contextlib.contextmanager
 def killed_after_save(epoch):
     """Before the next epoch."""
     sound = checkpoint.Writer.save
@@ -117,10 +153,13 @@ def killed_after_save(epoch):
 
 
 JOINT = {"epochs": 3}
+FOUR = {"epochs": 4}  # of which one is deleted: two and four are needed to the end
 SEQUENTIAL = {"schedule": "sequential", "epochs": 2}
 INTERRUPTED = [
     (JOINT | {"rule": "vff"}, [(killed_after_line, 1)]),
     (JOINT | {"rule": "vff"}, [(killed_in_save, 2), (killed_after_save, 2)]),
+    (FOUR | {"rule": "vff"}, [(killed_before_prune, 3), (killed_in_prune, 4)]),
+    (FOUR | {"rule": "vff"}, [(killed_before_prune, 4), (killed_at_the_summary, 4)]),
     (JOINT | {"rule": "vff", "labelling": "triplet", "negatives": "hard", "checkpoint_every": 2}, [(killed_after_line, 3)]),
     (JOINT | {"rule": "ff"}, [(killed_in_save, 1), (killed_after_line, 3)]),
     (SEQUENTIAL | {"rule": "vff"}, [(killed_after_save, 1), (killed_after_save, 2)]),
@@ -166,7 +205,7 @@ def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(s
     def scripted(scores, validation, trained):
         return validate(scores, validation, trained) | {"val_error": next(errors)}
 
-    runs = {}
+    runs: dict = {}
     for name in ("disturbed", "undisturbed"):
         errors = iter([50.0, 40.0, 1.0, 30.0, 45.0, 20.0, 35.0, 25.0])
         with mock.patch.object(experiment, "validate", scripted):
@@ -182,6 +221,18 @@ def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(s
     assert_same_run(tmp_path / "disturbed", tmp_path / "undisturbed", config)
     # The signal has its old meaning again.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_during_a_save_leaves_after_it(tmp_path):
+    sound = checkpoint.Writer.save
+
+    def signalled(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        sound(self, *arguments)
+
+    with mock.patch.object(checkpoint.Writer, "save", signalled), pytest.raises(Terminated, match="epoch 1 of 3 is saved"):
+        train(tiny(), tmp_path)
+    assert [r["epoch"] for r in read_metrics(tmp_path)] == [1]
 
 
 def test_runs_of_other_seeds_differ(tmp_path):
@@ -234,20 +285,46 @@ def test_from_a_damaged_latest_checkpoint_a_run_goes_back_to_the_one_before_and_
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "2.sha256.json", "3", "3.sha256.json"]
 
 
-@pytest.mark.parametrize("epochs", [(2,), (2, 3)], ids=str)
-def test_where_an_earlier_checkpoint_or_every_one_is_damaged_the_run_stops_and_its_fix_goes_on(epochs, tmp_path):
+@pytest.mark.parametrize("how", ["damaged", "its folder gone", "its digests gone"])
+def test_without_the_best_epoch_the_run_stops_since_it_would_take_another_for_it(how, tmp_path):
     workdir = copy_of(finished(), tmp_path)
-    damage(workdir, *epochs)
+    assert summary_of(workdir)["best_epoch"] == 2
+    if how == "damaged":
+        damage(workdir, 2)
+    elif how == "its folder gone":
+        shutil.rmtree(workdir / "checkpoints" / "2")
+    else:
+        (workdir / "checkpoints" / "2.sha256.json").unlink()
     before = contents(workdir)
-    with pytest.raises(UserError, match=r"2/group1/manifest\.ocdbt: damaged .* delete .*checkpoints/2 to go on"):
+    with pytest.raises(UserError, match=r"checkpoints/2.*it is the best epoch; restore it, or delete .*checkpoints to train again"):
         train(tiny(), workdir)
     assert contents(workdir) == before
 
-    for epoch in epochs:
-        shutil.rmtree(workdir / "checkpoints" / str(epoch))
-    found = train(tiny(), workdir)
-    if epochs == (2, 3):  # from the start
-        assert untimed(found) == untimed(summary_of(finished()))
+    # The fix goes on.
+    shutil.rmtree(workdir / "checkpoints")
+    assert untimed(train(tiny(), workdir)) == untimed(summary_of(finished()))
+
+
+def test_where_every_checkpoint_is_damaged_the_run_stops(tmp_path):
+    workdir = copy_of(finished(), tmp_path)
+    damage(workdir, 2, 3)
+    before = contents(workdir)
+    with pytest.raises(UserError, match=r"3/group1/manifest\.ocdbt: damaged .*; restore it, or delete"):
+        train(tiny(), workdir)
+    assert contents(workdir) == before
+
+
+def test_an_older_checkpoint_that_is_not_the_best_may_be_damaged(tmp_path, capsys):
+    # The first of three is the best.
+    sound, errors = experiment.validate, iter([10.0, 30.0, 20.0])
+    with mock.patch.object(experiment, "validate", lambda *a: sound(*a) | {"val_error": next(errors)}):
+        summary = train(tiny(), tmp_path)
+    assert Checkpoints(tmp_path).epochs() == [1, 2, 3]
+    damage(tmp_path, 2)
+    capsys.readouterr()
+    assert untimed(train(tiny(), tmp_path)) == untimed(summary)
+    assert re.search(r"checkpoints/2/group1/manifest.ocdbt: damaged .*; now .*2\.aside\n", capsys.readouterr().err)
+    assert (tmp_path / "checkpoints" / "2.aside").is_dir()
 
 
 def test_a_checkpoint_that_is_gone_is_missed(tmp_path, capsys):
@@ -309,7 +386,7 @@ def explosive(config, steps):
 def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     # One step: the loss is that of the initial parameters, and finite; the update is not.
     with mock.patch.object(trainer, "make_optimizer", explosive):
-        found = r"epoch 1, after its last step a parameter of group0 is not finite; there is no checkpoint yet"
+        found = r"epoch 1, after its last step a number of group0's state is not finite; there is no checkpoint yet"
         with pytest.raises(UserError, match=found):
             train(tiny(epochs=1, rule="head", batch_size=360), tmp_path)
     assert Checkpoints(tmp_path).epochs() == []

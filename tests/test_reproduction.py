@@ -133,7 +133,7 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
     workdir = copy_of(finished(), tmp_path)
     for content, part in (("{", "cannot be read"), ("[]", "has no versions"), ("{}", "has no versions")):
         (workdir / "summary.json").write_text(content)
-        fails("reproduce", workdir, parts=[str(workdir / "summary.json"), part, "delete it and train"])
+        fails("reproduce", workdir, parts=[str(workdir / "summary.json"), part])
     (workdir / "summary.json").unlink()
     fails("reproduce", workdir, parts=["not finished", "train it to the end first"])
 

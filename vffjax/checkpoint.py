@@ -8,9 +8,13 @@ Digests find damage, not forgery: whoever can write files can write digests.
 
 import errno
 import hashlib
+import math
 import os
 import pathlib
+import re
 import shutil
+import stat
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +24,14 @@ import orbax.checkpoint as ocp
 from vffjax.config import Config, from_json
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
-from vffjax.logbook import read_json, write_json
+from vffjax.logbook import read_json, sync, write_json
 from vffjax.rules import Task
 from vffjax.trainer import Plan, init_states
 
 FOLDER = "checkpoints"
 FORMAT = 2  # of the run's state
 _OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
+_AGAIN = "train with this --workdir again, which goes back to a sound checkpoint, or start in a new one"
 
 
 class Checkpoints:
@@ -37,13 +42,17 @@ class Checkpoints:
 
     def epochs(self) -> list[int]:
         """Completely saved epochs, in order."""
-        found = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit() and p.is_dir()]
-        return sorted(epoch for epoch in found if self._digests(epoch).exists())
+        return sorted(epoch for epoch in self._folders() if self._digests(epoch).exists())
 
     def missing(self) -> list[int]:
         """Epochs that were saved and whose folder is gone."""
         digests = (path.name.partition(".")[0] for path in self.folder.glob("*.sha256.json"))
         return sorted(int(epoch) for epoch in digests if epoch.isdigit() and not (self.folder / epoch).is_dir())
+
+    def incomplete(self) -> list[int]:
+        """Epochs whose folder has no digests: one was being saved when the run was killed, or the digests are lost."""
+        deleted = {path.name for path in self.folder.glob("*.deleted")}
+        return sorted(epoch for epoch in set(self._folders()) - set(self.epochs()) if f"{epoch}.deleted" not in deleted)
 
     def best(self) -> int:
         """The saved epoch with the least validation error, among equals the last; without validation data the last.
@@ -63,8 +72,10 @@ class Checkpoints:
         step = self.folder / str(epoch)
         if not isinstance(run, dict) or run.get("format") != FORMAT:
             raise UserError(f"{step}: saved by another version of vffjax; read it with that one (summary.json names its commit)")
+        if not _is_run_state(run):
+            raise UserError(f"{step / 'run'}: not the state of a run; {_AGAIN}")
         if run["epoch"] != epoch:
-            raise UserError(f"{step}: foreign checkpoint, of epoch {run['epoch']}; {_remove(step)}")
+            raise UserError(f"{step}: foreign checkpoint, of epoch {run['epoch']}; {_AGAIN}")
         return run
 
     def fault(self, epoch: int, config: Config) -> str:
@@ -77,8 +88,8 @@ class Checkpoints:
         return ""
 
     def set_aside(self, epoch: int) -> pathlib.Path:
-        """Renames a saved epoch so that nothing uses it; returns where it is now. It goes when its epoch has been saved again."""
-        aside = _aside(self.folder / str(epoch))
+        """Renames a saved epoch so that nothing uses it; returns where it is now. It goes when its epoch has been trained again."""
+        aside = self.folder / f"{epoch}.aside"
         shutil.rmtree(aside, ignore_errors=True)
         # The digests first: without them the step counts for nothing, whatever happens next.
         self._digests(epoch).unlink(missing_ok=True)
@@ -106,6 +117,9 @@ class Checkpoints:
     def writer(self) -> "Writer":
         return Writer(self)
 
+    def _folders(self) -> list[int]:
+        return [int(p.name) for p in self.folder.glob("*") if re.fullmatch("[1-9][0-9]{0,8}", p.name) and p.is_dir()]
+
     def _some_epochs(self) -> list[int]:
         epochs = self.epochs()
         if not epochs:
@@ -121,7 +135,7 @@ class Checkpoints:
         for key in saved:
             if saved[key] != here[key]:
                 difference = f"config.{key} is {saved[key]!r} there, not {here[key]!r}"
-                raise UserError(f"{step}: foreign checkpoint, saved by another run ({difference}); {_OWN_CONFIG}, or {_remove(step)}")
+                raise UserError(f"{step}: foreign checkpoint, saved by another run ({difference}); {_OWN_CONFIG}")
 
     def _verify(self, epoch: int, item: str = "") -> None:
         """Compares the files of one item and of the step itself, or of all items, with their SHA-256."""
@@ -132,19 +146,22 @@ class Checkpoints:
             if not any("/" in name for name in wanted):
                 raise ValueError("no digests")
         except (OSError, ValueError, AttributeError):
-            raise UserError(f"{self._digests(epoch)}: damaged checkpoint digests; {_remove(step)}") from None
+            raise UserError(f"{self._digests(epoch)}: damaged checkpoint digests; {_AGAIN}") from None
         present = {path.relative_to(step).as_posix(): path for path in step.rglob("*") if not path.is_dir()}
+        for path in present.values():
+            if not stat.S_ISREG(path.lstat().st_mode):  # to read a pipe would wait for ever
+                raise UserError(f"{path}: damaged checkpoint (not a file); {_AGAIN}")
         for name, digest in wanted.items():
             if name not in present:  # nor is a name that leads out of the step
-                raise UserError(f"{step / name}: damaged checkpoint (no such file); {_remove(step)}")
+                raise UserError(f"{step / name}: damaged checkpoint (no such file); {_AGAIN}")
             try:
                 sound = sha256_of(present[name]) == digest
             except OSError as error:
-                raise UserError(f"{step / name}: damaged checkpoint ({error.strerror}); {_remove(step)}") from None
+                raise UserError(f"{step / name}: damaged checkpoint ({error.strerror}); {_AGAIN}") from None
             if not sound:
-                raise UserError(f"{step / name}: damaged checkpoint (SHA-256 differs); {_remove(step)}")
+                raise UserError(f"{step / name}: damaged checkpoint (SHA-256 differs); {_AGAIN}")
         for name in present.keys() - expected.keys():
-            raise UserError(f"{step / name}: foreign file in a checkpoint; remove it, or {_remove(step)}")
+            raise UserError(f"{step / name}: foreign file in a checkpoint; remove it, or {_AGAIN}")
 
     def _restore(self, epoch: int, **items: Any) -> Any:
         try:
@@ -165,16 +182,22 @@ class Writer:
         self._checkpoints = checkpoints
         folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
-        complete = set(checkpoints.epochs())
+        self._ranks = {epoch: _rank(checkpoints.run(epoch)) for epoch in checkpoints.epochs()}
+        self._first = max(self._ranks, default=0)
         self._remove_halves()
-        for path in list(folder.iterdir()):
-            if path.is_dir() and path.name.isdigit() and int(path.name) not in complete:
-                # Interrupted before its digests, or they are lost: nothing reads it, and Orbax would not save over it.
-                checkpoints.set_aside(int(path.name))
+        for path in folder.glob("*.deleted"):
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink()
+        # Orbax would not save over what is incomplete. What is newer will be trained again; of what is older nobody knows whether it will.
+        for epoch in checkpoints.incomplete():
+            if epoch > self._first:
+                shutil.rmtree(folder / str(epoch))
+            else:
+                checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
-        self._ranks = {epoch: self._read_rank(epoch) for epoch in complete}
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
+        self._prune()  # for a run that was killed before it could
 
     def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
         """Saves all groups after `epoch` epochs. `run` must be JSON; its `val_error` (percent or None), `trained_groups` and `scheduled`
@@ -186,6 +209,9 @@ class Writer:
         if step.exists() or not self._write(epoch, items):
             raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
         digests = {p.relative_to(step).as_posix(): sha256_of(p) for p in sorted(step.rglob("*")) if p.is_file()}
+        # All on disk before the digests say so: else a power cut could leave digests of files that are empty.
+        for path in (*step.rglob("*"), step, self._checkpoints.folder):
+            sync(path)
         write_json(self._checkpoints._digests(epoch), digests)
         self._ranks[epoch] = _rank(run)
         self._prune()
@@ -213,24 +239,19 @@ class Writer:
 
     def _prune(self) -> None:
         """Deletes what is no longer needed: all but the latest two and the best of the scheduled epochs, and the latest of all."""
-        scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank is not None and rank[0])
+        scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank[0])
         best = max(scheduled, key=lambda epoch: (self._ranks[epoch], epoch), default=None)
-        damaged = {epoch for epoch, rank in self._ranks.items() if rank is None}
-        for epoch in self._ranks.keys() - {*scheduled[-2:], best, max(self._ranks)} - damaged:
-            # In this order: what is deleted by halves has no digests, and is not taken for a step that was damaged.
-            self._checkpoints._digests(epoch).unlink()
+        newest = max(self._ranks, default=0)
+        for epoch in self._ranks.keys() - {*scheduled[-2:], best, newest}:
+            # Under another name at once: what is deleted by halves is not taken for a step that was damaged, nor for one without digests.
+            self._checkpoints._digests(epoch).rename(self._checkpoints.folder / f"{epoch}.deleted")
             self._manager.delete(epoch)
+            (self._checkpoints.folder / f"{epoch}.deleted").unlink()
             del self._ranks[epoch]
         for path in self._checkpoints.folder.glob("*.aside"):
-            if int(path.name.split(".")[0]) <= max(self._ranks):
+            name = path.name.removesuffix(".aside")
+            if name.isdigit() and self._first < int(name) <= newest:  # trained again, to the same bits
                 shutil.rmtree(path)
-
-    def _read_rank(self, epoch: int) -> tuple[bool, int, float] | None:
-        """None for a damaged step: it is left where it is, for its owner to look at."""
-        try:
-            return _rank(self._checkpoints.run(epoch))
-        except UserError:
-            return None
 
 
 _SYSTEM_ERRORS = {
@@ -243,12 +264,38 @@ def _rank(run: dict[str, Any]) -> tuple[bool, int, float]:
     return run["scheduled"], run["trained_groups"], -(run["val_error"] or 0.0)
 
 
-def _aside(step: pathlib.Path) -> pathlib.Path:
-    return step.with_name(f"{step.name}.aside")
+def _is_run_state(run: dict[str, Any]) -> bool:
+    """Whether everything that the rest of the library reads from a run's state is there, and of its kind: files may come from anyone."""
 
+    def whole(value: Any, low: int, high: int = 2**53) -> bool:
+        return type(value) is int and low <= value <= high
 
-def _remove(step: pathlib.Path) -> str:
-    return f"delete {step} to go on from the other checkpoints, or start again in a new --workdir"
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def listed(key: str, sound: Callable[[Any], bool]) -> bool:
+        return isinstance(run.get(key), list) and all(map(sound, run[key]))
+
+    def line(record: Any) -> bool:
+        times = isinstance(record, dict) and all(number(record.get(key)) for key in ("seconds", "images_per_second"))
+        return times and (record.get("val_error") is None or number(record["val_error"]))
+
+    return (
+        all(whole(run.get(key), 1) for key in ("epoch", "trained_groups", "train_size", "peak_bytes"))
+        and all(isinstance(run.get(key), kind) for key, kind in (("scheduled", bool), ("config", dict), ("data_sha256", str)))
+        and number(run.get("compile_seconds"))
+        and (run.get("val_error") is None or number(run["val_error"]))
+        and listed("image_shape", lambda side: whole(side, 1, 4096))
+        and len(run["image_shape"]) == 3
+        and listed("class_names", lambda name: isinstance(name, str))
+        and len(run["class_names"]) > 1
+        and listed("voting", lambda group: whole(group, 0, run["trained_groups"] - 1))
+        and len(run["voting"]) > 0
+        and listed("origins", lambda origin: isinstance(origin, dict))
+        and len(run["origins"]) > 0
+        and listed("history", line)
+        and [record.get("epoch") for record in run["history"]] == list(range(1, run["epoch"] + 1))
+    )
 
 
 def _check_fits(folder: pathlib.Path, abstract: Any) -> None:

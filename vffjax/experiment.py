@@ -14,7 +14,7 @@ import numpy as np
 
 from vffjax import data as data_module
 from vffjax import feature_cache, inference
-from vffjax.checkpoint import Checkpoints, sha256_of
+from vffjax.checkpoint import Checkpoints, Writer, sha256_of
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
 from vffjax.errors import UserError
@@ -25,7 +25,7 @@ from vffjax.summary import conclude, executable_bytes, origin
 from vffjax.termination import Request, Terminated, deferred
 from vffjax.trainer import Images, Plan, all_finite, init_states, make_epoch, make_plan, make_task
 from vffjax.weights import read_weights
-from vffjax.workdir import LOCK, claim_workdir, load_run, locked, sound_epoch
+from vffjax.workdir import LOCK, check_best, claim_workdir, load_run, locked, sound_epoch
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
@@ -79,7 +79,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
         print(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
         if not used:
             held.enter_context(locked(workdir))
-            claim_workdir(workdir, config)  # again, now that nobody else can have written here since
+        claim_workdir(workdir, config)  # again, now that nobody else can have written here since
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
         with deferred() as told_to_leave:
@@ -88,7 +88,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
 
 def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, told_to_leave: Request) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir)
-    done = sound_epoch(checkpoints, config)
+    done = sound_epoch(checkpoints, plan)
     if done:
         states, task = checkpoints.restore(done, plan)
         run = checkpoints.run(done)
@@ -103,8 +103,10 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
         run = _run_state(plan, dataset)
     restore_metrics(workdir, run["history"])
-    if done < plan.total_epochs:
-        run = _run_epochs(plan, dataset, task, states, run, checkpoints, workdir, told_to_leave)
+    with contextlib.closing(checkpoints.writer()) as writer:
+        if done < plan.total_epochs:
+            run = _run_epochs(plan, dataset, task, states, run, writer, workdir, told_to_leave)
+    check_best(checkpoints, plan, run["history"], {})
     best = checkpoints.best()
     states, task = checkpoints.restore(best, plan)
     test = on_device(dataset.test)
@@ -120,7 +122,7 @@ def _run_epochs(
     task: Task,
     states: tuple[GroupState, ...],
     run: dict[str, Any],
-    checkpoints: Checkpoints,
+    writer: Writer,
     workdir: pathlib.Path,
     told_to_leave: Request,
 ) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _run_epochs(
     done, here = run["epoch"], origin()
     if run["origins"][-1:] != [here]:
         run["origins"].append(here)
-    with Logbook(workdir, plan.total_epochs, done) as logbook, contextlib.closing(checkpoints.writer()) as writer:
+    with Logbook(workdir, plan.total_epochs, done) as logbook:
         run_epoch, compiled_for = None, None
         for epoch in range(done, plan.total_epochs):
             active = plan.active(epoch)
@@ -153,14 +155,13 @@ def _run_epochs(
             validated = validate(found, validation, trained_groups(plan, epoch))
             # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
             record = logbook.epoch(_record(plan, metrics, epoch, active, seconds) | validated)
-            last_of_stage = (epoch + 1) % plan.config.epochs == 0
-            scheduled = last_of_stage or (epoch + 1) % plan.config.checkpoint_every == 0
-            leave = told_to_leave.made
+            scheduled = plan.saves(epoch + 1)
             run["history"].append(record)
-            if scheduled or leave:
+            if scheduled or told_to_leave.made:
                 run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": trained_groups(plan, epoch)}
                 writer.save(epoch + 1, states, task, run)
-            if leave:
+            # Of an epoch that is not saved, another is trained first: the signal came after the line above.
+            if told_to_leave.made and run["epoch"] == epoch + 1:
                 raise Terminated(f"epoch {epoch + 1} of {plan.total_epochs} is saved; the same command goes on from there")
     return run
 
@@ -221,8 +222,8 @@ def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str
 
 @jax.jit
 def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
-    """Of each group, whether all its parameters and statistics are finite: after the epoch's last step no loss has seen them."""
-    return jnp.stack([all_finite(state[:2]) for state in states])
+    """Of each group, whether its whole state is finite: after the epoch's last step no loss has seen it."""
+    return jnp.stack([all_finite(state) for state in states])
 
 
 def _check_finite(plan: Plan, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, active: int | None, saved: int) -> None:
@@ -234,7 +235,7 @@ def _check_finite(plan: Plan, metrics: dict[str, np.ndarray], finite: np.ndarray
             problems.append((int(first), f"step {first} of {plan.steps_per_epoch}: the loss of group{group} is not finite"))
         elif count == plan.steps_per_epoch:
             problems.append((plan.steps_per_epoch, f"no step of group{group} was finite"))
-    problems += [(plan.steps_per_epoch, f"after its last step a parameter of group{i} is not finite") for i in np.flatnonzero(~finite)]
+    problems += [(plan.steps_per_epoch, f"after its last step a number of group{i}'s state is not finite") for i in np.flatnonzero(~finite)]
     if problems:
         kept = f"the checkpoint of epoch {saved} is kept" if saved else "there is no checkpoint yet"
         fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"

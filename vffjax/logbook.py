@@ -123,11 +123,23 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         # The first error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def sync(path: pathlib.Path) -> None:
+    """Returns when a file, or a folder's list of names, is on disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _line(record: dict[str, Any]) -> bytes:

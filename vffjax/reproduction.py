@@ -76,7 +76,7 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and train with this --workdir, which writes it again") from None
     if missing:
-        raise UserError(f"{path}: has no {missing[0]}; delete it and train with this --workdir, which writes it again")
+        raise UserError(f"{path}: has no {missing[0]}, so that another version of vffjax wrote it; reproduce it with that one")
     return summary
 
 

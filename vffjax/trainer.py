@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,16 @@ class Plan:
     @property
     def total_epochs(self) -> int:
         return self.stages * self.config.epochs
+
+    def saves(self, epochs: int) -> bool:
+        """Whether a checkpoint is due when so many epochs are done."""
+        return epochs % self.config.epochs == 0 or epochs % self.config.checkpoint_every == 0
+
+    def best(self, history: Sequence[Mapping[str, Any]]) -> int:
+        """Of the epochs that are saved as due, in the last stage reached, that of least `val_error`, among equals the last; 0 if none."""
+        due = [record for record in history if self.saves(record["epoch"])]
+        ranks = [(-(-r["epoch"] // self.config.epochs) if self.stages > 1 else 1, -(r["val_error"] or 0.0), r["epoch"]) for r in due]
+        return max(ranks)[2] if ranks else 0
 
     def active(self, epoch: int) -> int | None:
         """The group that trains in this epoch (from 0), or None for all."""

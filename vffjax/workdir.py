@@ -5,7 +5,7 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vffjax.checkpoint import FOLDER, Checkpoints
@@ -61,25 +61,44 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def sound_epoch(checkpoints: Checkpoints, config: Config) -> int:
-    """The newest saved epoch with no fault, where the run goes on; 0 if none is saved. Newer ones are set aside, and stderr says so.
+def sound_epoch(checkpoints: Checkpoints, plan: Plan) -> int:
+    """The newest saved epoch with no fault, where the run goes on; 0 if none is saved. Others with a fault are set aside.
 
-    Raises `UserError` if there are saved epochs and all have a fault, or if one before the newest has: it may be the best.
+    stderr says what was found damaged, incomplete or missing. Raises `UserError` if there are saved epochs and all have a fault, or if the
+    best has, or is gone, and nothing that the run will train can take its place.
     """
     saved = checkpoints.epochs()
-    faults = {epoch: checkpoints.fault(epoch, config) for epoch in saved}
-    newest = max((epoch for epoch in saved if not faults[epoch]), default=0)
-    for epoch in saved:
-        if faults[epoch] and (epoch < newest or not newest):
-            raise UserError(faults[epoch])
-    for epoch in saved:
-        if epoch > newest:
-            print(f"{faults[epoch].partition(';')[0]}; now {checkpoints.set_aside(epoch)}", file=sys.stderr)
-    for epoch in checkpoints.missing():
-        print(f"{checkpoints.folder / str(epoch)}: missing, though its digests are there", file=sys.stderr)
-    if newest != max([*saved, *checkpoints.missing()], default=0):
+    faults = {epoch: fault for epoch in saved if (fault := checkpoints.fault(epoch, plan.config))}
+    sound = [epoch for epoch in saved if epoch not in faults]
+    newest = max(sound, default=0)
+    if saved and not newest:
+        raise UserError(_start_again(checkpoints, faults[saved[-1]]))
+    lost = {epoch: f"{checkpoints.folder / str(epoch)}: missing, though its digests are there" for epoch in checkpoints.missing()}
+    for epoch in checkpoints.incomplete():
+        lost[epoch] = f"{checkpoints.folder / str(epoch)}: not completely saved, or its digests are lost"
+    if newest and newest > max([*faults, *lost], default=0):
+        # Else something newer was there, for which an earlier best may have been deleted.
+        check_best(checkpoints, plan, checkpoints.run(newest)["history"], faults | lost)
+    for epoch in faults:
+        lost[epoch] = f"{faults[epoch].partition(';')[0]}; now {checkpoints.set_aside(epoch)}"
+    for epoch in sorted(lost):
+        print(lost[epoch], file=sys.stderr)
+    if lost:
         print(f"going on from epoch {newest}", file=sys.stderr)
     return newest
+
+
+def check_best(checkpoints: Checkpoints, plan: Plan, history: list[dict[str, Any]], faults: Mapping[int, str]) -> None:
+    """Raises `UserError` if the best epoch by the record is not among the sound: another would be taken for it."""
+    best = plan.best(history)
+    if best and (best in faults or best not in checkpoints.epochs()):
+        fault = faults.get(best, f"{checkpoints.folder / str(best)}: gone")
+        raise UserError(_start_again(checkpoints, f"{fault.partition(';')[0]}, and it is the best epoch"))
+
+
+def _start_again(checkpoints: Checkpoints, fault: str) -> str:
+    others = ", or read another epoch with vffjax evaluate --epoch N"
+    return f"{fault.partition(';')[0]}; restore it, or delete {checkpoints.folder} to train again from the start{others}"
 
 
 def read_config(workdir: pathlib.Path) -> Config:
