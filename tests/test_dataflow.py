@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from vffjax.dataflow import Flow, flows, members, union
 
@@ -325,3 +326,19 @@ def test_the_sets_of_a_training_step_by_hand():
 
     local = functools.partial(found, step)
     assert local(X, X, X, N) == [([0, 2, 3], [0, 2], [0, 2]), ([0, 1, 2, 3], [0, 1, 2], [1])]
+
+
+def test_what_has_a_known_name_and_is_no_floating_point_is_a_source_of_its_own():
+    def program(x, y):
+        drawn = checkpoint_name(jnp.argmax(x), "drawn")
+        return (
+            drawn * 2,
+            checkpoint_name(x * 1.5, "drawn"),
+            checkpoint_name(jnp.argmax(y), "other"),
+            jax.lax.cond(drawn > 0, jnp.sin, jnp.cos, y[0]),
+        )
+
+    traced = jax.make_jaxpr(jax.jit(program))(jnp.ones(3), jnp.ones(3))
+    found = flows(traced, named={"drawn": 2})
+    assert [members(flow.value) for flow in found] == [[2], [0], [1], [1, 2]]
+    assert [members(flow.value) for flow in flows(traced)] == [[0], [0], [1], [0, 1]]

@@ -273,6 +273,17 @@ def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detache
     assert not any(name.startswith(("group0/batch_stats", "group0/opt_state")) for name in leak["to_leaves"])
 
 
+@pytest.mark.parametrize("changes", [{}, {"labelling": "triplet", "negatives": "hard"}, {"rule": "ff", "negatives": "hard"}], ids=str)
+def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, monkeypatch):
+    def quantised(plan, task, states, *_):
+        return jnp.round(states[1].params["head"]["kernel"].sum() * 2**20).astype(jnp.int32).astype(jnp.float32)
+
+    plant_in_step(monkeypatch, quantised)
+    leak = leaks(**changes)["backward", "step", "group1", "group0"]
+    assert (leak["from"], leak["to"]) == ("group1/head/kernel", "group0/layers_0/kernel")
+    assert leak["from_leaves"] == ["group1/head/kernel"]
+
+
 def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch):
     """Only in the next step would it reach parameters."""
     honest = trainer.train_step

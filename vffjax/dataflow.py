@@ -1,11 +1,12 @@
 """What each output of a traced program depends on, found by walking its jaxpr with sets of sources in the place of arrays.
 
-Trusted are two facts: `stop_gradient` lets no derivative through, and neither does a result that is not floating point. Everything else
-counts as passing whatever it takes to all that it returns, unless it is a call, a loop or a choice whose own program can be walked. So a
-dependence may be reported that is not there, but none that is there is missed.
+Trusted are three facts: `stop_gradient` lets no derivative through, neither does a result that is not floating point, and an optimization
+barrier gives each operand back. Everything else counts as passing whatever it takes to all that it returns, unless it is a call, a loop or
+a choice whose own program can be walked. So a dependence may be reported that is not there, but none that is there is missed, unless it
+goes through the host behind JAX's back.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,15 +25,20 @@ class Flow(NamedTuple):
 NOTHING = Flow()
 
 
-def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None) -> list[Flow]:
+Named = Mapping[str, int]
+
+
+def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Named | None = None) -> list[Flow]:
     """The flow of every output of `program`, whose flattened input `i` is source `sources[i]`, by default `i`.
 
-    Several inputs may be one source. An input that is not floating point is a source by value alone. Constants are none.
+    Several inputs may be one source. An input that is not floating point is a source by value alone. Constants are none. What the program
+    has given a name by `jax.ad_checkpoint.checkpoint_name` and `named` knows is a source of its own, in the place of all that it was
+    computed from, if it is no floating-point array.
     """
     variables = program.jaxpr.invars
     numbers = range(len(variables)) if sources is None else sources
     inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i)) for variable, i in zip(variables, numbers, strict=True)]
-    return _walk(program.jaxpr, inputs)
+    return _walk(program.jaxpr, inputs, named or {})
 
 
 def members(sources: int) -> list[int]:
@@ -59,7 +65,7 @@ def _onto(variable: Any, flow: Flow) -> Flow:
     return flow if _floating(variable) else Flow(flow.value)
 
 
-def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow]) -> list[Flow]:
+def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], named: Named) -> list[Flow]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     # Whatever has an effect may speak to whatever has one after it: by a reference, through the host, by order.
     world = NOTHING
@@ -75,7 +81,7 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow]) -> list[Flow]:
             # A reference may have been written to.
             known.update({atom: union([read(atom), world]) for atom in equation.invars if not isinstance(atom, Literal)})
         else:
-            found = _through(equation, operands)
+            found = _through(equation, operands, named)
         known.update({variable: _onto(variable, flow) for variable, flow in zip(equation.outvars, found, strict=True)})
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -85,12 +91,14 @@ def _speaks(equation: JaxprEqn) -> bool:
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
 
 
-def _through(equation: JaxprEqn, operands: list[Flow]) -> list[Flow]:
+def _through(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow]:
     """The flows of an equation's outputs."""
     if equation.primitive is stop_gradient_p:
         return [flow._replace(gradient=0) for flow in operands]
+    if equation.primitive.name == "name" and equation.params.get("name") in named and not _floating(equation.outvars[0]):
+        return [Flow(1 << named[equation.params["name"]])]
     rule = _RULES.get(equation.primitive.name)
-    found = rule(equation, operands) if rule else None
+    found = rule(equation, operands, named) if rule else None
     return [union(operands)] * len(equation.outvars) if found is None else found
 
 
@@ -104,31 +112,31 @@ def _body(equation: JaxprEqn) -> Jaxpr | None:
     return jaxpr if fits else None
 
 
-def _called(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+def _called(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
     jaxpr = _body(equation)
-    return None if jaxpr is None else _walk(jaxpr, operands)
+    return None if jaxpr is None else _walk(jaxpr, operands, named)
 
 
-def _own_derivative(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+def _own_derivative(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
     """A function with a rule of its own for derivatives: the rule may do anything, whatever the function itself does."""
-    found, anything = _called(equation, operands), union(operands).gradient
+    found, anything = _called(equation, operands, named), union(operands).gradient
     return None if found is None else [flow._replace(gradient=anything) for flow in found]
 
 
-def _barrier(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+def _barrier(equation: JaxprEqn, operands: list[Flow], _: Named) -> list[Flow] | None:
     return operands if len(operands) == len(equation.outvars) else None
 
 
-def _conditional(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+def _conditional(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
     branches = equation.params.get("branches")
     if not branches:
         return None
     index, rest = operands[0], operands[1:]
-    each = [_walk(branch.jaxpr, rest) for branch in branches]
+    each = [_walk(branch.jaxpr, rest, named) for branch in branches]
     return [union([Flow(index.value), *flows]) for flows in zip(*each, strict=True)]
 
 
-def _scan(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+def _scan(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
     jaxpr, consts, carries = _body(equation), equation.params.get("num_consts"), equation.params.get("num_carry")
     if jaxpr is None or consts is None or carries is None:
         return None
@@ -137,14 +145,14 @@ def _scan(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
     results: list[Flow] = []
 
     def step(carry: list[Flow]) -> list[Flow]:
-        found = _walk(jaxpr, [*fixed, *carry, *each])
+        found = _walk(jaxpr, [*fixed, *carry, *each], named)
         results[:] = found[carries:]
         return found[:carries]
 
     return _settled(step, start) + results
 
 
-def _while(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
+def _while(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
     names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
     if not all(name in equation.params for name in names):
         return None
@@ -152,8 +160,8 @@ def _while(equation: JaxprEqn, operands: list[Flow]) -> list[Flow] | None:
     of_condition, of_body, start = operands[:tested], operands[tested : tested + fixed], operands[tested + fixed :]
 
     def step(carry: list[Flow]) -> list[Flow]:
-        (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry])
-        return [union([flow, Flow(goes_on.value)]) for flow in _walk(body.jaxpr, [*of_body, *carry])]
+        (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry], named)
+        return [union([flow, Flow(goes_on.value)]) for flow in _walk(body.jaxpr, [*of_body, *carry], named)]
 
     return _settled(step, start)
 
@@ -168,7 +176,7 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
-_RULES: dict[str, Callable[[JaxprEqn, list[Flow]], list[Flow] | None]] = {
+_RULES: dict[str, Callable[[JaxprEqn, list[Flow], Named], list[Flow] | None]] = {
     **dict.fromkeys(_CALLS, _called),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _own_derivative),
     "optimization_barrier": _barrier,

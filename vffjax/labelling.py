@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+# What wrong labels that were drawn from predictions are called in a traced program, for the locality certificate to know them by.
+DRAWN = "drawn labels"
 
 
 class Streams(NamedTuple):
@@ -39,7 +43,8 @@ def wrong_labels(
     if logits is None:
         return (labels + jax.random.randint(key, labels.shape, 1, classes)) % classes
     right = jax.nn.one_hot(labels, classes, dtype=bool)
-    return jax.random.categorical(key, jnp.where(right, -jnp.inf, logits)).astype(labels.dtype)
+    drawn = jax.random.categorical(key, jnp.where(right, -jnp.inf, logits)).astype(labels.dtype)
+    return checkpoint_name(drawn, DRAWN)
 
 
 def clean_only(images: Float[Array, "batch h w c"], labels: Int[Array, " batch"]) -> Streams:

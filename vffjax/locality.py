@@ -16,6 +16,7 @@ from vffjax import dataflow, trainer
 from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES, split_sizes
 from vffjax.feature_cache import STEPS_PER_TRANSFER, clean_features
+from vffjax.labelling import DRAWN
 from vffjax.probes import leaf_names, losses, probe, step_streams
 from vffjax.trainer import Images, Plan
 
@@ -62,7 +63,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
         "violations": violations,
         "sees": {name: _sees(_of(steps, i), i, list(layers)) for i, name in enumerate(layers)},
         "inside": inside,
-        "programs": [{"program": p.name, "trains": p.trains, "sources": len(p.sources), "results": len(p.found)} for p in programs],
+        "programs": [{"program": p.name, "trains": p.trains, "sources": len(p.sources) - 1, "results": len(p.found)} for p in programs],
         "numeric": numbers,
     }
 
@@ -89,10 +90,12 @@ class _Program(NamedTuple):
     trains: list[str]  # groups that change in it
     sources: list[str]  # names of the flattened inputs
     found: dict[str, dataflow.Flow]  # of the new leaves of the states, or of the losses
+    undrawn: dict[str, dataflow.Flow]  # the same, where labels that were drawn from predictions come from nowhere
 
     def reaching(self, results: Sequence[str], path: str) -> list[str]:
-        """Names of the sources that any of the results depends on by `path`: value, real or gradient."""
-        flow = dataflow.union(self.found[name] for name in results)
+        """Names of the sources that any of the results depends on by `path`: value, real, gradient; undrawn: value, not by drawn labels."""
+        found = self.undrawn if path == "undrawn" else self.found
+        flow, path = dataflow.union(found[name] for name in results), "value" if path == "undrawn" else path
         return [self.sources[i] for i in dataflow.members(getattr(flow, path))]
 
 
@@ -139,7 +142,8 @@ def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, stat
     sources = [*leaf_names("task", task), *leaf_names("", states)]
     sources += itertools.chain(*map(leaf_names, names, given))
     results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else leaf_names("", out[0])
-    return _Program(name, trains, sources, dict(zip(results, dataflow.flows(program), strict=False)))
+    found = [dict(zip(results, dataflow.flows(program, named=named), strict=False)) for named in (None, {DRAWN: len(sources)})]
+    return _Program(name, trains, [*sources, DRAWN], *found)
 
 
 def _of(steps: list[_Program], group: int) -> _Program:
@@ -165,10 +169,11 @@ def _layers(program: _Program, group: str) -> dict[str, list[str]]:
 
 def _crossings(program: _Program, parts: dict[str, list[str]], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """What passes between parts of a network, given from input to output. Forward: a later part's results could be differentiated in
-    an earlier part's leaves. Backward: an earlier part's results are computed from a later part's leaves, as back-propagation does."""
+    an earlier part's leaves. Backward: an earlier part's results are computed from a later part's leaves, as back-propagation does;
+    between groups in any way but by labels drawn from predictions, inside a group by floating point."""
     found = []
     for (a, earlier), (b, later) in itertools.combinations(parts.items(), 2):
-        for kind, source, target, path in (("forward", a, b, "gradient"), ("backward", b, a, "real")):
+        for kind, source, target, path in (("forward", a, b, "gradient"), ("backward", b, a, "real" if "/" in a else "undrawn")):
             # A source's leaves have the names of the results, except in the program of the losses, which has other results.
             begins, ends = f"{source}/", earlier if target == a else later
             if kind not in kinds:
