@@ -39,7 +39,9 @@ PLANTED = {
 
 @pytest.mark.parametrize(("kind", "says"), PLANTED.items(), ids=PLANTED.keys())
 def test_what_is_planted_is_found_and_its_file_kept(kind, says, tmp_path):
-    status, found = fuzz(tmp_path, "--files=9", "--seconds=1", f"--plant={kind}")
+    # On a loaded machine memory takes its time; only what hangs is to be waited for.
+    seconds = 1 if kind == "hang" else 20
+    status, found = fuzz(tmp_path, "--files=9", f"--seconds={seconds}", f"--plant={kind}")
     assert (status, found["files"]) == (1, 9)
     (failure,) = found["failures"]
     assert failure["number"] == 7
