@@ -123,6 +123,17 @@ def _parser(command: str, description: str) -> _Parser:
     return _Parser(prog=f"vffjax {command}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
+def _of_config(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
+    """Options, configuration and its name, for a command that looks at a configuration and trains nothing."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="write JSON")
+    a, rest = parser.parse_known_args(arguments)
+    config, name, workdir = parse_train(rest)
+    if workdir:
+        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out FILE.json")
+    return a, config, name
+
+
 def _evaluate(arguments: list[str]) -> None:
     parser = _parser("evaluate", "Validation and test error of a trained workdir, in percent, per group and of the voting ensemble.")
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
@@ -227,12 +238,7 @@ def _memory(arguments: list[str]) -> None:
     parser.add_argument("--batches", default="", metavar="N,N", help="images in a step; default: config.batch_size")
     target = "here: JAX's first device; cpu; tpu: a TPU v5e, which need not be there (its compiler: pip install -e '.[tpu-compiler]')"
     parser.add_argument("--target", choices=ledger.TARGETS, default="here", help=target)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="write JSON")
-    a, rest = parser.parse_known_args(arguments)
-    config, name, workdir = parse_train(rest)
-    if workdir:
-        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out FILE.json")
+    a, config, name = _of_config(parser, arguments)
     cases = ledger.cases(config, whole_numbers("--depths", a.depths, MAX_LAYERS), whole_numbers("--batches", a.batches))
     from vffjax import memory, targets
 
@@ -270,12 +276,7 @@ def _locality(arguments: list[str]) -> int:
     parser = _parser("locality", about)
     parser.usage = LOCALITY_USAGE
     parser.add_argument("--structure", action="store_true", help="the traced program alone, no numbers: nothing is compiled")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="write JSON")
-    a, rest = parser.parse_known_args(arguments)
-    config, name, workdir = parse_train(rest)
-    if workdir:
-        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out FILE.json")
+    a, config, name = _of_config(parser, arguments)
     from vffjax import locality
 
     certificate = locality.certify(config, numeric=not a.structure)
