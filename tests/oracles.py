@@ -163,28 +163,44 @@ def forward_forward(positive, negative, threshold, peer):
     return total + peer * ((units - units.mean()) ** 2).mean()
 
 
-def conv(x, kernel):
+def _taps(x, kernel, stride):
+    """Every (output, kernel, input) position of a convolution padded by half the kernel on all sides, and the output's shape."""
+    (n, h, w, _), (k, _, _, d) = x.shape, kernel.shape
+    p = k // 2
+    shape = n, (h + 2 * p - k) // stride + 1, (w + 2 * p - k) // stride + 1, d
+    positions = ((b, i, j, u, v, stride * i + u - p, stride * j + v - p) for b, i, j, u, v in np.ndindex(*shape[:3], k, k))
+    return [((b, i, j), (u, v), (b, y, z)) for b, i, j, u, v, y, z in positions if 0 <= y < h and 0 <= z < w], shape
+
+
+def conv(x, kernel, stride=1):
     """Cross-correlation with zero padding, one output at a time."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    n, h, w, _ = x.shape
-    k, p = kernel.shape[0], kernel.shape[0] // 2
-    out = np.zeros((n, h, w, kernel.shape[3]))
-    for b, i, j in np.ndindex(n, h, w):
-        for u, v in np.ndindex(k, k):
-            if 0 <= i + u - p < h and 0 <= j + v - p < w:
-                out[b, i, j] += x[b, i + u - p, j + v - p] @ kernel[u, v]
+    taps, shape = _taps(x, kernel, stride)
+    out = np.zeros(shape)
+    for o, k, i in taps:
+        out[o] += x[i] @ kernel[k]
     return out
 
 
-def conv_gradients(x, kernel, g):
-    """Of `sum(conv(x, kernel) * g)`, collected term by term."""
+def conv_gradients(x, kernel, g, stride=1):
+    """Of `sum(conv(x, kernel, stride) * g)`, collected term by term."""
     x, kernel, g = (np.asarray(a, np.float64) for a in (x, kernel, g))
-    n, h, w, _ = x.shape
-    k, p = kernel.shape[0], kernel.shape[0] // 2
     dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
-    for b, i, j in np.ndindex(n, h, w):
-        for u, v in np.ndindex(k, k):
-            if 0 <= i + u - p < h and 0 <= j + v - p < w:
-                dx[b, i + u - p, j + v - p] += kernel[u, v] @ g[b, i, j]
-                dkernel[u, v] += np.outer(x[b, i + u - p, j + v - p], g[b, i, j])
+    for o, k, i in _taps(x, kernel, stride)[0]:
+        dx[i] += kernel[k] @ g[o]
+        dkernel[k] += np.outer(x[i], g[o])
     return dx, dkernel
+
+
+def max_pool(x, g, window, stride, padding):
+    """The maximum of each window, entries beyond the map left out, and the gradient of `sum(max_pool(x) * g)`; entries are distinct."""
+    x, dx = np.asarray(x, np.float64), np.zeros(x.shape)
+    n, h, w, c = x.shape
+    out = np.zeros((n, (h + 2 * padding - window) // stride + 1, (w + 2 * padding - window) // stride + 1, c))
+    for b, i, j, channel in np.ndindex(out.shape):
+        ys = [y for y in range(stride * i - padding, stride * i - padding + window) if 0 <= y < h]
+        zs = [z for z in range(stride * j - padding, stride * j - padding + window) if 0 <= z < w]
+        y, z = max(((y, z) for y in ys for z in zs), key=lambda at: x[b, *at, channel])
+        out[b, i, j, channel] = x[b, y, z, channel]
+        dx[b, y, z, channel] += g[b, i, j, channel]
+    return out, dx

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax import export
 
 from vffjax import conv as conv_module
 from vffjax.conv import _plain, conv
@@ -37,6 +38,86 @@ def test_value_and_gradients_equal_the_definition(batch, rows, size, monkeypatch
     np.testing.assert_allclose(jax.jit(conv)(x, kernel), oracles.conv(x, kernel), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dkernel, expected_dkernel, rtol=1e-4, atol=1e-5)
+
+
+IMAGES = [(5, 3), (8, 6), (7, 4)]
+STRIDED = [(size, stride) for size in (1, 3, 7) for stride in (1, 2)] + [(3, 3), (3, 4)]
+
+
+def strided(stride):
+    """A new function, or jit remembers other steps."""
+    return functools.partial(conv, stride=stride)
+
+
+@functools.cache
+def case(size, stride, h, w):
+    """Images, kernel, gradient of the output, and what is expected of them."""
+    x, kernel = random(0, 5, h, w, 2), random(1, size, size, 2, 3)
+    value = oracles.conv(x, kernel, stride)
+    g = random(2, *value.shape)
+    return x, kernel, g, (value, *oracles.conv_gradients(x, kernel, g, stride))
+
+
+def value_and_gradients(x, kernel, g, f):
+    value, backward = jax.vjp(f, x, kernel)
+    return value, *backward(g)
+
+
+def assert_equals_the_definition(size, stride, h, w):
+    x, kernel, g, expected = case(size, stride, h, w)
+    found = jax.jit(functools.partial(value_and_gradients, f=strided(stride)))(x, kernel, g)
+    for part, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("h", "w"), IMAGES)
+@pytest.mark.parametrize(("size", "stride"), STRIDED)
+def test_a_stride_equals_the_definition(size, stride, h, w):
+    assert_equals_the_definition(size, stride, h, w)
+
+
+@pytest.mark.parametrize("images", [2, 0], ids=["ragged", "by image"])
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_stride_over_several_products_equals_the_definition(size, images, monkeypatch):
+    h2, w2 = case(size, 2, 7, 4)[2].shape[1:3]
+    monkeypatch.setattr(conv_module, "_ELEMENTS_PER_PRODUCT", images * h2 * w2 * size * size * 2)
+    assert_equals_the_definition(size, 2, 7, 4)
+
+
+@pytest.mark.parametrize(("h", "w"), IMAGES)
+@pytest.mark.parametrize(("size", "stride"), STRIDED)
+def test_the_definition_is_pytorch_s(size, stride, h, w):
+    torch = pytest.importorskip("torch")
+    x, kernel, g, expected = case(size, stride, h, w)
+    images, weight = (torch.tensor(a, requires_grad=True) for a in (x, kernel))
+    out = torch.nn.functional.conv2d(images.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1), stride=stride, padding=size // 2)
+    out = out.permute(0, 2, 3, 1)
+    out.backward(torch.tensor(g))
+    for part, whole in zip((out.detach(), images.grad, weight.grad), expected, strict=True):
+        np.testing.assert_allclose(part.numpy(), whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_bf16_with_a_stride_is_rounded_once(size, monkeypatch):
+    """To 8 bits, half a unit of which is 2 ** -8; sums over steps of single images are float32."""
+    monkeypatch.setattr(conv_module, "_ELEMENTS_PER_PRODUCT", 1)
+    x, kernel, g = (jnp.asarray(a, jnp.bfloat16) for a in (random(0, 9, 5, 4, 4), random(1, size, size, 4, 5), random(2, 9, 3, 2, 5)))
+    found = jax.jit(functools.partial(value_and_gradients, f=strided(2)))(x, kernel, g)
+    arrays = [np.asarray(a, np.float64) for a in (x, kernel, g)]
+    for part, whole in zip(found, (oracles.conv(*arrays[:2], 2), *oracles.conv_gradients(*arrays, 2)), strict=True):
+        assert part.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(part, np.float64), whole, rtol=1.001 * 2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "stride", "channels"), [(3, 1, 16), (3, 1, 3), (1, 1, 16), (1, 2, 16), (3, 2, 16), (7, 2, 3)])
+def test_an_exported_program_takes_any_batch_size(size, stride, channels):
+    (n,) = export.symbolic_shape("n")
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, 8, 6, channels), (size, size, channels, 16))]
+    program = export.export(jax.jit(functools.partial(conv, stride=stride)), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    program = export.deserialize(program.serialize())
+    for batch in (1, 3):
+        x, kernel = random(0, batch, 8, 6, channels), random(1, size, size, channels, 16)
+        np.testing.assert_allclose(program.call(x, kernel), oracles.conv(x, kernel, stride), rtol=1e-4, atol=1e-4)
 
 
 def test_a_kernel_larger_than_the_image():
@@ -68,18 +149,20 @@ def scan_of_gradients(f, xs, kernel):
 
 def noncanonical(text):
     convolutions = [line for line in text.splitlines() if " convolution(" in line]
-    return len(convolutions), [line for line in convolutions if CANONICAL not in line]
+    return len(convolutions), [line for line in convolutions if CANONICAL not in line or "hs_dilate" in line]
 
 
 @on_cpu
-def test_a_loop_on_cpu_holds_canonical_convolutions_only():
-    args = random(0, 3, 5, 6, 6, 4), random(1, 3, 3, 4, 5)
-    text = jax.jit(functools.partial(scan_of_gradients, conv)).lower(*args).as_text("hlo")
-    count, bad = noncanonical(text)
-    assert count >= 2  # value and input gradient
-    assert not bad
-    # That XLA's own gradient would be found:
-    assert noncanonical(jax.jit(functools.partial(scan_of_gradients, _plain)).lower(*args).as_text("hlo"))[1]
+@pytest.mark.parametrize(("size", "stride", "convolutions"), [(3, 1, 2), (3, 2, 5), (7, 2, 5), (1, 1, 0), (1, 2, 0)])
+def test_a_loop_on_cpu_holds_canonical_convolutions_only(size, stride, convolutions):
+    """One for the value, one for the input gradient at each offset within the stride; a kernel of one position is a product."""
+    args = random(0, 3, 5, 6, 6, 4), random(1, size, size, 4, 5)
+    ours, xla = (
+        noncanonical(jax.jit(functools.partial(scan_of_gradients, functools.partial(f, stride=stride))).lower(*args).as_text("hlo"))
+        for f in (conv, _plain)
+    )
+    assert ours == (convolutions, [])
+    assert xla[1]  # so XLA's own gradient would be found
 
 
 @on_cpu
@@ -90,18 +173,20 @@ def test_the_choice_of_platform_leaves_no_branch_in_the_program():
     assert not re.search(r"\bconditional\(", compiled)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("platform", "products"), [("cpu", True), ("cuda", False), ("tpu", False)])
-def test_only_cpu_gets_the_matrix_products(platform, products):
-    arrays = random(0, 5, 6, 6, 4), random(1, 3, 3, 4, 5), random(2, 5, 6, 6, 5)
-    text = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+def test_only_cpu_gets_the_matrix_products(platform, products, stride):
+    arrays = random(0, 5, 6, 6, 4), random(1, 3, 3, 4, 5), random(2, 5, 6 // stride, 6 // stride, 5)
+    text = jax.jit(functools.partial(gradients, f=strided(stride))).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
     assert ("dot_general" in text) == products
     assert "convolution" in text
 
 
-def test_an_input_gradient_that_nobody_asks_for_is_not_computed():
-    x, kernel = random(0, 5, 6, 6, 4), random(1, 3, 3, 4, 5)
-    f = jax.jit(jax.grad(lambda k: jnp.sum(conv(x, k) ** 2)))
-    g = jax.jit(jax.grad(lambda x, k: jnp.sum(conv(x, k) ** 2), (0, 1)))
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2)])
+def test_an_input_gradient_that_nobody_asks_for_is_not_computed(size, stride):
+    x, kernel = random(0, 5, 6, 6, 4), random(1, size, size, 4, 5)
+    f = jax.jit(jax.grad(lambda k: jnp.sum(conv(x, k, stride) ** 2)))
+    g = jax.jit(jax.grad(lambda x, k: jnp.sum(conv(x, k, stride) ** 2), (0, 1)))
     flops = [program.compile().cost_analysis()["flops"] for program in (f.lower(kernel), g.lower(x, kernel))]
     assert flops[0] < 0.75 * flops[1]
 

@@ -59,6 +59,47 @@ def _gradient_of(pool: Callable[[Array], Array], x: Array, g: Array) -> Array:
 _max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _max_pool_backward)
 
 
+def max_pool_overlapping(
+    x: Float[Array, "batch h w c"], window: int = 3, stride: int = 2, padding: int = 1
+) -> Float[Array, "batch h2 w2 c"]:
+    """Max over windows at every `stride`-th position of a map padded by `padding` on every side, as `torch.nn.MaxPool2d`.
+
+    The padding, smaller than the window, is never the maximum. Entries that are equal are treated as by `max_pool`.
+    """
+    return _max_pool_overlapping(x, window, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool_overlapping(x: Array, window: int, stride: int, padding: int) -> Array:
+    pairwise, reduced = _overlapping(window, stride, padding)
+    return lax.platform_dependent(x, cpu=pairwise, default=reduced)
+
+
+def _max_pool_overlapping_backward(window: int, stride: int, padding: int, x: Array, g: Array) -> tuple[Array]:
+    pairwise, reduced = (functools.partial(_gradient_of, f) for f in _overlapping(window, stride, padding))
+    return (lax.platform_dependent(x, g, cpu=pairwise, default=reduced),)
+
+
+_max_pool_overlapping.defvjp(lambda x, *sizes: (_max_pool_overlapping(x, *sizes), x), _max_pool_overlapping_backward)
+
+
+def _overlapping(window: int, stride: int, padding: int) -> tuple[Callable[[Array], Array], ...]:
+    forms = _overlapping_pairwise_max, _overlapping_reduced_max
+    return tuple(functools.partial(f, window=window, stride=stride, padding=padding) for f in forms)
+
+
+def _overlapping_reduced_max(x: Array, window: int, stride: int, padding: int) -> Array:
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), around)
+
+
+def _overlapping_pairwise_max(x: Array, window: int, stride: int, padding: int) -> Array:
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
+    h, w = (size - window + 1 for size in x.shape[1:3])
+    rows = functools.reduce(jnp.maximum, (x[:, i : i + h : stride] for i in range(window)))
+    return functools.reduce(jnp.maximum, (rows[:, :, j : j + w : stride] for j in range(window)))
+
+
 def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:
     """The gradient of `max_pool` for an `x` that lies in memory, such as a convolution's output: on CPU by comparison, in one pass."""
     comparison = functools.partial(_gradient_by_comparison, window=window)

@@ -1,0 +1,89 @@
+"""Max pooling over overlapping windows: value and gradient against NumPy loops and PyTorch, and the form of the programs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax import export
+
+from vffjax.pooling import max_pool_overlapping
+
+SIZES = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (2, 3, 1)]  # window, stride, padding
+MAPS = [(8, 8), (7, 10), (5, 2)]
+
+
+def distinct(h, w, n=2, c=3):
+    """A map whose entries bfloat16 holds too: all different within an image and channel, some negative throughout."""
+    rng = np.random.default_rng(0)
+    return np.stack([np.stack([rng.permutation(h * w).reshape(h, w) - 100.0 for _ in range(c)], -1) for _ in range(n)])
+
+
+def value_and_gradient(x, g, sizes):
+    out, backward = jax.vjp(lambda x: max_pool_overlapping(x, *sizes), x)
+    return out, backward(g)[0]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def compiled(x, g, sizes):
+    return value_and_gradient(x, g, sizes)
+
+
+def whole_numbers(like):
+    """A gradient whose sums are exact in bfloat16."""
+    return np.random.default_rng(1).integers(-8, 9, like.shape).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_value_and_gradient_equal_the_definition(sizes, shape, dtype):
+    x = distinct(*shape)
+    g = whole_numbers(jax.eval_shape(lambda x: max_pool_overlapping(x, *sizes), x))
+    for found, expected in zip(compiled(jnp.asarray(x, dtype), jnp.asarray(g, dtype), sizes), oracles.max_pool(x, g, *sizes), strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(found, np.float64), expected)
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("sizes", [sizes for sizes in SIZES if 2 * sizes[2] <= sizes[0]], ids=str)
+def test_it_is_pytorch_s(sizes, shape):
+    torch = pytest.importorskip("torch")
+    x = distinct(*shape).astype(np.float32)
+    theirs = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    out = torch.nn.functional.max_pool2d(theirs, *sizes)
+    g = whole_numbers(out.permute(0, 2, 3, 1))
+    out.backward(torch.tensor(g.astype(np.float32).transpose(0, 3, 1, 2)))
+    value, gradient = compiled(x, jnp.asarray(g, jnp.float32), sizes)
+    np.testing.assert_array_equal(value, out.detach().numpy().transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(gradient, theirs.grad.numpy().transpose(0, 2, 3, 1))
+
+
+def test_the_default_is_the_stem_of_a_resnet():
+    x = jnp.asarray(distinct(6, 6))
+    np.testing.assert_array_equal(max_pool_overlapping(x), max_pool_overlapping(x, 3, 2, 1))
+
+
+def test_the_gradient_of_equal_entries_is_shared_out_whole():
+    x, g = jnp.zeros((1, 6, 6, 2)), jnp.arange(1.0, 19.0).reshape(1, 3, 3, 2)
+    np.testing.assert_allclose(compiled(x, g, (3, 2, 1))[1].sum((1, 2)), g.sum((1, 2)))
+
+
+@pytest.mark.parametrize(("platform", "windows"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_window_operations_are_for_other_platforms_than_cpu(platform, windows):
+    x, g = jnp.zeros((2, 6, 6, 3)), jnp.zeros((2, 3, 3, 3))
+    text = jax.jit(value_and_gradient, static_argnums=2).trace(x, g, (3, 2, 1)).lower(lowering_platforms=(platform,)).as_text()
+    assert ("reduce_window" in text) == ("select_and_scatter" in text) == windows
+
+
+def test_an_exported_program_takes_any_batch_size():
+    (n,) = export.symbolic_shape("n")
+    program = export.export(jax.jit(max_pool_overlapping), platforms=("cpu", "cuda", "tpu"))(
+        jax.ShapeDtypeStruct((n, 7, 6, 3), jnp.float32)
+    )
+    program = export.deserialize(program.serialize())
+    for batch in (1, 3):
+        x = jnp.asarray(distinct(7, 6, batch), jnp.float32)
+        np.testing.assert_array_equal(program.call(x), max_pool_overlapping(x))
