@@ -42,7 +42,7 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
             else:
                 layers.append(math.prod(shape) * layer.width)
                 shape = (layer.width,)
-        cells = math.prod(min(config.head_grid, side) for side in shape[:-1])
+        cells = math.prod(min(group.head_grid, side) for side in shape[:-1])
         work.append(GroupWork(tuple(layers), cells * shape[-1] * classes))
     return tuple(work)
 

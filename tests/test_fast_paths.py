@@ -43,7 +43,7 @@ PLAIN = {
     "convolution by tiles": (winograd, "applies", lambda x, kernel: False),
     "one operation for normalisation, pooling and ReLU": (layers, "normalise", plain_normalise),
     "one group's maps at a time": (trainer, "_fenced", lambda function, labels: function),
-    "cells pooled once": (rules, "_pooled", lambda config, features: features),
+    "cells pooled once": (rules, "_pooled", lambda config, head_grid, features: features),
 }
 
 

@@ -41,7 +41,7 @@ def plain(certificate):
 def test_every_configuration_is_local_by_its_program(given):
     found = plain(locality.certify(of_file(given), numeric=False))
     assert (found["local"], found["violations"]) == (True, [])
-    assert len(found["groups"]) == (3 if "mnist" in given else 2)
+    assert len(found["groups"]) == (3 if "mnist" in given else 4 if "resnet" in given or "vgg" in given else 2)
     assert [(p["program"], p["trains"]) for p in found["programs"]] == [
         ("step", [*found["groups"]]),
         ("epoch", [*found["groups"]]),

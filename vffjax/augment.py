@@ -6,6 +6,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from vffjax.config import Config
 
+# Of red, green and blue on the scale where 255 is 1: what torchvision's and most of timm's weights were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]) -> Float[Array, "batch h w c"]:
     """Bytes to float32 with mean 0 and standard deviation 1 per channel over the training images."""

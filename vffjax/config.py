@@ -15,10 +15,13 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from vffjax.architectures import RESNET, STEMS, VGG, VGG_HIDDEN, resnet_sizes, scaled
 from vffjax.errors import UserError, bad_key, printable
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
 CONVOLUTIONAL = ("conv4", "conv")
+NETWORKS = ("mlp", *CONVOLUTIONAL, *VGG, *RESNET)
+WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt"), "hf://"
 # Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
 _MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
@@ -44,14 +47,20 @@ class Config:
     flip: bool = _field(False, "mirror training images left to right with probability 1/2")
     crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
     cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
+    pixel_statistics: str = _field("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
 
-    network: str = _field("mlp", "layers to train; conv: as conv4, with any number of layers", ("mlp", "conv4", "conv"))
-    widths: tuple[int, ...] = _field((512, 512, 512), "output units or channels of each layer")
+    network: str = _field("mlp", "layers to train; conv: as conv4, with any number of layers", NETWORKS)
+    widths: tuple[int, ...] = _field((512, 512, 512), "mlp, conv4, conv: output units or channels of each layer")
     pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
+    width_factor: float = _field(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
+    stem: str = _field("cifar", "resnet: first layers: 3x3 (cifar), or 7x7 and max-pooling, each with stride 2 (imagenet)", tuple(STEMS))
+    image_size: int = _field(0, "conv, vgg, resnet: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
     norm: str = _field("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
-    head_grid: int = _field(4, "side in cells of the grid to which conv features are mean-pooled for the head", low=1, high=1024)
-    grouping: str = _field("width", "what makes one group: equal width, each layer, or all layers", ("width", "layer", "all"))
-    init_from: str = _field("", "safetensors file whose weights the groups start from, as vffjax export writes it; empty: random")
+    norm_statistics: str = _field("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
+    head_grid: int = _field(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
+    grouping: str = _field("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))
+    frozen_groups: int = _field(0, "first groups whose layers stay as they start; their heads learn", low=0, high=MAX_LAYERS)
+    init_from: str = _field("", "weights to start from: a file of vffjax export, torchvision or timm, or hf://OWNER/NAME; empty: random")
 
     rule: str = _field("vff", "local objective of a group: CSCL (+ head), forward-forward goodness, head loss alone", ("vff", "ff", "head"))
     labelling: str = _field("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
@@ -73,6 +82,7 @@ class Config:
     batch_size: int = _field(128, "images in a step", low=1, high=2**20)
     optimizer: str = _field("adamw", "optax optimizer of each group", ("adamw", "sgd"))
     learning_rate: float = _field(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0, high=_LARGE)
+    group_decay: float = _field(1.0, "learning rate of a group, as a multiple of the next one's; overrides win", low=0.0, high=1.0)
     weight_decay: float = _field(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0, high=_LARGE)
     momentum: float = _field(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
     warmup_epochs: float = _field(0.0, "linear warm-up, in epochs", low=0.0, high=_LARGE)
@@ -197,8 +207,20 @@ def _check_together(c: Config) -> None:
     if max(c.widths) > MAX_WIDTH or len(c.widths) > MAX_LAYERS:
         fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
         raise bad_key("widths", c.widths, "more units or layers than can be meant", fix)
-    if c.init_from and not c.init_from.endswith(".safetensors"):
-        raise bad_key("init_from", c.init_from, "not a .safetensors file", "give one that vffjax export has written")
+    if c.init_from and not c.init_from.startswith(HUB) and not c.init_from.endswith(WEIGHT_FILES):
+        problem = f"not a {WEIGHT_FILES[0]} file"
+        raise bad_key("init_from", c.init_from, problem, f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME")
+    if c.norm_statistics == "frozen" and not c.init_from:
+        raise bad_key("norm_statistics", c.norm_statistics, "random weights have no statistics", "set config.init_from, or use batch")
+    if c.norm_statistics == "frozen" and c.resolved_norm not in ("batch", "anchor"):
+        raise bad_key("norm_statistics", c.norm_statistics, f"norm={c.resolved_norm} has no running statistics", "use batch")
+    if c.image_size and c.network == "mlp":
+        raise bad_key("image_size", c.image_size, "mlp takes images as they are", "use 0, or a convolutional network")
+    if c.width_factor != 1 and c.network not in (*VGG, *RESNET):
+        raise bad_key("width_factor", c.width_factor, f"{c.network} has no published widths", "set config.widths")
+    if c.network in RESNET and c.resolved_norm in ("input", "none"):
+        because = " (rule ff needs norm=input)" if c.rule == "ff" else ""
+        raise bad_key("network", c.network, f"residual sums need a normalisation, not norm={c.resolved_norm}{because}", "use vgg8b or conv")
     if c.network in CONVOLUTIONAL:
         layers = len(c.widths)
         if c.network == "conv4" and layers != 4:
@@ -227,9 +249,10 @@ def _check_together(c: Config) -> None:
             raise bad_key(shown, override["warmup_epochs"], f"longer than the {c.epochs} epochs of the run", "lower it")
 
 
-def for_group(config: Config, group: int) -> Config:
-    """The configuration as group number `group` sees it, its overrides applied."""
-    return dataclasses.replace(config, **config.overrides.get(f"group{group}", {}))
+def for_group(config: Config, group: int, later: int = 0) -> Config:
+    """The configuration as group number `group` sees it, `later` groups behind it: its learning rate, and its overrides applied."""
+    rate = config.learning_rate * config.group_decay**later
+    return dataclasses.replace(config, **{"learning_rate": rate, **config.overrides.get(f"group{group}", {})})
 
 
 def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, int], num_classes: int, num_groups: int) -> None:
@@ -237,8 +260,13 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
     if c.batch_size > train_size:
         raise bad_key("batch_size", c.batch_size, f"larger than the {train_size} training images", f"use at most {train_size}")
     side = min(image_shape[:2])
-    if c.network in CONVOLUTIONAL and math.prod(c.pools) > side:
-        raise bad_key("pools", c.pools, f"pools {side}x{side} images to nothing", "use smaller windows")
+    seen = c.image_size or side
+    if c.network in CONVOLUTIONAL and math.prod(c.pools) > seen:
+        raise bad_key("pools", c.pools, f"pools {seen}x{seen} images to nothing", "use smaller windows")
+    if c.network in VGG and math.prod(pool for _, pool in VGG[c.network]) > seen:
+        raise bad_key("network", c.network, f"pools {seen}x{seen} images to nothing", "set config.image_size=32")
+    if c.pixel_statistics == "imagenet" and image_shape[2] != 3:
+        raise bad_key("pixel_statistics", c.pixel_statistics, "ImageNet's are those of colour images", "use data")
     for key, pixels in (("cutout", c.cutout), ("crop_padding", c.crop_padding)):
         if pixels > side:
             raise bad_key(key, pixels, f"larger than the {side}-pixel images", f"use at most {side}")
@@ -246,11 +274,14 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
         raise bad_key("epochs", c.epochs, f"more than {MAX_ENTRIES} steps", "use fewer epochs or a larger batch_size")
     for layer, (kernel, _) in enumerate(layer_sizes(c, image_shape)):
         if kernel > MAX_ENTRIES:
+            key = "width_factor" if c.network in (*VGG, *RESNET) else "widths"
             problem = f"layer {layer} would have {kernel} parameters"
-            raise bad_key("widths", c.widths, problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")
+            raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")
     if c.rule == "ff" and num_classes > image_shape[0] * image_shape[1] // 2:
         # The overlay writes one pixel per class, row by row; more than half of the image would leave little to see.
         raise bad_key("rule", c.rule, f"{num_classes} label pixels do not fit {image_shape[:2]} images", "use rule=vff")
+    if c.frozen_groups > num_groups:
+        raise bad_key("frozen_groups", c.frozen_groups, f"the network has {num_groups} groups", f"use at most {num_groups}")
     for name in c.overrides:
         if int(name[5:]) >= num_groups:
             problem = f"the network has {num_groups} groups"
@@ -258,13 +289,19 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
 
 
 def layer_sizes(c: Config, image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Of each layer the entries of its kernel and of its feature map of one image, before pooling."""
-    height, width, channels = image_shape
+    """Of each layer the entries of its kernels and of its largest feature map of one image, before pooling."""
+    height, width, channels = (c.image_size or image_shape[0], c.image_size or image_shape[1], image_shape[2])
+    if c.network in RESNET:
+        return resnet_sizes(c.network, c.width_factor, c.stem, (height, width, channels))
+    pools = c.pools if c.network in CONVOLUTIONAL else (0,) * len(c.widths)  # a window of 0: a dense layer
+    layers = list(zip(c.widths, pools, strict=True))
+    if c.network in VGG:
+        layers = [(scaled(units, c.width_factor), pool) for units, pool in (*VGG[c.network], (VGG_HIDDEN, 0))]
     found = []
-    for i, units in enumerate(c.widths):
-        if c.network in CONVOLUTIONAL:
+    for units, pool in layers:
+        if pool:
             found.append((9 * channels * units, height * width * units))
-            height, width = height // c.pools[i], width // c.pools[i]
+            height, width = height // pool, width // pool
         else:
             found.append((height * width * channels * units, units))
             height = width = 1

@@ -15,8 +15,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vffjax.config import Config
 from vffjax.networks import build
 from vffjax.networks.layers import Layer, divide_by_rms
+from vffjax.networks.resnet import Stem
 from vffjax.pooling import mean_pool_to_grid
 from vffjax.recompute import recomputed
+
+HEAD_INPUTS = 4096  # inputs of a head at the most, where the grid is left to us: about as many as the largest maps' heads have at 8x8x64
 
 
 class GroupState(NamedTuple):
@@ -59,11 +62,17 @@ class LayerGroup:
     name: str
     module: _Module
     rematerialise: bool = False
+    frozen: bool = False  # its layers stay as they start, statistics included; its head learns
 
     @property
     def width(self) -> int:
         """Channels of the group's feature map."""
         return self.module.layers[-1].width
+
+    @property
+    def head_grid(self) -> int:
+        """Side in cells of the grid to which its head mean-pools a feature map."""
+        return self.module.head_grid
 
     def init(self, key: PRNGKeyArray, x: Float[Array, "batch *feature"]) -> tuple[Any, Any]:
         """Parameters and batch statistics for inputs shaped like `x`."""
@@ -74,6 +83,8 @@ class LayerGroup:
         self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: int, train: bool
     ) -> tuple[Float[Array, "batch *out"], Any]:
         """Feature map of `x`, whose first `clean` rows are clean and the rest labelled, and the new batch statistics."""
+        if self.frozen:
+            params, train = jax.lax.stop_gradient(params), False
         if train and self.rematerialise:
             return self._recomputed(params, batch_stats, x, clean)
         return self._features(clean, train, slice(None), params, batch_stats, x)
@@ -109,12 +120,18 @@ class LayerGroup:
 
 
 def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ...]:
-    """Groups of consecutive layers: maximal runs of equal `width`, each `layer` alone, or `all` in one (back-propagation)."""
+    """Groups of consecutive layers: by `width`, maximal runs of equal width; by `block`, residual blocks and what is between two poolings;
+    each `layer` alone, of which a residual block is one; or `all` in one (back-propagation).
+
+    A ResNet's stem is no block: by width and by block it belongs to the group behind it.
+    """
     if grouping == "all":
         return (layers,)
     groups: list[tuple[Layer, ...]] = []
     for layer in layers:
-        if grouping == "width" and groups and groups[-1][-1].width == layer.width:
+        before = groups[-1][-1] if groups else None
+        same = before is not None and (isinstance(before, Stem) or before.width == layer.width)
+        if before and ((grouping == "width" and same) or (grouping == "block" and not before.ends_block)):
             groups[-1] += (layer,)
         else:
             groups.append((layer,))
@@ -125,8 +142,19 @@ def make_groups(config: Config, classes: int) -> tuple[LayerGroup, ...]:
     """The groups of `config.network` under `config.grouping`, named group0, group1, ..."""
     # Without a normalisation behind the linear map, features have any scale, and a linear head needs one.
     free_scale = config.resolved_norm in ("input", "none")
-    modules = (_Module(layers, classes, config.head_grid, free_scale) for layers in cut(build(config), config.grouping))
-    return tuple(LayerGroup(f"group{i}", module, config.rematerialise) for i, module in enumerate(modules))
+    groups = []
+    for i, layers in enumerate(cut(build(config), config.grouping)):
+        module = _Module(layers, classes, config.head_grid or fitting_grid(layers[-1].width), free_scale)
+        groups.append(LayerGroup(f"group{i}", module, config.rematerialise, i < config.frozen_groups))
+    return tuple(groups)
+
+
+def fitting_grid(width: int) -> int:
+    """Side in cells of a head's grid that suits a feature map: the largest power of two of which no more than `HEAD_INPUTS` are made."""
+    side = 1
+    while 4 * side * side * width <= HEAD_INPUTS:
+        side *= 2
+    return side
 
 
 def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:

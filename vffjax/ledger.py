@@ -6,15 +6,17 @@ Needs no JAX, so that bad input is refused at once; `memory.py` compiles the ste
 import dataclasses
 from typing import Any
 
-from vffjax.config import CONVOLUTIONAL, Config, check_against_data, make_config
+from vffjax.architectures import RESNET, VGG
+from vffjax.config import CONVOLUTIONAL, MAX_LAYERS, Config, check_against_data, layer_sizes, make_config
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 
 TARGETS = ("here", "cpu", "tpu")
+PUBLISHED = (*VGG, *RESNET)
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
 
-_BP = {"rule": "head", "grouping": "all", "schedule": "joint", "rematerialise": False}
+_BP = {"rule": "head", "grouping": "all", "frozen_groups": 0, "schedule": "joint", "rematerialise": False}
 METHODS: dict[str, dict[str, Any]] = {
     "bp": _BP,
     "bp checkpointed": _BP | {"rematerialise": True},
@@ -32,14 +34,20 @@ class Case:
     config: Config
 
     def __str__(self) -> str:
-        return f"{self.method}, depth {len(self.config.widths)}, batch {self.config.batch_size}"
+        return f"{self.method}, depth {self.depth}, batch {self.config.batch_size}"
+
+    @property
+    def depth(self) -> int:
+        """Layers, of which a residual block is one."""
+        return len(layer_sizes(self.config, SIZES[self.config.dataset].image_shape))
 
     @property
     def about(self) -> dict[str, Any]:
         """What the row says of itself."""
         c = self.config
-        named = {"depth": len(c.widths), "batch": c.batch_size, "method": self.method, "grouping": c.grouping}
-        return named | {"network": c.network, "widths": list(c.widths), "precision": c.precision}
+        named = {"depth": self.depth, "batch": c.batch_size, "method": self.method, "grouping": c.grouping}
+        wide = {"width_factor": c.width_factor} if c.network in PUBLISHED else {"widths": list(c.widths)}
+        return named | {"network": c.network, "precision": c.precision, **wide}
 
 
 def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
@@ -48,6 +56,8 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     A network of given depth has that many layers of the configuration's first width, without pooling, and for VFF each layer is its own
     group. Overrides name groups, which methods do not share, and are dropped. Raises `UserError` for a batch that does not fit.
     """
+    if depths and config.network in PUBLISHED:
+        raise UserError(f"--depths: {config.network} has its own depth; leave it out, or use --config.network=conv")
     networks = [deepened(config, depth) for depth in depths] or [config]
     found = []
     for batch in batches or [config.batch_size]:
@@ -57,7 +67,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
             found += [Case(method, make_config(common | changes)) for method, changes in METHODS.items()]
     sizes = SIZES[config.dataset]
     for case in found:
-        check_against_data(case.config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, 1)
+        check_against_data(case.config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, MAX_LAYERS)
     return found
 
 

@@ -47,7 +47,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
         found = [] if trivial else _crossings(program, parts, ("backward",) if single else ("forward", "backward"))
         known = {(v["kind"], v["from_part"], v["to_part"]) for v in violations}
         violations += [v for v in found if (v["kind"], v["from_part"], v["to_part"]) not in known]
-        violations += _idle(program, list(layers))
+        violations += _idle(program, list(layers), plan.config.frozen_groups)
     if numbers is not None:
         violations += numbers.pop("violations")
         for v in [*itertools.chain(*inside.values()), *violations]:
@@ -203,10 +203,12 @@ def _nearness(name: str) -> tuple[int, bool, bool, str]:
     return kind, other, not head, name
 
 
-def _idle(program: _Program, groups: list[str]) -> list[dict[str, Any]]:
-    """Kernels that do not learn from images and labels: without these a proof that nothing crosses says nothing."""
+def _idle(program: _Program, groups: list[str], frozen: int) -> list[dict[str, Any]]:
+    """Kernels that do not learn from images and labels: without these a proof that nothing crosses says nothing. Of the first `frozen`
+    groups the head alone has to."""
     out = []
-    for name in (name for group in groups if group in program.trains for name in _params(program, group) if name.endswith("kernel")):
+    kernels = (name for group in groups if group in program.trains for name in _params(program, group) if name.endswith("kernel"))
+    for name in (name for name in kernels if not name.startswith(tuple(f"{group}/layers_" for group in groups[:frozen]))):
         value = {"data/images" if s == "data/features" else s for s in program.reaching([name], "value")}
         missing = [source for source in ("data/images", "data/labels") if source not in value]
         missing += [] if name in program.reaching([name], "gradient") else [name]

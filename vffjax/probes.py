@@ -107,7 +107,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
     largest = [[_largest(tree) for tree in row] for row in gradients]
     for i, loss in enumerate(names):
         for j, name in enumerate(names):
-            violations += _strange(loss, name, gradients[i][j], i - j)
+            violations += _strange(loss, name, gradients[i][j], i - j, plan.groups[j].frozen)
 
     forward, touching = quick_jit(lambda streams: losses(plan, params, states, streams, key)[1]), {}
     others, copies = np.array(streams.rows), np.array(streams.rows)
@@ -154,8 +154,9 @@ def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], *batch
     return found, violations
 
 
-def _strange(loss: str, group: str, gradient: Any, later: int) -> list[dict[str, Any]]:
-    """What is wrong with the gradient of a group's loss in a group's parameters; `later` by so many groups is that of the loss."""
+def _strange(loss: str, group: str, gradient: Any, later: int, frozen: bool) -> list[dict[str, Any]]:
+    """What is wrong with the gradient of a group's loss in a group's parameters; `later` by so many groups is that of the loss. The layers
+    of a `frozen` group need not learn."""
     out = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name, most = "/".join([group, *(key.key for key in path)]), _largest(leaf)
@@ -163,7 +164,7 @@ def _strange(loss: str, group: str, gradient: Any, later: int) -> list[dict[str,
             kind = "not finite"
         elif later and most:
             kind = "forward" if later > 0 else "backward"
-        elif not later and not most and name.endswith("kernel"):
+        elif not later and not most and name.endswith("kernel") and not (frozen and path[0].key.startswith("layers_")):
             kind = "nothing learns"
         else:
             continue

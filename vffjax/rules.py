@@ -78,14 +78,14 @@ def local_loss(
     clean = streams.labels.shape[0]
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
     out = streams._replace(rows=features)
-    seen = _pooled(config, features)
+    seen = _pooled(config, group.head_grid, features)
 
-    head_share = {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule]
+    head_share = 0.0 if group.frozen else {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule]
     # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
     logits = group.logits(params, losses.scale_gradient(seen, head_share))[:clean]
     head_loss = losses.head_cross_entropy(logits, streams.labels, config.label_smoothing)
 
-    if config.rule == "head":
+    if config.rule == "head" or group.frozen:
         local = jnp.zeros(())
     else:
         local = _forward_forward(config, out) if config.rule == "ff" else _cscl(config, streams._replace(rows=seen), key, logits)
@@ -94,17 +94,17 @@ def local_loss(
     return local + head_loss, (batch_stats, out, metrics)
 
 
-def _pooled(config: Config, features: Array) -> Array:
+def _pooled(config: Config, head_grid: int, features: Array) -> Array:
     """What the head and the cosine read: means over the head's cells, where the cosine's cells are made of whole ones; else the map.
 
     Both pool further by themselves and get the same numbers, and the feature map is read, and its gradient written, once.
     """
     cells = {"grid": 2, "pooled": 1}.get(config.similarity)
-    if config.rule != "vff" or features.ndim != 4 or not cells or config.head_grid % cells:
+    if config.rule != "vff" or features.ndim != 4 or not cells or head_grid % cells:
         return features
-    if any(side % config.head_grid for side in features.shape[1:3]):
+    if any(side % head_grid for side in features.shape[1:3]):
         return features
-    return mean_pool_to_grid(features.astype(jnp.float32), config.head_grid)
+    return mean_pool_to_grid(features.astype(jnp.float32), head_grid)
 
 
 def _forward_forward(config: Config, streams: Streams) -> Array:

@@ -129,5 +129,11 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tupl
         wrong_labels=wrong.tolist(),
         codebook=np.asarray(task.codebook) if plan.config.rule == "vff" else None,
         streams=streams,
-        filters=np.asarray(states[0].params["layers_0"]["kernel"]),
+        filters=np.asarray(_first_kernel(states)),
     )
+
+
+def _first_kernel(states: tuple[GroupState, ...]) -> jax.Array:
+    """Of the network's first layer; a ResNet's stem keeps it under conv1."""
+    leaves = jax.tree_util.tree_leaves_with_path(states[0].params["layers_0"])
+    return next(leaf for path, leaf in leaves if path[-1].key == "kernel")

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 
 from vffjax import rules
-from vffjax.augment import augment, cut_out, normalise
+from vffjax.augment import IMAGENET_MEAN, IMAGENET_STD, augment, cut_out, normalise
 from vffjax.config import Config, for_group
 from vffjax.fence import as_branch
 from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
@@ -68,12 +68,20 @@ def make_plan(config: Config, train_size: int, classes: int) -> Plan:
     """Groups and optimizers for `train_size` training images; the last, smaller batch of an epoch is left out."""
     groups = make_groups(config, classes)
     steps = train_size // config.batch_size
-    optimizers = tuple(make_optimizer(for_group(config, i), steps) for i in range(len(groups)))
+    optimizers = tuple(make_optimizer(for_group(config, i, len(groups) - 1 - i), steps, group.frozen) for i, group in enumerate(groups))
     return Plan(config, groups, optimizers, steps)
 
 
-def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not."""
+def make_optimizer(config: Config, steps_per_epoch: int, frozen: bool = False) -> optax.GradientTransformation:
+    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not. Of a `frozen` group the head alone is updated."""
+    whole = _whole_optimizer(config, steps_per_epoch)
+    if not frozen:
+        return whole
+    parts = {"learns": whole, "frozen": optax.set_to_zero()}
+    return optax.partition(parts, lambda params: {name: "learns" if name == "head" else "frozen" for name in params})
+
+
+def _whole_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)  # one step is left to decay in
     rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
@@ -94,7 +102,9 @@ def run_key(config: Config, purpose: int) -> PRNGKeyArray:
 
 
 def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
-    """Codebook and pixel statistics of a run."""
+    """Codebook and pixel statistics of a run; `mean` and `std` are the training images'."""
+    if config.pixel_statistics == "imagenet":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
     codebook = make_codebook(run_key(config, _CODEBOOK), classes, image_shape, config.noise_scale)
     return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
 

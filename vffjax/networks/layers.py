@@ -23,6 +23,11 @@ class Layer(nn.Module):
 
     width: int
 
+    @property
+    def ends_block(self) -> bool:
+        """Whether a group that is a block of the network ends behind it."""
+        return True
+
 
 def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *feature"]:
     """Each row scaled to root mean square 1 over all its features, so that its length says nothing (Hinton, 2022)."""
@@ -31,16 +36,25 @@ def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *fea
     return (z * jax.lax.rsqrt(squared + EPSILON)).astype(x.dtype)
 
 
+def resized(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h2 w2 c"]:
+    """Images of `side` x `side` positions by bilinear interpolation; 0: as they are. Not to be differentiated: inputs have no gradient."""
+    if side in (0, *x.shape[1:3]) and x.shape[1] == x.shape[2]:
+        return x
+    return jax.image.resize(x, (x.shape[0], side, side, x.shape[3]), "linear") if side else x
+
+
 class Norm(nn.Module):
     """Normalisation over the two streams; with `pool` and `relu`, max-pooling over windows and ReLU behind it.
 
     `batch`: each stream by its own batch statistics, and by its own running statistics in evaluation. `anchor`: both by the clean
     stream's, so that no labelled image touches a clean one nor rescales itself. `layer`: each row by itself. Computed in float32.
+    With `frozen`, running statistics in training too, which then stay as they are.
     """
 
     kind: str
     pool: int = 1
     relu: bool = False
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: int, train: bool) -> Float[Array, "batch *out"]:
@@ -59,7 +73,7 @@ class Norm(nn.Module):
         means = self.variable("batch_stats", "mean", jnp.zeros, (streams, channels), jnp.float32)
         variances = self.variable("batch_stats", "var", jnp.ones, (streams, channels), jnp.float32)
         present = slice(0, 1) if shared else slice(0 if clean else 1, 1 if clean == x.shape[0] else 2)
-        if train:
+        if train and not self.frozen:
             out, mean, var = normalise(x, scale, bias, clean, shared, self.pool, self.relu)
             if not self.is_initializing():
                 means.value = means.value.at[present].set(MOMENTUM * means.value[present] + (1 - MOMENTUM) * mean)
@@ -77,12 +91,13 @@ class _Affine(Layer):
 
     norm: str = "batch"
     dtype: Any = jnp.float32
+    frozen: bool = False
 
     def finish(self, x: Array, clean: int, train: bool, pool: int = 1) -> Array:
         if self.norm in ("input", "none"):
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
             return max_pool(nn.relu(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
-        return Norm(self.norm, pool, relu=True, name="norm")(x, clean, train)
+        return Norm(self.norm, pool, relu=True, frozen=self.frozen, name="norm")(x, clean, train)
 
     def kernel(self, shape: tuple[int, ...]) -> Array:
         # He initialisation (He et al., 2015) for ReLU; parameters live in float32 and are cast at use.
@@ -104,10 +119,15 @@ class ConvLayer(_Affine):
     """3x3 convolution with zero padding, normalisation, ReLU, max-pooling over `pool` x `pool` windows."""
 
     pool: int = 1
+    resize: int = 0
+
+    @property
+    def ends_block(self) -> bool:
+        return self.pool > 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:
-        x = x.astype(self.dtype)
+        x = resized(x, self.resize).astype(self.dtype)
         if self.norm == "input":
             x = divide_by_rms(x)
         x = conv(x, self.kernel((3, 3, x.shape[3], self.width)))

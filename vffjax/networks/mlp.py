@@ -9,4 +9,5 @@ from vffjax.networks.layers import DenseLayer, Layer
 def mlp(config: Config) -> tuple[Layer, ...]:
     """One `DenseLayer` per entry of `config.widths`."""
     dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
-    return tuple(DenseLayer(width, norm=config.resolved_norm, dtype=dtype) for width in config.widths)
+    frozen = config.norm_statistics == "frozen"
+    return tuple(DenseLayer(width, config.resolved_norm, dtype, frozen) for width in config.widths)

@@ -1,0 +1,38 @@
+"""Fine-tunes an ImageNet ResNet-18 on CIFAR-100, group by group: four groups by width, no back-propagation across them.
+
+    pip install -e ".[hub]"                                                    # the weights are downloaded from Hugging Face, once
+    python train.py --config configs/finetune_resnet18_cifar100.py                 # GPU or TPU
+
+`--config.init_from=FILE` takes a file of torchvision or timm, .safetensors or .pth. `--config.rule=head --config.grouping=all` is the
+same by back-propagation.
+
+Not trained: no accelerator and no network were at hand. What was checked is that weights of this layout compute what PyTorch computes
+(tests/test_pretrained.py), and that the epoch compiles for a TPU v5e (docs/performance.md). Settings are our guess, untried at this size.
+"""
+
+import ml_collections
+
+from vffjax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.dataset = "cifar100"
+    config.network = "resnet18"
+    config.stem = "imagenet"
+    config.image_size = 224  # pixels per side, as the weights were trained; resized on device
+    config.pixel_statistics = "imagenet"
+    config.init_from = "hf://timm/resnet18.a1_in1k"
+    config.head_grid = 0  # by width: every head has at most 4,096 inputs
+    config.flip = True
+    config.crop_padding = 4  # pixels of the 32x32 image
+    config.copies_per_class = 1  # 100 labelled copies in a step beside 64 images
+    config.head_weight = 1.0  # of the head's gradient, beside CSCL's
+    config.epochs = 10
+    config.batch_size = 64  # images
+    config.eval_batch_size = 100  # images
+    config.learning_rate = 3e-4
+    config.group_decay = 0.7  # of the next group's learning rate: edges and colours serve as they are
+    config.warmup_epochs = 1.0  # epochs
+    config.weight_decay = 0.01  # of kernels
+    return config

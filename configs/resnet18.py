@@ -1,0 +1,42 @@
+"""ResNet-18 with the stem for 32x32 images on CIFAR-10 or CIFAR-100 from scratch, four groups by width.
+
+    python train.py --config configs/resnet18.py               # CIFAR-10; GPU or TPU
+    python train.py --config configs/resnet18.py:cifar100      # CIFAR-100
+    python train.py --config configs/resnet18.py --config.rule=head --config.grouping=all      # the same by back-propagation
+    python train.py --config configs/resnet18.py:narrow_cifar100   # 2 CPU cores, minutes: weights to fine-tune
+
+narrow_cifar100: TODO
+
+Not trained at full width: no accelerator was at hand. What was checked is that the epoch compiles for a TPU v5e (docs/performance.md).
+"""
+
+import ml_collections
+
+from vffjax.config import default_config
+
+VARIANTS = ("cifar10", "cifar100", "narrow_cifar100")
+
+
+def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    config = default_config()
+    config.dataset = "cifar10" if variant == "cifar10" else "cifar100"
+    config.network = "resnet18"
+    config.head_grid = 0  # by width: every head has at most 4,096 inputs
+    config.flip = True
+    config.crop_padding = 4  # pixels
+    config.copies_per_class = 1  # of each class in a step beside the batch
+    config.head_weight = 1.0  # of the head's gradient, beside CSCL's
+    config.epochs = 60
+    config.batch_size = 128  # images
+    config.learning_rate = 5e-3
+    config.warmup_epochs = 1.0  # epochs
+    config.weight_decay = 0.01  # of kernels
+    if variant == "narrow_cifar100":
+        config.width_factor = 0.25
+        config.stem = "imagenet"  # torchvision's network, a quarter as wide
+        config.image_size = 64  # pixels per side, so that the last maps are 2x2
+        config.epochs = 4
+        config.batch_size = 256  # images, beside 100 labelled copies
+    return config
