@@ -116,6 +116,11 @@ def start(content, name="w.safetensors"):
     return lambda place: ["train", *TINY_FLAGS, f"--workdir={place.folder / 'new'}", f"--config.init_from={place.file(name, content)}"]
 
 
+def export_to_a_folder(place):
+    (place.folder / "cwd" / "e.stablehlo").mkdir()
+    return ["export", f"--workdir={finished()}", "--out=e.stablehlo"]
+
+
 def of(command, *rest):
     return lambda _: [command, *rest]
 
@@ -467,12 +472,36 @@ OPTIONS = {
     "predict no class": (on_run("predict", "--top=0", "x.png"), ["--top", "'0'", "at least 1"]),
     "predict a word of classes": (on_run("predict", "--top=two", "x.png"), ["--top", "'two'", "--help"]),
     "predict classes of 5,000 digits": (on_run("predict", f"--top={ENDLESS}", "x.png"), ["--top", "no whole number", "--help"]),
-    "export without a file": (on_run("export"), ["--out", "vffjax export --help"]),
-    "export to a pickle": (on_run("export", "--out=w.pt"), ["--out=w.pt", "give a .safetensors file"]),
-    "export to a folder": (on_run("export", "--out=.safetensors/"), ["--out=", "give a .safetensors file"]),
+    "export without a run": (of("export"), ["--workdir", "vffjax export --help"]),
+    "export to a pickle": (on_run("export", "--out=w.pt"), ["--out=w.pt", "give a .safetensors or .stablehlo file"]),
+    "export to a folder": (on_run("export", "--out=.safetensors/"), ["--out=", "give a .safetensors or"]),
+    "export to a folder of a good name": (export_to_a_folder, ["--out=", "e.stablehlo: there already, and not a file", "give another"]),
     "export to a missing folder": (on_run("export", "--out=no/w.safetensors"), ["--out=no/w.safetensors", "a folder that exists"]),
-    "export to 5,000 letters": (on_run("export", f"--out={'x' * 5_000}.safetensors"), ["--out=xxx", "give a .safetensors file"]),
+    "export to 5,000 letters": (on_run("export", f"--out={'x' * 5_000}.safetensors"), ["--out=xxx", "give a .safetensors or"]),
     "export to an empty name": (on_run("export", "--out="), ["--out", "'' is empty", "--help"]),
+    "export as another library's": (on_run("export", "--format=onnx"), ["--format", "'onnx'", "safetensors", "stablehlo", "--help"]),
+    "export by other names": (on_run("export", "--names=timm"), ["--names", "'timm'", "torchvision", "--help"]),
+    "export of names in a program": (
+        on_run("export", "--out=e.stablehlo", "--names=torchvision"),
+        ["--names=torchvision", ".stablehlo", "use --format=safetensors"],
+    ),
+    "export of weights to a program": (
+        on_run("export", "--format=safetensors", "--out=e.stablehlo"),
+        ["--format=safetensors: --out=e.stablehlo", "give a .safetensors file"],
+    ),
+    "export of a program to weights": (
+        on_run("export", "--format=stablehlo", "--out=w.safetensors"),
+        ["--format=stablehlo: --out=w.safetensors", "give a .stablehlo file"],
+    ),
+    "export of a program to a missing folder": (on_run("export", "--out=no/e.stablehlo"), ["--out=no/e.stablehlo", "a folder that exists"]),
+    "export of a program from a folder without a run": (
+        of("export", "--workdir=.", "--format=stablehlo"),
+        ["no run here", "give the folder of a run"],
+    ),
+    "export of a program over a run": (
+        lambda p: ["export", run := p.run(), f"--out={run.partition('=')[2]}/config.stablehlo"],
+        ["config.stablehlo: ", "config.json beside it is not of an export", "give another .stablehlo file"],
+    ),
     "memory without a configuration": (of("memory"), ["--config: missing", "configs/digits.py"]),
     "memory of no layers": (of("memory", CONFIG, "--depths=0"), ["--depths=0", "2,4,8"]),
     "memory of a million layers": (of("memory", CONFIG, "--depths=999999"), ["--depths=999999", "the most is 1000"]),
@@ -556,7 +585,23 @@ def weight_file(**tensors):
 
 WEIGHTS = {
     "weights that are missing": (train("--config.init_from=no.safetensors"), ["no.safetensors", "No such file", "vffjax export"]),
-    "weights by another name": (train("--config.init_from=w.pt"), ["config.init_from='w.pt'", "not a .safetensors file", "vffjax export"]),
+    "weights by another name": (train("--config.init_from=w.npz"), ["config.init_from='w.npz'", "not a .safetensors file", "hf://"]),
+    "PyTorch's weights for another network": (
+        train("--config.init_from=w.pt"),
+        ["w.pt: PyTorch's files are read for resnet18", "vffjax export"],
+    ),
+    "PyTorch's weights that are missing": (
+        train("--config.network=resnet18", "--config.init_from=no.pth"),
+        ["no.pth: cannot be read (No such file", "torchvision or timm"],
+    ),
+    "an address without an owner": (
+        train("--config.init_from=hf://resnet18"),
+        ["config.init_from='hf://resnet18': no address", "hf://OWNER"],
+    ),
+    "an address of a pickle": (
+        train("--config.init_from=hf://timm/resnet18/pytorch_model.bin"),
+        ["config.init_from='hf://timm", "not a .safetensors file"],
+    ),
     "weights in a folder": (train(f"--config.init_from={ROOT}/.safetensors"), [".safetensors: cannot be read", "vffjax export"]),
     "weights with a line break": (train("--config.init_from=a\n.safetensors"), ["config.init_from='a\\n", "control character"]),
     "weights of no bytes": (start(b""), ["w.safetensors: not safetensors", "init_from=''"]),

@@ -46,7 +46,8 @@ def test_written_and_read_back_to_the_bit(run, file):
     kernel[0] = odd
     states[1] = states[1]._replace(params=states[1].params | {"head": states[1].params["head"] | {"kernel": kernel}})
     weights.write_weights(file, run.plan, tuple(states), ABOUT)
-    read = weights.read_weights(file, run.plan, zeros(run))
+    read, notes = weights.read_weights(file, run.plan, zeros(run))
+    assert notes == []
     for got, given, fresh in zip(read, states, zeros(run), strict=True):
         assert_same_bits((got.params, got.batch_stats), (given.params, given.batch_stats))
         assert_same_bits(got.opt_state, fresh.opt_state)
@@ -56,7 +57,7 @@ def test_written_and_read_back_to_the_bit(run, file):
 def test_a_group_without_statistics_is_read_back(tmp_path):
     run = small_run(config_of(network="mlp", widths=(4, 3), norm="none"))
     weights.write_weights(tmp_path / "w.safetensors", run.plan, run.states, {})
-    assert_same_bits(weights.read_weights(tmp_path / "w.safetensors", run.plan, run.states), run.states)
+    assert_same_bits(weights.read_weights(tmp_path / "w.safetensors", run.plan, run.states)[0], run.states)
 
 
 def test_the_file_says_what_it_is_to_any_reader(run, file):
@@ -64,7 +65,7 @@ def test_the_file_says_what_it_is_to_any_reader(run, file):
         names, about = set(opened.keys()), json.loads(opened.metadata()["vffjax"])
     assert {KERNEL, BIAS, MEAN, VARIANCE} <= names
     assert len(names) == len(jax.tree.leaves([state[:2] for state in run.states]))
-    assert about["format"] == "vffjax weights 1"
+    assert (about["format"], about["names"]) == ("vffjax weights 1", "vffjax")
     assert about["network"] == {"network": "conv4", "widths": [4, 4, 6, 6], "pools": [1, 2, 1, 2], "norm": "auto", "grouping": "width"}
     assert (about["class_names"], about["image_shape"]) == (["a", "b", "c"], list(SHAPE))
     assert safetensors.numpy.load_file(file)[KERNEL].dtype == np.float32
@@ -167,9 +168,9 @@ UNFIT = {
     "a size of a thousand digits": (content(with_header(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}")), ["a damaged header"]),
     "bytes shared by two tensors": (
         claiming(lambda h: h | {"group0.params.layers_1.kernel": h["group0.params.layers_1.kernel"] | {"data_offsets": [0, 576]}}),
-        ["w.safetensors: damaged ("],
+        ["w.safetensors: damaged: bytes 0 to 32 belong to no tensor or to two"],
     ),
-    "metadata that is a number": (claiming(lambda h: h | {"__metadata__": 3}), ["w.safetensors: damaged ("]),
+    "metadata that is a number": (claiming(lambda h: h | {"__metadata__": 3}), ["w.safetensors: a damaged header ("]),
     "a missing tensor": (edited(bias=None), [f"tensor {BIAS} is missing, not F32[3]"]),
     "missing statistics": (edited(mean=None), [f"tensor {MEAN} is missing, not F32[2, 4]"]),
     "one tensor more": (edited(extra=lambda _: np.zeros(2, np.float32)), ["tensor extra is F32[2], not of this conv4 network"]),
@@ -201,7 +202,7 @@ def test_what_is_no_file_is_refused_at_once(run, tmp_path):
     read(tmp_path / "none.safetensors", "No such file")
     read(tmp_path / "folder.safetensors", "not a file")
     read(tmp_path / "pipe.safetensors", "not a file")
-    read(tmp_path / "w.npz", "not a .safetensors file")
+    read(tmp_path / "w.npz", "not a .safetensors file, nor PyTorch's")
     read(f"{tmp_path}/{'x' * 300}.safetensors", "too long")
 
 
@@ -214,6 +215,151 @@ def test_a_sparse_file_is_not_read_into_memory(run, file):
     )
     os.truncate(file, file.stat().st_size + size)
     refused(lambda: weights.read_weights(file, run.plan, run.states), "tensor zz is F32[2147483648], not of this conv4 network")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# ResNets by torchvision's names; test_pretrained.py compares them with PyTorch
+
+
+def resnet(network="resnet18", classes=3, shape=(16, 16, 3), **changes):
+    """A narrow run; of 3 to 26 channels."""
+    config = {"network": network, "width_factor": 0.05, "stem": "cifar", "head_grid": 1, "grouping": "all"} | changes
+    return small_run(config_of(**config), classes=classes, shape=shape)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    return resnet()
+
+
+@pytest.fixture
+def theirs(narrow, tmp_path):
+    weights.write_weights(tmp_path / "w.safetensors", narrow.plan, narrow.states, ABOUT)
+    return tmp_path / "w.safetensors"
+
+
+def described(path):
+    with safetensors.safe_open(path, framework="np") as opened:
+        return set(opened.keys()), json.loads(opened.metadata()["vffjax"])
+
+
+def test_a_resnet_is_written_by_torchvisions_names_unless_asked_otherwise(narrow, theirs, tmp_path):
+    names, about = described(theirs)
+    assert {"conv1.weight", "bn1.running_var", "layer2.0.downsample.0.weight", "layer4.1.bn2.bias", "fc.weight"} <= names
+    assert len(names) == 20 * 5 + 2
+    assert (about["format"], about["names"], about["class_names"]) == ("vffjax weights 1", "torchvision", ABOUT["class_names"])
+    assert about["network"] == {"network": "resnet18", "width_factor": 0.05, "stem": "cifar", "norm": "auto", "grouping": "all"}
+    own = tmp_path / "own.safetensors"
+    assert weights.write_weights(own, narrow.plan, narrow.states, {}, names="vffjax") == []
+    assert "group0.params.layers_0.conv1.kernel" in described(own)[0]
+    read, notes = weights.read_weights(own, narrow.plan, zeros(narrow))
+    assert notes == []
+    assert_same_bits([state[:2] for state in read], [state[:2] for state in narrow.states])
+
+
+def test_torchvisions_names_are_for_what_torchvision_has(run, tmp_path):
+    def write(run):
+        return weights.write_weights(tmp_path / "w.safetensors", run.plan, run.states, {}, names="torchvision")
+
+    refused(lambda: write(run), "--names=torchvision: there is no conv4 in torchvision; use --names=vffjax")
+    layer = resnet(norm="layer")
+    refused(lambda: write(layer), "--names=torchvision: no norm=layer in torchvision; use --names=vffjax")
+    assert not (tmp_path / "w.safetensors").exists()
+    weights.write_weights(tmp_path / "w.safetensors", layer.plan, layer.states, {})
+    assert_same_bits(weights.read_weights(tmp_path / "w.safetensors", layer.plan, layer.states)[0], layer.states)
+
+
+def test_torchvisions_statistics_have_no_place_without_batch_normalisation(theirs):
+    layer = resnet(norm="layer")
+    refused(lambda: weights.read_weights(theirs, layer.plan, layer.states), "config.norm='layer'", str(theirs), "use norm=batch")
+
+
+FIRST, STATISTIC = "conv1.weight", "layer1.0.bn1.running_var"
+OTHER_NETWORKS = {
+    "another stem": ({"stem": "imagenet"}, {}, ["conv1.weight is F32[3, 3, 3, 3], not [3, 3, 7, 7] of F32", "; set config.stem=cifar, or"]),
+    "another width": ({"width_factor": 0.1}, {}, ["is F32[3, 3, 3, 3], not [6, 3, 3, 3]", " more; set config.width_factor=0.046875, or"]),
+    "another depth": ({"network": "resnet34"}, {}, ["layer1.2.bn1.bias is missing, not [3]", "; set config.network=resnet18, or"]),
+    "bottlenecks": ({"network": "resnet50"}, {}, [" and ", " more; set config.network=resnet18, or"]),
+    "grey images": ({}, {"shape": (16, 16, 1)}, ["is F32[3, 3, 3, 3], not [3, 1, 3, 3]", "; set config.dataset=cifar10, or"]),
+    "several at once": ({"network": "resnet50", "stem": "imagenet"}, {}, ["set config.network=resnet18 and config.stem=cifar, or"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "data", "parts"), OTHER_NETWORKS.values(), ids=OTHER_NETWORKS.keys())
+def test_weights_of_another_resnet_are_refused_with_the_keys_that_they_need(changes, data, parts, theirs):
+    other = resnet(**changes, **data)
+    message = refused(lambda: weights.read_weights(theirs, other.plan, other.states), f"{theirs}: ", *parts, "config.init_from=''")
+    assert len(message) < 1_000
+
+
+def renamed(rename):
+    def edit(file):
+        tensors = {rename(name): array for name, array in safetensors.numpy.load_file(file).items()}
+        file.write_bytes(safetensors.numpy.save(tensors))
+
+    return edit
+
+
+THEIR_UNFIT = {
+    "a missing tensor": (edited(**{STATISTIC: None}), [f"w.safetensors: {STATISTIC} is missing, not [3]; give weights of this network"]),
+    "a missing bias of fc": (edited(**{"fc.bias": None}), ["fc.bias is missing, not [3]"]),
+    "a missing kernel of fc": (edited(**{"fc.weight": None}), ["fc.weight is missing, not [3, 26]"]),
+    "one tensor more": (edited(extra=lambda _: np.zeros(2, np.float32)), ["extra is F32[2], not of this resnet18"]),
+    "many more": (
+        edited(**{f"extra{i}": lambda _: np.zeros(2, np.float32) for i in range(9)}),
+        ["extra0 is", "extra4 is", " and 4 more; "],
+    ),
+    "a kernel as we have it": (
+        edited(**{"layer2.0.conv1.weight": lambda a: a.transpose(2, 3, 1, 0)}),
+        ["layer2.0.conv1.weight is F32[3, 3, 3, 6], not [6, 3, 3, 3] of F32"],
+    ),
+    "float64": (edited(**{FIRST: lambda a: a.astype(np.float64)}), ["conv1.weight is F64[3, 3, 3, 3], not [3, 3, 3, 3] of F32, F16, BF16"]),
+    "whole numbers": (edited(**{FIRST: lambda a: a.astype(np.int32)}), ["conv1.weight is I32[3, 3, 3, 3]"]),
+    "NaN": (edited(**{FIRST: one(np.nan)}), ["tensor conv1.weight holds infinity, NaN"]),
+    "a negative variance": (edited(**{STATISTIC: one(-1e-6)}), [f"tensor {STATISTIC} holds", "a negative variance"]),
+    "transformers' names": (
+        renamed(lambda name: f"resnet.encoder.{name}"),
+        ["not weights of a ResNet", "its tensors are resnet.encoder.bn1", "97 more"],
+    ),
+    "a name of control characters": (edited(**{"\x1b[2J\n": lambda _: np.zeros(2, np.float32)}), ["\\x1b[2J is F32[2], not of this"]),
+    "truncated": (content(lambda b: b[:-1]), ["truncated or damaged", "bytes of tensors, not"]),
+    "nothing": (content(with_header({})), ["not weights of a ResNet", "its tensors are none at all"]),
+}
+
+
+@pytest.mark.parametrize(("hurt", "parts"), THEIR_UNFIT.values(), ids=THEIR_UNFIT.keys())
+def test_an_unfit_file_by_torchvisions_names_is_refused_by_name(hurt, parts, narrow, theirs):
+    assert weights.read_weights(theirs, narrow.plan, narrow.states)[1] == []  # sound before
+    hurt(theirs)
+    message = refused(lambda: weights.read_weights(theirs, narrow.plan, narrow.states), f"{theirs}: ", *parts, "; ")
+    assert len(message) < 1_000
+
+
+def test_counts_of_batches_and_a_large_classifier_are_passed_by(narrow, theirs):
+    edited(
+        **{"bn1.num_batches_tracked": lambda _: np.array(3), "fc.weight": lambda _: np.zeros((1000, 26), np.float32)},
+        **{"fc.bias": lambda _: np.zeros(1000, np.float32)},
+    )(theirs)
+    read, notes = weights.read_weights(theirs, narrow.plan, narrow.states)
+    assert notes == ["fc is left out: 1000 classes, not 3; heads start anew"]
+    assert_same_bits([state.params for state in read], [state.params for state in narrow.states])
+
+
+def test_a_sparse_classifier_is_not_read_into_memory(narrow, theirs):
+    # 8 GB on paper; it is left out.
+    header, data = parts_of(theirs)
+    moved, size = 0, 2**33
+    kept = {name: entry for name, entry in header.items() if name != "fc.weight"}
+    body = b""
+    for name, entry in sorted(kept.items()):
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            kept[name] = entry | {"data_offsets": [moved, moved + end - start]}
+            body, moved = body + data[start:end], moved + end - start
+    kept["fc.weight"] = {"dtype": "F32", "shape": [size // 104, 26], "data_offsets": [moved, moved + size // 104 * 104]}
+    theirs.write_bytes(with_header(kept, body))
+    os.truncate(theirs, theirs.stat().st_size + size // 104 * 104)
+    assert weights.read_weights(theirs, narrow.plan, narrow.states)[1] == ["fc is left out: 82595524 classes, not 3; heads start anew"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -230,7 +376,7 @@ def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):
     assert export(call, path)[0] == 0
     plan, states, task, run = load_run(finished())
     fresh = init_states(plan, tuple(run["image_shape"]))
-    read = weights.read_weights(path, plan, fresh)
+    read, _ = weights.read_weights(path, plan, fresh)
     assert_same_bits([s[:2] for s in read], [s[:2] for s in states])
     with safetensors.safe_open(path, framework="np") as opened:
         about = json.loads(opened.metadata()["vffjax"])
@@ -264,5 +410,6 @@ def test_an_unfit_start_is_refused_before_there_is_a_workdir(call, fails, tmp_pa
     edited(**{"group1.params.head.bias": one(math.nan)})(path)
     fails("train", *flags, f"--config.init_from={path}", parts=[str(path), BIAS, "NaN"])
     fails("train", *flags, f"--config.init_from={tmp_path}/no.safetensors", parts=["no.safetensors", "No such file"])
-    fails("train", *flags, "--config.init_from=w.pt", parts=["config.init_from='w.pt'", "not a .safetensors file"])
+    fails("train", *flags, "--config.init_from=w.npz", parts=["config.init_from='w.npz'", "not a .safetensors file"])
+    fails("train", *flags, "--config.init_from=w.pt", parts=["w.pt: PyTorch's files are read for resnet18", "by vffjax export"])
     assert not workdir.exists()

@@ -16,7 +16,19 @@ from vffjax import ledger, weights
 from vffjax.config import MAX_LAYERS, Config, least_bytes
 from vffjax.data import SIZES
 from vffjax.errors import UserError, printable
-from vffjax.flags import a_count, a_data_dir, a_path, an_epoch, describe_keys, json_file, parse_train, weights_file, whole_numbers
+from vffjax.flags import (
+    EXPORTS,
+    a_count,
+    a_data_dir,
+    a_path,
+    an_epoch,
+    describe_keys,
+    export_file,
+    export_target,
+    json_file,
+    parse_train,
+    whole_numbers,
+)
 from vffjax.logbook import write_json
 from vffjax.termination import Terminated
 
@@ -26,7 +38,7 @@ USAGE = """usage: vffjax COMMAND [OPTION ...]
   evaluate   validation and test error of a trained workdir
   predict    classes of image files, by each group and by the ensemble
   prepare    download a data set for tensorflow-datasets
-  export     weights of a trained workdir as a safetensors file
+  export     weights of a trained workdir as a safetensors file, or its ensemble as a program that JAX alone runs
   memory     what a training step takes, beside what back-propagation takes
   locality   whether any gradient crosses a group, proved on the program that trains; and what each group sees
   reproduce  train a finished workdir's run again and compare, to the bit
@@ -193,19 +205,35 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    parser = _parser("export", "Writes what a run has learnt to a safetensors file, for other programs or for --config.init_from.")
+    what = "Writes what a run has learnt: its weights, for other programs or for --config.init_from, or the ensemble of its voting groups"
+    parser = _parser("export", what + ", byte images in, log-probabilities out, as one program that JAX runs without this package.")
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
-    parser.add_argument("--out", type=weights_file, required=True, metavar="FILE.safetensors", help="an existing file is replaced")
+    form = "safetensors: weights; stablehlo: the ensemble, with a FILE.json that says how to call it; default: as --out, else safetensors"
+    parser.add_argument("--format", choices=tuple(EXPORTS), default="", help=form)
+    names = "of the tensors in a safetensors file; auto: torchvision's where it has such a network, else ours"
+    parser.add_argument("--names", choices=weights.NAMES, default="auto", help=names)
+    out = "an existing file is replaced; default: weights.safetensors or ensemble.stablehlo in the workdir"
+    parser.add_argument("--out", type=export_file, metavar="FILE", help=out)
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
     a = parser.parse_args(arguments)
+    form, path = export_target(a.workdir, a.format, a.names, a.out)
+    from vffjax import artefact
     from vffjax.workdir import load_run
 
+    if form == "stablehlo":
+        artefact.check_place(path)
     with _naming_files(a.workdir):
         plan, states, task, run = load_run(a.workdir, a.epoch)
-    about = {key: run[key] for key in ("epoch", "class_names", "image_shape")}
-    with _naming_files(a.out, "--out"):
-        weights.write_weights(a.out, plan, states, about | {"pixel_mean": task.mean.tolist(), "pixel_std": task.std.tolist()})
-    print(printable(f"{a.out}: {len(states)} groups of epoch {run['epoch']}"))
+    with _naming_files(path, "--out"):
+        if form == "stablehlo":
+            found = artefact.write_artefact(path, plan, states, task, run)
+            where = f"for {', '.join(found['platforms'])}; {artefact.sidecar(path)} says how to call it"
+            print(printable(f"{path}: groups {found['voting']} of epoch {run['epoch']} vote, {where}"))
+            return
+        about = {key: run[key] for key in ("epoch", "class_names", "image_shape")}
+        about |= {"pixel_mean": task.mean.tolist(), "pixel_std": task.std.tolist()}
+        notes = weights.write_weights(path, plan, states, about, names=a.names)
+    print(printable("; ".join([f"{path}: {len(states)} groups of epoch {run['epoch']}", *notes])))
 
 
 def _reproduce(arguments: list[str]) -> int:

@@ -17,14 +17,14 @@ from vffjax import feature_cache, inference
 from vffjax.checkpoint import Checkpoints, Writer, sha256_of
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
-from vffjax.errors import UserError
+from vffjax.errors import UserError, printable
 from vffjax.groups import GroupState, make_groups
 from vffjax.logbook import Logbook, restore_metrics, write_json
 from vffjax.rules import Task
 from vffjax.summary import conclude, executable_bytes, origin
 from vffjax.termination import Request, Terminated, deferred
 from vffjax.trainer import Images, Plan, all_finite, init_states, make_epoch, make_plan, make_task
-from vffjax.weights import read_weights
+from vffjax.weights import local_file, read_weights
 from vffjax.workdir import LOCK, check_best, claim_workdir, load_run, locked, sound_epoch
 
 
@@ -99,7 +99,9 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     else:
         states = init_states(plan, dataset.image_shape)
         if config.init_from:
-            states = read_weights(config.init_from, plan, states)
+            states, left_out = read_weights(local_file(config), plan, states)
+            for note in left_out:
+                print(printable(f"{config.init_from}: {note}"), file=sys.stderr, flush=True)
         task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
         run = _run_state(plan, dataset)
     restore_metrics(workdir, run["history"])
@@ -250,7 +252,7 @@ def _run_state(plan: Plan, dataset: Dataset) -> dict[str, Any]:
         "history": [],
         "config": plan.config.to_dict(),
         "data_sha256": dataset.sha256(),
-        "init_from_sha256": sha256_of(plan.config.init_from) if plan.config.init_from else None,
+        "init_from_sha256": sha256_of(local_file(plan.config)) if plan.config.init_from else None,
         "train_size": len(dataset.train.labels),
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),

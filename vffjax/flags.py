@@ -15,6 +15,8 @@ from vffjax.errors import UserError, bad_key, printable
 
 # A configuration file larger than this is not one.
 MAX_FILE = 2**20
+# What export writes: the end of a file's name, and its default name.
+EXPORTS = {"safetensors": "weights", "stablehlo": "ensemble"}
 # A number with more digits is none of ours, and Python refuses to read one of thousands.
 MAX_DIGITS = 18
 
@@ -185,16 +187,26 @@ def json_file(text: str) -> pathlib.Path:
     return _new_file(text, ".json")
 
 
-def weights_file(text: str) -> pathlib.Path:
-    """The value of --out, if it is a .safetensors file that can be written."""
-    return _new_file(text, ".safetensors")
+def export_file(text: str) -> pathlib.Path:
+    """The value of --out, if it is a .safetensors or .stablehlo file that can be written."""
+    return _new_file(text, *(f".{form}" for form in EXPORTS))
 
 
-def _new_file(text: str, suffix: str) -> pathlib.Path:
-    path = a_path(text)
+def export_target(workdir: pathlib.Path, form: str, names: str, out: pathlib.Path | None) -> tuple[str, pathlib.Path]:
+    """The format and the file that export writes: each as given, or as the other says, or by default."""
+    form = form or (out.suffix[1:] if out else "safetensors")
+    if out and out.suffix != f".{form}":
+        raise UserError(f"--format={form}: --out={out} is of another format; give a .{form} file, or leave out --format")
+    if names != "auto" and form != "safetensors":
+        raise UserError(f"--names={names}: a .{form} file names no tensors; leave it out, or use --format=safetensors")
+    return form, out or workdir / f"{EXPORTS[form]}.{form}"
+
+
+def _new_file(text: str, *suffixes: str) -> pathlib.Path:
+    path, suffix = a_path(text), " or ".join(suffixes)
     # os.path, because a Path raises where a folder may not be read or a name is too long.
     folder = os.path.dirname(text) or "."
-    if path.suffix != suffix or len(path.name) > 200 or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    if path.suffix not in suffixes or len(path.name) > 200 or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise UserError(f"--out={text}: cannot be written; give a {suffix} file in a folder that exists and is yours")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"--out={text}: there already, and not a file; give another {suffix} file")

@@ -1,93 +1,133 @@
-"""Weight files: what a run has learnt, in safetensors, to hand on or to start from. No pickle, nothing in them is executed.
+"""Weight files: what a run has learnt, to hand on or to start from, by our names or by torchvision's. No pickle of ours.
 
-Each group's parameters and batch statistics are float32 tensors named after their place, such as `group0.params.layers_0.kernel`. One
-metadata entry, `vffjax`, holds JSON: format, network, classes, image shape. Files may come from anyone: sizes that a header claims are
-compared with the file's length and with the network before anything is allocated by them.
+By our names each group's parameters and batch statistics are float32 tensors named after their place, such as
+`group0.params.layers_0.kernel`: all of a run's. torchvision's are those of a ResNet without groups; see `networks.pretrained`. One metadata
+entry, `vffjax`, holds JSON: format, network, classes, image shape. What files may claim is checked in `tensor_files`.
 """
 
 import json
-import math
-import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
 
-from vffjax.config import Config
+from vffjax import hub
+from vffjax.architectures import RESNET, VGG
+from vffjax.config import HUB, WEIGHT_FILES, Config, layer_sizes
 from vffjax.data import SIZES
 from vffjax.errors import UserError, printable
 from vffjax.logbook import replace_file
+from vffjax.tensor_files import AGAIN, Tensor, opened
 
 if TYPE_CHECKING:
     from vffjax.groups import GroupState
     from vffjax.trainer import Plan
 
 _KINDS = ("params", "batch_stats")
-SUFFIX, FORMAT = ".safetensors", "vffjax weights 1"
-# A thousand layers need less than 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
-MAX_HEADER = 2**21
-_AGAIN = "export it again with vffjax export, or set config.init_from=''"
+FORMAT, NAMES = "vffjax weights 1", ("auto", "vffjax", "torchvision")
 _OTHER = "give weights of this network, as vffjax export writes them, or set config.init_from=''"
 
 
-def write_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...], about: Mapping[str, Any]) -> None:
-    """Writes every group's parameters and batch statistics, float32, to a .safetensors file; equal weights give equal bytes.
+def write_weights(
+    path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...], about: Mapping[str, Any], names: str = "auto"
+) -> list[str]:
+    """Writes parameters and batch statistics, float32, to a .safetensors file; returns what was left out, in words.
 
-    `about` holds JSON values such as class_names and image_shape. An existing file is replaced in one step. Raises `OSError`.
+    `names`: vffjax, of every group; torchvision, of a ResNet as PyTorch has it; auto, torchvision's where there are such. `about` holds
+    JSON values such as class_names and image_shape. Equal weights give equal bytes; an existing file is replaced in one step. Raises
+    `OSError`, and `UserError` where torchvision has no names.
     """
-    tensors = {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states).items()}
-    keys = ("network", "widths", "pools", "norm", "grouping")
-    described = {"format": FORMAT, "network": {key: getattr(plan.config, key) for key in keys}, **about}
+    from vffjax.networks import pretrained  # not above, for the sake of JAX
+
+    config = plan.config
+    nameless = f"there is no {config.network}" if config.network not in RESNET else ""
+    nameless = nameless or ("no norm=layer" if config.resolved_norm == "layer" else "")
+    if names == "torchvision" and nameless:
+        raise UserError(f"--names=torchvision: {nameless} in torchvision; use --names=vffjax")
+    theirs = names != "vffjax" and not nameless
+    leaves = {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states).items()}
+    tensors, notes = pretrained.exported(config, leaves) if theirs else (leaves, [])
+    published = (
+        ("width_factor", "stem") if config.network in RESNET else ("width_factor",) if config.network in VGG else ("widths", "pools")
+    )
+    network = {key: getattr(config, key) for key in ("network", *published, "norm", "grouping")}
+    described = {"format": FORMAT, "names": "torchvision" if theirs else "vffjax", "network": network, **about}
     # One entry, because safetensors writes several in random order.
     replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
+    return notes
 
 
-def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...]) -> tuple["GroupState", ...]:
-    """`states` with the parameters and statistics of a file, to the bit; optimizer states stay. The given leaves need only a shape.
+def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...]) -> tuple[tuple["GroupState", ...], list[str]]:
+    """`states` with the parameters and statistics of a file, and what of it was left out, in words. Optimizer states stay, and so do heads
+    that the file does not hold. The given leaves need only a shape.
 
-    Raises `UserError` naming the file and the tensor: not a sound safetensors file, a tensor that is missing, not of this network,
-    misshapen, not float32, not finite, or a negative variance.
+    By our names, to the bit; a ResNet by torchvision's too, converted to float32. Raises `UserError` naming the file and the tensor: not a
+    sound file, a tensor that is missing, not of this network, misshapen, of another type, not finite, or a negative variance.
     """
     import jax.numpy as jnp
 
-    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in _named(states).items()}
-    with _opened(path) as file:
-        found = _header(path, file)
-        for name in sorted(wanted.keys() | found.keys()):
-            here, there = found.get(name, "missing"), wanted.get(name, f"of this {plan.config.network} network")
-            if here != there:
-                raise UserError(f"{path}: tensor {printable(name, 200)} is {printable(here, 200)}, not {there}; {_OTHER}")
-        # No more than the network takes: `_header` has compared the length with the sizes, which are the network's own.
-        file.seek(0)
-        content = file.read()
-    try:
-        arrays = safetensors.numpy.load(content)
-    except Exception as error:  # its own, and what NumPy says to shapes
-        raise UserError(f"{path}: damaged ({printable(str(error), 200)}); {_AGAIN}") from None
-    for name, array in arrays.items():
-        if not np.isfinite(array).all() or (name.endswith(".var") and (array < 0).any()):
-            raise UserError(f"{path}: tensor {name} holds infinity, NaN or a negative variance; {_AGAIN}")
+    from vffjax.networks import pretrained
+
+    leaves, config = _named(states), plan.config
+    with _opened(path, config) as found:
+        if config.network in RESNET and not any(re.match(r"group\d+\.", name) for name in found):
+            arrays, notes = pretrained.imported(path, config, leaves, found)
+        else:
+            arrays, notes = _own(path, config, leaves, found), []
 
     def read(i: int, kind: str, tree: Any) -> Any:
-        return _mapped(lambda name, _: jnp.asarray(arrays[name]), tree, f"group{i}.{kind}")
+        return _mapped(lambda name, leaf: jnp.asarray(arrays[name]) if name in arrays else leaf, tree, f"group{i}.{kind}")
 
-    return tuple(state._replace(**{kind: read(i, kind, getattr(state, kind)) for kind in _KINDS}) for i, state in enumerate(states))
+    read_states = tuple(state._replace(**{kind: read(i, kind, getattr(state, kind)) for kind in _KINDS}) for i, state in enumerate(states))
+    return read_states, notes
+
+
+def _own(path: pathlib.Path | str, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The tensors of a file by our names, which are those of `leaves`, no more and no fewer."""
+    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in leaves.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        here, there = str(found.get(name, "missing")), wanted.get(name, f"of this {config.network} network")
+        if here != there:
+            raise UserError(f"{path}: tensor {printable(name, 200)} is {printable(here, 200)}, not {there}; {_OTHER}")
+    arrays = {name: tensor.read() for name, tensor in found.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all() or (name.endswith(".var") and (array < 0).any()):
+            raise UserError(f"{path}: tensor {name} holds infinity, NaN or a negative variance; {AGAIN}")
+    return arrays
 
 
 def check_start(config: Config) -> None:
     """Raises `UserError` if a run of `config` could not start from config.init_from. Needs no data; nothing is compiled."""
     if config.init_from:
-        with _opened(config.init_from) as file:  # a header is checked without JAX
-            _header(config.init_from, file)
+        path = local_file(config)
+        with _opened(path, config):  # a header is checked without JAX
+            pass
         import jax
 
         from vffjax.trainer import init_states, make_plan
 
         sizes = SIZES[config.dataset]
         plan = make_plan(config, sizes.train_images, sizes.classes)
-        read_weights(config.init_from, plan, jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
+        read_weights(path, plan, jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
+
+
+def local_file(config: Config) -> str:
+    """The file that config.init_from names; of an address, what is downloaded, once."""
+    return hub.downloaded(config.init_from, _most_bytes(config)) if config.init_from.startswith(HUB) else config.init_from
+
+
+def _most_bytes(config: Config) -> int:
+    """What a file of this network's weights may take, in float64 and with a classifier of any classes."""
+    return 8 * sum(kernel for kernel, _ in layer_sizes(config, SIZES[config.dataset].image_shape)) + 2**28
+
+
+def _opened(path: pathlib.Path | str, config: Config) -> Any:
+    if str(path).endswith(WEIGHT_FILES[1:]) and config.network not in RESNET:
+        raise UserError(f"{path}: PyTorch's files are read for {', '.join(RESNET)}; give a {WEIGHT_FILES[0]} file by vffjax export")
+    return opened(path, _most_bytes(config))
 
 
 def _named(states: tuple["GroupState", ...]) -> dict[str, Any]:
@@ -103,47 +143,3 @@ def _mapped(function: Callable[[str, Any], Any], tree: Any, prefix: str) -> Any:
     if isinstance(tree, Mapping):
         return {key: _mapped(function, value, f"{prefix}.{key}") for key, value in tree.items()}
     return function(prefix, tree)
-
-
-def _opened(path: pathlib.Path | str) -> IO[bytes]:
-    if not str(path).endswith(SUFFIX):
-        raise UserError(f"{path}: not a {SUFFIX} file; give one that vffjax export has written")
-    try:
-        if os.path.isfile(path) or not os.path.exists(path):  # to open a pipe would wait for ever
-            return open(path, "rb")
-        reason: Any = "not a file"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{path}: cannot be read ({reason}); give a {SUFFIX} file that vffjax export has written")
-
-
-def _header(path: pathlib.Path | str, file: IO[bytes]) -> dict[str, str]:
-    """Type and shape of each tensor, such as F32[3, 4], all within the file's length and together exactly of it."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
-        raise UserError(f"{path}: not safetensors, or truncated ({size} bytes, a header of {length}); {_AGAIN}")
-    try:
-        plain = json.loads(file.read(length).decode(), object_pairs_hook=_distinct)
-        plain.pop("__metadata__", None)
-        total, found = 0, {}
-        for name, entry in plain.items():
-            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            # NumPy has no more axes, and a product of many long numbers would take minutes.
-            sound = isinstance(dtype, str) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
-            if not sound or start > end or (dtype == "F32" and 4 * math.prod(shape) != end - start):
-                raise ValueError(f"type, shape and bytes of tensor {printable(name, 100)} do not agree")
-            found[name] = f"{dtype}{shape}"
-            total += end - start
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: a damaged header ({type(error).__name__}: {printable(str(error), 200)}); {_AGAIN}") from None
-    if total != size - 8 - length:
-        raise UserError(f"{path}: truncated or damaged: {size - 8 - length} bytes of tensors, not {total}; {_AGAIN}")
-    return found
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found

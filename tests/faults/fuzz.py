@@ -45,27 +45,29 @@ def forget_peak():
 
 
 @functools.cache
-def network():
-    """A plan and its states, shapes only, and a sound weight file of it."""
+def networks():
+    """Of a network by our names and of one by torchvision's a plan, its states, shapes only, and a sound weight file."""
     import jax
     from oracles import CONV, config_of, random_states
 
     from vffjax import weights
     from vffjax.trainer import init_states, make_plan
 
-    plan = make_plan(config_of(**CONV), 12, 3)
-    shape = (8, 8, 2)
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "w.safetensors"
-        weights.write_weights(path, plan, random_states(plan, shape), {"image_shape": list(shape)})
-        return plan, jax.eval_shape(lambda: init_states(plan, shape)), path.read_bytes()
+    shape, found = (8, 8, 2), []
+    for keys in (CONV, {"network": "resnet18", "width_factor": 0.01, "head_grid": 1}):
+        plan = make_plan(config_of(**keys), 12, 3)
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "w.safetensors"
+            weights.write_weights(path, plan, random_states(plan, shape), {"image_shape": list(shape)})
+            found.append((plan, jax.eval_shape(lambda plan=plan: init_states(plan, shape)), path.read_bytes()))
+    return found
 
 
 def make(seed, number):
     """Suffix and bytes of file `number`."""
     rng = random.Random(f"{seed}/{number}")
     kind = rng.choice(["png", "png", "jpg", "safetensors"])
-    sound = [network()[2]] if kind == "safetensors" else mutations.images()[kind]
+    sound = [networks()[number % 2][2]] if kind == "safetensors" else mutations.images()[kind]
     return kind, mutations.mutated(rng, kind, sound)
 
 
@@ -76,7 +78,7 @@ def read(path, kind, number):
 
     try:
         if kind == "safetensors":
-            plan, states, _ = network()
+            plan, states, _ = networks()[number % 2]
             weights.read_weights(path, plan, states)
         else:
             prediction.read_image(path, ((8, 8, 1), (32, 32, 3))[number % 2])
