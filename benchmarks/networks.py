@@ -1,0 +1,105 @@
+"""Every published network in one table: groups, parameters, the locality certificate, bytes of a training step, and a TPU's executable.
+
+    pip install -e ".[tpu-compiler]"
+    JAX_PLATFORMS=cpu python benchmarks/networks.py --out networks.json [--networks vgg8b,resnet18] [--config.KEY=VALUE ...] [--skip-tpu]
+
+Networks are those of configs/vgg8b.py and configs/resnet18.py with `config.network` changed: CIFAR-10, batch 128, the 32x32 stem, in
+bfloat16. For each grouping the certificate is made on the traced program; a training step, VFF's and back-propagation's, is compiled
+for one chip of a TPU v5e by Google's own compiler, whose ledger is shown. Nothing is trained, no data set read.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+
+from vffjax import ledger, locality, memory, targets
+from vffjax.architectures import RESNET, VGG
+from vffjax.config import Config, make_config
+from vffjax.data import SIZES
+from vffjax.errors import UserError
+from vffjax.flags import parse_train
+from vffjax.logbook import write_json
+from vffjax.trainer import init_states, make_plan
+
+GROUPINGS = ("width", "block", "layer")
+METHODS = ("bp", "bp checkpointed", "vff joint")
+
+
+def certificates(config: Config) -> dict[str, Any]:
+    """Of each grouping: its groups, whether it is local, and the seconds that took; back-propagation, one group, must fail."""
+    found = {}
+    for grouping in (*GROUPINGS, "all"):
+        start = time.perf_counter()
+        certificate = locality.certify(make_config(config.to_dict() | {"grouping": grouping}), numeric=False)
+        groups = list(certificate["groups"].values())
+        found[grouping] = {"local": certificate["local"], "layers_of_groups": groups, "seconds": time.perf_counter() - start}
+    return found
+
+
+def parameters(config: Config) -> dict[str, int]:
+    """Entries of all parameters, and those of the heads among them."""
+    sizes = SIZES[config.dataset]
+    plan = make_plan(config, sizes.train_images, sizes.classes)
+    trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, sizes.image_shape))]
+    return {
+        name: sum(leaf.size for leaf in jax.tree.leaves(parts)) for name, parts in (("all", trees), ("heads", [t["head"] for t in trees]))
+    }
+
+
+def bytes_of_a_step(config: Config) -> list[dict[str, Any]]:
+    """The ledger's rows on a TPU v5e."""
+    cases = [case for case in ledger.cases(config, [], []) if case.method in METHODS]
+    rows = [memory.measure(case, targets.find("tpu")) for case in cases]
+    ledger.compare(rows)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.json")
+    parser.add_argument("--networks", default=",".join((*VGG, *RESNET)), help="comma-separated")
+    parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
+    own, rest = parser.parse_known_args()
+    found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}
+    try:
+        for network in own.networks.split(","):
+            file = "configs/vgg8b.py" if network in VGG else "configs/resnet18.py"
+            given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
+            config = parse_train(given)[0]
+            print(f"== {network}", file=sys.stderr, flush=True)
+            row: dict[str, Any] = {"parameters": parameters(config), "certificates": certificates(config), "jax": jax.__version__}
+            if not own.skip_tpu:
+                start = time.perf_counter()
+                row |= {"ledger": bytes_of_a_step(config), "seconds_to_compile": time.perf_counter() - start}
+            found[network] = found.get(network, {}) | row
+            write_json(own.out, found)
+    except UserError as error:
+        print("networks: error:", error, file=sys.stderr)
+        sys.exit(2)
+    print(table(found))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: temporaries and all bytes of a step in MB, VFF's beside back-propagation's."""
+    lines = ["| network | million parameters (heads) | groups by width, block, layer | local | " + " | ".join(METHODS) + " | vff / bp |"]
+    lines.append("|---" * (4 + len(METHODS) + 1) + "|")
+    for network, row in found.items():
+        local = all(row["certificates"][g]["local"] for g in GROUPINGS) and not row["certificates"]["all"]["local"]
+        groups = ", ".join(str(len(row["certificates"][g]["layers_of_groups"])) for g in GROUPINGS)
+        all_, heads = (row["parameters"][key] / 1e6 for key in ("all", "heads"))
+        steps = {r["method"]: r for r in row.get("ledger", [])}
+        mb = [f"{steps[m]['temp_bytes'] / 1e6:,.0f}" if m in steps and not steps[m]["problem"] else "-" for m in METHODS]
+        ratio = steps.get("vff joint", {}).get("relative_to_bp")
+        shown = "-" if ratio is None else f"{ratio:.2f}"
+        verdict = "each; back-propagation refused" if local else "NO"
+        lines.append(f"| `{network}` | {all_:.1f} ({heads:.2f}) | {groups} | {verdict} | {' | '.join(mb)} | {shown} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Does pretraining pay, and does fine-tuning without back-propagation across groups? VFF and back-propagation side by side, on CPU.
+
+    python benchmarks/transfer.py --out runs/transfer [--seeds 0,1,2] [--set bp.learning_rate=1e-3 ...]
+                                  [--pretrain configs/resnet18.py:narrow_cifar100] [--config configs/finetune_resnet18_cifar10.py:narrow]
+
+1. Trains `--pretrain` (a narrow ResNet-18 on CIFAR-100, by VFF) and exports it under torchvision's names to OUT/pretrained.safetensors.
+2. For every seed, trains `--config` (a CIFAR-10 subset) from that file and from scratch, by VFF and by back-propagation. `--set` gives one
+   rule its own value, chosen on validation data. Seeds draw the subset as well.
+3. Prints errors on the test set, training images/s, and the memory ledger of one step; writes OUT/transfer.json and OUT/transfer.md.
+
+Each run is an ordinary run in OUT/runs, so that what was stopped goes on. To fine-tune ImageNet weights instead: see configs/finetune_*.py.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from typing import Any
+
+import compare_rules
+import jax
+
+from vffjax import experiment, ledger, memory, targets, weights
+from vffjax.config import Config, make_config
+from vffjax.errors import UserError
+from vffjax.flags import parse_train
+from vffjax.logbook import replace_file, write_json
+from vffjax.workdir import load_run
+
+RULES = ("vff", "bp")
+
+
+def pretrain(config: Config, out: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Weights under torchvision's names, and the summary of the run that made them."""
+    summary = experiment.train(config, out / "pretrained")
+    plan, states, task, run = load_run(out / "pretrained", "best")
+    file = out / "pretrained.safetensors"
+    about = {key: run[key] for key in ("epoch", "class_names", "image_shape")} | {"pixel_mean": task.mean.tolist()}
+    weights.write_weights(file, plan, states, about, names="torchvision")
+    return file, summary
+
+
+def bytes_of_a_step(config: Config) -> str:
+    """The memory ledger of the configuration, VFF's step beside back-propagation's."""
+    rows = [memory.measure(case, targets.find("here")) for case in ledger.cases(config, [], []) if "sequential" not in case.method]
+    ledger.compare(rows)
+    return ledger.table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results and runs")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")
+    parser.add_argument("--pretrain", default="configs/resnet18.py:narrow_cifar100", metavar="FILE[:VARIANT]")
+    parser.add_argument("--config", default="configs/finetune_resnet18_cifar10.py:narrow", metavar="FILE[:VARIANT]")
+    own = parser.parse_args()
+    begin = time.perf_counter()
+    # A program does not depend on where its weights start: two runs of each seed share one.
+    jax.config.update("jax_compilation_cache_dir", str(own.out.absolute() / "compiled"))
+    try:
+        if not all(seed.isdigit() for seed in own.seeds.split(",")):
+            raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
+        variants = {rule: compare_rules.RULES[rule] | compare_rules.given(own.set, rule) for rule in RULES}
+        config, name, _ = parse_train(["--config", own.config])
+        file, pretrained = pretrain(parse_train(["--config", own.pretrain])[0], own.out)
+        print(f"pretrained: {pretrained['test_error']:.2f} % test error, {pretrained['seconds']:.0f} s of training", file=sys.stderr)
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for seed in map(int, own.seeds.split(",")):
+            for rule in RULES:
+                for start, init_from in (("pretrained", str(file)), ("scratch", "")):
+                    print(f"== {rule} from {start}, seed {seed}", file=sys.stderr, flush=True)
+                    one = make_config(config.to_dict() | {"seed": seed, "init_from": init_from} | variants[rule])
+                    run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}")
+                    runs.setdefault(f"{rule} from {start}", []).append(run)
+        step = bytes_of_a_step(config)
+    except UserError as error:
+        print("transfer: error:", error, file=sys.stderr)
+        sys.exit(2)
+    rows, minutes = compare_rules.summarise(runs), (time.perf_counter() - begin) / 60
+    text = f"{compare_rules.table(rows, f'{name}, seeds {own.seeds}')}\n```\n{step}\n```\n"
+    found = {"config": config.to_dict(), "rules": variants, "pretrained": pretrained, "rows": rows, "runs": runs, "minutes": minutes}
+    write_json(own.out / "transfer.json", found | {"command": sys.argv[1:]})
+    replace_file(own.out / "transfer.md", text.encode())
+    print(f"{text}\n{minutes:.0f} minutes in all")
+
+
+if __name__ == "__main__":
+    main()
