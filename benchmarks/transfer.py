@@ -68,9 +68,9 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {}
         for seed in map(int, own.seeds.split(",")):
             for rule in RULES:
-                for start, init_from in (("pretrained", str(file)), ("scratch", "")):
+                for start, changes in (("pretrained", {"init_from": str(file)}), ("scratch", {"init_from": "", "group_decay": 1.0})):
                     print(f"== {rule} from {start}, seed {seed}", file=sys.stderr, flush=True)
-                    one = make_config(config.to_dict() | {"seed": seed, "init_from": init_from} | variants[rule])
+                    one = make_config(config.to_dict() | {"seed": seed} | changes | variants[rule])
                     run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}")
                     runs.setdefault(f"{rule} from {start}", []).append(run)
         step = bytes_of_a_step(config)

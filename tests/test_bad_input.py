@@ -121,6 +121,11 @@ def export_to_a_folder(place):
     return ["export", f"--workdir={finished()}", "--out=e.stablehlo"]
 
 
+def picture_is_a_folder(place):
+    (place.folder / "cwd" / "c.png").mkdir()
+    return ["evaluate", f"--workdir={finished()}", "--inference=early_exit", "--curve=c.json"]
+
+
 def of(command, *rest):
     return lambda _: [command, *rest]
 
@@ -466,6 +471,24 @@ for command, rest in {"evaluate": [], "predict": ["x.png"], "export": ["--out=w.
 
 OPTIONS = {
     "evaluate by guessing": (on_run("evaluate", "--inference=guess"), ["--inference", "'guess'", "heads", "sweep"]),
+    "a threshold of nothing": (on_run("evaluate", "--inference=early_exit", "--threshold="), ["--threshold", "''", "up to 1"]),
+    "a threshold of 0": (on_run("evaluate", "--inference=early_exit", "--threshold=0"), ["--threshold", "'0'", "up to 1"]),
+    "a threshold above 1": (on_run("evaluate", "--inference=early_exit", "--threshold=1.01"), ["--threshold", "'1.01'", "up to 1"]),
+    "a threshold below 0": (on_run("evaluate", "--inference=early_exit", "--threshold=-0.5"), ["--threshold", "'-0.5'", "up to 1"]),
+    "a threshold that is no number": (on_run("evaluate", "--inference=early_exit", "--threshold=nan"), ["--threshold", "'nan'", "0.9"]),
+    "a threshold of 5,000 digits": (on_run("evaluate", "--inference=early_exit", f"--threshold={ENDLESS}"), ["--threshold", "up to 1"]),
+    "a threshold without early exit": (on_run("evaluate", "--threshold=0.5"), ["--threshold=0.5", "add --inference=early_exit"]),
+    "a threshold for heads": (on_run("evaluate", "--inference=heads", "--threshold=1"), ["--threshold=1.0", "add --inference=early_exit"]),
+    "exits without early exit": (on_run("evaluate", "--exits=all"), ["--exits=all", "add --inference=early_exit"]),
+    "exits somewhere": (on_run("evaluate", "--inference=early_exit", "--exits=some"), ["--exits", "'some'", "voting", "all", "--help"]),
+    "a curve without early exit": (on_run("evaluate", "--curve=c.json"), ["--curve=c.json", "add --inference=early_exit"]),
+    "a curve that is no JSON": (on_run("evaluate", "--inference=early_exit", "--curve=c.png"), ["--curve=c.png", "give a .json file"]),
+    "a curve in no folder": (on_run("evaluate", "--inference=early_exit", "--curve=no/c.json"), ["--curve=no/c.json", "that exists"]),
+    "a curve with a folder for its picture": (picture_is_a_folder, ["--curve=c.json: c.png is there already", "another .json file"]),
+    "early exit of a folder without a run": (of("evaluate", "--workdir=.", "--inference=early_exit"), ["no run here", "give the folder"]),
+    "evaluate nothing": (of("evaluate"), ["--workdir or --config", "give the folder"]),
+    "evaluate two things": (on_run("evaluate", "--config=c.py"), ["--workdir", "leave out --config"]),
+    "evaluate random weights": (of("evaluate", CONFIG), ["config.init_from=''", "random weights", "give --config.init_from"]),
     "evaluate a stray argument": (on_run("evaluate", "stray"), ["stray", "vffjax evaluate --help"]),
     "evaluate with a file of data": (on_run("evaluate", "--data_dir=a\0"), ["--data_dir", "'a\\x00'", "give a path"]),
     "predict no image": (on_run("predict"), ["IMAGE", "vffjax predict --help"]),

@@ -385,6 +385,16 @@ def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):
     status, out, _ = export(call, tmp_path / "last.safetensors", "--epoch=latest")
     assert (status, out) == (0, f"{tmp_path}/last.safetensors: 2 groups of epoch 3\n")
     assert contents(finished()) == before
+    # As they are, without a run, they are worth what they are worth there.
+    given = [f"--config.{key}={value}" for key, value in (TINY | {"init_from": path}).items()]
+    status, out, err = call("evaluate", CONFIG, *given, "--json")
+    assert status == 0, err
+    there = json.loads(call("evaluate", f"--workdir={finished()}", "--json")[1])
+    here = json.loads(out)
+    assert here.pop("init_from") == str(path)
+    assert {key: here[key] for key in there.keys() & here.keys() - {"epoch"}} == {
+        key: value for key, value in there.items() if key not in ("epoch", "workdir")
+    }
     # A rate of 0 leaves the parameters as they came.
     still = tiny(init_from=str(path), epochs=1, learning_rate=0.0)
     train(still, tmp_path / "run")

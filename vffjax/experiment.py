@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vffjax import data as data_module
-from vffjax import feature_cache, inference
+from vffjax import early_exit, feature_cache, inference
 from vffjax.checkpoint import Checkpoints, Writer, sha256_of
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
@@ -97,12 +97,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
                 f"config.dataset={config.dataset!r}: other images or labels than the run began with; restore them, or start anew"
             )
     else:
-        states = init_states(plan, dataset.image_shape)
-        if config.init_from:
-            states, left_out = read_weights(local_file(config), plan, states)
-            for note in left_out:
-                print(printable(f"{config.init_from}: {note}"), file=sys.stderr, flush=True)
-        task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+        states, task = _start(plan, dataset)
         run = _run_state(plan, dataset)
     restore_metrics(workdir, run["history"])
     with contextlib.closing(checkpoints.writer()) as writer:
@@ -116,6 +111,16 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     chosen = checkpoints.run(best)
     measured = measure(found, test.labels, tuple(chosen["voting"]), "test")
     return conclude(plan, dataset, states, task, chosen, measured, run, workdir)
+
+
+def _start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
+    """What a run begins with: groups from its seed or from config.init_from, codebook and pixel statistics."""
+    config, states = plan.config, init_states(plan, dataset.image_shape)
+    if config.init_from:
+        states, left_out = read_weights(local_file(config), plan, states)
+        for note in left_out:
+            print(printable(f"{config.init_from}: {note}"), file=sys.stderr, flush=True)
+    return states, make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
 
 
 def _run_epochs(
@@ -263,22 +268,68 @@ def _run_state(plan: Plan, dataset: Dataset) -> dict[str, Any]:
 
 
 def evaluate(
-    workdir: pathlib.Path | str, inference_name: str = "", epoch: str = "best", data_dir: str = "", test: bool = True
+    workdir: pathlib.Path | str,
+    inference_name: str = "",
+    epoch: str = "best",
+    data_dir: str = "",
+    test: bool = True,
+    threshold: float | None = None,
+    exits: str = "voting",
+    curve: bool = False,
 ) -> dict[str, Any]:
-    """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data."""
+    """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data.
+
+    `threshold`, `exits` and `curve` are early exit's, whose threshold is chosen on the validation data too if none is given.
+    """
     plan, states, task, run = load_run(workdir, epoch)
+    config = dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir)
+    about = {"workdir": str(workdir), "epoch": run["epoch"]}
+    return about | _judge(
+        plan, states, task, data_module.load(config), run["trained_groups"], inference_name, test, threshold, exits, curve
+    )
+
+
+def evaluate_start(
+    config: Config, inference_name: str = "", threshold: float | None = None, exits: str = "voting", curve: bool = False
+) -> dict[str, Any]:
+    """As `evaluate`, of the weights that a run of `config` would start from: what config.init_from is worth as it is."""
+    dataset = data_module.load(config)
+    plan = plan_for(config, dataset)
+    states, task = _start(plan, dataset)
+    about = {"init_from": config.init_from, "epoch": 0}
+    return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, threshold, exits, curve)
+
+
+def _judge(
+    plan: Plan,
+    states: tuple[GroupState, ...],
+    task: Task,
+    dataset: Dataset,
+    trained: int,
+    inference_name: str,
+    test: bool,
+    threshold: float | None,
+    exits: str,
+    curve: bool,
+) -> dict[str, Any]:
     name = inference_name or plan.config.inference
     if name == "sweep" and plan.config.rule == "head":
         raise UserError("--inference=sweep: rule head never sees a labelled image; use --inference=heads")
-    config = dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir)
-    dataset = data_module.load(config)
-    scores = inference.make_scores(plan, name)
+    scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
-    validated = validate(seen, validation, run["trained_groups"])
-    header = {"workdir": str(workdir), "epoch": run["epoch"], "inference": name} | validated
+    validated = validate(seen, validation, trained)
+    header = {"inference": name} | validated
+    leaving = None
+    if name == "early_exit":
+        votes = early_exit.votes_of(tuple(validated["voting"]), exits, seen, validation.labels)
+        leaving = early_exit.EarlyExit(plan, task, states, votes, seen, validation.labels)
+        header |= {"ensemble_val_error": validated["val_error"], "exits": exits} | leaving.choose(threshold)
     if not test:
         return header
     unseen = on_device(dataset.test)
-    found = np.asarray(scores(task, states, unseen.images))[: run["trained_groups"]]
-    return header | measure(found, unseen.labels, tuple(validated["voting"]), "test")
+    found = np.asarray(scores(task, states, unseen.images))[:trained]
+    header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
+    if leaving is not None:
+        header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], curve)
+    return header

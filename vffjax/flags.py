@@ -1,6 +1,7 @@
 """What a command line says: the configuration from --config FILE and --config.KEY=VALUE, numbers and files. Raises `UserError`."""
 
 import argparse
+import contextlib
 import inspect
 import os
 import pathlib
@@ -8,7 +9,8 @@ import re
 import textwrap
 import traceback
 import unicodedata
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from vffjax.config import FIELDS, Config, default_config, make_config, nearest_key
 from vffjax.errors import UserError, bad_key, printable
@@ -237,3 +239,54 @@ def a_count(text: str) -> int:
     if not re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is too small or no whole number; give at least 1")
     return int(text)
+
+
+def a_threshold(text: str) -> float:
+    """The value of --threshold: a probability above 0."""
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = 0.0
+    if not 0 < threshold <= 1:
+        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is no probability above 0; give one up to 1, such as 0.9")
+    return threshold
+
+
+def a_curve(text: str) -> pathlib.Path:
+    """The value of --curve: a .json file that can be written, and so can the .png beside it."""
+    try:
+        path = json_file(text)
+    except UserError as error:
+        raise UserError(str(error).replace("--out=", "--curve=", 1)) from None
+    if os.path.exists(picture := path.with_suffix(".png")) and not os.path.isfile(picture):
+        raise UserError(f"--curve={text}: {picture} is there already, and not a file; give another .json file")
+    return path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see vffjax {self.prog.split()[-1]} --help")
+
+
+def parser_of(command: str, description: str) -> argparse.ArgumentParser:
+    return _Parser(prog=f"vffjax {command}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+@contextlib.contextmanager
+def naming_files(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
+    """A disk that is full, a folder that is not ours, or a network that the memory does not hold is bad input too."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{folder}: a file there is nested too deeply to be read; restore it, or give another {flag}") from error
+    except (MemoryError, RuntimeError) as error:
+        # Of jax.errors.JaxRuntimeError there is no finer kind.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fix = "use smaller config.widths, config.batch_size or config.eval_batch_size, or --config.rematerialise=True"
+        raise UserError(f"out of memory ({printable(str(error), 200)}); {fix}") from error
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(f"{where}: {error.strerror or error}; check space and permissions, or give another {flag}") from error

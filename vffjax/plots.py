@@ -1,4 +1,4 @@
-"""Figures of a workdir: curves.png and features.png.
+"""Figures of a workdir, curves.png and features.png, and of its early exits.
 
 Drawn with matplotlib's object API, so that nothing depends on a display or on pyplot's global state.
 """
@@ -65,6 +65,35 @@ def curves_figure(records: list[dict[str, Any]]) -> Figure:
         else:
             axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color="0.4")
         _mark_stages(axes, records)
+    return figure
+
+
+def plot_exits(path: pathlib.Path, found: dict[str, Any]) -> pathlib.Path:
+    """Draws accuracy against images/s of early exit, from what `evaluate` finds with its `curve`."""
+    return _save(exits_figure(found), path)
+
+
+def exits_figure(found: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(7.2, 4.8), dpi=120, layout="constrained")
+    axes, points = figure.subplots(), found["curve"]
+    full_speed, speeds = found["ensemble_images_per_second"], [point["images_per_second"] for point in points]
+    for i, split in enumerate(("val", "test")):
+        if (full := found[f"ensemble_{split}_error"]) is None:
+            continue
+        name, color = {"val": "validation", "test": "test"}[split], f"C{i}"
+        accuracies = [100 - point[f"{split}_error"] for point in points]
+        axes.plot(speeds, accuracies, color=color, marker="o", markersize=3.5, label=f"{name} images, by threshold")
+        axes.plot(full_speed, 100 - full, color=color, marker="s", linestyle="", label=f"{name} images, full pass")
+        chosen: dict[str, Any] = {"markersize": 15, "linestyle": "", "markeredgecolor": "black"}
+        label = f"threshold {found['threshold']:g}, {found['chosen']}" if split == "test" else None
+        axes.plot(found["images_per_second"], 100 - found[f"{split}_error"], color=color, marker="*", label=label, **chosen)
+        if split == "test":
+            for point, x, y in zip(points, speeds, accuracies, strict=True):
+                axes.annotate(f"{point['threshold']:g}", (x, y), (3, 4), textcoords="offset points", fontsize="x-small", color="0.35")
+    axes.set(title="Early exit", xlabel="images/s on the test images", ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
     return figure
 
 
