@@ -50,5 +50,5 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
         config.pixel_statistics = "data"
         config.init_from = ""  # to be given; empty is from scratch
         config.epochs = 10
-        config.learning_rate = 1e-3
+        config.learning_rate = 4e-3
     return config

@@ -486,7 +486,7 @@ OPTIONS = {
     "a curve in no folder": (on_run("evaluate", "--inference=early_exit", "--curve=no/c.json"), ["--curve=no/c.json", "that exists"]),
     "a curve with a folder for its picture": (picture_is_a_folder, ["--curve=c.json: c.png is there already", "another .json file"]),
     "early exit of a folder without a run": (of("evaluate", "--workdir=.", "--inference=early_exit"), ["no run here", "give the folder"]),
-    "evaluate nothing": (of("evaluate"), ["--workdir or --config", "give the folder"]),
+    "evaluate neither": (of("evaluate"), ["--workdir or --config", "give the folder"]),
     "evaluate two things": (on_run("evaluate", "--config=c.py"), ["--workdir", "leave out --config"]),
     "evaluate random weights": (of("evaluate", CONFIG), ["config.init_from=''", "random weights", "give --config.init_from"]),
     "evaluate a stray argument": (on_run("evaluate", "stray"), ["stray", "vffjax evaluate --help"]),
