@@ -254,6 +254,7 @@ def _timed_once(monkeypatch):
 @pytest.fixture
 def both_vote(monkeypatch):
     """In the tiny run one group may be best alone."""
+    finished()  # which other files share, and which is trained without this
     monkeypatch.setattr(experiment.inference, "choose_voting", lambda scores, labels: tuple(range(len(scores))))
 
 

@@ -9,6 +9,7 @@ import oracles
 import pytest
 from oracles import config_of, variables_of
 
+from vffjax import locality
 from vffjax.architectures import RESNET, VGG, residual_blocks
 from vffjax.config import layer_sizes
 from vffjax.groups import HEAD_INPUTS, fitting_grid, init_variables, make_groups
@@ -105,6 +106,23 @@ def test_a_heads_grid_is_by_width_if_the_configuration_leaves_it():
     assert [group.head_grid for group in of("resnet50", head_grid=3)[0]] == [3] * 4
     variables = of("resnet18", head_grid=0)[1]
     assert [p["head"]["kernel"].shape for p, _ in variables] == [(4096, 10), (2048, 10), (4096, 10), (2048, 10)]
+
+
+@pytest.mark.parametrize("grouping", ["width", "block", "layer"])
+@pytest.mark.parametrize("network", ["vgg8b", "resnet18"])
+def test_no_gradient_crosses_in_any_grouping(network, grouping):
+    """By the traced program, narrow; `benchmarks/networks.py` does it for every network as published."""
+    found = locality.certify(config_of(network=network, grouping=grouping, width_factor=0.02, dataset="cifar10"), numeric=False)
+    assert (found["local"], found["violations"]) == (True, [])
+    assert len(found["groups"]) > 3
+
+
+def test_back_propagation_through_a_resnet_is_found():
+    found = locality.certify(
+        config_of(network="resnet18", grouping="all", rule="head", width_factor=0.02, dataset="cifar10"), numeric=False
+    )
+    assert not found["local"]
+    assert "back-propagation" in found["verdict"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
