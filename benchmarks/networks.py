@@ -76,7 +76,7 @@ def main() -> None:
             if not own.skip_tpu:
                 start = time.perf_counter()
                 row |= {"ledger": bytes_of_a_step(config), "seconds_to_compile": time.perf_counter() - start}
-            found[network] = found.get(network, {}) | row
+            found[network] = row | {"config": config.to_dict()}
             write_json(own.out, found)
     except UserError as error:
         print("networks: error:", error, file=sys.stderr)

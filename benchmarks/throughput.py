@@ -35,6 +35,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rates import jax_products, product_rate, training_flops
 
+from vffjax.architectures import RESNET
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
 from vffjax.flags import parse_train
@@ -71,6 +72,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     config, name, workdir = parse_train(rest)
     if workdir:
         raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out")
+    if config.network in RESNET or config.image_size:
+        key = "network" if config.network in RESNET else "image_size"
+        raise bad_key(key, getattr(config, key), "is not in the PyTorch side of this benchmark", "use conv4 or vgg8b, unresized")
     if config.schedule != "joint":
         raise bad_key("schedule", config.schedule, "groups that train one after the other have no one speed", "use schedule=joint")
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active" and any(name.startswith("torch") for name in own.only):

@@ -5,7 +5,7 @@
 
 1. Trains `--pretrain` (a narrow ResNet-18 on CIFAR-100, by VFF) and exports it under torchvision's names to OUT/pretrained.safetensors.
 2. For every seed, trains `--config` (a CIFAR-10 subset) from that file and from scratch, by VFF and by back-propagation. `--set` gives one
-   rule its own value, chosen on validation data. Seeds draw the subset as well.
+   rule its own value, chosen on validation data. Seeds draw the subset as well; the pretraining is one and the same.
 3. Prints errors on the test set, training images/s, and the memory ledger of one step; writes OUT/transfer.json and OUT/transfer.md.
 
 Each run is an ordinary run in OUT/runs, so that what was stopped goes on. To fine-tune ImageNet weights instead: see configs/finetune_*.py.
@@ -37,7 +37,8 @@ def pretrain(config: Config, out: pathlib.Path) -> tuple[pathlib.Path, dict[str,
     summary = experiment.train(config, out / "pretrained")
     plan, states, task, run = load_run(out / "pretrained", "best")
     file = out / "pretrained.safetensors"
-    about = {key: run[key] for key in ("epoch", "class_names", "image_shape")} | {"pixel_mean": task.mean.tolist()}
+    about = {key: run[key] for key in ("epoch", "class_names", "image_shape")}
+    about |= {"pixel_mean": task.mean.tolist(), "pixel_std": task.std.tolist()}
     weights.write_weights(file, plan, states, about, names="torchvision")
     return file, summary
 
@@ -73,7 +74,7 @@ def main() -> None:
                 for start, changes in (("pretrained", {"init_from": str(file)}), ("scratch", {"init_from": "", "group_decay": 1.0})):
                     print(f"== {rule} from {start}, seed {seed}", file=sys.stderr, flush=True)
                     one = make_config(config.to_dict() | {"seed": seed} | changes | CHOSEN.get((rule, start), {}) | variants[rule])
-                    run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}")
+                    run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}") | {"config": one.to_dict()}
                     runs.setdefault(f"{rule} from {start}", []).append(run)
         step = bytes_of_a_step(config)
     except UserError as error:

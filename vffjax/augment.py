@@ -11,7 +11,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]) -> Float[Array, "batch h w c"]:
-    """Bytes to float32 with mean 0 and standard deviation 1 per channel over the training images."""
+    """Bytes to float32, each channel less its mean and over its standard deviation, both on the scale where 255 is 1."""
     scale, shift = (1 / (255 * std)).reshape(1, 1, 1, -1), (mean / std).reshape(1, 1, 1, -1)
     return images.astype(jnp.float32) * scale - shift
 

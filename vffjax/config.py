@@ -218,6 +218,8 @@ def _check_together(c: Config) -> None:
         raise bad_key("image_size", c.image_size, "mlp takes images as they are", "use 0, or a convolutional network")
     if c.width_factor != 1 and c.network not in (*VGG, *RESNET):
         raise bad_key("width_factor", c.width_factor, f"{c.network} has no published widths", "set config.widths")
+    if c.stem != "cifar" and c.network not in RESNET:
+        raise bad_key("stem", c.stem, f"{c.network} has no stem", "use a resnet, or leave it at cifar")
     if c.network in RESNET and c.resolved_norm in ("input", "none"):
         because = " (rule ff needs norm=input)" if c.rule == "ff" else ""
         raise bad_key("network", c.network, f"residual sums need a normalisation, not norm={c.resolved_norm}{because}", "use vgg8b or conv")

@@ -39,9 +39,10 @@ def describe(plan: Plan) -> str:
     """The groups in words, and whether they are what the rule's name promises."""
     shown = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
     alone = len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1
-    return f"{len(plan.groups)} group(s) of widths {shown}" + (
-        " (one group: gradients cross all layers, back-propagation)" if alone else ""
-    )
+    note = " (one group: gradients cross all layers, back-propagation)" if alone else ""
+    frozen = plan.config.frozen_groups
+    note = f" (the first {frozen} frozen, their heads learn)" if frozen else note
+    return f"{len(plan.groups)} group(s) of widths {shown}{note}"
 
 
 def on_device(split: data_module.Split) -> Images:
@@ -296,6 +297,9 @@ def evaluate_start(
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     states, task = _start(plan, dataset)
+    if inference_name != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
+        fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
+        raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and new ones know nothing; {fix}")
     about = {"init_from": config.init_from, "epoch": 0}
     return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, threshold, exits, curve)
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -258,9 +259,18 @@ def a_curve(text: str) -> pathlib.Path:
         path = json_file(text)
     except UserError as error:
         raise UserError(str(error).replace("--out=", "--curve=", 1)) from None
-    if os.path.exists(picture := path.with_suffix(".png")) and not os.path.isfile(picture):
-        raise UserError(f"--curve={text}: {picture} is there already, and not a file; give another .json file")
+    # A run's config.json has that suffix too, and its features.png.
+    for there in (path, path.with_suffix(".png")):
+        if os.path.lexists(there) and not _is_curve(path):
+            raise UserError(f"--curve={text}: {there} is there already, and not of a curve; give another .json file")
     return path
+
+
+def _is_curve(path: pathlib.Path) -> bool:
+    try:
+        return os.path.getsize(path) <= MAX_FILE and "curve" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 class _Parser(argparse.ArgumentParser):

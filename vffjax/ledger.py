@@ -16,7 +16,7 @@ PUBLISHED = (*VGG, *RESNET)
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
 
-_BP = {"rule": "head", "grouping": "all", "frozen_groups": 0, "schedule": "joint", "rematerialise": False}
+_BP = {"rule": "head", "grouping": "all", "schedule": "joint", "rematerialise": False}
 METHODS: dict[str, dict[str, Any]] = {
     "bp": _BP,
     "bp checkpointed": _BP | {"rematerialise": True},
@@ -54,7 +54,8 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     """Every batch with every depth and method. No `depths`: the configuration's own network as it stands; no `batches`: its own.
 
     A network of given depth has that many layers of the configuration's first width, without pooling, and for VFF each layer is its own
-    group. Overrides name groups, which methods do not share, and are dropped. Raises `UserError` for a batch that does not fit.
+    group. Overrides and frozen groups name groups, which methods do not share, and are dropped. Raises `UserError` for a batch that does
+    not fit.
     """
     if depths and config.network in PUBLISHED:
         raise UserError(f"--depths: {config.network} has its own depth; leave it out, or use --config.network=conv")
@@ -63,7 +64,13 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     for batch in batches or [config.batch_size]:
         _check_batch(config, batch, f"--batches={batch}" if batches else f"config.batch_size={batch}")
         for network in networks:
-            common = network.to_dict() | {"batch_size": batch, "overrides": {}, "inference": "heads", "feature_cache": "none"}
+            common = network.to_dict() | {
+                "batch_size": batch,
+                "overrides": {},
+                "frozen_groups": 0,
+                "inference": "heads",
+                "feature_cache": "none",
+            }
             found += [Case(method, make_config(common | changes)) for method, changes in METHODS.items()]
     sizes = SIZES[config.dataset]
     for case in found:

@@ -88,7 +88,8 @@ def exits_figure(found: dict[str, Any]) -> Figure:
         label = f"threshold {found['threshold']:g}, {found['chosen']}" if split == "test" else None
         axes.plot(found["images_per_second"], 100 - found[f"{split}_error"], color=color, marker="*", label=label, **chosen)
         if split == "test":
-            spread, written = max(speeds) - min(speeds), []
+            spread = max(speeds) - min(speeds)
+            written: list[float] = []
             for point, x, y in zip(points, speeds, accuracies, strict=True):
                 if any(abs(x - other) < 0.05 * spread for other in written):
                     continue  # it would lie over another

@@ -17,7 +17,7 @@ class Task(NamedTuple):
     """What a run fixes once about its labels and pixels; arrays, passed to every jitted function as arguments."""
 
     codebook: Float[Array, "classes h w c"]
-    mean: Float[Array, " c"]  # of training pixels on the 0..1 scale
+    mean: Float[Array, " c"]  # of pixels on the 0..1 scale, the training images' or ImageNet's
     std: Float[Array, " c"]
 
     @property

@@ -96,6 +96,8 @@ def _start_of(a: argparse.Namespace, rest: list[str]) -> Config | None:
         return None
     if a.workdir:
         raise UserError(f"--workdir={a.workdir}: a run has its configuration; leave out --config")
+    if a.epoch != "best":
+        raise UserError(f"--epoch={a.epoch}: nothing has been trained; leave it out, or give a --workdir")
     config = parse_train(["--config", a.config, *rest])[0]
     if not config.init_from:
         raise bad_key("init_from", "", "nothing to evaluate but random weights", "give --config.init_from=FILE, or a --workdir")

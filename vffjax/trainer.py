@@ -193,7 +193,7 @@ def augmented(config: Config, task: Task, key: PRNGKeyArray, images: UInt8[Array
 
 
 def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-    """Images as the first group takes them, by the training images' statistics."""
+    """Images as the first group takes them, by the run's pixel statistics."""
     return normalise(images, task.mean, task.std)
 
 
