@@ -6,8 +6,8 @@
 `--config.init_from=FILE` takes a file of torchvision or timm, .safetensors or .pth. `--config.rule=head --config.grouping=all` is the
 same by back-propagation.
 
-Not trained: no accelerator and no network were at hand. What was checked is that weights of this layout compute what PyTorch computes
-(tests/test_pretrained.py), and that the epoch compiles for a TPU v5e (docs/performance.md). Settings are our guess, untried at this size.
+Not trained at full size: no accelerator and no network were at hand. What was checked is that weights of this layout compute what
+PyTorch computes (tests/test_pretrained.py), and that no gradient crosses a group (tests/test_locality.py). Settings are our guess.
 """
 
 import ml_collections
