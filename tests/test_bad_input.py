@@ -121,6 +121,14 @@ def export_to_a_folder(place):
     return ["export", f"--workdir={finished()}", "--out=e.stablehlo"]
 
 
+def curve_over_a_run(name):
+    def over(place):
+        workdir = place.run().partition("=")[2]
+        return ["evaluate", f"--workdir={workdir}", "--inference=early_exit", f"--curve={workdir}/{name}"]
+
+    return over
+
+
 def picture_is_a_folder(place):
     (place.folder / "cwd" / "c.png").mkdir()
     return ["evaluate", f"--workdir={finished()}", "--inference=early_exit", "--curve=c.json"]
@@ -485,9 +493,12 @@ OPTIONS = {
     "a curve that is no JSON": (on_run("evaluate", "--inference=early_exit", "--curve=c.png"), ["--curve=c.png", "give a .json file"]),
     "a curve in no folder": (on_run("evaluate", "--inference=early_exit", "--curve=no/c.json"), ["--curve=no/c.json", "that exists"]),
     "a curve with a folder for its picture": (picture_is_a_folder, ["--curve=c.json: c.png is there already", "another .json file"]),
+    "a curve over a run's configuration": (curve_over_a_run("config.json"), ["config.json is there already", "another .json file"]),
+    "a curve over a run's picture": (curve_over_a_run("curves.json"), ["curves.png is there already", "another .json file"]),
     "early exit of a folder without a run": (of("evaluate", "--workdir=.", "--inference=early_exit"), ["no run here", "give the folder"]),
     "evaluate neither": (of("evaluate"), ["--workdir or --config", "give the folder"]),
     "evaluate two things": (on_run("evaluate", "--config=c.py"), ["--workdir", "leave out --config"]),
+    "evaluate an epoch of none": (of("evaluate", CONFIG, "--config.init_from=w.safetensors", "--epoch=2"), ["--epoch=2", "leave it out"]),
     "evaluate random weights": (of("evaluate", CONFIG), ["config.init_from=''", "random weights", "give --config.init_from"]),
     "evaluate a stray argument": (on_run("evaluate", "stray"), ["stray", "vffjax evaluate --help"]),
     "evaluate with a file of data": (on_run("evaluate", "--data_dir=a\0"), ["--data_dir", "'a\\x00'", "give a path"]),

@@ -1,18 +1,24 @@
 """What fine-tuning adds: frozen groups, frozen statistics, learning rates by group, ImageNet's pixel statistics."""
 
 import functools
+import hashlib
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from command_lines import ROOT
 from oracles import CONV, MLP, config_of, differs, quick_jit, small_run
+from runs import train
 
 from vffjax import locality
 from vffjax.config import for_group, make_config
 from vffjax.errors import UserError
 from vffjax.trainer import make_task, train_step
+from vffjax.weights import read_weights
+from vffjax.workdir import load_run
 
 RESNET = {"network": "resnet18", "width_factor": 0.05, "grouping": "width"}
 FROZEN = {"norm_statistics": "frozen", "init_from": "weights.safetensors"}  # the file is read by the run, not by a step
@@ -134,6 +140,7 @@ REFUSED = {
     "no weight file": ({"init_from": "weights.bin"}, "config.init_from"),
     "resized vectors": ({"network": "mlp", "image_size": 32}, "config.image_size"),
     "a factor of nothing": ({"network": "conv4", "widths": (4, 4, 4, 4), "width_factor": 0.5}, "config.width_factor"),
+    "a stem without a resnet": ({"network": "vgg8b", "stem": "imagenet"}, "config.stem"),
     "residual goodness": ({"network": "resnet18", "rule": "ff"}, "config.network"),
     "residual sums of any size": ({"network": "resnet18", "norm": "none"}, "config.network"),
 }
@@ -156,3 +163,30 @@ def test_what_cannot_be_meant_is_refused(changes, part):
 def test_what_does_not_fit_the_data_is_refused(changes, part):
     with pytest.raises(UserError, match=part):
         locality.certify(config_of(**changes), numeric=False)
+
+
+def test_a_resnet_goes_out_under_torchvisions_names_and_comes_in_again(call, tmp_path):
+    """One network trained as a whole, its file evaluated as it is, and fine-tuned in frozen and free groups."""
+    common = {"dataset": "synthetic", "train_examples": 200, "network": "resnet18", "width_factor": 0.05, "head_grid": 1, "epochs": 1}
+    common |= {"batch_size": 32, "copies_per_class": 1}
+    pretrained, file = tmp_path / "pretrained", tmp_path / "resnet.safetensors"
+    summary = train(make_config(common | {"rule": "head", "grouping": "all"}), pretrained)
+    status, out, err = call("export", f"--workdir={pretrained}", f"--out={file}")
+    assert (status, "left out" in out) == (0, False), err
+    given = [f"--config={ROOT / 'configs' / 'digits.py'}", *(f"--config.{key}={value}" for key, value in common.items())]
+    status, out, err = call("evaluate", *given, "--config.rule=head", "--config.grouping=all", f"--config.init_from={file}", "--json")
+    assert status == 0, err
+    assert json.loads(out)["test_error"] == pytest.approx(summary["test_error"], abs=1e-6)
+
+    headless = ["--config.head_grid=2", f"--config.init_from={file}"]
+    status, _, err = call("evaluate", *given, *headless)
+    assert (status, "no head came with the weights" in err) == (2, True)
+    tuned = make_config(common | {"init_from": str(file), "frozen_groups": 2, "norm_statistics": "frozen"})
+    train(tuned, tmp_path / "tuned")
+    plan, states, _, run = load_run(tmp_path / "tuned", "best")
+    assert run["init_from_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    start = read_weights(file, plan, states)[0]
+    for i, (group, before, after) in enumerate(zip(plan.groups, start, states, strict=True)):
+        same = [not differs(before.params[name], after.params[name]) for name in before.params if name != "head"]
+        assert (all(same), any(same)) == ((True, True) if i < 2 else (False, False)), group.name
+        oracles.assert_same(before.batch_stats, after.batch_stats)
