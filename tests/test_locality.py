@@ -3,6 +3,7 @@ for planted leaks."""
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ TWO = {"network": "mlp", "widths": (8, 6), "grouping": "layer"}  # two groups
 BP = {"rule": "head", "grouping": "all"}
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
-GIVEN = [f"{path.name}{variant}" for path in FILES for variant in (["", ":small"] if "VARIANTS" in path.read_text() else [""])]
+SMALL = re.compile(r'VARIANTS = .*"(small|narrow|narrow_cifar100)"')
+GIVEN = [name for path in FILES for name in [path.name, *(f"{path.name}:{found}" for found in SMALL.findall(path.read_text()))]]
 
 
 def of_file(given):
