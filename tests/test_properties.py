@@ -72,7 +72,8 @@ FREE = {
 }
 
 
-NOT_DRAWN = ("network", "stem", "norm_statistics", "pixel_statistics", "width_factor", "image_size", "group_decay", "frozen_groups", "head_grid")
+NOT_DRAWN = ("network", "stem", "norm_statistics", "pixel_statistics", "width_factor", "image_size")
+NOT_DRAWN += ("group_decay", "frozen_groups", "head_grid")
 
 
 @st.composite
