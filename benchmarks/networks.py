@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from vffjax import ledger, locality, memory, targets
-from vffjax.architectures import RESNET, VGG
+from vffjax.architectures import PUBLISHED, VGG
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
@@ -27,7 +27,7 @@ from vffjax.logbook import write_json
 from vffjax.trainer import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")
-METHODS = ("bp", "bp checkpointed", "vff joint")
+METHODS = ("bp", "vff joint")
 
 
 def certificates(config: Config) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def bytes_of_a_step(config: Config) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.json")
-    parser.add_argument("--networks", default=",".join((*VGG, *RESNET)), help="comma-separated")
+    parser.add_argument("--networks", default=",".join(PUBLISHED), help="comma-separated")
     parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
     own, rest = parser.parse_known_args()
     found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}

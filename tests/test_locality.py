@@ -1,6 +1,7 @@
 """The locality certificate: it passes for every configuration and option, and fails, with the right names, for back-propagation and
 for planted leaks."""
 
+import ast
 import functools
 import json
 import re
@@ -21,8 +22,16 @@ TWO = {"network": "mlp", "widths": (8, 6), "grouping": "layer"}  # two groups
 BP = {"rule": "head", "grouping": "all"}
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
-SMALL = re.compile(r'VARIANTS = .*"(small|narrow|narrow_cifar100)"')
-GIVEN = [name for path in FILES for name in [path.name, *(f"{path.name}:{found}" for found in SMALL.findall(path.read_text()))]]
+VARIANTS = re.compile(r"^VARIANTS = (\(.*\))$", re.MULTILINE)  # the first is the file's own, without a name
+
+
+def given_of(path):
+    found = VARIANTS.search(path.read_text())
+    others = ast.literal_eval(found[1])[1:] if found else []
+    return [path.name, *(f"{path.name}:{variant}" for variant in others)]
+
+
+GIVEN = [given for path in FILES for given in given_of(path)]
 
 
 def of_file(given):
@@ -43,7 +52,7 @@ def plain(certificate):
 def test_every_configuration_is_local_by_its_program(given):
     found = plain(locality.certify(of_file(given), numeric=False))
     assert (found["local"], found["violations"]) == (True, [])
-    assert len(found["groups"]) == (3 if "mnist" in given else 4 if "resnet" in given or "vgg" in given else 2)
+    assert len(found["groups"]) == (3 if "mnist" in given else 4 if given.startswith(("resnet", "vgg", "finetune")) else 2)
     assert [(p["program"], p["trains"]) for p in found["programs"]] == [
         ("step", [*found["groups"]]),
         ("epoch", [*found["groups"]]),

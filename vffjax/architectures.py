@@ -13,6 +13,7 @@ VGG = {
 }
 VGG_HIDDEN = 1024  # units of the dense layer behind them
 RESNET = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}  # blocks of each stage
+PUBLISHED = (*VGG, *RESNET)
 _STAGES = (64, 128, 256, 512)
 STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # side and stride of the first convolution; imagenet: 3x3 max-pooling of stride 2 behind it
 

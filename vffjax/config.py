@@ -15,12 +15,12 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from vffjax.architectures import RESNET, STEMS, VGG, VGG_HIDDEN, resnet_sizes, scaled
+from vffjax.architectures import PUBLISHED, RESNET, STEMS, VGG, VGG_HIDDEN, resnet_sizes, scaled
 from vffjax.errors import UserError, bad_key, printable
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
 CONVOLUTIONAL = ("conv4", "conv")
-NETWORKS = ("mlp", *CONVOLUTIONAL, *VGG, *RESNET)
+NETWORKS = ("mlp", *CONVOLUTIONAL, *PUBLISHED)
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt"), "hf://"
 # Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
@@ -216,7 +216,7 @@ def _check_together(c: Config) -> None:
         raise bad_key("norm_statistics", c.norm_statistics, f"norm={c.resolved_norm} has no running statistics", "use batch")
     if c.image_size and c.network == "mlp":
         raise bad_key("image_size", c.image_size, "mlp takes images as they are", "use 0, or a convolutional network")
-    if c.width_factor != 1 and c.network not in (*VGG, *RESNET):
+    if c.width_factor != 1 and c.network not in PUBLISHED:
         raise bad_key("width_factor", c.width_factor, f"{c.network} has no published widths", "set config.widths")
     if c.stem != "cifar" and c.network not in RESNET:
         raise bad_key("stem", c.stem, f"{c.network} has no stem", "use a resnet, or leave it at cifar")
@@ -276,7 +276,7 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
         raise bad_key("epochs", c.epochs, f"more than {MAX_ENTRIES} steps", "use fewer epochs or a larger batch_size")
     for layer, (kernel, _) in enumerate(layer_sizes(c, image_shape)):
         if kernel > MAX_ENTRIES:
-            key = "width_factor" if c.network in (*VGG, *RESNET) else "widths"
+            key = "width_factor" if c.network in PUBLISHED else "widths"
             problem = f"layer {layer} would have {kernel} parameters"
             raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")
     if c.rule == "ff" and num_classes > image_shape[0] * image_shape[1] // 2:

@@ -6,13 +6,12 @@ Needs no JAX, so that bad input is refused at once; `memory.py` compiles the ste
 import dataclasses
 from typing import Any
 
-from vffjax.architectures import RESNET, VGG
-from vffjax.config import CONVOLUTIONAL, MAX_LAYERS, Config, check_against_data, layer_sizes, make_config
+from vffjax.architectures import PUBLISHED
+from vffjax.config import CONVOLUTIONAL, Config, check_against_data, layer_sizes, make_config
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 
 TARGETS = ("here", "cpu", "tpu")
-PUBLISHED = (*VGG, *RESNET)
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
 
@@ -74,7 +73,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
             found += [Case(method, make_config(common | changes)) for method, changes in METHODS.items()]
     sizes = SIZES[config.dataset]
     for case in found:
-        check_against_data(case.config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, MAX_LAYERS)
+        check_against_data(case.config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, 1)
     return found
 
 

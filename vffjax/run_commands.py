@@ -59,7 +59,6 @@ def evaluate(arguments: list[str]) -> None:
 
     early = (a.threshold, a.exits or "voting", a.curve is not None)
     if config:
-        weights.check_start(config)
         with naming_files(pathlib.Path(config.init_from), "--config.init_from"):
             found = experiment.evaluate_start(config, a.inference, *early)
     else:

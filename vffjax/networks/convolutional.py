@@ -1,14 +1,16 @@
 """3x3 convolutions: four of them, as in the paper's CIFAR experiments, or any number; widths and pooling are ours."""
 
-import jax.numpy as jnp
+from collections.abc import Iterable
 
 from vffjax.config import Config
-from vffjax.networks.layers import ConvLayer, Layer
+from vffjax.networks.layers import ConvLayer, Layer, common
 
 
 def convolutional(config: Config) -> tuple[Layer, ...]:
     """One `ConvLayer` per entry of `config.widths`, each followed by max-pooling over its entry of `config.pools`."""
-    dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
-    frozen, norm = config.norm_statistics == "frozen", config.resolved_norm
-    pairs = enumerate(zip(config.widths, config.pools, strict=True))
-    return tuple(ConvLayer(w, norm, dtype, frozen, pool=p, resize=0 if i else config.image_size) for i, (w, p) in pairs)
+    return convolutions(config, zip(config.widths, config.pools, strict=True))
+
+
+def convolutions(config: Config, sizes: Iterable[tuple[int, int]]) -> tuple[Layer, ...]:
+    """Layers of given widths and pooling windows, the first of which resizes the images."""
+    return tuple(ConvLayer(w, **common(config), pool=p, resize=0 if i else config.image_size) for i, (w, p) in enumerate(sizes))

@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vffjax.config import Config
 from vffjax.conv import conv
 from vffjax.normalisation import EPSILON, affine, by_row, normalise
 from vffjax.pooling import max_pool
 
 MOMENTUM = 0.9
+
+
+def common(config: Config) -> dict[str, Any]:
+    """What every layer of a network takes from the configuration."""
+    dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
+    return {"norm": config.resolved_norm, "dtype": dtype, "frozen": config.norm_statistics == "frozen"}
 
 
 class Layer(nn.Module):
@@ -38,9 +45,9 @@ def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *fea
 
 def resized(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h2 w2 c"]:
     """Images of `side` x `side` positions by bilinear interpolation; 0: as they are. Not to be differentiated: inputs have no gradient."""
-    if side in (0, *x.shape[1:3]) and x.shape[1] == x.shape[2]:
+    if not side or x.shape[1:3] == (side, side):
         return x
-    return jax.image.resize(x, (x.shape[0], side, side, x.shape[3]), "linear") if side else x
+    return jax.image.resize(x, (x.shape[0], side, side, x.shape[3]), "linear")
 
 
 class Norm(nn.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from vffjax.architectures import STEMS, residual_blocks, stem_width
 from vffjax.config import Config
 from vffjax.conv import conv
-from vffjax.networks.layers import Layer, Norm, resized
+from vffjax.networks.layers import Layer, Norm, common, resized
 from vffjax.pooling import max_pool_overlapping
 
 
@@ -81,11 +81,7 @@ class ResidualBlock(Layer):
 
 def resnet(config: Config) -> tuple[Layer, ...]:
     """Stem and residual blocks of `config.network`, each `config.width_factor` times as wide as published."""
-    common = {
-        "norm": config.resolved_norm,
-        "dtype": jnp.bfloat16 if config.precision == "bf16" else jnp.float32,
-        "frozen": config.norm_statistics == "frozen",
-    }
-    stem = Stem(stem_width(config.width_factor), kind=config.stem, resize=config.image_size, **common)
+    given = common(config)
+    stem = Stem(stem_width(config.width_factor), kind=config.stem, resize=config.image_size, **given)
     blocks = residual_blocks(config.network, config.width_factor)
-    return stem, *(ResidualBlock(b.width, b.inner, b.stride, b.bottleneck, **common) for b in blocks)
+    return stem, *(ResidualBlock(b.width, b.inner, b.stride, b.bottleneck, **given) for b in blocks)

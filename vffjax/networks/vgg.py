@@ -3,19 +3,13 @@
 Ours differ from the published ones in the activation, ReLU for leaky ReLU, and in having no dropout.
 """
 
-import jax.numpy as jnp
-
 from vffjax.architectures import VGG, VGG_HIDDEN, scaled
 from vffjax.config import Config
-from vffjax.networks.layers import ConvLayer, DenseLayer, Layer
+from vffjax.networks.convolutional import convolutions
+from vffjax.networks.layers import DenseLayer, Layer, common
 
 
 def vgg(config: Config) -> tuple[Layer, ...]:
     """The layers of `config.network`, each `config.width_factor` times as wide as published."""
-    dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
-    frozen, norm = config.norm_statistics == "frozen", config.resolved_norm
-    sizes = [(scaled(width, config.width_factor), pool) for width, pool in VGG[config.network]]
-    convolutions = [
-        ConvLayer(width, norm, dtype, frozen, pool=pool, resize=0 if i else config.image_size) for i, (width, pool) in enumerate(sizes)
-    ]
-    return (*convolutions, DenseLayer(scaled(VGG_HIDDEN, config.width_factor), norm, dtype, frozen))
+    sizes = ((scaled(width, config.width_factor), pool) for width, pool in VGG[config.network])
+    return (*convolutions(config, sizes), DenseLayer(scaled(VGG_HIDDEN, config.width_factor), **common(config)))
