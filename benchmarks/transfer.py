@@ -8,7 +8,8 @@
    rule its own value, chosen on validation data. Seeds draw the subset as well; the pretraining is one and the same.
 3. Prints errors on the test set, training images/s, and the memory ledger of one step; writes OUT/transfer.json and OUT/transfer.md.
 
-Each run is an ordinary run in OUT/runs, so that what was stopped goes on. To fine-tune ImageNet weights instead: see configs/finetune_resnet18_cifar10.py and configs/finetune.py.
+Each run is an ordinary run in OUT/runs, so that what was stopped goes on. To fine-tune ImageNet weights instead: see
+configs/finetune_resnet18_cifar10.py and configs/finetune.py.
 """
 
 import argparse
