@@ -296,9 +296,9 @@ def test_evaluate_says_the_same_in_words(call, both_vote):
 def test_the_choice_sees_no_test_image(monkeypatch, both_vote):
     load = data.load
     with compiled_once():
-        before = experiment.evaluate(finished(), "early_exit", test=False, exits="all")
+        before = experiment.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
         monkeypatch.setattr(data, "load", lambda config: dataclasses.replace(load(config), test=None))  # to read it would fail
-        after = experiment.evaluate(finished(), "early_exit", test=False, exits="all")
+        after = experiment.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
     assert before == after
     assert before["chosen"] == "chosen on validation images"
     assert before["val_error"] <= before["ensemble_val_error"]

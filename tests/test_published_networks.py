@@ -10,7 +10,7 @@ import pytest
 from oracles import config_of, variables_of
 
 from vffjax import locality
-from vffjax.architectures import RESNET, VGG, residual_blocks
+from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
 from vffjax.config import layer_sizes
 from vffjax.groups import HEAD_INPUTS, fitting_grid, init_variables, make_groups
 from vffjax.networks import build
@@ -18,9 +18,8 @@ from vffjax.networks.layers import EPSILON, resized
 from vffjax.networks.resnet import ResidualBlock, Stem
 
 CLEAN = 3
-NETWORKS = (*VGG, *RESNET)
 # torchvision's ResNets without their classifier: 11,689,512, 21,797,672 and 25,557,032 less 1,000 classes.
-PUBLISHED = {"resnet18": 11_689_512 - 513_000, "resnet34": 21_797_672 - 513_000, "resnet50": 25_557_032 - 2_049_000}
+OF_TORCHVISION = {"resnet18": 11_689_512 - 513_000, "resnet34": 21_797_672 - 513_000, "resnet50": 25_557_032 - 2_049_000}
 
 
 def of(network, shape=(32, 32, 3), classes=10, **changes):
@@ -41,7 +40,7 @@ def without_head(params):
 @pytest.mark.parametrize("network", RESNET)
 def test_a_resnet_has_as_many_parameters_as_torchvisions(network, grouping):
     _, variables = of(network, stem="imagenet", grouping=grouping, image_size=64)
-    assert sum(entries(without_head(params)) for params, _ in variables) == PUBLISHED[network]
+    assert sum(entries(without_head(params)) for params, _ in variables) == OF_TORCHVISION[network]
 
 
 def test_vgg_has_the_published_kernels():
@@ -54,8 +53,7 @@ def test_vgg_has_the_published_kernels():
     assert shapes["vgg11b"][-1] == (2 * 2 * 512, 1024)
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "stem"), [(n, "cifar") for n in PUBLISHED] + [(n, "imagenet") for n in RESNET])
 def test_sizes_on_paper_are_those_of_the_network(network, stem):
     """Kernels layer by layer, and that no feature map which a layer gives is larger than was said. Narrow, and of odd sides."""
     config = config_of(network=network, stem=stem, width_factor=0.1)

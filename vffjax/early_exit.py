@@ -37,6 +37,17 @@ REPETITIONS = 5
 Votes = tuple[tuple[int, ...], ...]
 
 
+class Wanted(NamedTuple):
+    """What is asked of an early exit."""
+
+    threshold: float | None = None  # None: chosen on validation images
+    exits: str = "voting"  # or all: the groups where images may leave
+    curve: bool = False  # whether many thresholds are measured
+
+
+DEFAULT = Wanted()
+
+
 def slack(threshold: float) -> np.float32:
     """How much probability all other classes may have where an image leaves. Near 0, where float32 is finer than near 1."""
     return np.float32(1 - threshold)

@@ -274,34 +274,28 @@ def evaluate(
     epoch: str = "best",
     data_dir: str = "",
     test: bool = True,
-    threshold: float | None = None,
-    exits: str = "voting",
-    curve: bool = False,
+    early: early_exit.Wanted = early_exit.DEFAULT,
 ) -> dict[str, Any]:
     """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data.
 
-    `threshold`, `exits` and `curve` are early exit's, whose threshold is chosen on the validation data too if none is given.
+    `early` is of early exit alone, whose threshold is chosen on the validation data too if none is given.
     """
     plan, states, task, run = load_run(workdir, epoch)
     config = dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir)
     about = {"workdir": str(workdir), "epoch": run["epoch"]}
-    return about | _judge(
-        plan, states, task, data_module.load(config), run["trained_groups"], inference_name, test, threshold, exits, curve
-    )
+    return about | _judge(plan, states, task, data_module.load(config), run["trained_groups"], inference_name, test, early)
 
 
-def evaluate_start(
-    config: Config, inference_name: str = "", threshold: float | None = None, exits: str = "voting", curve: bool = False
-) -> dict[str, Any]:
+def evaluate_start(config: Config, inference_name: str = "", early: early_exit.Wanted = early_exit.DEFAULT) -> dict[str, Any]:
     """As `evaluate`, of the weights that a run of `config` would start from: what config.init_from is worth as it is."""
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     states, task = _start(plan, dataset)
-    if inference_name != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
+    if (inference_name or config.inference) != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
         fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
         raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and new ones know nothing; {fix}")
     about = {"init_from": config.init_from, "epoch": 0}
-    return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, threshold, exits, curve)
+    return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, early)
 
 
 def _judge(
@@ -312,9 +306,7 @@ def _judge(
     trained: int,
     inference_name: str,
     test: bool,
-    threshold: float | None,
-    exits: str,
-    curve: bool,
+    early: early_exit.Wanted,
 ) -> dict[str, Any]:
     name = inference_name or plan.config.inference
     if name == "sweep" and plan.config.rule == "head":
@@ -326,14 +318,14 @@ def _judge(
     header = {"inference": name} | validated
     leaving = None
     if name == "early_exit":
-        votes = early_exit.votes_of(tuple(validated["voting"]), exits, seen, validation.labels)
+        votes = early_exit.votes_of(tuple(validated["voting"]), early.exits, seen, validation.labels)
         leaving = early_exit.EarlyExit(plan, task, states, votes, seen, validation.labels)
-        header |= {"ensemble_val_error": validated["val_error"], "exits": exits} | leaving.choose(threshold)
+        header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
     if not test:
         return header
     unseen = on_device(dataset.test)
     found = np.asarray(scores(task, states, unseen.images))[:trained]
     header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
     if leaving is not None:
-        header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], curve)
+        header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
     return header

@@ -55,15 +55,15 @@ def evaluate(arguments: list[str]) -> None:
     for option in ("threshold", "exits", "curve"):
         if (value := getattr(a, option)) is not None and a.inference != "early_exit":
             raise UserError(f"--{option}={value}: of early exit alone; add --inference=early_exit, or leave it out")
-    from vffjax import experiment
+    from vffjax import early_exit, experiment
 
-    early = (a.threshold, a.exits or "voting", a.curve is not None)
+    early = early_exit.Wanted(a.threshold, a.exits or "voting", a.curve is not None)
     if config:
         with naming_files(pathlib.Path(config.init_from), "--config.init_from"):
-            found = experiment.evaluate_start(config, a.inference, *early)
+            found = experiment.evaluate_start(config, a.inference, early)
     else:
         with naming_files(a.workdir):
-            found = experiment.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, *early)
+            found = experiment.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, early)
     if a.curve:
         from vffjax.plots import plot_exits
 
@@ -80,9 +80,7 @@ def evaluate(arguments: list[str]) -> None:
             groups = "  ".join(f"group{i} {e:.2f} %" for i, e in enumerate(found[f"{split}_error_per_group"]))
             print(f"{split:4s} error {found[f'{split}_error']:.2f} %   {groups}")
     if "threshold" in found:
-        from vffjax.early_exit import text
-
-        print(text(found))
+        print(early_exit.text(found))
 
 
 def _start_of(a: argparse.Namespace, rest: list[str]) -> Config | None:
