@@ -68,20 +68,19 @@ def make_plan(config: Config, train_size: int, classes: int) -> Plan:
     """Groups and optimizers for `train_size` training images; the last, smaller batch of an epoch is left out."""
     groups = make_groups(config, classes)
     steps = train_size // config.batch_size
-    optimizers = tuple(make_optimizer(for_group(config, i, len(groups) - 1 - i), steps, group.frozen) for i, group in enumerate(groups))
-    return Plan(config, groups, optimizers, steps)
+    optimizers = (make_optimizer(for_group(config, i, len(groups) - 1 - i), steps) for i in range(len(groups)))
+    pairs = zip(groups, optimizers, strict=True)
+    return Plan(config, groups, tuple(of_the_head(optimizer) if group.frozen else optimizer for group, optimizer in pairs), steps)
 
 
-def make_optimizer(config: Config, steps_per_epoch: int, frozen: bool = False) -> optax.GradientTransformation:
-    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not. Of a `frozen` group the head alone is updated."""
-    whole = _whole_optimizer(config, steps_per_epoch)
-    if not frozen:
-        return whole
-    parts = {"learns": whole, "frozen": optax.set_to_zero()}
+def of_the_head(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of a frozen group: it updates the head, and neither moves nor decays the layers, nor keeps any state for them."""
+    parts = {"learns": optimizer, "frozen": optax.set_to_zero()}
     return optax.partition(parts, lambda params: {name: "learns" if name == "head" else "frozen" for name in params})
 
 
-def _whole_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not."""
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)  # one step is left to decay in
     rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
