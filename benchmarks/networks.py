@@ -9,6 +9,8 @@ for one chip of a TPU v5e by Google's own compiler, whose ledger is shown. Nothi
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import sys
@@ -27,7 +29,7 @@ from vffjax.logbook import write_json
 from vffjax.trainer import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")
-METHODS = ("bp", "vff joint")
+VERSIONS = ("jax", "libtpu")
 
 
 def certificates(config: Config) -> dict[str, Any]:
@@ -51,12 +53,11 @@ def parameters(config: Config) -> dict[str, int]:
     }
 
 
-def bytes_of_a_step(config: Config) -> list[dict[str, Any]]:
-    """The ledger's rows on a TPU v5e."""
-    cases = [case for case in ledger.cases(config, [], []) if case.method in METHODS]
-    rows = [memory.measure(case, targets.find("tpu")) for case in cases]
-    ledger.compare(rows)
-    return rows
+def steps(config: Config) -> list[ledger.Case]:
+    """Back-propagation's, and VFF's for each grouping."""
+    groupings = [ledger.cases(make_config(config.to_dict() | {"grouping": grouping}), [], []) for grouping in GROUPINGS]
+    bp = [case for case in groupings[0] if case.method == "bp"]
+    return bp + [case for cases in groupings for case in cases if case.method == "vff joint"]
 
 
 def main() -> None:
@@ -66,18 +67,25 @@ def main() -> None:
     parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
     own, rest = parser.parse_known_args()
     found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     try:
         for network in own.networks.split(","):
             file = "configs/vgg8b.py" if network in VGG else "configs/resnet18.py"
             given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
             config = parse_train(given)[0]
             print(f"== {network}", file=sys.stderr, flush=True)
-            row: dict[str, Any] = {"parameters": parameters(config), "certificates": certificates(config), "jax": jax.__version__}
-            if not own.skip_tpu:
+            about = {"config": json.loads(json.dumps(config.to_dict())), "versions": versions}
+            row: dict[str, Any] = found.get(network, {})
+            if {key: row.get(key) for key in about} != about:
+                row = found[network] = about | {"parameters": parameters(config), "certificates": certificates(config), "ledger": []}
+                write_json(own.out, found)
+            known = [(step["method"], step["grouping"]) for step in row["ledger"]]
+            missing = [case for case in steps(config) if (case.method, case.config.grouping) not in known]
+            for case in [] if own.skip_tpu else missing:
                 start = time.perf_counter()
-                row |= {"ledger": bytes_of_a_step(config), "seconds_to_compile": time.perf_counter() - start}
-            found[network] = row | {"config": config.to_dict()}
-            write_json(own.out, found)
+                row["ledger"].append(memory.measure(case, targets.find("tpu")) | {"seconds_to_compile": time.perf_counter() - start})
+                ledger.compare(row["ledger"])
+                write_json(own.out, found)
     except UserError as error:
         print("networks: error:", error, file=sys.stderr)
         sys.exit(2)
@@ -85,20 +93,26 @@ def main() -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: temporaries and all bytes of a step in MB, VFF's beside back-propagation's."""
-    lines = ["| network | million parameters (heads) | groups by width, block, layer | local | " + " | ".join(METHODS) + " | vff / bp |"]
-    lines.append("|---" * (4 + len(METHODS) + 1) + "|")
+    """Markdown: temporaries of a step in MB, of back-propagation and of VFF for each grouping, with the ratio of the two."""
+    titles = ["network", "million parameters (heads)", f"groups by {', '.join(GROUPINGS)}", "local", "bp"]
+    titles += [f"vff by {grouping}" for grouping in GROUPINGS]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for network, row in found.items():
         local = all(row["certificates"][g]["local"] for g in GROUPINGS) and not row["certificates"]["all"]["local"]
         groups = ", ".join(str(len(row["certificates"][g]["layers_of_groups"])) for g in GROUPINGS)
         all_, heads = (row["parameters"][key] / 1e6 for key in ("all", "heads"))
-        steps = {r["method"]: r for r in row.get("ledger", [])}
-        mb = [f"{steps[m]['temp_bytes'] / 1e6:,.0f}" if m in steps and not steps[m]["problem"] else "-" for m in METHODS]
-        ratio = steps.get("vff joint", {}).get("relative_to_bp")
-        shown = "-" if ratio is None else f"{ratio:.2f}"
+        taken = {step["grouping"]: step for step in row["ledger"]}
+        cells = [_megabytes(taken.get(grouping)) for grouping in ("all", *GROUPINGS)]
         verdict = "each; back-propagation refused" if local else "NO"
-        lines.append(f"| `{network}` | {all_:.1f} ({heads:.2f}) | {groups} | {verdict} | {' | '.join(mb)} | {shown} |")
+        lines.append(f"| `{network}` | {all_:.1f} ({heads:.2f}) | {groups} | {verdict} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _megabytes(step: dict[str, Any] | None) -> str:
+    if step is None or step["problem"]:
+        return step["problem"] if step else "-"
+    ratio = f" ({step['relative_to_bp']:.2f})" if step["grouping"] != "all" and step["relative_to_bp"] else ""
+    return f"{step['temp_bytes'] / 1e6:,.0f}{ratio}"
 
 
 if __name__ == "__main__":
