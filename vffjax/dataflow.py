@@ -23,9 +23,15 @@ class Flow(NamedTuple):
 
 
 NOTHING = Flow()
-
-
 Named = Mapping[str, int]
+
+
+class _Walk(NamedTuple):
+    """What one walk of a program knows."""
+
+    named: Named
+    # What a program inside it made of its inputs. Programs are met again: in the branches of a choice, in every turn of a loop.
+    walked: dict[tuple[int, tuple[Flow, ...]], list[Flow]]
 
 
 def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Named | None = None) -> list[Flow]:
@@ -38,7 +44,7 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
     variables = program.jaxpr.invars
     numbers = range(len(variables)) if sources is None else sources
     inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i)) for variable, i in zip(variables, numbers, strict=True)]
-    return _walk(program.jaxpr, inputs, named or {})
+    return _walk(program.jaxpr, inputs, _Walk(named or {}, {}))
 
 
 def members(sources: int) -> list[int]:
@@ -65,7 +71,14 @@ def _onto(variable: Any, flow: Flow) -> Flow:
     return flow if _floating(variable) else Flow(flow.value)
 
 
-def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], named: Named) -> list[Flow]:
+def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
+    place = id(jaxpr), tuple(inputs)  # the whole program holds on to its parts, so that none takes another's place
+    if place not in walk.walked:
+        walk.walked[place] = _outputs(jaxpr, inputs, walk)
+    return walk.walked[place]
+
+
+def _outputs(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     # Whatever has an effect may speak to whatever has one after it: by a reference, through the host, by order.
     world = NOTHING
@@ -81,7 +94,7 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], named: Named) -> list[Flow]:
             # A reference may have been written to.
             known.update({atom: union([read(atom), world]) for atom in equation.invars if not isinstance(atom, Literal)})
         else:
-            found = _through(equation, operands, named)
+            found = _through(equation, operands, walk)
         known.update({variable: _onto(variable, flow) for variable, flow in zip(equation.outvars, found, strict=True)})
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -91,14 +104,14 @@ def _speaks(equation: JaxprEqn) -> bool:
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
 
 
-def _through(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow]:
+def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     """The flows of an equation's outputs."""
     if equation.primitive is stop_gradient_p:
         return [flow._replace(gradient=0) for flow in operands]
-    if equation.primitive.name == "name" and equation.params.get("name") in named and not _floating(equation.outvars[0]):
-        return [Flow(1 << named[equation.params["name"]])]
+    if equation.primitive.name == "name" and equation.params.get("name") in walk.named and not _floating(equation.outvars[0]):
+        return [Flow(1 << walk.named[equation.params["name"]])]
     rule = _RULES.get(equation.primitive.name)
-    found = rule(equation, operands, named) if rule else None
+    found = rule(equation, operands, walk) if rule else None
     return [union(operands)] * len(equation.outvars) if found is None else found
 
 
@@ -112,31 +125,31 @@ def _body(equation: JaxprEqn) -> Jaxpr | None:
     return jaxpr if fits else None
 
 
-def _called(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
+def _called(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
     jaxpr = _body(equation)
-    return None if jaxpr is None else _walk(jaxpr, operands, named)
+    return None if jaxpr is None else _walk(jaxpr, operands, walk)
 
 
-def _own_derivative(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
+def _own_derivative(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
     """A function with a rule of its own for derivatives: the rule may do anything, whatever the function itself does."""
-    found, anything = _called(equation, operands, named), union(operands).gradient
+    found, anything = _called(equation, operands, walk), union(operands).gradient
     return None if found is None else [flow._replace(gradient=anything) for flow in found]
 
 
-def _barrier(equation: JaxprEqn, operands: list[Flow], _: Named) -> list[Flow] | None:
+def _barrier(equation: JaxprEqn, operands: list[Flow], _: _Walk) -> list[Flow] | None:
     return operands if len(operands) == len(equation.outvars) else None
 
 
-def _conditional(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
+def _conditional(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
     branches = equation.params.get("branches")
     if not branches:
         return None
     index, rest = operands[0], operands[1:]
-    each = [_walk(branch.jaxpr, rest, named) for branch in branches]
+    each = [_walk(branch.jaxpr, rest, walk) for branch in branches]
     return [union([Flow(index.value), *flows]) for flows in zip(*each, strict=True)]
 
 
-def _scan(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
+def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
     jaxpr, consts, carries = _body(equation), equation.params.get("num_consts"), equation.params.get("num_carry")
     if jaxpr is None or consts is None or carries is None:
         return None
@@ -145,14 +158,14 @@ def _scan(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] 
     results: list[Flow] = []
 
     def step(carry: list[Flow]) -> list[Flow]:
-        found = _walk(jaxpr, [*fixed, *carry, *each], named)
+        found = _walk(jaxpr, [*fixed, *carry, *each], walk)
         results[:] = found[carries:]
         return found[:carries]
 
     return _settled(step, start) + results
 
 
-def _while(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow] | None:
+def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
     names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
     if not all(name in equation.params for name in names):
         return None
@@ -160,8 +173,8 @@ def _while(equation: JaxprEqn, operands: list[Flow], named: Named) -> list[Flow]
     of_condition, of_body, start = operands[:tested], operands[tested : tested + fixed], operands[tested + fixed :]
 
     def step(carry: list[Flow]) -> list[Flow]:
-        (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry], named)
-        return [union([flow, Flow(goes_on.value)]) for flow in _walk(body.jaxpr, [*of_body, *carry], named)]
+        (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry], walk)
+        return [union([flow, Flow(goes_on.value)]) for flow in _walk(body.jaxpr, [*of_body, *carry], walk)]
 
     return _settled(step, start)
 
@@ -176,7 +189,7 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
-_RULES: dict[str, Callable[[JaxprEqn, list[Flow], Named], list[Flow] | None]] = {
+_RULES: dict[str, Callable[[JaxprEqn, list[Flow], _Walk], list[Flow] | None]] = {
     **dict.fromkeys(_CALLS, _called),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _own_derivative),
     "optimization_barrier": _barrier,

@@ -131,12 +131,12 @@ def group_step(
     state then stays as it was.
     """
 
-    def differentiate(params: Any, streams: Streams, key: PRNGKeyArray) -> Any:
+    def differentiate(params: Any, batch_stats: Any, streams: Streams, key: PRNGKeyArray) -> Any:
         gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
-        return gradient(params, config, group, state.batch_stats, streams, key)
+        return gradient(params, config, group, batch_stats, streams, key)
 
     differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
-    (loss, (stats, streams, metrics)), grads = differentiate(state.params, streams, key)
+    (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
     if config.on_nonfinite == "skip":
@@ -155,6 +155,7 @@ def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Calla
 
     A barrier says so to the compiler; on CPU `fence.as_branch` does, on any of the `labels`.
     """
+    function = jax.jit(function, inline=True)  # traced once for both, which is most of what starting a deep network takes
 
     def branch(*arguments: Any) -> Any:
         return as_branch(function, labels[0], *arguments)
@@ -179,10 +180,10 @@ def before(
     """
     for group, state in list(zip(plan.groups, states, strict=True))[:active]:
 
-        def features(rows: Array, group: LayerGroup = group, state: GroupState = state) -> Array:
-            return group.features(state.params, state.batch_stats, rows, clean, False)[0]
+        def features(params: Any, batch_stats: Any, rows: Array, group: LayerGroup = group) -> Array:
+            return group.features(params, batch_stats, rows, clean, False)[0]
 
-        rows = (features if labels is None else _fenced(features, labels))(rows)
+        rows = (features if labels is None else _fenced(features, labels))(state.params, state.batch_stats, rows)
     return jax.lax.stop_gradient(rows)
 
 
