@@ -74,9 +74,9 @@ class LayerGroup:
         """Side in cells of the grid to which its head mean-pools a feature map."""
         return self.module.head_grid
 
-    def init(self, key: PRNGKeyArray, x: Float[Array, "batch *feature"]) -> tuple[Any, Any]:
-        """Parameters and batch statistics for inputs shaped like `x`."""
-        variables = self.module.init(key, x)
+    def init(self, key: PRNGKeyArray, x: Float[Array | jax.ShapeDtypeStruct, "batch *feature"]) -> tuple[Any, Any]:
+        """Parameters and batch statistics for inputs shaped like `x`, of which nothing is computed."""
+        variables = self.module.lazy_init(key, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return variables["params"], variables.get("batch_stats", {})
 
     def features(
@@ -159,10 +159,10 @@ def fitting_grid(width: int) -> int:
 
 def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:
     """Parameters and statistics of every group, group `i` from `fold_in(key, i)`."""
-    x = jnp.zeros((1, *image_shape))
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     out: list[tuple[Mapping, Mapping]] = []
     for i, group in enumerate(groups):
         params, stats = group.init(jax.random.fold_in(key, i), x)
         out.append((params, stats))
-        x = jnp.zeros(jax.eval_shape(lambda x, g=group, p=params, s=stats: g.features(p, s, x, 1, False)[0], x).shape)
+        x, _ = jax.eval_shape(functools.partial(group.features, clean=1, train=False), params, stats, x)
     return tuple(out)

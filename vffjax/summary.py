@@ -1,6 +1,7 @@
 """What a run leaves at its end: summary.json, curves.png, features.png."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -117,7 +118,7 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tupl
     streams = []
     z, clean = jnp.concatenate(kinds), len(labels)
     for group, state in zip(plan.groups, states, strict=True):
-        z, _ = group.features(state.params, state.batch_stats, z, clean, False)
+        z, _ = jax.jit(functools.partial(group.features, clean=clean, train=False))(state.params, state.batch_stats, z)
         shown = np.full((3, clean, *z.shape[1:]), np.nan, np.float32)
         shown[: len(kinds)] = np.asarray(z, np.float32).reshape(len(kinds), clean, *z.shape[1:])
         streams.append(shown)
