@@ -1,9 +1,18 @@
 """Settings of every test: on CPU unless asked otherwise, no silent broadcast over a missing axis; fixtures that files share."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test has compiled, in whatever process, the others take; compiling is most of what the suite does. Workers and commands
+# inherit these variables from the process that pytest was started in, which removes the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vffjax-tests-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
