@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from oracles import CONV, MLP, assert_close, config_of, differs, quick_jit, small_run, streams_of
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run, streams_of
 
 from vffjax import rules
 from vffjax.groups import cut, init_variables, make_groups
@@ -120,3 +120,11 @@ def test_recomputed_features_have_the_same_gradient_in_their_input():
         loss = quick_jit(jax.grad(lambda x, g=group, s=state: jnp.sum(g.features(s.params, s.batch_stats, x, 3, True)[0] ** 2)))
         gradients.append(loss(x))
     assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_are_those_of_a_forward_pass_and_no_layer_is_computed(key):
+    """Flax's own `init` computes the network; ours must give the same bits without it, whatever the images' size."""
+    (group,) = make_groups(config_of(**CONV, grouping="all", head_grid=1), 10)
+    found = group.init(key, jax.ShapeDtypeStruct((1, 2**20, 2**20, 3), jnp.float32))  # 13 TB as an array
+    wanted = jax.device_get(group.module.init(key, jnp.zeros((1, 8, 8, 3))))
+    assert_same(found, (wanted["params"], wanted["batch_stats"]))

@@ -278,6 +278,17 @@ def test_further_epochs_trace_and_compile_nothing(monkeypatch):
     assert epoch._cache_size() == 1
 
 
+def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind_of_device(monkeypatch):
+    run = small_run(config_of(**CONV, grouping="layer"), examples=24)
+    traced = []
+    original = rules.local_loss
+    monkeypatch.setattr(
+        rules, "local_loss", lambda params, config, group, *rest: traced.append(group.name) or original(params, config, group, *rest)
+    )
+    jax.make_jaxpr(functools.partial(trainer.run_epoch, run.plan, None))(run.task, run.states, run.data, jnp.int32(0))
+    assert traced == [group.name for group in run.plan.groups]
+
+
 def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
     run, epoch, _ = conv
     states = copied(run.states)
