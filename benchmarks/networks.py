@@ -6,8 +6,8 @@
 Networks are those of configs/vgg8b.py and configs/resnet18.py with `config.network` changed: CIFAR-10, batch 128, the 32x32 stem, in
 bfloat16. For each grouping the certificate is made on the traced program; a training step, back-propagation's and VFF's for
 each grouping, is compiled for one chip of a TPU v5e by Google's own compiler, whose ledger is shown. Nothing is trained, no data set read.
-Half an hour of two cores in all; what FILE.json holds of the same configuration and packages is kept, so that a stopped run goes on. It does
-not know of changes to this package's own code: after one, give another file.
+Half an hour of two cores in all; what FILE.json holds of the same configuration and packages is kept, so that a stopped run goes on.
+It does not know of changes to this package's own code: after one, give another file.
 """
 
 import argparse
