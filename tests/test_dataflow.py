@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_lines import CONFIG
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from vffjax import dataflow
 from vffjax.dataflow import Flow, flows, members, union
+from vffjax.errors import UserError
 
 X = jnp.float32(0.3)
 N = jnp.int32(3)
@@ -225,13 +228,65 @@ def test_a_gradient_of_relu_is_cut_by_the_comparison():
 # What cannot be walked
 
 
-@pytest.mark.parametrize("name", ["scan", "cond", "while", "jit", "custom_vjp_call"])
-def test_what_a_program_says_in_an_unknown_way_passes_all_to_all(name):
-    """As after a change of JAX: the name is known, and its parameters are not."""
+def held(name, **params):
+    """A function that traces to an equation of this name and these parameters, of two operands and two results."""
     primitive = jax.extend.core.Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(lambda *avals, **_: list(avals))
-    assert found(lambda x, y: primitive.bind(x, y), X, X) == [all_three(0, 1)] * 2
+    return lambda x, y: primitive.bind(x, y, **params)
+
+
+class Layout:
+    """How jax 0.11 and later say which operands of a scan are constants, carried, and divided into steps."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def unpack(self):
+        return self.parts
+
+
+TWO = jax.make_jaxpr(lambda x, y: (x, y))(X, X)
+THREE = jax.make_jaxpr(lambda x, y, z: (x, y, z))(X, X, X)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        *(held(name) for name in ("scan", "cond", "while", "jit", "custom_vjp_call", "custom_jvp_call", "checkpoint", "shard_map")),
+        held("jit", jaxpr=THREE),
+        held("scan", jaxpr=TWO, length=3),
+        held("scan", jaxpr=TWO, ft_in=(1, 1)),
+        held("scan", jaxpr=TWO, ft_in=Layout((0,), (0,), (0,))),
+        held("cond", branches=(TWO,)),
+        held("while", body_jaxpr=TWO, cond_jaxpr=TWO),
+        held("repeat_until_settled", jaxpr=TWO),
+        held("one_of_many", cases=(TWO,)),
+    ],
+)
+def test_a_layout_that_is_not_known_is_an_error_and_no_verdict(f):
+    """As after a change of JAX: the name or its parameters are new."""
+    with pytest.raises(UserError, match="this JAX is newer than the certificate understands"):
+        found(f, X, X)
+
+
+def test_a_scan_says_where_its_carry_ends_as_jax_0_10_and_as_jax_0_12_do():
+    body = jax.make_jaxpr(lambda fixed, carry: (carry, fixed))(X, X)
+    for layout in ({"num_consts": 1, "num_carry": 1}, {"ft_in": Layout((0,), (0,), ())}):
+        assert found(held("scan", jaxpr=body, **layout), X, X) == [all_three(1), all_three(0)]
+
+
+def test_the_certificate_of_a_newer_jax_is_one_line(monkeypatch, fails):
+    monkeypatch.setitem(dataflow._RULES, "scan", lambda equation, *_: (_ for _ in ()).throw(dataflow._not_understood(equation)))
+    fails("locality", CONFIG, "--structure", parts=["this JAX is newer than the certificate understands", "'scan'", "use jax 0.10"])
+
+
+def test_an_operation_whose_program_combines_entries_passes_all():
+    add = lambda x, y: lax.reduce((x, y), (jnp.float32(0),) * 2, lambda a, b: (a[0] + b[0], a[1] + b[1]), (0,))  # noqa: E731
+    assert found(add, jnp.ones(3), jnp.ones(3)) == [all_three(0, 1)] * 2
+    assert found(lambda x, y: x.at[0].add(y).at[1].set(y).at[2].max(y).at[3].multiply(y), jnp.ones(4), X) == [all_three(0, 1)]
+    pooled = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2,), (2,), "VALID").sum()  # noqa: E731
+    assert found(jax.grad(lambda x: pooled(x) ** 2), jnp.ones(4)) == [all_three(0)]
 
 
 def test_a_primitive_that_is_only_called_stop_gradient_is_not_trusted():

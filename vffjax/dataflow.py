@@ -1,17 +1,23 @@
 """What each output of a traced program depends on, found by walking its jaxpr with sets of sources in the place of arrays.
 
 Trusted are three facts: `stop_gradient` lets no derivative through, neither does a result that is not floating point, and an optimization
-barrier gives each operand back. Everything else counts as passing whatever it takes to all that it returns, unless it is a call, a loop or
-a choice whose own program can be walked. So a dependence may be reported that is not there, but none that is there is missed, unless it
-goes through the host behind JAX's back.
+barrier gives each operand back. Every other operation counts as passing whatever it takes to all that it returns. Calls, loops and choices
+are walked. So a dependence may be reported that is not there, but none that is there is missed, unless it goes through the host behind
+JAX's back.
+
+How JAX lays out a loop's program has changed between versions. An equation that holds a program in a layout that is not known here raises
+`UserError`: to let everything in it reach everything would be a verdict, and a wrong one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import stop_gradient_p
+
+from vffjax.errors import UserError
 
 
 class Flow(NamedTuple):
@@ -111,48 +117,62 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
     if equation.primitive.name == "name" and equation.params.get("name") in walk.named and not _floating(equation.outvars[0]):
         return [Flow(1 << walk.named[equation.params["name"]])]
     rule = _RULES.get(equation.primitive.name)
-    found = rule(equation, operands, walk) if rule else None
-    return [union(operands)] * len(equation.outvars) if found is None else found
+    if rule:
+        return rule(equation, operands, walk)
+    if equation.primitive.name not in _WHOLE and any(map(_programs, equation.params.values())):
+        raise _not_understood(equation)
+    return [union(operands)] * len(equation.outvars)
 
 
-def _body(equation: JaxprEqn) -> Jaxpr | None:
-    """The one program that an equation runs on its operands one by one; None if that is not plain, and all is taken to reach all."""
+def _programs(value: Any) -> bool:
+    """Whether a parameter of an equation is a program, or holds some."""
+    return any(map(_programs, value)) if isinstance(value, tuple | list) else isinstance(value, ClosedJaxpr | Jaxpr)
+
+
+def _not_understood(equation: JaxprEqn) -> UserError:
+    problem = f"the traced program has an equation '{equation.primitive.name}' in a layout that is not known"
+    return UserError(f"jax {jax.__version__}: this JAX is newer than the certificate understands ({problem}); use jax {_SUPPORTED}")
+
+
+def _body(equation: JaxprEqn) -> Jaxpr:
+    """The one program that an equation runs on its operands one by one."""
     inner = [equation.params[name] for name in ("jaxpr", "call_jaxpr") if name in equation.params]
     if len(inner) != 1 or not isinstance(inner[0], ClosedJaxpr | Jaxpr):
-        return None
+        raise _not_understood(equation)
     jaxpr = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
-    fits = (len(jaxpr.invars), len(jaxpr.outvars)) == (len(equation.invars), len(equation.outvars))
-    return jaxpr if fits else None
+    if (len(jaxpr.invars), len(jaxpr.outvars)) != (len(equation.invars), len(equation.outvars)):
+        raise _not_understood(equation)
+    return jaxpr
 
 
-def _called(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
-    jaxpr = _body(equation)
-    return None if jaxpr is None else _walk(jaxpr, operands, walk)
+def _called(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
+    return _walk(_body(equation), operands, walk)
 
 
-def _own_derivative(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
+def _own_derivative(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     """A function with a rule of its own for derivatives: the rule may do anything, whatever the function itself does."""
-    found, anything = _called(equation, operands, walk), union(operands).gradient
-    return None if found is None else [flow._replace(gradient=anything) for flow in found]
+    anything = union(operands).gradient
+    return [flow._replace(gradient=anything) for flow in _called(equation, operands, walk)]
 
 
-def _barrier(equation: JaxprEqn, operands: list[Flow], _: _Walk) -> list[Flow] | None:
-    return operands if len(operands) == len(equation.outvars) else None
+def _barrier(equation: JaxprEqn, operands: list[Flow], _: _Walk) -> list[Flow]:
+    if len(operands) != len(equation.outvars):
+        raise _not_understood(equation)
+    return operands
 
 
-def _conditional(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
-    branches = equation.params.get("branches")
-    if not branches:
-        return None
+def _conditional(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
+    branches = equation.params.get("branches", ())
+    ways = (len(operands) - 1, len(equation.outvars))
+    if not branches or any((len(branch.jaxpr.invars), len(branch.jaxpr.outvars)) != ways for branch in branches):
+        raise _not_understood(equation)
     index, rest = operands[0], operands[1:]
     each = [_walk(branch.jaxpr, rest, walk) for branch in branches]
     return [union([Flow(index.value), *flows]) for flows in zip(*each, strict=True)]
 
 
-def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
-    jaxpr, consts, carries = _body(equation), equation.params.get("num_consts"), equation.params.get("num_carry")
-    if jaxpr is None or consts is None or carries is None:
-        return None
+def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
+    jaxpr, (consts, carries) = _body(equation), _scan_layout(equation)
     fixed, start, each = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
     # A step's results beside the carry are those of the last, widest pass.
     results: list[Flow] = []
@@ -165,10 +185,24 @@ def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] |
     return _settled(step, start) + results
 
 
-def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow] | None:
+def _scan_layout(equation: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried; the rest are divided into steps."""
+    params = equation.params
+    if "num_consts" in params and "num_carry" in params:  # jax 0.10
+        return params["num_consts"], params["num_carry"]
+    try:  # from jax 0.11
+        consts, carries, each = (len(part) for part in params["ft_in"].unpack())
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise _not_understood(equation) from None
+    if consts + carries + each != len(equation.invars):
+        raise _not_understood(equation)
+    return consts, carries
+
+
+def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
     if not all(name in equation.params for name in names):
-        return None
+        raise _not_understood(equation)
     condition, tested, body, fixed = (equation.params[name] for name in names)
     of_condition, of_body, start = operands[:tested], operands[tested : tested + fixed], operands[tested + fixed :]
 
@@ -188,8 +222,12 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
         carry = grown
 
 
+_SUPPORTED = "0.10 to 0.12"
+# Operations that hold a program and pass all that they take to all that they return: the program combines single entries, or is a kernel.
+_SCATTERS = {f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max")}
+_WHOLE = {"custom_linear_solve", "pallas_call", "reduce", "reduce_window", "select_and_scatter", "select_and_scatter_add", "scatter", *_SCATTERS}
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
-_RULES: dict[str, Callable[[JaxprEqn, list[Flow], _Walk], list[Flow] | None]] = {
+_RULES: dict[str, Callable[[JaxprEqn, list[Flow], _Walk], list[Flow]]] = {
     **dict.fromkeys(_CALLS, _called),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _own_derivative),
     "optimization_barrier": _barrier,
