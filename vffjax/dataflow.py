@@ -225,7 +225,16 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 _SUPPORTED = "0.10 to 0.12"
 # Operations that hold a program and pass all that they take to all that they return: the program combines single entries, or is a kernel.
 _SCATTERS = {f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max")}
-_WHOLE = {"custom_linear_solve", "pallas_call", "reduce", "reduce_window", "select_and_scatter", "select_and_scatter_add", "scatter", *_SCATTERS}
+_WHOLE = {
+    "custom_linear_solve",
+    "pallas_call",
+    "reduce",
+    "reduce_window",
+    "select_and_scatter",
+    "select_and_scatter_add",
+    "scatter",
+    *_SCATTERS,
+}
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
 _RULES: dict[str, Callable[[JaxprEqn, list[Flow], _Walk], list[Flow]]] = {
     **dict.fromkeys(_CALLS, _called),
