@@ -18,7 +18,7 @@ import statistics
 import sys
 from typing import Any
 
-from vffjax import experiment
+from vffjax import evaluation, experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
@@ -43,10 +43,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     if config.rule == "ff":
         # Its own inference is the sweep; every saved epoch has its chance, not only that which was best for the heads. The test
         # images are swept only if the sweep is chosen: with 100 classes they cost 100 passes each.
-        tried = [experiment.evaluate(workdir, "sweep", str(epoch), test=False) for epoch in Checkpoints(workdir).epochs()]
+        tried = [evaluation.evaluate(workdir, "sweep", str(epoch), test=False) for epoch in Checkpoints(workdir).epochs()]
         best = min(tried, key=lambda found: found["val_error"])
         if best["val_error"] < chosen["val_error"]:
-            swept = experiment.evaluate(workdir, "sweep", str(best["epoch"]))
+            swept = evaluation.evaluate(workdir, "sweep", str(best["epoch"]))
             chosen |= {k: swept[k] for k in ("inference", "val_error", "test_error", "test_error_per_group", "voting")}
             chosen["best_epoch"] = best["epoch"]
     kept = ("images_per_second", "seconds", "compile_seconds", "peak_bytes", "epochs", "device", "seed", "commit", "versions")

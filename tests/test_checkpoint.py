@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import assert_same_bits, tiny
 
-from vffjax import checkpoint
+from vffjax import checkpoint, run_state, saved_epoch
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.trainer import init_states, make_plan, make_task
@@ -32,10 +32,19 @@ def make(seed=0, **changes):
     return plan, jax.tree.map(fill, init_states(plan, SHAPE)), make_task(config, CLASSES, SHAPE, (0.25,), (0.5,))
 
 
-def run_state(epoch, val_error=50.0, trained_groups=2, scheduled=True):
+def state_of(epoch, val_error=50.0, trained_groups=2, scheduled=True):
     ranked = {"epoch": epoch, "val_error": val_error, "trained_groups": trained_groups, "scheduled": scheduled}
     history = [{"epoch": e, "val_error": 1.5, "seconds": 1.0, "images_per_second": 2} for e in range(1, epoch + 1)]
-    made_by = {"history": history, "origins": [{}], "compile_seconds": 0.5, "peak_bytes": 1, "data_sha256": "", "train_size": 64}
+    made_by = {
+        "history": history,
+        "due": list(range(1, epoch + 1)),
+        "origins": [{}],
+        "compile_seconds": 0.5,
+        "peak_bytes": 1,
+        "data_sha256": "",
+        "train_size": 64,
+    }
+    made_by["due"] = list(range(1, epoch + 1))
     return ranked | made_by | {"voting": [0], "image_shape": list(SHAPE), "class_names": [f"c{i}" for i in range(CLASSES)]}
 
 
@@ -53,18 +62,18 @@ def save(workdir, made, *runs, config=None):
 def saved(tmp_path_factory):
     """Two saved epochs, the second the better. Tests that change files copy it."""
     workdir = tmp_path_factory.mktemp("saved")
-    save(workdir, make(), run_state(1, 60.0), run_state(2, 40.0))
+    save(workdir, make(), state_of(1, 60.0), state_of(2, 40.0))
     return workdir
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "sgd", "clip_norm": 1.0}, {"norm": "none"}, {"grouping": "all"}], ids=str)
 def test_restored_arrays_have_the_bits_types_and_trees_that_were_saved(changes, tmp_path):
     made = make(**changes)
-    run = run_state(7, 12.5)
+    run = state_of(7, 12.5)
     checkpoints = save(tmp_path, made, run)
     states, task = checkpoints.restore(7, made[0])
     assert_same_bits((states, task), made[1:])
-    assert checkpoints.run(7) == run | {"config": made[0].config.to_dict(), "format": checkpoint.FORMAT}
+    assert checkpoints.run(7) == run | {"config": made[0].config.to_dict(), "format": run_state.FORMAT}
     assert checkpoints.fault(7, made[0].config) == ""
 
 
@@ -89,7 +98,7 @@ KEPT = {
 @pytest.mark.parametrize(("errors", "kept", "best"), KEPT.values(), ids=KEPT.keys())
 def test_the_two_latest_epochs_and_the_best_are_kept(errors, kept, best, tmp_path):
     made = make(grouping="all", optimizer="sgd", widths=(2,))
-    checkpoints = save(tmp_path, made, *(run_state(i, e, 1) for i, e in enumerate(errors, 1)))
+    checkpoints = save(tmp_path, made, *(state_of(i, e, 1) for i, e in enumerate(errors, 1)))
     assert checkpoints.epochs() == kept
     assert (checkpoints.best(), checkpoints.latest()) == (best, len(errors))
     # Nothing of the others is left.
@@ -99,7 +108,7 @@ def test_the_two_latest_epochs_and_the_best_are_kept(errors, kept, best, tmp_pat
 def test_an_epoch_before_the_last_stage_is_never_the_best(tmp_path):
     # Its later groups are untrained, however well its first group does.
     made = make(grouping="all", optimizer="sgd", widths=(2,))
-    runs = [run_state(1, 10.0, 1), run_state(2, 30.0, 2), run_state(3, 40.0, 2), run_state(4, 50.0, 2)]
+    runs = [state_of(1, 10.0, 1), state_of(2, 30.0, 2), state_of(3, 40.0, 2), state_of(4, 50.0, 2)]
     checkpoints = save(tmp_path, made, *runs)
     assert checkpoints.best() == 2
     assert checkpoints.epochs() == [2, 3, 4]
@@ -108,10 +117,10 @@ def test_an_epoch_before_the_last_stage_is_never_the_best(tmp_path):
 def test_an_epoch_saved_only_to_leave_is_never_the_best_and_goes_when_the_next_is_saved(tmp_path):
     # A run that nobody disturbs has no such epoch to choose, nor would it have kept it in the place of another.
     made = make(grouping="all", optimizer="sgd", widths=(2,))
-    runs = [run_state(2, 50.0), run_state(4, 40.0), run_state(5, 1.0, scheduled=False)]
+    runs = [state_of(2, 50.0), state_of(4, 40.0), state_of(5, 1.0, scheduled=False)]
     checkpoints = save(tmp_path, made, *runs)
     assert (checkpoints.epochs(), checkpoints.best(), checkpoints.latest()) == ([2, 4, 5], 4, 5)
-    save(tmp_path, made, run_state(6, 60.0))
+    save(tmp_path, made, state_of(6, 60.0))
     assert (checkpoints.epochs(), checkpoints.best(), checkpoints.latest()) == ([4, 6], 4, 6)
 
 
@@ -123,11 +132,11 @@ def test_a_step_that_is_deleted_by_halves_is_no_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "delete", killed)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, made, run_state(1, 50.0), run_state(2, 40.0), run_state(3, 30.0))
+        save(tmp_path, made, state_of(1, 50.0), state_of(2, 40.0), state_of(3, 30.0))
     assert (tmp_path / "checkpoints" / "1").is_dir()
     assert (Checkpoints(tmp_path).epochs(), Checkpoints(tmp_path).incomplete()) == ([2, 3], [])
     monkeypatch.undo()
-    checkpoints = save(tmp_path, made, run_state(4, 20.0))
+    checkpoints = save(tmp_path, made, state_of(4, 20.0))
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["3", "3.sha256.json", "4", "4.sha256.json"]
 
 
@@ -143,7 +152,7 @@ def test_an_interrupted_save_is_not_used_and_the_next_writer_replaces_it(saved, 
     assert (workdir / "checkpoints" / "2").is_dir()
     plan, states, task = made
     writer = checkpoints.writer()
-    writer.save(2, states, task, run_state(2, 30.0) | {"config": plan.config.to_dict()})
+    writer.save(2, states, task, state_of(2, 30.0) | {"config": plan.config.to_dict()})
     writer.close()
     assert (checkpoints.epochs(), checkpoints.incomplete()) == ([1, 2], [])
     assert not list(checkpoints.folder.glob("*tmp*"))
@@ -155,7 +164,7 @@ def test_an_older_step_without_digests_is_kept_aside_and_nothing_foreign_is_touc
     folder = workdir / "checkpoints"
     (folder / "1.sha256.json").unlink()
     (folder / "old.aside").mkdir()
-    checkpoints = save(workdir, make(), run_state(3), run_state(4))
+    checkpoints = save(workdir, make(), state_of(3), state_of(4))
     assert checkpoints.epochs() == [2, 3, 4]
     assert (folder / "1.aside" / "group0").is_dir()
     assert (folder / "old.aside").is_dir()
@@ -206,7 +215,7 @@ def test_the_fix_for_a_damaged_step_works(saved, tmp_path):
     checkpoints, made = Checkpoints(workdir), make()
     shutil.rmtree(workdir / "checkpoints" / "2")
     assert (checkpoints.epochs(), checkpoints.best()) == ([1], 1)
-    save(workdir, made, run_state(2, 30.0))
+    save(workdir, made, state_of(2, 30.0))
     assert checkpoints.best() == 2
     assert_same_bits(checkpoints.restore(2, made[0]), made[1:])
 
@@ -258,7 +267,7 @@ def test_a_checkpoint_of_another_run_is_foreign_even_where_its_arrays_fit(change
 def test_arrays_of_another_network_or_optimizer_are_refused(changes, tmp_path):
     # By a configuration that says otherwise, as after a change of the code.
     other = make(**changes)
-    checkpoints = save(tmp_path, make(), run_state(2), config=other[0].config)
+    checkpoints = save(tmp_path, make(), state_of(2), config=other[0].config)
     with pytest.raises(UserError, match=r"saved by another network.* \(.+ not .+\); restore the run's own config"):
         checkpoints.restore(2, other[0])
 
@@ -289,7 +298,7 @@ def test_digests_that_point_out_of_the_step_are_refused(name, saved, tmp_path):
 
 
 def test_a_step_of_another_format_is_refused(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    monkeypatch.setattr(run_state, "FORMAT", 3)
     with pytest.raises(UserError, match="saved by another version of vffjax"):
         Checkpoints(saved).run(2)
 
@@ -316,11 +325,11 @@ WRONG_STATES = {
 
 @pytest.mark.parametrize("changes", WRONG_STATES.values(), ids=WRONG_STATES.keys())
 def test_a_state_that_no_run_wrote_is_refused_though_its_digest_fits(changes, tmp_path):
-    checkpoints = save(tmp_path, make(grouping="all", widths=(2,)), run_state(2))
+    checkpoints = save(tmp_path, make(grouping="all", widths=(2,)), state_of(2))
     path = tmp_path / "checkpoints" / "2" / "run" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     digests = tmp_path / "checkpoints" / "2.sha256.json"
-    digests.write_text(json.dumps(json.loads(digests.read_text()) | {"run/metadata": checkpoint.sha256_of(path)}))
+    digests.write_text(json.dumps(json.loads(digests.read_text()) | {"run/metadata": saved_epoch.sha256_of(path)}))
     for read in (lambda: checkpoints.run(2), checkpoints.best):
         with pytest.raises(UserError, match=r"checkpoints/2/run: not the state of a run"):
             read()
@@ -340,9 +349,9 @@ def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):
     made = make(grouping="all", widths=(2,))
     plan, states, task = made
     first, second = Checkpoints(tmp_path).writer(), Checkpoints(tmp_path).writer()
-    first.save(1, states, task, run_state(1, 50.0) | {"config": plan.config.to_dict()})
+    first.save(1, states, task, state_of(1, 50.0) | {"config": plan.config.to_dict()})
     with pytest.raises(UserError, match="another run may be writing"):
-        second.save(1, jax.tree.map(jnp.zeros_like, states), task, run_state(1, 1.0))
+        second.save(1, jax.tree.map(jnp.zeros_like, states), task, state_of(1, 1.0) | {"config": plan.config.to_dict()})
     first.close()
     second.close()
     assert_same_bits(Checkpoints(tmp_path).restore(1, plan), (states, task))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import contents, copy_of, finished, summary_of, tiny, train, untimed
 
-from vffjax import experiment, reproduction
+from vffjax import evaluation, reproduction
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 
@@ -126,7 +126,7 @@ def test_damage_to_the_latest_step_is_named_and_the_run_ends_as_if_undisturbed(d
     damage(workdir / "checkpoints" / str(LATEST), foreign)
     if Checkpoints(workdir).epochs() == [EARLIER, LATEST]:
         with pytest.raises(UserError, match=said):
-            experiment.evaluate(workdir, epoch=str(LATEST))
+            evaluation.evaluate(workdir, epoch=str(LATEST))
     capsys.readouterr()
     summary = train(tiny(), workdir)
     err = capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_a_configuration_that_was_edited_is_found_by_whoever_reads_the_checkpoin
     workdir = copy_of(finished(), tmp_path)
     edit_json(workdir / "config.json", **{key: {"temperature": 0.5, "epochs": 9, "seed": 1}[key]})
     with pytest.raises(UserError, match=rf"foreign checkpoint, saved by another run \(config\.{key} is"):
-        experiment.evaluate(workdir)
+        evaluation.evaluate(workdir)
 
 
 HEALED = {

@@ -10,7 +10,7 @@ import pytest
 from oracles import CONV, MLP, config_of, small_run
 from runs import compiled_once, copy_of, finished, tiny, train
 
-from vffjax import data, early_exit, experiment, plots
+from vffjax import data, early_exit, evaluation, plots
 from vffjax.early_exit import GRID, EarlyExit, make_early_exit, make_full, simulate, slack, votes_of
 from vffjax.inference import choose_voting, ensemble, error_percent, make_scores
 
@@ -296,9 +296,9 @@ def test_evaluate_says_the_same_in_words(call, both_vote):
 def test_the_choice_sees_no_test_image(monkeypatch, both_vote):
     load = data.load
     with compiled_once():
-        before = experiment.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
+        before = evaluation.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
         monkeypatch.setattr(data, "load", lambda config: dataclasses.replace(load(config), test=None))  # to read it would fail
-        after = experiment.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
+        after = evaluation.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
     assert before == after
     assert before["chosen"] == "chosen on validation images"
     assert before["val_error"] <= before["ensemble_val_error"]

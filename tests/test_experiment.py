@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
-from vffjax import checkpoint, data, experiment, trainer
+from vffjax import checkpoint, data, evaluation, experiment, trainer
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
@@ -352,8 +352,8 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path):
     config = tiny(epochs=2)
     with killed_after_save(1):
         train(config, tmp_path)
-    here = experiment.origin()
-    with mock.patch.object(experiment, "origin", lambda: here | {"device": "another"}):
+    here = experiment.origin(config)
+    with mock.patch.object(experiment, "origin", lambda config: here | {"device": "another"}):
         summary = train(config, tmp_path)
     assert summary["device"] == "another"
     assert [origin["device"] for origin in summary["earlier_origins"]] == [here["device"]]
@@ -483,7 +483,7 @@ def test_an_untrained_group_is_not_evaluated(tmp_path):
     config = tiny(schedule="sequential", epochs=1)
     with killed_after_save(1):
         train(config, tmp_path)
-    found = experiment.evaluate(tmp_path)
+    found = evaluation.evaluate(tmp_path)
     assert found["epoch"] == 1
     assert len(found["test_error_per_group"]) == len(found["val_error_per_group"]) == 1
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from runs import TIMES, finished, summary_of, tiny, train
 
-from vffjax import experiment
+from vffjax import evaluation, experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.logbook import read_metrics
 
@@ -62,7 +62,7 @@ def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
         summary = train(config, tmp_path)
     assert (summary["best_epoch"], summary["val_error"]) == (2, 10.0)
     assert Checkpoints(tmp_path).epochs() == [2, 3, 4]
-    by_epoch = {e: experiment.evaluate(tmp_path, epoch=str(e))["test_error_per_group"] for e in (2, 4)}
+    by_epoch = {e: evaluation.evaluate(tmp_path, epoch=str(e))["test_error_per_group"] for e in (2, 4)}
     assert summary["test_error_per_group"] == by_epoch[2] != by_epoch[4]
 
 
@@ -71,5 +71,5 @@ def test_without_validation_data_all_groups_vote_at_the_last_epoch(tmp_path):
     assert summary["val_error"] is None
     assert (summary["best_epoch"], summary["voting"]) == (2, [0, 1])
     assert [r["val_error"] for r in read_metrics(tmp_path)] == [None, None]
-    found = experiment.evaluate(tmp_path)
+    found = evaluation.evaluate(tmp_path)
     assert (found["val_error"], found["test_error"]) == (None, summary["test_error"])

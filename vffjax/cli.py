@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from vffjax import ledger, run_commands, weights
-from vffjax.config import MAX_LAYERS, Config, least_bytes
+from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config, least_bytes
 from vffjax.data import SIZES
 from vffjax.errors import UserError, printable
 from vffjax.flags import a_data_dir, describe_keys, json_file, naming_files, parse_train, parser_of, whole_numbers
@@ -99,7 +99,7 @@ def _train(arguments: list[str]) -> None:
         print(TRAIN_USAGE + describe_keys())
         return
     config, name, workdir = parse_train(arguments)
-    digest = hashlib.sha256(json.dumps(config.to_dict() | {"data_dir": ""}).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}).encode()).hexdigest()[:8]
     folder = pathlib.Path(workdir) if workdir else pathlib.Path("runs") / f"{name}-{digest}"
     with naming_files(folder):
         if not (folder / "config.json").exists():  # a run that goes on has its weights already

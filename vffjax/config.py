@@ -25,6 +25,9 @@ WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt"), "hf://"
 # Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
 _MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
+MAX_SIDE = 4096  # of an image, in pixels
+# Keys that a run may change when it goes on: where the data lie, and how much memory and disk it takes. All others make it another run.
+CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise")
 OVERRIDABLE = ("optimizer", "learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "momentum")
 
 
@@ -106,8 +109,12 @@ class Config:
         return ("in_batch" if self.labelling == "shared" else "triplet") if self.contrast == "auto" else self.contrast
 
     def trained_by(self) -> dict[str, Any]:
-        """What makes two runs the same: all keys but where the data lie. Plain JSON types, tuples as lists."""
-        return {key: value for key, value in self.to_dict().items() if key != "data_dir"}
+        """What makes two runs the same: all keys that are not `CHANGEABLE`. Plain JSON types, tuples as lists."""
+        return {key: value for key, value in self.to_dict().items() if key not in CHANGEABLE}
+
+    def checkpoint_due(self, epochs: int) -> bool:
+        """Whether a checkpoint is due when so many epochs are done: the last epoch of a stage always has one."""
+        return epochs % self.epochs == 0 or epochs % self.checkpoint_every == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, tuples as lists."""
@@ -261,6 +268,10 @@ def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, 
     """Checks that need the data's sizes; `train_size` excludes the validation images."""
     if c.batch_size > train_size:
         raise bad_key("batch_size", c.batch_size, f"larger than the {train_size} training images", f"use at most {train_size}")
+    if num_classes < 2:
+        raise bad_key("dataset", c.dataset, "has one class, so that there is nothing to learn", "use a set of two classes or more")
+    if max(image_shape[:2]) > MAX_SIDE:
+        raise bad_key("dataset", c.dataset, f"has images of {image_shape[0]}x{image_shape[1]} pixels", f"use sides up to {MAX_SIDE}")
     side = min(image_shape[:2])
     seen = c.image_size or side
     if c.network in CONVOLUTIONAL and math.prod(c.pools) > seen:

@@ -1,7 +1,7 @@
 """One run from configuration to summary: data, epochs, validation, checkpoints, record. Owns a workdir; all else is pure."""
 
 import contextlib
-import dataclasses
+import copy
 import os
 import pathlib
 import sys
@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from vffjax import data as data_module
-from vffjax import early_exit, feature_cache, inference
-from vffjax.checkpoint import Checkpoints, Writer, sha256_of
+from vffjax import feature_cache, inference, run_state
+from vffjax.checkpoint import Checkpoints, Writer
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
 from vffjax.errors import UserError, printable
 from vffjax.groups import GroupState, make_groups
-from vffjax.logbook import Logbook, restore_metrics, write_json
+from vffjax.inference import measure, validate
+from vffjax.logbook import Logbook, restore_metrics
 from vffjax.rules import Task
+from vffjax.saved_epoch import sha256_of
 from vffjax.summary import conclude, executable_bytes, origin
 from vffjax.termination import Request, Terminated, deferred
 from vffjax.trainer import Images, Plan, all_finite, init_states, make_epoch, make_plan, make_task
 from vffjax.weights import local_file, read_weights
-from vffjax.workdir import LOCK, check_best, claim_workdir, load_run, locked, sound_epoch
+from vffjax.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
@@ -61,10 +63,11 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "vffjax"))
 
 
-def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
+def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") -> dict[str, Any]:
     """Trains, or goes on where the workdir's newest sound checkpoint is, to the end; returns what `summary.json` holds.
 
-    Raises `UserError` for bad input, `Terminated` if SIGTERM came while it trained, once the epoch has been saved.
+    With a `data_sha256`, the data set must have it. Raises `UserError` for bad input, `Terminated` if SIGTERM came while it trained, once
+    the epoch has been saved.
     """
     workdir = pathlib.Path(workdir)
     claim_workdir(workdir, config)
@@ -74,6 +77,8 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
         if used:
             held.enter_context(locked(workdir))  # while another run writes here, that is the answer, and no data are read for it
         dataset = data_module.load(config)
+        if data_sha256:
+            check_same_data(dataset, data_sha256)
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: bad input leaves one line, and no folder.
@@ -81,40 +86,44 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again, now that nobody else can have written here since
-        if not (workdir / "config.json").exists():
-            write_json(workdir / "config.json", config.to_dict())
+        for line in write_config(workdir, config):
+            print(line, file=sys.stderr, flush=True)
         with deferred() as told_to_leave:
             return _train_in(config, workdir, dataset, plan, told_to_leave)
 
 
+def check_same_data(dataset: Dataset, sha256: str) -> None:
+    """Raises `UserError` if a data set is not the one with this digest."""
+    if dataset.sha256() != sha256:
+        raise UserError(f"config.dataset={dataset.name!r}: other images or labels than the run began with; restore them, or start anew")
+
+
 def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, told_to_leave: Request) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir)
-    done = sound_epoch(checkpoints, plan)
+    sound = sound_epochs(checkpoints, config)
+    done = max(sound, default=0)
     if done:
-        states, task = checkpoints.restore(done, plan)
-        run = checkpoints.run(done)
-        if run["data_sha256"] != dataset.sha256():
-            raise UserError(
-                f"config.dataset={config.dataset!r}: other images or labels than the run began with; restore them, or start anew"
-            )
+        run = copy.deepcopy(sound[done].run) | {"config": config.to_dict()}
+        check_same_data(dataset, run["data_sha256"])
     else:
-        states, task = _start(plan, dataset)
-        run = _run_state(plan, dataset)
+        file = local_file(config) if config.init_from else ""
+        about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
+        run = run_state.new_state(config, about | {"class_names": list(dataset.class_names)}, sha256_of(file) if file else None)
     restore_metrics(workdir, run["history"])
-    with contextlib.closing(checkpoints.writer()) as writer:
+    with contextlib.closing(checkpoints.writer(sound)) as writer:
         if done < plan.total_epochs:
+            states, task = sound[done].restore(plan) if done else start(plan, dataset)
             run = _run_epochs(plan, dataset, task, states, run, writer, workdir, told_to_leave)
-    check_best(checkpoints, plan, run["history"], {})
-    best = checkpoints.best()
-    states, task = checkpoints.restore(best, plan)
+    best = check_best(checkpoints, run, sound)
+    assert best is not None  # the last epoch is always saved
+    states, task = best.restore(plan)
     test = on_device(dataset.test)
     found = np.asarray(inference.make_scores(plan, config.inference)(task, states, test.images))
-    chosen = checkpoints.run(best)
-    measured = measure(found, test.labels, tuple(chosen["voting"]), "test")
-    return conclude(plan, dataset, states, task, chosen, measured, run, workdir)
+    measured = measure(found, test.labels, tuple(best.run["voting"]), "test")
+    return conclude(plan, dataset, states, task, best.run, measured, run, workdir)
 
 
-def _start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
+def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
     """What a run begins with: groups from its seed or from config.init_from, codebook and pixel statistics."""
     config, states = plan.config, init_states(plan, dataset.image_shape)
     if config.init_from:
@@ -136,37 +145,42 @@ def _run_epochs(
 ) -> dict[str, Any]:
     """Trains what is left of the run after `run`, the state of its newest checkpoint; returns the state of its last."""
     train_data, validation = on_device(dataset.train), on_device(dataset.validation)
-    scores = inference.make_scores(plan, plan.config.inference)
-    done, here = run["epoch"], origin()
+    done, here = run["epoch"], origin(plan.config)
     if run["origins"][-1:] != [here]:
         run["origins"].append(here)
+    began = time.perf_counter()
+    finite_groups, scores = _compiled_checks(plan, task, states, validation)
+    run["compile_seconds"] += time.perf_counter() - began
     with Logbook(workdir, plan.total_epochs, done) as logbook:
         run_epoch, compiled_for = None, None
         for epoch in range(done, plan.total_epochs):
             active = plan.active(epoch)
             if run_epoch is None or active != compiled_for:
                 # Compiled apart, so that no epoch's time holds it, and nothing can be compiled again.
-                start = time.perf_counter()
+                began = time.perf_counter()
+                train_data = train_data._replace(features=None)  # those of the last stage go before the next ones are made
+                run_epoch = None
                 run_epoch, train_data, largest = _prepare_epoch(plan, active, task, states, train_data)
-                run["compile_seconds"] += time.perf_counter() - start
+                run["compile_seconds"] += time.perf_counter() - began
                 run["peak_bytes"] = max(run["peak_bytes"], executable_bytes(largest))
                 compiled_for = active
-            start = time.perf_counter()
+            began = time.perf_counter()
             states, metrics = run_epoch(task, states, train_data, jnp.int32(epoch))
             # Queued behind the epoch, so that the device goes on while the host waits for the epoch's end.
-            queued = (metrics, _finite_groups(states), scores(task, states, validation.images) if len(validation.labels) else None)
+            queued = (metrics, finite_groups(states), scores(task, states, validation.images) if scores else None)
             jax.block_until_ready(metrics)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - began
             metrics, finite, found = jax.device_get(queued)
             _check_finite(plan, metrics, finite, epoch, active, run["epoch"])
 
-            validated = validate(found, validation, trained_groups(plan, epoch))
+            validated = validate(found, validation.labels, plan.trained_groups(epoch))
             # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
             record = logbook.epoch(_record(plan, metrics, epoch, active, seconds) | validated)
-            scheduled = plan.saves(epoch + 1)
+            scheduled = plan.config.checkpoint_due(epoch + 1)
             run["history"].append(record)
+            run["due"] += [epoch + 1] if scheduled else []
             if scheduled or told_to_leave.made:
-                run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": trained_groups(plan, epoch)}
+                run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": plan.trained_groups(epoch)}
                 writer.save(epoch + 1, states, task, run)
             # Of an epoch that is not saved, another is trained first: the signal came after the line above.
             if told_to_leave.made and run["epoch"] == epoch + 1:
@@ -174,9 +188,17 @@ def _run_epochs(
     return run
 
 
+def _compiled_checks(plan: Plan, task: Task, states: tuple[GroupState, ...], validation: Images) -> tuple[Any, Any]:
+    """What follows each epoch, compiled before the first one is timed: whether each group is finite, and the scores of the validation
+    images, or None without such images."""
+    finite = _finite_groups.lower(states).compile()
+    if not len(validation.labels):
+        return finite, None
+    return finite, inference.make_scores(plan, plan.config.inference).lower(task, states, validation.images).compile()
+
+
 def _prepare_epoch(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images) -> tuple[Any, Images, Any]:
     """The compiled epoch of a stage, the data it takes, and the largest executable in it. Frozen features are computed here."""
-    data = data._replace(features=None)
     if active and plan.config.feature_cache != "none":
         data = feature_cache.with_features(plan, active, task, states, data)
         if plan.config.feature_cache == "host":
@@ -206,28 +228,6 @@ def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, active: int 
     }
 
 
-def validate(scores: np.ndarray | None, validation: Images, trained: int) -> dict[str, Any]:
-    """Errors in percent from scores [groups, n, classes] on validation data, and the groups that vote; without data all trained do."""
-    if scores is None:
-        return {"val_error": None, "val_error_per_group": None, "voting": list(range(trained))}
-    voting = inference.choose_voting(scores[:trained], validation.labels)
-    return measure(scores[:trained], validation.labels, voting, "val") | {"voting": list(voting)}
-
-
-def trained_groups(plan: Plan, epoch: int) -> int:
-    """How many groups have trained at the end of this epoch (from 0): all, or those that the sequential schedule has reached."""
-    active = plan.active(epoch)
-    return len(plan.groups) if active is None else active + 1
-
-
-def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str) -> dict[str, Any]:
-    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent."""
-    return {
-        f"{split}_error": inference.error_percent(inference.ensemble(scores, voting), labels),
-        f"{split}_error_per_group": [inference.error_percent(group, labels) for group in scores],
-    }
-
-
 @jax.jit
 def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
     """Of each group, whether its whole state is finite: after the epoch's last step no loss has seen it."""
@@ -248,84 +248,3 @@ def _check_finite(plan: Plan, metrics: dict[str, np.ndarray], finite: np.ndarray
         kept = f"the checkpoint of epoch {saved} is kept" if saved else "there is no checkpoint yet"
         fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"
         raise UserError(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
-
-
-def _run_state(plan: Plan, dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint keeps beside its arrays, before the first epoch: to go on, to be evaluated without the training data, and to say
-    what made it. Later it holds the last epoch's validation too."""
-    return {
-        "epoch": 0,
-        "history": [],
-        "config": plan.config.to_dict(),
-        "data_sha256": dataset.sha256(),
-        "init_from_sha256": sha256_of(local_file(plan.config)) if plan.config.init_from else None,
-        "train_size": len(dataset.train.labels),
-        "image_shape": list(dataset.image_shape),
-        "class_names": list(dataset.class_names),
-        "compile_seconds": 0.0,
-        "peak_bytes": 0,
-        "origins": [],  # more than one if it went on with other versions or on another device
-    }
-
-
-def evaluate(
-    workdir: pathlib.Path | str,
-    inference_name: str = "",
-    epoch: str = "best",
-    data_dir: str = "",
-    test: bool = True,
-    early: early_exit.Wanted = early_exit.DEFAULT,
-) -> dict[str, Any]:
-    """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data.
-
-    `early` is of early exit alone, whose threshold is chosen on the validation data too if none is given.
-    """
-    plan, states, task, run = load_run(workdir, epoch)
-    config = dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir)
-    about = {"workdir": str(workdir), "epoch": run["epoch"]}
-    return about | _judge(plan, states, task, data_module.load(config), run["trained_groups"], inference_name, test, early)
-
-
-def evaluate_start(config: Config, inference_name: str = "", early: early_exit.Wanted = early_exit.DEFAULT) -> dict[str, Any]:
-    """As `evaluate`, of the weights that a run of `config` would start from: what config.init_from is worth as it is."""
-    dataset = data_module.load(config)
-    plan = plan_for(config, dataset)
-    states, task = _start(plan, dataset)
-    if (inference_name or config.inference) != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
-        fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
-        raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and new ones know nothing; {fix}")
-    about = {"init_from": config.init_from, "epoch": 0}
-    return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, early)
-
-
-def _judge(
-    plan: Plan,
-    states: tuple[GroupState, ...],
-    task: Task,
-    dataset: Dataset,
-    trained: int,
-    inference_name: str,
-    test: bool,
-    early: early_exit.Wanted,
-) -> dict[str, Any]:
-    name = inference_name or plan.config.inference
-    if name == "sweep" and plan.config.rule == "head":
-        raise UserError("--inference=sweep: rule head never sees a labelled image; use --inference=heads")
-    scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
-    validation = on_device(dataset.validation)
-    seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
-    validated = validate(seen, validation, trained)
-    header = {"inference": name} | validated
-    leaving = None
-    if name == "early_exit":
-        votes = early_exit.votes_of(tuple(validated["voting"]), early.exits, seen, validation.labels)
-        leaving = early_exit.EarlyExit(plan, task, states, votes, seen, validation.labels)
-        header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
-    if not test:
-        return header
-    unseen = on_device(dataset.test)
-    found = np.asarray(scores(task, states, unseen.images))[:trained]
-    header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
-    if leaving is not None:
-        header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
-    return header

@@ -46,31 +46,42 @@ def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState,
 def make_host_epoch(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> tuple[Epoch, Any]:
     """`epoch(task, states, data, number)` as `trainer.make_epoch` makes it, for `data.features` on the host; and its largest executable.
 
-    Everything is compiled here. `states` are donated at each call. The device holds the features of two transfers, not of the data set.
+    Everything is compiled here. `states` are donated at each call. The device holds the features of two transfers at most, not of the data
+    set: before a transfer begins, the steps that took the one before the last are done.
     """
 
     def steps(task: Task, states: tuple[GroupState, ...], data: Images, key: Array, order: Array, numbers: Array, features: Array) -> Any:
         return run_steps(plan, active, task, states, data, key, order, numbers, features)
 
-    jitted, start = jax.jit(steps, donate_argnums=1), jax.jit(functools.partial(epoch_order, plan))
-    on_device, example = data._replace(features=None), np.asarray(data.features)
-    pieces = np.array_split(np.arange(plan.steps_per_epoch), -(-plan.steps_per_epoch // STEPS_PER_TRANSFER))
-    key, order = start(data.labels, jnp.int32(0))
+    def joined(parts: list[dict[str, Array]]) -> dict[str, Array]:
+        return over_steps(jax.tree.map(lambda *some: jnp.concatenate(some), *parts))
 
-    def compiled(length: int) -> Any:
-        features = jax.ShapeDtypeStruct((length, plan.config.batch_size, *example.shape[1:]), example.dtype)
-        return jitted.lower(task, states, on_device, key, order[:length], jnp.arange(length), features).compile()
+    on_device, example, number = data._replace(features=None), np.asarray(data.features), jnp.int32(0)
+    start = jax.jit(functools.partial(epoch_order, plan)).lower(data.labels, number).compile()
+    pieces = np.array_split(np.arange(plan.steps_per_epoch, dtype=np.int32), -(-plan.steps_per_epoch // STEPS_PER_TRANSFER))
+    key, order = start(data.labels, number)
 
-    by_length = {length: compiled(length) for length in {len(piece) for piece in pieces}}
+    def abstract(length: int) -> tuple[Any, ...]:
+        shape, batch = jax.ShapeDtypeStruct, plan.config.batch_size
+        features = shape((length, batch, *example.shape[1:]), example.dtype)
+        return task, states, on_device, key, shape((length, batch), order.dtype), shape((length,), jnp.int32), features
+
+    jitted = jax.jit(steps, donate_argnums=1)
+    lowered = {length: jitted.lower(*abstract(length)) for length in {len(piece) for piece in pieces}}
+    by_length = {length: program.compile() for length, program in lowered.items()}
+    join = jax.jit(joined).lower([lowered[len(piece)].out_info[1] for piece in pieces]).compile()
 
     def epoch(task: Task, states: tuple[GroupState, ...], data: Images, number: Array) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
         key, order = start(data.labels, number)
-        rows, cached, metrics = np.asarray(order), np.asarray(data.features), []
-        for piece in pieces:
-            features = jax.device_put(cached[rows[piece]])
-            numbers = jnp.asarray(piece + 1, jnp.int32)
-            states, some = by_length[len(piece)](task, states, data._replace(features=None), key, order[piece], numbers, features)
+        on_device, cached = data._replace(features=None), np.asarray(data.features)
+        rows = np.asarray(order)
+        metrics: list[dict[str, Array]] = []
+        for i, piece in enumerate(pieces):
+            if i > 1:
+                jax.block_until_ready(metrics[i - 2])
+            given = jax.device_put((rows[piece], piece + 1, cached[rows[piece]]))
+            states, some = by_length[len(piece)](task, states, on_device, key, *given)
             metrics.append(some)
-        return states, over_steps(jax.tree.map(lambda *parts: jnp.concatenate(parts), *metrics))
+        return states, join(metrics)
 
     return epoch, by_length[max(by_length)]

@@ -1,13 +1,12 @@
 """Classifying with trained groups: an ensemble of heads on one clean pass, or a sweep over all labels that needs no head."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from vffjax import losses, rules
 from vffjax.batching import map_batches
@@ -44,8 +43,11 @@ def sweep_scores(
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
 
 
-def make_scores(plan: Plan, inference: str) -> Callable[[Task, tuple[GroupState, ...], UInt8[Array, "n h w c"]], Any]:
-    """Jitted scores [groups, n, classes] of byte images, in batches of `config.eval_batch_size`; higher is likelier."""
+def make_scores(plan: Plan, inference: str) -> jax.stages.Wrapped:
+    """Jitted `(task, states, byte images [n, h, w, c])` to scores [groups, n, classes]; higher is likelier.
+
+    Images are taken in batches of `config.eval_batch_size`.
+    """
     per_batch = {"heads": clean_log_p, "sweep": sweep_scores}[inference]
 
     @jax.jit
@@ -76,3 +78,19 @@ def choose_voting(scores: Float[np.ndarray, "groups n classes"], labels: Int[Arr
     else:
         sets = [tuple(range(first, groups)) for first in range(groups)]
     return min(sets, key=lambda s: (error_percent(ensemble(scores, s), labels), -len(s), [-i for i in s]))
+
+
+def validate(scores: np.ndarray | None, labels: Int[ArrayLike, " n"], trained: int) -> dict[str, Any]:
+    """Errors in percent from scores [groups, n, classes] on validation data, and the groups that vote; without data all trained do."""
+    if scores is None:
+        return {"val_error": None, "val_error_per_group": None, "voting": list(range(trained))}
+    voting = choose_voting(scores[:trained], labels)
+    return measure(scores[:trained], labels, voting, "val") | {"voting": list(voting)}
+
+
+def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str) -> dict[str, Any]:
+    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent."""
+    return {
+        f"{split}_error": error_percent(ensemble(scores, voting), labels),
+        f"{split}_error_per_group": [error_percent(group, labels) for group in scores],
+    }

@@ -17,7 +17,7 @@ from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES, split_sizes
 from vffjax.feature_cache import STEPS_PER_TRANSFER, clean_features
 from vffjax.labelling import DRAWN
-from vffjax.probes import leaf_names, losses, probe, step_streams
+from vffjax.probes import leaf_names, losses, probe
 from vffjax.trainer import Images, Plan
 
 
@@ -132,7 +132,7 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, image
         epochs.append(_traced("epoch", trains, some, task, states, ["data", "key", "order", "numbers", feature], given))
 
     def chain(task: Any, states: Any, images: Any, labels: Any, key: Any) -> Any:
-        return losses(plan, [s.params for s in states], states, step_streams(plan, task, states, images, labels, key), key)[0]
+        return losses(plan, [s.params for s in states], states, trainer.step_streams(plan, None, task, states, images, labels, key), key)[0]
 
     return [*steps, *epochs, _traced("losses", [], chain, task, states, names, one_batch)]
 

@@ -22,7 +22,7 @@ from vffjax.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
 from vffjax.targets import Target
-from vffjax.trainer import Plan, augmented, init_states, make_plan, make_task, train_step
+from vffjax.trainer import Plan, group_setting, init_states, make_plan, make_task, step_streams, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
@@ -45,10 +45,9 @@ def accumulated_step(
     def part(carry: tuple[Any, Any], batch: tuple[Array, ...]) -> tuple[tuple[Any, Any], dict[str, Array]]:
         total, stats = carry
         images, labels, key = batch
-        augment_key, stream_key, group_key = (jax.random.fold_in(key, i) for i in range(3))
-        x = augmented(plan.config, task, augment_key, images)
-        streams = rules.make_streams(plan.config, task, stream_key, x, labels)
-        (loss, (stats, _, metrics)), grads = gradient(state.params, plan.config, group, stats, streams, group_key)
+        streams = step_streams(plan, None, task, states, images, labels, key)
+        config, group_key = group_setting(plan, 0, key)
+        (loss, (stats, _, metrics)), grads = gradient(state.params, config, group, stats, streams, group_key)
         accuracy = jnp.mean(metrics["log_p"].argmax(-1) == labels)
         return (jax.tree.map(jnp.add, total, grads), stats), {"loss": loss, "accuracy": accuracy}
 

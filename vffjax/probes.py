@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from vffjax import rules, trainer
-from vffjax.config import for_group
 from vffjax.groups import GroupState
 from vffjax.labelling import Streams
 from vffjax.rules import Task
@@ -33,25 +32,11 @@ def losses(
     for i, (group, state) in enumerate(zip(plan.groups, known, strict=True)):
         if plan.config.schedule == "sequential":
             given = streams._replace(rows=trainer.before(plan, i, known, streams.rows, streams.labels.shape[0]))
-        own, own_key = for_group(plan.config, i), jax.random.fold_in(jax.random.fold_in(key, 2), i)
+        own, own_key = trainer.group_setting(plan, i, key)
         loss, (_, given, _) = rules.local_loss(state.params, own, group, state.batch_stats, given, own_key)
         found.append(loss)
         rows.append(given.rows)
     return found, rows
-
-
-def step_streams(
-    plan: Plan,
-    task: Task,
-    states: tuple[GroupState, ...],
-    images: UInt8[Array, "batch h w c"],
-    labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
-) -> Streams:
-    """The streams that `train_step` makes of a batch with a step's key."""
-    x = trainer.augmented(plan.config, task, jax.random.fold_in(key, 0), images)
-    logits = trainer.clean_log_p(plan, task, states, x).mean(axis=0) if rules.needs_predictions(plan.config) else None
-    return rules.make_streams(plan.config, task, jax.random.fold_in(key, 1), x, labels, logits)
 
 
 def loss_gradients(
@@ -100,7 +85,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
     task = Task(*(jnp.asarray(a, jnp.float32) for a in (codebook, pixels, pixels / 2)))
     states, key = random_states(plan, image_shape), jax.random.key(1)
 
-    streams = quick_jit(functools.partial(step_streams, plan))(task, states, images, labels, key)
+    streams = quick_jit(functools.partial(trainer.step_streams, plan, None))(task, states, images, labels, key)
     params = [state.params for state in states]
     _, gradients = jax.device_get(quick_jit(functools.partial(loss_gradients, plan))(params, states, streams, key))
     violations: list[dict[str, Any]] = []

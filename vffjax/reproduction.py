@@ -16,7 +16,7 @@ from vffjax.workdir import load_run, read_config
 
 # They say how fast and where it ran, not what came out.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
-SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins")
+SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins", "settings")
 
 
 def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: str = "") -> dict[str, Any]:
@@ -27,10 +27,10 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     """
     workdir, into = pathlib.Path(workdir), pathlib.Path(into)
     config = read_config(workdir)
-    _summary(workdir)
+    digest = _summary(workdir)["data_sha256"]
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
-    experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into)
+    experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into, digest)
     return compare(workdir, into)
 
 
@@ -52,7 +52,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
         "arrays": arrays,
         "epochs": len(records[0]),
         "differences": differences,
-        "surroundings": _fields("", *({key: s[key] for key in SURROUNDINGS} for s in (first, second))),
+        "surroundings": _fields("", *({key: s.get(key) for key in SURROUNDINGS} for s in (first, second))),
     }
 
 
@@ -70,7 +70,7 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     try:
         summary = read_json(path)
-        missing = [key for key in SURROUNDINGS if key not in summary]
+        missing = [key for key in (*SURROUNDINGS[:-1], "data_sha256") if key not in summary]  # settings came later
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None
     except (OSError, ValueError, TypeError) as error:

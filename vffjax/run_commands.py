@@ -28,7 +28,7 @@ from vffjax.termination import Terminated
 
 EVALUATE_USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
                        [--inference heads|sweep|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
-                       [--epoch best|latest|N] [--data_dir DIR] [--json]"""
+                       [--epoch best|latest|N] [--data_dir DIR [--other_data]] [--json]"""
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -49,21 +49,23 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--curve", type=a_curve, metavar="FILE.json", help="early_exit: write figures by threshold, draw FILE.png")
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
     parser.add_argument("--data_dir", type=a_data_dir, default="", help="folder of tensorflow-datasets, if not as configured")
+    others = "judge the run by other images than its own; they must have the same shape and classes"
+    parser.add_argument("--other_data", action="store_true", help=others)
     parser.add_argument("--json", action="store_true", help="print JSON")
     a, rest = parser.parse_known_args(arguments)
     config = _start_of(a, rest)
     for option in ("threshold", "exits", "curve"):
         if (value := getattr(a, option)) is not None and a.inference != "early_exit":
             raise UserError(f"--{option}={value}: of early exit alone; add --inference=early_exit, or leave it out")
-    from vffjax import early_exit, experiment
+    from vffjax import early_exit, evaluation
 
     early = early_exit.Wanted(a.threshold, a.exits or "voting", a.curve is not None)
     if config:
         with naming_files(pathlib.Path(config.init_from), "--config.init_from"):
-            found = experiment.evaluate_start(config, a.inference, early)
+            found = evaluation.evaluate_start(config, a.inference, early)
     else:
         with naming_files(a.workdir):
-            found = experiment.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, early)
+            found = evaluation.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, early, a.other_data)
     if a.curve:
         from vffjax.plots import plot_exits
 
@@ -74,6 +76,8 @@ def evaluate(arguments: list[str]) -> None:
     if a.json:
         print(json.dumps(found, indent=2))
         return
+    if not found.get("own_data", True):
+        print("judged by other data than the run's own")
     print(f"epoch {found['epoch']}, inference {found['inference']}, voting groups {found['voting']}")
     for split in ("val", "test"):
         if found[f"{split}_error"] is not None:
@@ -93,6 +97,8 @@ def _start_of(a: argparse.Namespace, rest: list[str]) -> Config | None:
         return None
     if a.workdir:
         raise UserError(f"--workdir={a.workdir}: a run has its configuration; leave out --config")
+    if a.other_data:
+        raise UserError("--other_data: a configuration names its data itself; leave it out, or give a --workdir")
     if a.epoch != "best":
         raise UserError(f"--epoch={a.epoch}: nothing has been trained; leave it out, or give a --workdir")
     config = parse_train(["--config", a.config, *rest])[0]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vffjax.augment import normalise
+from vffjax.config import CHANGEABLE, Config
 from vffjax.data import Dataset
 from vffjax.groups import GroupState
 from vffjax.logbook import write_json
@@ -58,14 +59,15 @@ def conclude(
     return summary
 
 
-def origin() -> dict[str, Any]:
-    """What trains here and now, as far as it can change numbers."""
+def origin(config: Config) -> dict[str, Any]:
+    """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
     return {
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
         "cores": _cores(),
         "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
+        "settings": {key: getattr(config, key) for key in CHANGEABLE if key != "data_dir"},
     }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,19 +49,14 @@ class Plan:
     def total_epochs(self) -> int:
         return self.stages * self.config.epochs
 
-    def saves(self, epochs: int) -> bool:
-        """Whether a checkpoint is due when so many epochs are done."""
-        return epochs % self.config.epochs == 0 or epochs % self.config.checkpoint_every == 0
-
-    def best(self, history: Sequence[Mapping[str, Any]]) -> int:
-        """Of the epochs that are saved as due, in the last stage reached, that of least `val_error`, among equals the last; 0 if none."""
-        due = [record for record in history if self.saves(record["epoch"])]
-        ranks = [(-(-r["epoch"] // self.config.epochs) if self.stages > 1 else 1, -(r["val_error"] or 0.0), r["epoch"]) for r in due]
-        return max(ranks)[2] if ranks else 0
-
     def active(self, epoch: int) -> int | None:
         """The group that trains in this epoch (from 0), or None for all."""
         return None if self.config.schedule == "joint" else epoch // self.config.epochs
+
+    def trained_groups(self, epoch: int) -> int:
+        """How many groups have trained at the end of this epoch (from 0): all, or those that the sequential schedule has reached."""
+        active = self.active(epoch)
+        return len(self.groups) if active is None else active + 1
 
 
 def make_plan(config: Config, train_size: int, classes: int) -> Plan:
@@ -207,6 +202,31 @@ def _behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], stre
     return streams._replace(rows=jnp.concatenate([cached.astype(copies.dtype), copies]))
 
 
+def step_streams(
+    plan: Plan,
+    active: int | None,
+    task: Task,
+    states: tuple[GroupState, ...],
+    images: UInt8[Array, "batch h w c"],
+    labels: Int[Array, " batch"],
+    key: PRNGKeyArray,
+) -> Streams:
+    """What a step with this key gives to the first group: the augmented images and their labelled copies.
+
+    The locality probes take their streams from here too, so that they examine the program that trains.
+    """
+    x = augmented(plan.config, task, jax.random.fold_in(key, 0), images)
+    # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
+    trained = len(plan.groups) if active is None else active + 1
+    logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
+    return rules.make_streams(plan.config, task, jax.random.fold_in(key, 1), x, labels, logits)
+
+
+def group_setting(plan: Plan, group: int, key: PRNGKeyArray) -> tuple[Config, PRNGKeyArray]:
+    """The configuration and the key by which a group trains in the step with this key."""
+    return for_group(plan.config, group), jax.random.fold_in(jax.random.fold_in(key, 2), group)
+
+
 def train_step(
     plan: Plan,
     active: int | None,
@@ -222,20 +242,14 @@ def train_step(
 
     Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`; and `ensemble_accuracy` of all heads.
     """
-    augment_key, stream_key, groups_key = (jax.random.fold_in(key, i) for i in range(3))
-    x = augmented(plan.config, task, augment_key, images)
-    # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
-    trained = len(plan.groups) if active is None else active + 1
-    logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
-    streams = rules.make_streams(plan.config, task, stream_key, x, labels, logits)
-
+    streams = step_streams(plan, active, task, states, images, labels, key)
     streams = streams if active is None else _behind_frozen(plan, active, states, streams, features)
     new_states, metrics = list(states), []
     training = range(len(plan.groups)) if active is None else [active]
     for i in training:
-        own, key = for_group(plan.config, i), jax.random.fold_in(groups_key, i)
+        own, own_key = group_setting(plan, i, key)
         fence = len(training) > 1
-        new_states[i], streams, m = group_step(own, plan.groups[i], plan.optimizers[i], states[i], streams, key, fence)
+        new_states[i], streams, m = group_step(own, plan.groups[i], plan.optimizers[i], states[i], streams, own_key, fence)
         metrics.append(m)
     log_p = jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}

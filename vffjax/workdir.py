@@ -5,15 +5,17 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
+from vffjax import run_state
 from vffjax.checkpoint import FOLDER, Checkpoints
-from vffjax.config import Config, from_json
+from vffjax.config import CHANGEABLE, Config, from_json
 from vffjax.errors import UserError, bad_key
 from vffjax.groups import GroupState
-from vffjax.logbook import read_json
+from vffjax.logbook import read_json, write_json
 from vffjax.rules import Task
+from vffjax.saved_epoch import ForeignFile, SavedEpoch
 from vffjax.trainer import Plan, make_plan
 
 try:
@@ -22,6 +24,7 @@ except ImportError:  # Windows has no advisory locks of this kind; there two run
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+_Read = TypeVar("_Read")
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
@@ -38,6 +41,17 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     for key in wanted:
         if wanted[key] != found[key]:
             raise bad_key(key, wanted[key], f"--workdir {workdir} holds a run with {found[key]!r}", "give another --workdir")
+
+
+def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
+    """Writes config.json of a run that begins, or that goes on with other settings; returns what has changed, a line for each key."""
+    path = workdir / "config.json"
+    before = read_config(workdir) if path.exists() else config
+    keys = [key for key in CHANGEABLE if key != "data_dir" and getattr(before, key) != getattr(config, key)]
+    if keys or not path.exists():
+        write_json(path, config.to_dict())
+    lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
+    return [*lines, "from here on the run need not have the bits of a run by one configuration"] if lines else []
 
 
 def _refuse_links(workdir: pathlib.Path) -> None:
@@ -61,44 +75,62 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def sound_epoch(checkpoints: Checkpoints, plan: Plan) -> int:
-    """The newest saved epoch with no fault, where the run goes on; 0 if none is saved. Others with a fault are set aside.
+def sound_epochs(checkpoints: Checkpoints, config: Config) -> dict[int, SavedEpoch]:
+    """The saved epochs with no fault, by number; the newest is where the run goes on. Others are set aside. Each file is read once.
 
     stderr says what was found damaged, incomplete or missing. Raises `UserError` if there are saved epochs and all have a fault, or if the
     best has, or is gone, and nothing that the run will train can take its place.
     """
-    saved = checkpoints.epochs()
-    faults = {epoch: fault for epoch in saved if (fault := checkpoints.fault(epoch, plan.config))}
-    sound = [epoch for epoch in saved if epoch not in faults]
+    saved = {epoch: checkpoints.opened(epoch) for epoch in checkpoints.epochs()}
+    faults = {epoch: fault for epoch, step in saved.items() if (fault := step.fault(config))}
+    sound = {epoch: step for epoch, step in saved.items() if epoch not in faults}
     newest = max(sound, default=0)
     if saved and not newest:
-        raise UserError(_start_again(checkpoints, faults[saved[-1]]))
+        raise _repair(checkpoints, faults[max(saved)])
     lost = {epoch: f"{checkpoints.folder / str(epoch)}: missing, though its digests are there" for epoch in checkpoints.missing()}
     for epoch in checkpoints.incomplete():
         lost[epoch] = f"{checkpoints.folder / str(epoch)}: not completely saved, or its digests are lost"
     if newest and newest > max([*faults, *lost], default=0):
         # Else something newer was there, for which an earlier best may have been deleted.
-        check_best(checkpoints, plan, checkpoints.run(newest)["history"], faults | lost)
-    for epoch in faults:
-        lost[epoch] = f"{faults[epoch].partition(';')[0]}; now {checkpoints.set_aside(epoch)}"
+        check_best(checkpoints, sound[newest].run, sound, faults | {epoch: UserError(problem) for epoch, problem in lost.items()})
+    for epoch, fault in faults.items():
+        lost[epoch] = f"{_short(fault)}; now {checkpoints.set_aside(epoch)}"
     for epoch in sorted(lost):
         print(lost[epoch], file=sys.stderr)
     if lost:
         print(f"going on from epoch {newest}", file=sys.stderr)
-    return newest
+    return sound
 
 
-def check_best(checkpoints: Checkpoints, plan: Plan, history: list[dict[str, Any]], faults: Mapping[int, str]) -> None:
-    """Raises `UserError` if the best epoch by the record is not among the sound: another would be taken for it."""
-    best = plan.best(history)
-    if best and (best in faults or best not in checkpoints.epochs()):
-        fault = faults.get(best, f"{checkpoints.folder / str(best)}: gone")
-        raise UserError(_start_again(checkpoints, f"{fault.partition(';')[0]}, and it is the best epoch"))
+def check_best(
+    checkpoints: Checkpoints, run: dict[str, Any], sound: Mapping[int, SavedEpoch], faults: Mapping[int, UserError] | None = None
+) -> SavedEpoch | None:
+    """The best epoch of a run by its record, among the `sound` ones or those saved since; None before the first.
+
+    Raises `UserError` if it has a fault or is gone: another epoch would be taken for it.
+    """
+    best = run_state.best_epoch(run)
+    if not best:
+        return None
+    fault = (faults or {}).get(best)
+    if fault is None and best not in checkpoints.epochs():
+        fault = UserError(f"{checkpoints.folder / str(best)}: gone")
+    if fault is not None:
+        raise _repair(checkpoints, fault, f"{_short(fault)}, and it is the best epoch")
+    return sound.get(best) or checkpoints.opened(best)
 
 
-def _start_again(checkpoints: Checkpoints, fault: str) -> str:
-    others = ", or read another epoch with vffjax evaluate --epoch N"
-    return f"{fault.partition(';')[0]}; restore it, or delete {checkpoints.folder} to train again from the start{others}"
+def _repair(checkpoints: Checkpoints, fault: UserError, problem: str = "") -> UserError:
+    """The error for a saved epoch without which the run cannot go on; it advises the smallest repair, and nothing that destroys."""
+    problem = problem or _short(fault)
+    if isinstance(fault, ForeignFile):
+        return UserError(f"{problem}; remove that file")
+    others = "or read another epoch with vffjax evaluate --epoch N"
+    return UserError(f"{problem}; restore it from a copy, or move {checkpoints.folder} away to train again from the start, {others}")
+
+
+def _short(fault: UserError) -> str:
+    return str(fault).partition(";")[0]
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -113,19 +145,25 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
-    """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch."""
-    workdir = pathlib.Path(workdir)
-    config = read_config(workdir)
-    checkpoints = Checkpoints(workdir)
-    chosen = {"best": checkpoints.best, "latest": checkpoints.latest}.get(epoch, lambda: _numbered(checkpoints, epoch))()
-    run = checkpoints.run(chosen)
-    plan = make_plan(config, run["train_size"], len(run["class_names"]))
-    states, task = checkpoints.restore(chosen, plan)
-    return plan, states, task, run
+    """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch.
+
+    The run may be training meanwhile.
+    """
+    config = read_config(pathlib.Path(workdir))
+
+    def read(saved: SavedEpoch) -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
+        plan = make_plan(config, saved.run["train_size"], len(saved.run["class_names"]))
+        return plan, *saved.restore(plan), saved.run
+
+    return while_it_trains(Checkpoints(pathlib.Path(workdir)), epoch, read)
 
 
-def _numbered(checkpoints: Checkpoints, epoch: str) -> int:
-    saved = checkpoints.epochs()
-    if not epoch.isdecimal() or int(epoch) not in saved:
-        raise UserError(f"--epoch={epoch}: not saved; choose best, latest, or one of {', '.join(map(str, saved)) or 'none'}")
-    return int(epoch)
+def while_it_trains(checkpoints: Checkpoints, epoch: str, read: Callable[[SavedEpoch], _Read]) -> _Read:
+    """What `read` makes of the chosen epoch. A run that trains may delete that epoch meanwhile: then the choice is made again."""
+    while True:
+        listed = checkpoints.epochs()
+        try:
+            return read(checkpoints.chosen(epoch))
+        except UserError:
+            if checkpoints.epochs() == listed:
+                raise
