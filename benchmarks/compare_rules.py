@@ -7,8 +7,9 @@ Rules: `vff` as the configuration says; `cscl` the same without the head's gradi
 back-propagation, one group and the head loss; `ff` Hinton's forward-forward, every layer its own group, classified by heads or by
 sweep, whichever errs less on validation data. `--set bp.learning_rate=5e-3` gives one rule its own value: a baseline deserves its
 best, chosen on validation data. Each run is an ordinary run in OUT/runs/RULE-SEED, so a comparison that was stopped goes on.
-Writes OUT.json and OUT.md. Every choice (epoch, voting groups, inference) is made on validation data; the table shows errors on the
-test set in percent, mean and sample standard deviation over seeds. Seconds are those of training alone.
+A key that would not mean the same for all rules is refused. Writes OUT.json and OUT.md. Every choice (epoch, voting groups, inference)
+is made on validation data; the table shows errors on the test set in percent, mean and sample standard deviation over seeds. Seconds are
+those of training alone.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import statistics
 import sys
 from typing import Any
 
+from keys import SEEDS, Only, read_config, refuse, refuse_other_groups
+
 from vffjax import evaluation, experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
-from vffjax.flags import parse_train
 from vffjax.logbook import replace_file, write_json
 
 RULES: dict[str, dict[str, Any]] = {
@@ -32,6 +34,20 @@ RULES: dict[str, dict[str, Any]] = {
     "ff": {"rule": "ff", "grouping": "layer", "norm": "auto", "inference": "heads"},
     "cscl": {"head_weight": 0.0},
 }
+
+# Keys whose values the comparison sets itself.
+SET_HERE = {"rule": Only(("vff",), "every row of the table has a rule of its own", "leave it at vff and choose by --rules"), "seed": SEEDS}
+
+
+def check_keys(config: Config, variants: dict[str, dict[str, Any]], flag: str = "") -> None:
+    """Raises `UserError` where the configuration says something that not every rule's runs would do; `flag` chooses the rules."""
+    refuse(config, SET_HERE)
+    for rule, changes in variants.items():
+        if changes.get("rule", "vff") != RULES[rule].get("rule", "vff") or "seed" in changes:
+            key = "seed" if "seed" in changes else "rule"
+            raise UserError(f"--set={rule}.{key}={changes[key]}: the row {rule} would not be what its name says; leave it out")
+    own = {rule: changes for rule, changes in variants.items() if not changes.keys() & {"frozen_groups", "overrides"}}
+    refuse_other_groups(config, {rule: changes.get("grouping", config.grouping) for rule, changes in own.items()}, flag)
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -118,7 +134,8 @@ def main() -> None:
         if not all(seed.isdigit() for seed in seeds):
             raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
         variants = {rule: RULES[rule] | given(own.set, rule) for rule in rules}
-        config, name, _ = parse_train(rest)
+        config, name = read_config(rest, "runs lie in OUT/runs, by --out")
+        check_keys(config, variants, "--rules")
         if config.val_fraction == 0:
             raise bad_key("val_fraction", config.val_fraction, "leaves nothing to choose on", "hold out some images, such as 0.1")
         runs: dict[str, list[dict[str, Any]]] = {}

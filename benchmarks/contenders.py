@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
 from rates import PRODUCTS
 
 from vffjax.config import Config, check_against_data, make_config
 from vffjax.data import SIZES
-from vffjax.errors import bad_key
 from vffjax.groups import GroupState
-from vffjax.rules import Task, needs_predictions
+from vffjax.rules import Task
 from vffjax.summary import executable_bytes
 from vffjax.trainer import Images, Plan, init_states, make_epoch, make_plan, make_task
 
@@ -26,7 +26,15 @@ RULES: dict[str, dict[str, Any]] = {
     "bp": {"rule": "head", "grouping": "all"},
 }
 TORCH_BP = ("torch-bp", "torch-bp-compiled")
-CONTENDERS = RULES | dict.fromkeys(TORCH_BP, RULES["bp"]) | {"torch-vff": RULES["vff-triplet"]}
+TORCH_VFF = ("torch-vff", "torch-vff-compiled")
+CONTENDERS = RULES | dict.fromkeys(TORCH_BP, RULES["bp"]) | dict.fromkeys(TORCH_VFF, RULES["vff-triplet"])
+
+# Keys whose values the benchmark sets itself, for every contender of either library.
+SET_HERE = {
+    "rule": Only(("vff",), "every contender has a rule of its own", "leave it at vff and choose by --only"),
+    "init_from": RANDOM_WEIGHTS,
+    "schedule": JOINT,
+}
 
 # With its default mode a GPU waits for Python to launch each kernel; "max-autotune" replays CUDA graphs, and takes minutes to compile.
 _COMPILE_MODES = {"cpu": ("default",), "cuda": ("default", "max-autotune")}
@@ -45,8 +53,19 @@ class TorchImages(NamedTuple):
 
 
 def variant(config: Config, name: str) -> Config:
-    """The configuration that a contender trains. Overrides name groups, which contenders do not share, and are dropped."""
-    return make_config(config.to_dict() | {"inference": "heads", "overrides": {}} | CONTENDERS[name])
+    """The configuration that a contender trains."""
+    return make_config(config.to_dict() | {"inference": "heads"} | CONTENDERS[name])
+
+
+def check_keys(config: Config, names: list[str]) -> None:
+    """Raises `UserError` where the configuration says something that one of these contenders would not do."""
+    refuse(config, SET_HERE)
+    refuse_other_groups(config, {name: CONTENDERS[name].get("grouping", config.grouping) for name in names}, "--only")
+    for name in names:
+        FLOPS.check(variant(config, name))
+    for name in names:
+        if name.startswith("torch"):
+            PEER.check(variant(config, name), "or leave the PyTorch contenders out by --only")
 
 
 class Workload:
@@ -83,17 +102,10 @@ class Workload:
         task = make_task(config, self.classes, self.shape, (0.5,) * channels, (0.25,) * channels)
         return plan, task, jax.jit(functools.partial(init_states, plan, self.shape))()
 
-    def check(self, name: str, config: Config) -> None:
-        """Raises `UserError` where a contender's configuration does not fit the images, or is more than PyTorch's side knows."""
+    def check(self, config: Config) -> None:
+        """Raises `UserError` where a contender's configuration does not fit the images."""
         groups = len(make_plan(config, self.examples, self.classes).groups)
         check_against_data(config, self.examples, self.shape, self.classes, groups)
-        fix = "or leave the PyTorch contenders out by --only"
-        if name.startswith("torch") and config.resolved_norm != "batch":
-            raise bad_key("norm", config.norm, "the PyTorch contenders normalise by batch alone", f"use norm=auto, {fix}")
-        if name.startswith("torch") and needs_predictions(config):
-            raise bad_key(
-                "negatives", config.negatives, "the PyTorch contenders draw wrong labels uniformly", f"use negatives=uniform, {fix}"
-            )
 
 
 class JaxContender:

@@ -34,6 +34,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from keys import Only, read_config, refuse
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -42,7 +43,7 @@ from vffjax import ledger, targets
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
-from vffjax.flags import json_file, parse_train, whole_numbers
+from vffjax.flags import json_file, whole_numbers
 from vffjax.ledger import Case
 from vffjax.logbook import replace_file, write_json
 from vffjax.memory import compile_step, make_step, row
@@ -54,6 +55,14 @@ STYLES = {
     ledger.ACCUMULATED: ("tab:purple", "-"),
     "vff joint": ("tab:blue", "-"),
     "vff sequential": ("tab:cyan", "--"),
+}
+
+# Keys whose values the ledger sets itself.
+SET_HERE = {
+    "rule": Only(("vff",), "the ledger is of VFF beside back-propagation", "leave it at vff"),
+    "frozen_groups": Only((0,), "methods and depths have other groups than the configuration", "use 0"),
+    "overrides": Only(({},), "methods and depths have other groups than the configuration", "leave it out"),
+    "feature_cache": Only(("none",), "the sequential step of the ledger computes what frozen groups put out", "use feature_cache=none"),
 }
 
 
@@ -72,9 +81,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     own, rest = parser.parse_known_args(arguments)
     own.depths = whole_numbers("--depths", own.depths or ("2,4" if own.quick else "2,4,8,16"))
     own.batches = whole_numbers("--batches", own.batches or ("32" if own.quick else "128,512"))
-    config, name, workdir = parse_train(rest)
-    if workdir:
-        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out")
+    config, name = read_config(rest, "use --out")
+    refuse(config, SET_HERE)
     return own, config, name
 
 

@@ -20,17 +20,26 @@ import time
 from typing import Any
 
 import jax
+from keys import JOINT, Only, read_config, refuse
 
 from vffjax import ledger, locality, memory, targets
 from vffjax.architectures import PUBLISHED, VGG
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
-from vffjax.flags import parse_train
 from vffjax.logbook import write_json
 from vffjax.trainer import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")
+# Keys whose values the table sets itself, for one row or column after another.
+SET_HERE = {
+    "grouping": Only(("width",), "every row has all groupings", "leave it out"),
+    "rule": Only(("vff",), "every row has VFF and back-propagation", "leave it at vff"),
+    "schedule": JOINT,
+    "frozen_groups": Only((0,), "back-propagation and each grouping have other groups", "use 0"),
+    "overrides": Only(({},), "back-propagation and each grouping have other groups", "leave it out"),
+    "rematerialise": Only((False,), "the table compares steps that keep their maps", "use vffjax memory for the others"),
+}
 VERSIONS = ("jax", "libtpu")
 
 
@@ -74,7 +83,8 @@ def main() -> None:
         for network in own.networks.split(","):
             file = "configs/vgg8b.py" if network in VGG else "configs/resnet18.py"
             given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
-            config = parse_train(given)[0]
+            config = read_config(given, "use --out")[0]
+            refuse(config, {"network": Only((network,), "the networks are those of --networks", "leave it out")} | SET_HERE)
             print(f"== {network}", file=sys.stderr, flush=True)
             about = {"config": json.loads(json.dumps(config.to_dict())), "versions": versions}
             row: dict[str, Any] = found.get(network, {})

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from keys import FLOPS
 
 from vffjax.config import Config
 from vffjax.groups import make_groups
@@ -59,14 +60,18 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     """Model FLOPs of one training step of all groups, two for each multiplication.
 
     Every layer goes forward and has a kernel gradient for each row, clean or labelled; each but the first of its group has an input
-    gradient as well, and so has a head whose gradient enters the group. Heads count for clean rows only.
+    gradient as well, and so has a head whose gradient enters the group. The layers of a frozen group only go forward, and no gradient
+    enters them. Heads count for clean rows only. Raises `UserError` for a configuration whose step is not counted (see `keys.FLOPS`).
     """
+    FLOPS.check(config)
     batch = config.batch_size
     rows = batch + copies_per_step(config, classes)
     enters = {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule] > 0
     total = 0
-    for layers, head in forward_work(config, image_shape, classes):
-        total += rows * (3 * sum(layers) - layers[0]) + batch * head * (3 if enters else 2)
+    for group, (layers, head) in enumerate(forward_work(config, image_shape, classes)):
+        frozen = group < config.frozen_groups
+        total += rows * (sum(layers) if frozen else 3 * sum(layers) - layers[0])
+        total += batch * head * (3 if enters and not frozen else 2)
         if needs_predictions(config):  # one more clean pass, forward alone
             total += batch * (sum(layers) + head)
     return 2 * total

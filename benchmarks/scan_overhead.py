@@ -18,23 +18,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 
-from vffjax.config import Config
+from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES
-from vffjax.flags import parse_train
+from vffjax.errors import UserError
 from vffjax.trainer import Images, init_states, make_epoch, make_plan, make_task, train_step
 
 STEPS, PAIRS = 24, 5
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds of an epoch of `STEPS` steps both ways, and their ratio, scan over loop."""
+    """Seconds of an epoch of `STEPS` steps both ways, and their ratio, scan over loop. Raises `UserError` for what it would not obey."""
+    refuse(config, {"schedule": JOINT, "init_from": RANDOM_WEIGHTS})
     _, shape, classes = SIZES[config.dataset]
     n = STEPS * config.batch_size
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (n, *shape), np.uint8))
     data = Images(images, jnp.asarray(rng.integers(0, classes, n), jnp.int32))
     plan = make_plan(config, n, classes)
+    check_against_data(config, n, shape, classes, len(plan.groups))
     task = make_task(config, classes, shape, (0.5,) * shape[2], (0.25,) * shape[2])
 
     start = time.perf_counter()
@@ -81,5 +84,10 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    config, name, _ = parse_train(sys.argv[1:])
-    print(json.dumps({"config": name} | measure(config), indent=2))
+    try:
+        config, name = read_config(sys.argv[1:], "the result is printed")
+        found = {"config": name} | measure(config)
+    except UserError as error:
+        print("scan_overhead: error:", error, file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(found, indent=2))

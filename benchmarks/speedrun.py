@@ -13,10 +13,12 @@ The rules of the board:
 4. The clock runs while an epoch runs, augmentation included, from its dispatch until its last parameter is there. It stands still while
    the accuracy is taken. It stops at the end of the first epoch that reaches the target. The schedule is what the configuration says, fixed
    before the start: it does not know when the target will come.
-5. Before the clock starts, the data lie on the device, the epoch is compiled, and one whole epoch has run on other parameters with random
-   labels, so that nothing trained leaks into the run. Compilation is reported apart.
+5. Before the clock starts, the data lie on the device, all programs are compiled, that of the accuracy too, and one whole epoch has run on
+   other parameters with random labels, so that nothing trained leaks into the run. Compilation is reported apart.
 6. Every seed counts. One that never reaches the target makes the board's mean meaningless, so the number of seeds that reached it is
-   part of the result, and mean and standard deviation are over those.
+   part of the result, and mean and standard deviation are over those. Under `config.on_nonfinite=stop` a seed whose loss is no longer
+   finite is stopped, and has not reached the target.
+7. Weights start from the seed, and every seed comes from `--seeds`: keys that say otherwise are refused.
 
 The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epochs in place of steps.
 """
@@ -32,15 +34,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
 
 from vffjax import data as data_module
 from vffjax import inference
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
 from vffjax.experiment import on_device, plan_for
-from vffjax.flags import parse_train
 from vffjax.logbook import write_json
-from vffjax.trainer import Images, Plan, init_states, make_epoch, make_task
+from vffjax.trainer import Plan, init_states, make_epoch, make_task
+
+# Keys whose values the board sets itself.
+SET_HERE = {
+    "schedule": JOINT,
+    "init_from": RANDOM_WEIGHTS,
+    "inference": Only(("heads",), "the board's accuracy is that of all heads together", "use inference=heads"),
+}
 
 
 def check_rules(plan: Plan) -> None:
@@ -48,8 +57,7 @@ def check_rules(plan: Plan) -> None:
     config = plan.config
     if len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1:
         raise bad_key("grouping", config.grouping, "one group of all layers is back-propagation", "use grouping=layer or width")
-    if config.schedule != "joint":
-        raise bad_key("schedule", config.schedule, "the board's clock is for groups that train together", "use schedule=joint")
+    refuse(config, SET_HERE)
     if config.val_fraction == 0:
         raise bad_key("val_fraction", config.val_fraction, "leaves nothing to measure on", "hold out some images, such as 0.1")
 
@@ -59,40 +67,46 @@ def race(config: Config, target: float) -> dict[str, Any]:
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     check_rules(plan)
-    train, validation, test = (on_device(split) for split in (dataset.train, dataset.validation, dataset.test))
+    train, *others = (on_device(split) for split in (dataset.train, dataset.validation, dataset.test))
+    judged = dict(zip(("validation", "test"), others, strict=True))
     task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
     start = time.perf_counter()
-    epoch = make_epoch(plan).lower(task, init_states(plan, dataset.image_shape), train, jnp.int32(0)).compile()
-    compile_seconds = time.perf_counter() - start
+    fresh = init_states(plan, dataset.image_shape)
+    epoch = make_epoch(plan).lower(task, fresh, train, jnp.int32(0)).compile()
     scores = inference.make_scores(plan, "heads")
+    scores_of = {name: scores.lower(task, fresh, split.images).compile() for name, split in judged.items()}  # type: ignore[attr-defined]
+    compile_seconds = time.perf_counter() - start
 
-    def accuracy(states: Any, images: Images) -> float:
-        found = np.asarray(scores(task, states, images.images))
+    def accuracy(states: Any, split: str) -> float:
+        found = np.asarray(scores_of[split](task, states, judged[split].images))
         everyone = tuple(range(len(plan.groups)))
-        return 1 - inference.error_percent(inference.ensemble(found, everyone), images.labels) / 100
+        return 1 - inference.error_percent(inference.ensemble(found, everyone), judged[split].labels) / 100
 
     random_labels = np.random.default_rng(config.seed).integers(0, dataset.num_classes, len(train.labels), np.int32)
-    warm, _ = epoch(task, init_states(plan, dataset.image_shape), train._replace(labels=jnp.asarray(random_labels)), jnp.int32(0))
-    accuracy(warm, validation)
+    warm, _ = epoch(task, fresh, train._replace(labels=jnp.asarray(random_labels)), jnp.int32(0))
+    accuracy(warm, "validation")
     del warm
 
     states = jax.block_until_ready(init_states(plan, dataset.image_shape))
     seconds, curve, reached = 0.0, [], None
     for number in range(config.epochs):
         start = time.perf_counter()
-        states, _ = jax.block_until_ready(epoch(task, states, train, jnp.int32(number)))
+        states, metrics = jax.block_until_ready(epoch(task, states, train, jnp.int32(number)))
         seconds += time.perf_counter() - start
-        curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": accuracy(states, validation)})
+        curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": accuracy(states, "validation")})
         print(f"seed {config.seed} epoch {number + 1}: {seconds:.1f} s, {curve[-1]['val_accuracy']:.4f}", file=sys.stderr, flush=True)
         if curve[-1]["val_accuracy"] >= target:
             reached = seconds
+            break
+        if config.on_nonfinite == "stop" and np.any(metrics["nonfinite_steps"]):
+            print(f"seed {config.seed}: a loss is not finite; the race of this seed is over", file=sys.stderr, flush=True)
             break
     return {
         "seed": config.seed,
         "seconds_to_target": reached,
         "epochs": len(curve),
         "images_per_second": len(curve) * plan.steps_per_epoch * config.batch_size / seconds,
-        "test_accuracy": accuracy(states, test),
+        "test_accuracy": accuracy(states, "test"),
         "compile_seconds": compile_seconds,
         "curve": curve,
     }
@@ -133,7 +147,8 @@ def main() -> None:
             raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
         if own.out and not own.out.resolve().parent.is_dir():
             raise UserError(f"--out={own.out}: no such folder; make {own.out.parent} first")
-        config, name, _ = parse_train(rest)
+        config, name = read_config(rest, "use --out")
+        refuse(config, SET_HERE | {"seed": SEEDS})  # before any data are read
         races = [race(make_config(dataclasses.replace(config, seed=int(seed)).to_dict()), own.target) for seed in own.seeds.split(",")]
     except UserError as error:
         print("speedrun: error:", error, file=sys.stderr)

@@ -4,12 +4,16 @@
                                     [--only NAME,NAME] [--steps N] [--repeats N]
 
 Contenders of `vffjax`, each as the scanned epoch: `vff` as configured, `vff-triplet` with a right and a wrong copy of each image, `head`
-the head loss alone, `ff` Hinton's forward-forward, `bp` back-propagation. Of PyTorch (see `torch_peers.py`): `torch-bp`,
-`torch-bp-compiled` by torch.compile, `torch-vff`, the plain form of `vff-triplet`. All have the network, batch, precision, augmentation
-and optimizer of the configuration, and train on random images of the data set's size; no data set is read.
+the head loss alone, `ff` Hinton's forward-forward, `bp` back-propagation. Of PyTorch (see `torch_peers.py`): `torch-bp` back-propagation,
+`torch-vff` the three streams of `vff-triplet`; `torch-bp-compiled` and `torch-vff-compiled` the same by torch.compile. All have the
+network, batch, precision, augmentation and optimizer of the configuration, and train on random images of the data set's size; no data set
+is read. A key that one of the contenders would not obey is refused (see `keys.py`).
 
-After compiling and warming up, contenders take turns: a round times an epoch of `--steps` steps of each. Ratios are to the faster of the
-PyTorch back-propagations of the same round. Achieved FLOP/s count the model's arithmetic (see `rates.py`), and are set against the rate of
+Like is compared with like: `vff-triplet` with the faster of the two `torch-vff`, `bp` with the faster of the two `torch-bp`. `vff` with
+shared copies is another, cheaper algorithm, and the table says so where it sets it beside the others.
+
+After compiling and warming up, contenders take turns: a round times an epoch of `--steps` steps of each. Ratios are taken within a round.
+Achieved FLOP/s count the model's arithmetic (see `rates.py`), and are set against the rate of
 large matrix products in the same precision, the better of the two libraries'. In f32 on a GPU each library keeps its default of TF32,
 which the JSON records; bf16 compares like with like. Writes FILE.json, a bar chart FILE.png, and the table to standard output.
 """
@@ -30,21 +34,41 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import jax
-from contenders import CONTENDERS, TORCH_BP, JaxContender, TorchContender, Unavailable, Workload, torch_products, variant
+from contenders import (
+    CONTENDERS,
+    TORCH_BP,
+    TORCH_VFF,
+    JaxContender,
+    TorchContender,
+    Unavailable,
+    Workload,
+    check_keys,
+    torch_products,
+    variant,
+)
+from keys import read_config
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rates import jax_products, product_rate, training_flops
 
-from vffjax.architectures import RESNET
 from vffjax.config import Config
-from vffjax.errors import UserError, bad_key
-from vffjax.flags import parse_train
+from vffjax.errors import UserError
 from vffjax.logbook import replace_file, write_json
 
 # On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,
 # Intel's for 200. Without a pause a contender of JAX would share its cores with the spinning threads of the PyTorch contender before it.
 # A GPU has no such threads, and would lower its clock.
 _PAUSE = 0.25 if jax.default_backend() == "cpu" else 0.0  # seconds
+
+# Each with the peers whose fastest it is set against.
+COMPARED = (
+    ("vff-triplet", TORCH_VFF),
+    ("bp", TORCH_BP),
+    ("vff", TORCH_BP),
+    ("vff", TORCH_VFF),
+    ("vff", ("bp",)),
+    ("vff-triplet", ("bp",)),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,14 +93,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
         raise UserError(f"--out={own.out}: not a .json file; the chart takes the same name with .png; give for example throughput.json")
     if not own.out.parent.is_dir() or own.out.is_dir() or not os.access(own.out.parent, os.W_OK):
         raise UserError(f"--out={own.out}: cannot be written; give a file in a folder that exists and is yours")
-    config, name, workdir = parse_train(rest)
-    if workdir:
-        raise UserError(f"--workdir={workdir}: nothing is trained to keep; use --out")
-    if config.network in RESNET or config.image_size:
-        key = "network" if config.network in RESNET else "image_size"
-        raise bad_key(key, getattr(config, key), "is not in the PyTorch side of this benchmark", "use conv4 or vgg8b, unresized")
-    if config.schedule != "joint":
-        raise bad_key("schedule", config.schedule, "groups that train one after the other have no one speed", "use schedule=joint")
+    config, name = read_config(rest, "use --out")
+    check_keys(config, own.only)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active" and any(name.startswith("torch") for name in own.only):
         raise UserError("OMP_WAIT_POLICY=active: idle PyTorch threads would spin through the rounds of JAX; unset it")
     on_cpu = jax.default_backend() == "cpu"
@@ -96,7 +114,7 @@ def build(names: list[str], config: Config, work: Workload) -> tuple[dict[str, J
         _progress(f"building {name}")
         try:
             if name.startswith("torch"):
-                ready[name] = TorchContender(variant(config, name), work, compiled=name == "torch-bp-compiled")
+                ready[name] = TorchContender(variant(config, name), work, compiled=name.endswith("-compiled"))
             else:
                 ready[name] = JaxContender(variant(config, name), work)
         except Unavailable as reason:
@@ -153,6 +171,42 @@ def summarise(
     }
 
 
+def comparisons(rounds: list[dict[str, float]], variants: dict[str, Config]) -> list[dict[str, Any]]:
+    """Ratios of images per second to the fastest peer of the same round, and whether the two train by the same algorithm."""
+    found = []
+    for name, peers in COMPARED:
+        present = [peer for peer in peers if rounds and peer in rounds[0]]
+        if not rounds or name not in rounds[0] or not present:
+            continue
+        ratios = [speed[name] / max(speed[peer] for peer in present) for speed in rounds]
+        found.append(
+            {
+                "contender": name,
+                "peers": present,
+                "same_algorithm": _algorithm(variants[name]) == _algorithm(variants[present[0]]),
+                "ratio": statistics.median(ratios),
+                "ratio_range": [min(ratios), max(ratios)],
+                "n": len(ratios),
+            }
+        )
+    return found
+
+
+def _algorithm(config: Config) -> dict[str, Any]:
+    return config.to_dict() | {"contrast": config.resolved_contrast}
+
+
+def comparison_table(found: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines, those of equal algorithms first."""
+    lines = ["| compared | with the fastest of | ratio of images/s | least - most | n | algorithm |", "|---" * 6 + "|"]
+    for row in sorted(found, key=lambda row: not row["same_algorithm"]):
+        low, high = row["ratio_range"]
+        algorithm = "the same on both sides" if row["same_algorithm"] else "two different ones"
+        cells = [row["contender"], ", ".join(row["peers"]), f"{row['ratio']:.2f}", f"{low:.2f} - {high:.2f}", str(row["n"]), algorithm]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if found else []
+
+
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
     head = ["images/s", "least - most", "n", "over best PyTorch BP", "model GFLOP/s", "of matrix products", "compile s", "peak MB"]
@@ -165,6 +219,7 @@ def table(found: dict[str, Any]) -> str:
         cells += [_shown(row["compile_seconds"], 1), _shown(row["peak_bytes"] and row["peak_bytes"] / 1e6, 1)]
         lines.append(f"| {row['contender']} | {' | '.join(cells)} |")
     lines += [f"| {name} | did not run: {reason}{' |' * len(head)}" for name, reason in found["missing"].items()]
+    lines += ["", *comparison_table(found["comparisons"])]
     rates = found["matrix_products"]
     measured = ", ".join(f"{name} {rates[name] / 1e9:,.0f}" for name in ("jax", "torch") if name in rates)
     sizes = f"{rates['size']} x {rates['size']} in {found['config']['precision']}"
@@ -234,8 +289,8 @@ def main() -> None:
         own, config, name = parse(sys.argv[1:])
         work = Workload(config, own.steps)
         variants = {contender: variant(config, contender) for contender in own.only}
-        for contender, one in variants.items():
-            work.check(contender, one)
+        for one in variants.values():
+            work.check(one)
         contenders, missing = build(own.only, config, work)
     except UserError as error:
         print("throughput: error:", " ".join(str(error).split()), file=sys.stderr)
@@ -254,6 +309,7 @@ def main() -> None:
         **about,
         "matrix_products": rates,
         "rows": [summarise(n, contender, rounds, flops[n], rates["best"]) for n, contender in contenders.items()],
+        "comparisons": comparisons(rounds, variants),
         "missing": missing,
         "rounds": rounds,
         "config": config.to_dict(),

@@ -5,6 +5,9 @@ group. Convolutions are NCHW in channels_last memory, images lie on the device a
 float32; `precision=bf16` is autocast, heads included, where `vffjax` computes its heads in float32. In float32 PyTorch's defaults stand:
 on GPUs that have it, TF32 for convolutions and not ("highest") for matrix products.
 
+Eager VFF updates a group before the next one begins, and so keeps one group's maps at a time. Compiled VFF is one graph of all groups, each
+on detached inputs: the same gradients, and more for the compiler to fuse.
+
 Batch normalisation differs from ours in two points that cost no time: the running variance is PyTorch's unbiased one, and each of the
 three streams is normalised by itself, where `vffjax` takes both labelled copies as one stream.
 """
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from keys import PEER
 from torch import Tensor, nn
 
 from vffjax.config import Config, for_group
@@ -242,11 +246,12 @@ def _share_of_rate(config: Config, steps_per_epoch: int) -> Callable[[int], floa
 class Peer:
     """A network under training: back-propagation if `plan.config.rule` is `head` and there is one group, else three-stream VFF.
 
-    Starts from `states`, ours, on `device`, `cpu` or `cuda`. The configuration must normalise by batch and, for VFF, draw wrong labels
-    uniformly. With a `compile_mode`, `torch.compile` takes augmentation, network and loss of back-propagation as one graph.
+    Starts from `states`, ours, on `device`, `cpu` or `cuda`. With a `compile_mode`, `torch.compile` takes augmentation, network and
+    losses of all groups as one graph. Raises `UserError` for a configuration that it would not obey (see `keys.PEER`).
     """
 
     def __init__(self, plan: Plan, task: Task, states: Sequence[GroupState], device: str, compile_mode: str | None = None):
+        PEER.check(plan.config)
         torch.manual_seed(plan.config.seed)
         torch.backends.cudnn.benchmark = True
         self._plan, self._config, self._device = plan, plan.config, device
@@ -258,13 +263,17 @@ class Peer:
         mean, std, codebook = (torch.from_numpy(np.array(a)).to(device) for a in (task.mean, task.std, task.codebook))
         self._scale, self._shift = (1 / (255 * std)).reshape(1, -1, 1, 1), (mean / std).reshape(1, -1, 1, 1)
         self._codebook = codebook.permute(0, 3, 1, 2)  # channels_last memory, as the images
-        self._bp_loss = self._back_propagated_loss if compile_mode is None else torch.compile(self._back_propagated_loss, mode=compile_mode)
+        self._whole_loss = None
+        if compile_mode is not None:
+            whole = self._back_propagated_loss if plan.config.rule == "head" else self._sum_of_losses
+            self._whole_loss = torch.compile(whole, mode=compile_mode)
         self.use_optimizers(IMPLEMENTATIONS[0])
 
     def use_optimizers(self, implementation: str) -> None:
         """Fresh optimizers, one per group, of one of `IMPLEMENTATIONS`."""
+        last = len(self.network) - 1
         self.optimizers = [
-            GroupOptimizer(for_group(self._config, i), group, self._plan.steps_per_epoch, implementation)
+            GroupOptimizer(for_group(self._config, i, last - i), group, self._plan.steps_per_epoch, implementation)
             for i, group in enumerate(self.network)
         ]
 
@@ -282,12 +291,13 @@ class Peer:
 
         A compiled peer may overwrite the result at its next step.
         """
-        if self._config.rule == "head":
-            loss = self._bp_loss(images, labels)
-            loss.backward()
-            self.optimizers[0].step()
-            return loss.detach()
-        return self._three_stream_step(images, labels)
+        if self._whole_loss is None and self._config.rule != "head":
+            return self._three_stream_step(images, labels)
+        loss = (self._whole_loss or self._back_propagated_loss)(images, labels)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach()
 
     def prepare(self, images: Tensor) -> Tensor:
         """Bytes [batch, h, w, c] to augmented, normalised float32 [batch, c, h, w] in channels_last memory."""
@@ -302,11 +312,25 @@ class Peer:
             group = self.network[0]
             return head_loss(self._config, group, group.features(self.prepare(images)), labels)
 
-    def _three_stream_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _streams(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Anchors, and their copies with the right and with a wrong label."""
         x, classes = self.prepare(images), len(self._codebook)
         wrong = (labels + torch.randint(1, classes, labels.shape, device=self._device)) % classes
-        streams: tuple[Tensor, ...] = (x, x + self._codebook[labels], x + self._codebook[wrong])
-        total = torch.zeros((), device=self._device)
+        return x, x + self._codebook[labels], x + self._codebook[wrong]
+
+    def _sum_of_losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of all groups. A group's inputs are detached, so the gradient of the sum is that of each group's own loss."""
+        streams, total = self._streams(images, labels), torch.zeros((), device=self._device)
+        for i, group in enumerate(self.network):
+            with self._autocast():
+                loss, features = three_stream_loss(for_group(self._config, i), group, streams, labels)
+            streams = tuple(z.detach() for z in features)
+            total = total + loss
+        return total
+
+    def _three_stream_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """A group is updated before the next one begins, so that one group's maps are alive at a time."""
+        streams, total = self._streams(images, labels), torch.zeros((), device=self._device)
         for i, (group, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
             with self._autocast():
                 loss, features = three_stream_loss(for_group(self._config, i), group, streams, labels)

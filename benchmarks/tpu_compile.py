@@ -10,6 +10,7 @@ and they differ: `optimal_seconds` of the cost analysis, which knows the chip's 
 expects of each operation, which counts operations as if none ran beside another.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -21,23 +22,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from keys import JOINT, read_config, refuse
 
 from vffjax import targets
-from vffjax.config import Config
+from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
-from vffjax.flags import parse_train
 from vffjax.memory import step_arguments
 from vffjax.trainer import Images, make_plan, run_epoch, train_step
 
 
 class Target:
-    """Abstract arguments of a configuration's epoch and step, placed on one chip of a TPU."""
+    """Abstract arguments of a configuration's epoch and step, placed on one chip of a TPU.
+
+    Raises `UserError` for a configuration that does not fit the data, or whose groups do not train together.
+    """
 
     def __init__(self, config: Config):
+        refuse(config, {"schedule": JOINT})
         sizes = SIZES[config.dataset]
         n = split_sizes(config, sizes.train_images)[0]
         self.plan = make_plan(config, n, sizes.classes)
+        check_against_data(config, n, sizes.image_shape, sizes.classes, len(self.plan.groups))
         self.tpu = targets.find("tpu")
         self.task, self.states, *self.batch = step_arguments(self.plan, self.tpu)
         self.data = Images(self.tpu.array(n, *sizes.image_shape, dtype=jnp.uint8), self.tpu.array(n))  # type: ignore[arg-type]
@@ -79,14 +85,11 @@ class Target:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    out = None
-    if "--out" in arguments:
-        at = arguments.index("--out")
-        out = pathlib.Path(arguments[at + 1])
-        del arguments[at : at + 2]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE.json", help="the result, also printed")
+    own, rest = parser.parse_known_args()
     try:
-        config, name, _ = parse_train(arguments)
+        config, name = read_config(rest, "use --out")
         target = Target(config)
     except UserError as error:
         print("tpu_compile: error:", error, file=sys.stderr)
@@ -101,8 +104,8 @@ def main() -> None:
     } | found
     text = json.dumps(found, indent=2)
     print(text)
-    if out:
-        out.write_text(text + "\n")
+    if own.out:
+        own.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

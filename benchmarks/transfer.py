@@ -5,8 +5,13 @@
 
 1. Trains `--pretrain` (a narrow ResNet-18 on CIFAR-100, by VFF) and exports it under torchvision's names to OUT/pretrained.safetensors.
 2. For every seed, trains `--config` (a CIFAR-10 subset) from that file and from scratch, by VFF and by back-propagation. `--set` gives one
-   rule its own value, chosen on validation data. Seeds draw the subset as well; the pretraining is one and the same.
+   rule its own value, chosen on validation data. Seeds draw the subset as well; the pretraining is one and the same. From scratch all
+   groups learn at the same rate (`group_decay=1`).
 3. Prints errors on the test set, training images/s, and the memory ledger of one step; writes OUT/transfer.json and OUT/transfer.md.
+
+Both rules start from weights that VFF has trained; weights pretrained by back-propagation are not part of the comparison. VFF has a head
+for every group and back-propagation one for the network, so the two do not have equally many parameters: the counts are printed below the
+table.
 
 Each run is an ordinary run in OUT/runs, so that what was stopped goes on. To fine-tune ImageNet weights instead: see
 configs/finetune_resnet18_cifar10.py and configs/finetune.py.
@@ -20,6 +25,8 @@ from typing import Any
 
 import compare_rules
 import jax
+from keys import Only, refuse
+from networks import parameters
 
 from vffjax import experiment, ledger, memory, targets, weights
 from vffjax.config import Config, make_config
@@ -30,7 +37,12 @@ from vffjax.workdir import load_run
 
 RULES = ("vff", "bp")
 # Of 1e-3 and 4e-3, what erred less on the 2,000 validation images of seed 0, for each rule and start; the configuration's own is VFF's.
+# They belong to this configuration alone; any other keeps its own.
+CHOSEN_FOR = "configs/finetune_resnet18_cifar10.py:narrow"
 CHOSEN: dict[tuple[str, str], dict[str, Any]] = {("bp", "pretrained"): {"learning_rate": 1e-3}}
+
+
+SET_HERE = {"init_from": Only(("",), "runs start from the weights that this benchmark trains, and from scratch", "leave it empty")}
 
 
 def pretrain(config: Config, out: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
@@ -51,13 +63,20 @@ def bytes_of_a_step(config: Config) -> str:
     return ledger.table(rows)
 
 
+def heads_in_words(config: Config, variants: dict[str, dict[str, Any]]) -> str:
+    """How many parameters the heads of each rule have, and whose weights the pretrained rows start from."""
+    counts = {rule: parameters(make_config(config.to_dict() | changes))["heads"] for rule, changes in variants.items()}
+    shown = ", ".join(f"{rule} {count:,}" for rule, count in counts.items())
+    return f"Both rules start from weights that VFF has trained. Parameters of all heads: {shown}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results and runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")
     parser.add_argument("--pretrain", default="configs/resnet18.py:narrow_cifar100", metavar="FILE[:VARIANT]")
-    parser.add_argument("--config", default="configs/finetune_resnet18_cifar10.py:narrow", metavar="FILE[:VARIANT]")
+    parser.add_argument("--config", default=CHOSEN_FOR, metavar="FILE[:VARIANT]")
     own = parser.parse_args()
     begin = time.perf_counter()
     # A program does not depend on where its weights start: two runs of each seed share one.
@@ -67,6 +86,9 @@ def main() -> None:
             raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
         variants = {rule: compare_rules.RULES[rule] | compare_rules.given(own.set, rule) for rule in RULES}
         config, name, _ = parse_train(["--config", own.config])
+        refuse(config, SET_HERE)
+        compare_rules.check_keys(config, variants)
+        chosen = CHOSEN if own.config == CHOSEN_FOR else {}
         file, pretrained = pretrain(parse_train(["--config", own.pretrain])[0], own.out)
         print(f"pretrained: {pretrained['test_error']:.2f} % test error, {pretrained['seconds']:.0f} s of training", file=sys.stderr)
         runs: dict[str, list[dict[str, Any]]] = {}
@@ -74,15 +96,15 @@ def main() -> None:
             for rule in RULES:
                 for start, changes in (("pretrained", {"init_from": str(file)}), ("scratch", {"init_from": "", "group_decay": 1.0})):
                     print(f"== {rule} from {start}, seed {seed}", file=sys.stderr, flush=True)
-                    one = make_config(config.to_dict() | {"seed": seed} | changes | CHOSEN.get((rule, start), {}) | variants[rule])
+                    one = make_config(config.to_dict() | {"seed": seed} | changes | chosen.get((rule, start), {}) | variants[rule])
                     run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}") | {"config": one.to_dict()}
                     runs.setdefault(f"{rule} from {start}", []).append(run)
-        step = bytes_of_a_step(config)
+        step, heads = bytes_of_a_step(config), heads_in_words(config, variants)
     except UserError as error:
         print("transfer: error:", error, file=sys.stderr)
         sys.exit(2)
     rows, minutes = compare_rules.summarise(runs), (time.perf_counter() - begin) / 60
-    text = f"{compare_rules.table(rows, f'{name}, seeds {own.seeds}')}\n```\n{step}\n```\n"
+    text = f"{compare_rules.table(rows, f'{name}, seeds {own.seeds}')}\n{heads}\n\n```\n{step}\n```\n"
     found = {"config": config.to_dict(), "rules": variants, "pretrained": pretrained, "rows": rows, "runs": runs, "minutes": minutes}
     write_json(own.out / "transfer.json", found | {"command": sys.argv[1:]})
     replace_file(own.out / "transfer.md", text.encode())

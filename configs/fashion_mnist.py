@@ -2,8 +2,8 @@
 
     python train.py --config configs/fashion_mnist.py
 
-Test error 10.2 ± 0.2 % (mean and standard deviation, n = 3 seeds) in half a minute of training on 2 CPU cores; back-propagation on the same
-network and budget (--config.rule=head --config.grouping=all) 10.0 ± 0.3 %. Settings taken over from MNIST, untried.
+Test error 10.2 ± 0.2 % (mean and standard deviation, n = 3 seeds); back-propagation on the same network and budget
+(--config.rule=head --config.grouping=all) 10.0 ± 0.3 %. Settings taken over from MNIST, untried.
 """
 
 import ml_collections

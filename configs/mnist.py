@@ -2,8 +2,8 @@
 
     python train.py --config configs/mnist.py
 
-Test error 0.76 ± 0.08 % (mean and standard deviation, n = 3 seeds) in 2 minutes of training on 2 CPU cores; back-propagation on the same
-network and budget (--config.rule=head --config.grouping=all) 0.81 ± 0.12 %. The learning rate was chosen on validation images.
+Test error 0.76 ± 0.08 % (mean and standard deviation, n = 3 seeds); back-propagation on the same network and budget
+(--config.rule=head --config.grouping=all) 0.81 ± 0.12 %. The learning rate was chosen on validation images.
 """
 
 import ml_collections

@@ -5,8 +5,8 @@
     python train.py --config configs/resnet18.py --config.rule=head --config.grouping=all      # the same by back-propagation
     python train.py --config configs/resnet18.py:narrow_cifar100   # 2 CPU cores, minutes: weights to fine-tune
 
-narrow_cifar100: torchvision's ResNet-18 a quarter as wide, at 64x64, four epochs: test error 67.4 % (n = 1), the best group 68.4 %, in
-under 5 minutes of training on 2 CPU cores. Its use is to be fine-tuned: benchmarks/transfer.py.
+narrow_cifar100: torchvision's ResNet-18 a quarter as wide, at 64x64, four epochs: test error 67.4 % (n = 1), the best group 68.4 %. Its
+use is to be fine-tuned: benchmarks/transfer.py.
 
 Not trained at full width: no accelerator was at hand. What was checked is that a step compiles for a TPU v5e (docs/performance.md).
 """

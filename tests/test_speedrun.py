@@ -5,20 +5,25 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 import runs
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import speedrun
 
+from vffjax import trainer
 from vffjax.errors import UserError
 from vffjax.trainer import make_plan
 
 
 @pytest.fixture
 def raced(monkeypatch):
-    """`raced(target)` on tiny digits; also the labels of every epoch that ran, with the sum of the parameters it started from."""
-    seen = []
+    """`raced(target)` on tiny digits; also the labels of every epoch that ran, with the sum of the parameters it started from.
+
+    A list given as `into` gets "epoch" where one began, and JAX's own events, those of its compiler among them, in their order.
+    """
+    seen, events = [], []
     original = speedrun.make_epoch
 
     class Watched:
@@ -31,6 +36,7 @@ def raced(monkeypatch):
 
         def compile(self):
             def epoch(task, states, data, number):
+                events.append("epoch")
                 seen.append((np.asarray(data.labels), float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(states)))))
                 return self.compiled(task, states, data, number)
 
@@ -38,11 +44,19 @@ def raced(monkeypatch):
 
     monkeypatch.setattr(speedrun, "make_epoch", Watched)
 
-    def run(target):
-        with runs.compiled_once():
-            return speedrun.race(runs.tiny(), target), seen
+    def listen(event, *_, **__):
+        events.append(event)
 
-    return run
+    def run(target, into=None, **changes):
+        with runs.compiled_once():
+            result = speedrun.race(runs.tiny(**changes), target), seen
+        if into is not None:
+            into += events
+        return result
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield run
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_the_clock_stops_at_the_first_epoch_that_reaches_the_target(raced):
@@ -58,6 +72,24 @@ def test_the_clock_stops_at_the_first_epoch_that_reaches_the_target(raced):
     assert warm_start == start
 
 
+def test_nothing_is_compiled_once_the_clock_can_run(raced):
+    """Neither the epoch nor the accuracy on validation or test images."""
+    raced(0.0, events := [])
+    assert events.count("epoch") == 2  # the warm-up, and the one that reaches the target
+    clock = len(events) - events[::-1].index("epoch")
+    assert any("compile" in event for event in events[:clock])
+    assert [event for event in events[clock:] if "compile" in event] == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_race_of_its_seed(raced, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "make_optimizer", lambda *_: optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38)))
+    result, seen = raced(0.999, rule="head")
+    assert (result["seconds_to_target"], result["epochs"], len(seen)) == (None, 1, 2)
+    assert "a loss is not finite" in capsys.readouterr().err
+    result, _ = raced(0.999, rule="head", on_nonfinite="skip")
+    assert result["epochs"] == runs.TINY["epochs"]
+
+
 def test_a_target_out_of_reach_is_said(raced):
     result, _ = raced(0.999)
     assert result["seconds_to_target"] is None
@@ -68,7 +100,9 @@ def test_a_target_out_of_reach_is_said(raced):
     assert "never (0 of 1 seeds)" in speedrun.line(speedrun.summarise([result]), 0.999)
 
 
-@pytest.mark.parametrize("changes", [{"grouping": "all"}, {"schedule": "sequential"}, {"val_fraction": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"grouping": "all"}, {"schedule": "sequential"}, {"val_fraction": 0.0}, {"inference": "sweep"}], ids=str
+)
 def test_what_the_board_does_not_admit(changes):
     with pytest.raises(UserError, match=f"config.{next(iter(changes))}="):
         speedrun.check_rules(make_plan(runs.tiny(**changes), 100, 10))

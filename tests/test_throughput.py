@@ -1,5 +1,6 @@
 """The benchmark against PyTorch: its arithmetic, its order of measuring, its table, and what it says to bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,8 +13,12 @@ from oracles import CONV, MLP, config_of
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import contenders  # noqa: E402
+import keys  # noqa: E402
 import rates  # noqa: E402
 import throughput  # noqa: E402
+
+from vffjax.config import FIELDS  # noqa: E402
+from vffjax.errors import UserError  # noqa: E402
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py"), "--config.batch_size=16"]
 TINY = [*DIGITS, "--config.network=mlp", "--config.widths=(4,4)", "--config.grouping=layer"]
@@ -35,6 +40,8 @@ BY_WIDTH = 3 * sum(CONV_LAYERS) - 4608 - 3456  # the first layer of each group h
         (CONV | TRIPLET, 36 * BY_WIDTH + 12 * 2 * (192 + 72)),
         (CONV | TRIPLET | {"negatives": "hard"}, 36 * BY_WIDTH + 12 * 2 * (192 + 72) + 12 * (22464 + 192 + 72)),
         (CONV | {"rule": "ff", "grouping": "layer"}, 36 * 2 * 22464 + 12 * 2 * (192 + 192 + 288 + 72)),
+        # The first group frozen: its layers only go forward, and its head only reads.
+        (CONV | {"head_weight": 0.5, "frozen_groups": 1}, 18 * (4608 + 9216 + 3 * 8640 - 3456) + 12 * (2 * 192 + 3 * 72)),
         (MLP | {"rule": "head"}, 12 * 2 * (128 * 12 + 120 + 120) + 12 * 3 * (36 + 30 + 36)),
     ],
 )
@@ -79,6 +86,40 @@ def test_ratios_are_to_the_best_peer_of_the_same_round():
     assert (row["flops_per_second"], row["share_of_matrix_product_rate"]) == (120.0, 0.25)
     alone = throughput.summarise("bp", contender, [{"bp": 10.0, "torch-vff": 5.0}], 4.0, 480.0)
     assert alone["over_torch_bp"] is None
+
+
+def test_like_is_compared_with_the_fastest_like_of_the_same_round():
+    names = ["vff", "vff-triplet", "bp", "torch-vff", "torch-vff-compiled", "torch-bp", "torch-bp-compiled"]
+    variants = {name: contenders.variant(config_of(**CONV), name) for name in names}
+    speeds = [(8.0, 6.0, 10.0, 2.0, 1.0, 5.0, 4.0), (9.0, 8.0, 12.0, 1.0, 4.0, 5.0, 6.0), (8.0, 5.0, 14.0, 2.5, 2.0, 2.0, 1.0)]
+    rounds = [dict(zip(names, speed, strict=True)) for speed in speeds]
+    found = {(row["contender"], *row["peers"]): row for row in throughput.comparisons(rounds, variants)}
+    streams, bp = found["vff-triplet", "torch-vff", "torch-vff-compiled"], found["bp", "torch-bp", "torch-bp-compiled"]
+    assert (streams["ratio"], streams["ratio_range"], streams["n"]) == (2.0, [2.0, 3.0], 3)  # of 3, 2 and 2
+    assert (bp["ratio"], bp["ratio_range"]) == (2.0, [2.0, 7.0])
+    assert [row["same_algorithm"] for row in (streams, bp)] == [True, True]
+    assert not any(row["same_algorithm"] for key, row in found.items() if key[0] == "vff")
+    shown = throughput.comparison_table(list(found.values()))
+    assert shown[2] == "| vff-triplet | torch-vff, torch-vff-compiled | 2.00 | 2.00 - 3.00 | 3 | the same on both sides |"
+    assert ["the same on both sides" in line for line in shown[2:]] == [True, True] + [False] * (len(found) - 2)
+
+    triplet = {name: contenders.variant(config_of(**CONV, labelling="triplet"), name) for name in ("vff", "torch-vff")}
+    assert throughput.comparisons([{"vff": 8.0, "torch-vff": 2.0}], triplet)[0]["same_algorithm"]
+    assert throughput.comparisons([{"bp": 1.0}], {}) == []
+
+
+@pytest.mark.parametrize("known", [keys.PEER, keys.FLOPS], ids=["PyTorch", "FLOPs"])
+def test_every_key_of_the_configuration_is_in_one_list(known):
+    listed = [*known.obeyed, *known.immaterial, *known.only]
+    assert sorted(listed) == sorted(FIELDS)
+
+
+def test_a_key_that_nobody_has_listed_must_keep_its_default():
+    known = keys.PEER._replace(obeyed=tuple(key for key in keys.PEER.obeyed if key != "margin"))
+    triplet = config_of(**CONV, labelling="triplet")
+    known.check(triplet)
+    with pytest.raises(UserError, match=r"config\.margin=0\.5: .*use 0\.0"):
+        known.check(dataclasses.replace(triplet, margin=0.5))
 
 
 @pytest.mark.slow
@@ -183,6 +224,15 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
         (["--config.norm=layer"], ["config.norm='layer'", "norm=auto", "--only"]),
         (["--config.labelling=triplet", "--config.negatives=hard"], ["config.negatives='hard'", "negatives=uniform", "--only"]),
         (["--config.cutout=9"], ["config.cutout=9", "8-pixel images"]),
+        (["--config.rule=head"], ["config.rule='head'", "leave it at vff", "--only"]),
+        (["--config.frozen_groups=1"], ["config.frozen_groups=1", "bp has grouping=all", "use 0", "leave bp, torch-bp", "--only"]),
+        (["--config.frozen_groups=1", "--only=vff,torch-vff"], ["config.frozen_groups=1", "PyTorch", "frozen_groups=0", "--only"]),
+        (["--config.frozen_groups=3", "--only=vff"], ["config.frozen_groups=3", "2 groups"]),
+        (["--config.init_from=w.safetensors"], ["config.init_from='w.safetensors'", "random weights", "leave it empty"]),
+        (["--config.on_nonfinite=skip"], ["config.on_nonfinite='skip'", "PyTorch", "on_nonfinite=stop", "--only"]),
+        (["--config.rematerialise=True"], ["config.rematerialise=True", "PyTorch", "rematerialise=False", "--only"]),
+        (["--config.network=resnet18", "--only=vff"], ["config.network='resnet18'", "conv4"]),
+        (["--config.network=vgg8b", "--config.image_size=32"], ["config.image_size=32", "image_size=0"]),
     ],
 )
 def test_bad_input_ends_with_status_2_and_one_line(arguments, parts, tmp_path, monkeypatch, capsys):
@@ -194,6 +244,20 @@ def test_bad_input_ends_with_status_2_and_one_line(arguments, parts, tmp_path, m
     assert err.startswith("throughput: error: ")
     assert not [part for part in parts if part not in err], err
     assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_only_some_contenders_obey():
+    config = config_of(**CONV, overrides={"group1": {"learning_rate": 1e-4}})
+    contenders.check_keys(config, ["vff", "torch-vff"])
+    assert contenders.variant(config, "torch-vff").overrides == config.overrides
+    with pytest.raises(UserError, match=r"config\.overrides=.*bp has grouping=all.*leave bp out by --only"):
+        contenders.check_keys(config, ["vff", "bp"])
+    contenders.check_keys(config_of(**CONV, rematerialise=True, frozen_groups=1), ["vff", "vff-triplet", "head"])
+    frozen = config_of(**CONV, labelling="triplet", init_from="w.safetensors", norm_statistics="frozen")
+    with pytest.raises(UserError, match=r"config\.norm_statistics='frozen': .*use norm_statistics=batch"):
+        keys.PEER.check(frozen)
+    with pytest.raises(UserError, match=r"config\.init_from="):
+        contenders.check_keys(frozen, ["vff"])
 
 
 def test_out_is_asked_for_and_spinning_threads_are_refused(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from oracles import CONV, MLP, assert_close, config_of, quick_jit, small_run
 
 from vffjax import losses, rules
 from vffjax.augment import normalise
+from vffjax.errors import UserError
 from vffjax.trainer import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
@@ -158,6 +159,38 @@ def test_the_three_stream_step_moves_each_group_by_the_gradient_of_its_own_loss(
         moved = jax.tree.map(lambda a, b: a - b, old, in_our_layout(peer_group, lambda p: p))
         assert_close(moved, expected, **TOLERANCE)
     assert_close(found, total, **TOLERANCE)
+
+
+@networks
+def test_one_graph_of_all_groups_makes_the_steps_that_group_after_group_makes(network, monkeypatch):
+    """What torch.compile is given; its own work is not repeated here."""
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode: given.append((function.__name__, mode)) or function)
+    changes = {"classes": 2, "head_weight": 0.3, "learning_rate": 0.1, "optimizer": "sgd", **VFF}
+    run, eager = both(network, **changes)
+    whole = torch_peers.Peer(run.plan, run.task, run.states, "cpu", "some mode")
+    assert given == [("_sum_of_losses", "some mode")]
+    start = in_our_layout(whole.network[1], lambda p: p)
+    losses = [[float(peer.step(*tensors(*run.batch()))) for _ in range(2)] for peer in (eager, whole)]
+    assert_close(*losses, rtol=1e-6)
+    for one, other in zip(eager.network, whole.network, strict=True):
+        assert_close(in_our_layout(one, lambda p: p), in_our_layout(other, lambda p: p), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(start["head"]["bias"], in_our_layout(whole.network[1], lambda p: p)["head"]["bias"])
+
+
+def test_a_group_s_rate_is_its_own():
+    changes = {"learning_rate": 0.1, "group_decay": 0.5, "warmup_epochs": 0.0, **VFF}
+    for overrides, rates in (({}, (0.05, 0.1)), ({"group0": {"learning_rate": 0.3}}, (0.3, 0.1))):
+        _, peer = both("conv4", overrides=overrides, **changes)
+        found = [optimizer._optimizer.param_groups[0]["lr"] for optimizer in peer.optimizers]
+        assert found == pytest.approx(rates)
+
+
+def test_a_configuration_that_the_peer_would_not_obey_is_refused():
+    with pytest.raises(UserError, match=r"config\.frozen_groups=1: "):
+        both("conv4", frozen_groups=1, **VFF)
+    with pytest.raises(UserError, match=r"config\.labelling='shared': "):
+        both("conv4")
 
 
 @networks
