@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
 import tempfile
 
 from vffjax import weights
@@ -102,17 +103,27 @@ def _start_of(a: argparse.Namespace, rest: list[str]) -> Config | None:
 
 
 def predict(arguments: list[str]) -> None:
-    parser = parser_of("predict", "Classes of PNG or JPEG files, with probabilities, by each group's head and by the voting ensemble.")
+    about = (
+        "Classes of PNG or JPEG files, with probabilities, by each group's head and by the voting ensemble. The network sees a file as a"
+    )
+    about += (
+        " person does: turned by its EXIF orientation; what is transparent on black, or on white where what is visible is dark. Its short"
+    )
+    about += " side is resized to the network's input and the middle cut out. A picture unlike the training images gets a note on stderr."
+    parser = parser_of("predict", about)
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
     parser.add_argument("--top", type=a_count, default=3, help="classes shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="PNG or JPEG; resized to the network's input")
+    parser.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="PNG or JPEG; its middle is what counts")
     a = parser.parse_args(arguments)
     from vffjax import prediction
 
     with naming_files(a.workdir):
         found = prediction.predict(a.workdir, a.images, a.epoch, a.top)
+    for entry in found:
+        if "note" in entry:
+            print(f"{printable(entry['image'])}: {entry['note']}", file=sys.stderr)
     if a.json:
         print(json.dumps(found, indent=2))
         return
