@@ -14,6 +14,7 @@ from oracles import CONV, config_of, small_run
 from runs import TINY, assert_same_bits, compiled_once, contents, finished, tiny, train
 
 from vffjax import experiment, weights
+from vffjax.config import make_config
 from vffjax.trainer import init_states
 from vffjax.workdir import load_run
 
@@ -146,7 +147,8 @@ UNFIT = {
     "empty": (content(b""), ["not safetensors, or truncated (0 bytes"]),
     "short": (content(b"abc"), ["not safetensors"]),
     "text": (content(b"these are no weights at all"), ["not safetensors"]),
-    "a pickle": (content(b"\x80\x04\x95\x10\0\0\0\0\0\0\0}."), ["not safetensors"]),
+    "a pickle": (content(b"\x80\x04\x95\x10\0\0\0\0\0\0\0}."), ["not safetensors, but a Python pickle"]),
+    "a web page": (content(b"<!DOCTYPE html><html></html>"), ["not safetensors, but a web page"]),
     "a header as long as the file": (content(lambda b: len(b).to_bytes(8, "little") + b[8:]), ["not safetensors"]),
     "a header of 2**63 bytes": (content(lambda b: (2**63).to_bytes(8, "little") + b[8:]), ["a header of 9223372036854775808"]),
     "truncated": (content(lambda b: b[:-1]), ["truncated or damaged", "bytes of tensors, not"]),
@@ -202,8 +204,24 @@ def test_what_is_no_file_is_refused_at_once(run, tmp_path):
     read(tmp_path / "none.safetensors", "No such file")
     read(tmp_path / "folder.safetensors", "not a file")
     read(tmp_path / "pipe.safetensors", "not a file")
-    read(tmp_path / "w.npz", "not a .safetensors file, nor PyTorch's")
+    read(tmp_path / "w.npz", "NumPy arrays, not a .safetensors file, nor PyTorch's")
+    read(tmp_path / "w.weights", "w.weights: not a .safetensors file, nor PyTorch's")
     read(f"{tmp_path}/{'x' * 300}.safetensors", "too long")
+
+
+KINDS = {
+    "model.safetensors.index.json": "the index of weights that lie in several files",
+    "w.onnx": "an ONNX model",
+    "w.h5": "a Keras model",
+    "model.ckpt.data-00000-of-00001": "a part of a TensorFlow checkpoint",
+    "w.msgpack": "Flax's own serialization",
+    "W.NPZ": "NumPy arrays",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_a_file_that_cannot_be_weights_is_called_what_it_is(name, kind):
+    refused(lambda: make_config({"init_from": name}), f"config.init_from={name!r}: {kind}, not a .safetensors file; give one")
 
 
 def test_a_sparse_file_is_not_read_into_memory(run, file):

@@ -2,7 +2,7 @@
 
 By our names each group's parameters and batch statistics are float32 tensors named after their place, such as
 `group0.params.layers_0.kernel`: all of a run's. torchvision's are those of a ResNet without groups; see `networks.pretrained`. One metadata
-entry, `vffjax`, holds JSON: format, network, classes, image shape. What files may claim is checked in `tensor_files`.
+entry, `vffjax`, holds JSON: format, network, classes, image shape. Files are opened, checked and unwrapped by `weight_files`.
 """
 
 import json
@@ -20,7 +20,8 @@ from vffjax.config import HUB, WEIGHT_FILES, Config, layer_sizes
 from vffjax.data import SIZES
 from vffjax.errors import UserError, printable
 from vffjax.logbook import replace_file
-from vffjax.tensor_files import AGAIN, Tensor, opened
+from vffjax.tensor_files import AGAIN, Tensor
+from vffjax.weight_files import opened
 
 if TYPE_CHECKING:
     from vffjax.groups import GroupState
