@@ -114,14 +114,28 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
     """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch."""
-    workdir = pathlib.Path(workdir)
+    checkpoints, plan, run = _chosen(pathlib.Path(workdir), epoch)
+    states, task = checkpoints.restore(run["epoch"], plan)
+    return plan, states, task, run
+
+
+def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> tuple[Plan, GroupState, dict[str, Any]]:
+    """One group of a trained run, with its plan and run state. No file of another group is read, so that those may be damaged."""
+    checkpoints, plan, run = _chosen(pathlib.Path(workdir), epoch)
+    if group >= len(plan.groups):
+        raise UserError(f"--group={group}: the network has {len(plan.groups)} groups; give one from 0 to {len(plan.groups) - 1}")
+    if from_json(run["config"], f"{workdir}: foreign checkpoint").trained_by() != plan.config.trained_by():
+        raise UserError(f"{workdir}: config.json is not the configuration that epoch {run['epoch']} was trained by; restore the run's own")
+    return plan, checkpoints.restore_group(run["epoch"], plan, group), run
+
+
+def _chosen(workdir: pathlib.Path, epoch: str) -> tuple[Checkpoints, Plan, dict[str, Any]]:
+    """The checkpoints, the plan, and the run state of the epoch that is meant."""
     config = read_config(workdir)
     checkpoints = Checkpoints(workdir)
     chosen = {"best": checkpoints.best, "latest": checkpoints.latest}.get(epoch, lambda: _numbered(checkpoints, epoch))()
     run = checkpoints.run(chosen)
-    plan = make_plan(config, run["train_size"], len(run["class_names"]))
-    states, task = checkpoints.restore(chosen, plan)
-    return plan, states, task, run
+    return checkpoints, make_plan(config, run["train_size"], len(run["class_names"])), run
 
 
 def _numbered(checkpoints: Checkpoints, epoch: str) -> int:
