@@ -319,7 +319,7 @@ WRAPPED |= {
         "callbacks": {"ModelCheckpoint{'monitor': 'val'}": {"best_model_score": torch.tensor(0.3), "kth": {"a.ckpt": torch.tensor(1)}}},
         "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(50)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
         "lr_schedulers": [],
-        "hyper_parameters": {"lr": 0.1, "name": "x", "betas": (0.9, 0.99), "raw": b"bytes"},
+        "hyper_parameters": {"lr": 0.1, "name": "x", "betas": (0.9, 0.99)},
     },
 }
 PREFIXED = [
@@ -518,7 +518,9 @@ REFUSED = {
     ),
     "a list": (another(lambda state: list(state.values())), ["a list, which is no state dict"]),
     "a number among them": (changed(x=3), ["x is no plain tensor with a name (int)"]),
-    "a sparse tensor": (changed(x=torch.eye(3).to_sparse()), ["x is no plain tensor"]),
+    "a sparse tensor": (changed(x=torch.eye(3).to_sparse()), ["it asks for torch._utils._rebuild_sparse_tensor"]),
+    "bytes, which a chain of codecs could make grow": (changed(x=b"raw"), ["it asks for _codecs.encode"]),
+    "a tensor without content": (changed(x=torch.empty(3, device="meta")), ["it asks for torch._utils._rebuild_meta_tensor"]),
     "a number for a name": (another(lambda state: {3: torch.ones(2)}), ["3 is no plain tensor with a name"]),
     "a compressed archive": (deflated, ["compressed"]),
     "no archive": (lambda _, path: path.write_bytes(b"PK\x03\x04" + bytes(100)), ["BadZipFile"]),
@@ -635,6 +637,8 @@ def test_a_low_rank_adapter_and_a_file_of_pytorch_by_another_name_are_refused(na
     path = tmp_path / "w.safetensors"
     path.write_bytes(safetensors.numpy.save({"base_model.model.layer1.0.conv1.lora_A.weight": np.zeros((2, 3), np.float32)}))
     refused(lambda: start(path, narrow_plan), f"{path}: a LoRA adapter")
+    part = saved(peer("resnet18", NARROW), tmp_path / "model-00001-of-00002.safetensors")
+    refused(lambda: start(part, narrow_plan), f"{part}: one of several files")
     torch.save({}, path)
     refused(lambda: start(path, narrow_plan), f"{path}: not safetensors, but a zip archive, such as PyTorch's")
 

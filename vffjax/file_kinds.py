@@ -3,6 +3,7 @@
 import re
 from typing import IO
 
+LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, with which PyTorch's files began before 1.6
 _BY_NAME = {
     r"\.index\.json": "the index of weights that lie in several files",
     r"\.json": "JSON",
@@ -25,7 +26,7 @@ _BY_BYTES = (
     (0, b"PK\x03\x04", "a zip archive, such as PyTorch's or NumPy's"),
     (0, b"\x1f\x8b", "a gzip archive"),
     (257, b"ustar", "a tar archive"),
-    (0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "PyTorch's, of the format before 1.6"),
+    (0, LEGACY_TORCH, "PyTorch's, of the format before 1.6"),
     (0, b"\x80", "a Python pickle"),
     (0, b"version https://git-lfs", "a pointer of Git LFS, not the file itself (git lfs pull fetches it)"),
     (8, b"{", "safetensors"),

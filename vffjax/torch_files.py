@@ -28,14 +28,11 @@ STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
 _SAFE_TORCH = (2, 6)
 # A state dict of a thousand layers, with an optimizer's, takes less than 1 MiB; a longer one would take minutes to go through.
 _MAX_PICKLE = 2**22
-# The first object of a file in the format before PyTorch 1.6.
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# Nothing here sets memory aside by a number that the file states, as bytearray and torch.Tensor do.
+# None of these sets memory aside by a number that the file states, as bytearray and torch.Tensor do. A chain of _codecs.encode could make
+# it grow without bound.
 _ALLOWED = re.compile(
-    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
-    r"|torch\.(Size|device|(?!Untyped|Typed)[A-Z]\w*Storage|b?float\w*|u?int\d+|bool|complex\d+|half|double|long|short|quint\w+|qint\w+)"
-    r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state|sparse_tensor|qtensor)"
-    r"|torch\.serialization\._get_layout|torch\.(per_\w+|sparse_\w+|strided)"
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
+    r"|torch\.(Size|device|(?!Untyped|Typed)[A-Z]\w*Storage|b?float\w*|u?int\d+|bool|complex\d+|half|double|long|short)"
 )
 _WIDTHS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 _PLAIN = "save a plain state dict by torch.save, or use safetensors"
@@ -93,11 +90,10 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
 def _state_dict(loaded: Any) -> Mapping[Any, Any]:
     """The state dict in what was loaded, without what a trainer saved beside it."""
     for _ in range(len(STATE_DICTS)):
-        inner = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), Mapping)), None) if _is_dict(loaded) else None
-        if inner is None:
+        if not isinstance(loaded, Mapping):
             break
-        loaded = inner
-    if not _is_dict(loaded):
+        loaded = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), Mapping)), loaded)
+    if not isinstance(loaded, Mapping):
         raise _Unfit(f"holds a {type(loaded).__name__}, which is no state dict")
     if {"state", "param_groups"} <= loaded.keys():
         raise _Unfit("the state of an optimizer, not a network's weights")
@@ -107,14 +103,10 @@ def _state_dict(loaded: Any) -> Mapping[Any, Any]:
     return loaded
 
 
-def _is_dict(loaded: Any) -> bool:
-    return isinstance(loaded, Mapping)
-
-
 def _storages(file: io.BytesIO) -> collections.Counter[int]:
     """How many storages of how many bytes a file holds, of either format. Raises `_Unfit` or `ValueError` where it is not as
     `torch.save` writes it."""
-    if bytes(file.getbuffer()[: len(_LEGACY)]) == _LEGACY:
+    if file.getvalue().startswith(file_kinds.LEGACY_TORCH):
         return _of_legacy(file)
     if file.read(4) != b"PK\x03\x04":
         kind = file_kinds.by_content(file)
@@ -123,7 +115,7 @@ def _storages(file: io.BytesIO) -> collections.Counter[int]:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if any(re.match(r"[^/]+/(code/|constants\.pkl$)", name) for name in names):
+        if any(name.endswith("/constants.pkl") for name in names):
             raise _Unfit("a TorchScript archive, which holds a program")
         if any(name.endswith(".npy") for name in names):
             raise _Unfit("NumPy arrays (.npz), not a file of torch.save")

@@ -26,6 +26,8 @@ def opened(path: pathlib.Path | str, most_bytes: int) -> Iterator[dict[str, Tens
         kind = file_kinds.by_name(str(path))
         what = f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file, nor PyTorch's"
         raise UserError(f"{path}: {what}; give one that vffjax export, torchvision or timm has written")
+    if re.search(r"-\d{5}-of-\d{5}\.\w+$", str(path)):
+        raise UserError(f"{path}: one of several files that hold the weights together; save them as one, and give that")
     with _open(path) as file:
         found = of_safetensors(path, file) if str(path).endswith(WEIGHT_FILES[0]) else torch_files.tensors(path, file, most_bytes)
         found = unwrapped(found)
