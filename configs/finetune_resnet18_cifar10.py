@@ -3,7 +3,7 @@
     pip install -e ".[hub]"                                                    # the weights are downloaded from Hugging Face, once
     python train.py --config configs/finetune_resnet18_cifar10.py                 # GPU or TPU
 
-`--config.init_from=FILE` takes a file of torchvision or timm, .safetensors or .pth. `--config.rule=head --config.grouping=all` is the
+`--config.init_from=FILE` takes weights of torchvision, timm or transformers. `--config.rule=head --config.grouping=all` is the
 same by back-propagation.
 
     python train.py --config configs/finetune_resnet18_cifar10.py:narrow --config.init_from=FILE   # 2 CPU cores, minutes

@@ -40,7 +40,7 @@ def test_help_of_train_explains_every_key(arguments, call):
 OPTIONS = {
     "evaluate": ["--workdir", "--inference", "--epoch", "--data_dir", "--json"],
     "predict": ["--workdir", "--epoch", "--top", "--json", "IMAGE"],
-    "export": ["--workdir", "--out", "--epoch"],
+    "export": ["--workdir", "--out", "--epoch", "--group"],
     "locality": ["--config FILE", "--config.KEY=VALUE", "--structure", "--json", "--out"],
     "reproduce": ["WORKDIR", "--into", "--data_dir", "--json"],
     "prepare": ["DATASET", "--data_dir", "cifar10"],

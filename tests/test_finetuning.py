@@ -137,7 +137,7 @@ def test_linear_probing_leaves_the_whole_network(key):
 REFUSED = {
     "statistics of nothing": ({"norm_statistics": "frozen"}, "config.norm_statistics"),
     "statistics of layers": (FROZEN | {"norm": "layer"}, "config.norm_statistics"),
-    "no weight file": ({"init_from": "weights.bin"}, "config.init_from"),
+    "no weight file": ({"init_from": "weights.npz"}, "config.init_from"),
     "resized vectors": ({"network": "mlp", "image_size": 32}, "config.image_size"),
     "a factor of nothing": ({"network": "conv4", "widths": (4, 4, 4, 4), "width_factor": 0.5}, "config.width_factor"),
     "a stem without a resnet": ({"network": "vgg8b", "stem": "imagenet"}, "config.stem"),

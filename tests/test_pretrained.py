@@ -4,8 +4,11 @@ import collections
 import functools
 import math
 import os
+import pickle
+import random
 import re
 import sys
+import warnings
 import zipfile
 
 import jax
@@ -13,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from faults import mutations
 from image_sets import fails as refused
 from oracles import CONV, config_of, quick_jit
-from runs import assert_same_bits
+from runs import assert_same_bits, scratch
 
 from vffjax import weights
 from vffjax.architectures import RESNET, residual_blocks, stem_width
+from vffjax.config import make_config
+from vffjax.errors import UserError
 from vffjax.trainer import init_states, make_plan
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
@@ -187,12 +193,12 @@ def hugging_name(name):
     return f"resnet.encoder.stages.{int(stage) - 1}.layers.{block}.{place}.{rest}"
 
 
-def hugging_peer(network):
-    """transformers' model of full width with the same weights."""
+def hugging_peer(network, factor=1.0):
+    """transformers' model with the same weights."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[parity]'")
-    blocks = residual_blocks(network, 1.0)
+    blocks = residual_blocks(network, factor)
     config = transformers.ResNetConfig(
-        embedding_size=64,
+        embedding_size=stem_width(factor),
         hidden_sizes=sorted({block.width for block in blocks}),
         depths=list(RESNET[network]),
         layer_type="bottleneck" if blocks[0].bottleneck else "basic",
@@ -200,7 +206,7 @@ def hugging_peer(network):
         num_labels=CLASSES,
     )
     model = transformers.ResNetForImageClassification(config)
-    model.load_state_dict({hugging_name(name): value for name, value in peer(network).state_dict().items()})
+    model.load_state_dict({hugging_name(name): value for name, value in peer(network, factor).state_dict().items()})
     return model.eval()
 
 
@@ -296,11 +302,107 @@ WRAPPED = {
 }
 
 
+def prefixed(*prefixes):
+    return lambda state: {"".join(prefixes) + name: value for name, value in state.items()}
+
+
+# What trainers save, and what PyTorch's wrappers put before each name, in any order.
+WRAPPED |= {key: lambda state, key=key: {"epoch": 3, key: state, "loss": 0.5} for key in ("model_state_dict", "net")}
+WRAPPED |= {
+    "nested": lambda state: {"model": {"state_dict": prefixed("module.")(state), "step": 3}},
+    "lightning": lambda state: {
+        "epoch": 3,
+        "global_step": 10**9,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": prefixed("model.", "_orig_mod.")(state),
+        "loops": {"fit_loop": {"state_dict": {}, "progress": [1, 2.5, None, True]}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'val'}": {"best_model_score": torch.tensor(0.3), "kth": {"a.ckpt": torch.tensor(1)}}},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(50)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+        "lr_schedulers": [],
+        "hyper_parameters": {"lr": 0.1, "name": "x", "betas": (0.9, 0.99)},
+    },
+}
+PREFIXED = [
+    ("model.",),
+    ("_orig_mod.",),
+    ("net.",),
+    ("module.", "_orig_mod."),
+    ("_orig_mod.", "module."),
+    ("model.", "module.", "_orig_mod."),
+]
+WRAPPED |= {"".join(prefixes): prefixed(*prefixes) for prefixes in PREFIXED}
+
+
+@functools.cache
+def plain_start():
+    path = scratch() / "plain.pth"
+    return start(saved(peer("resnet18", NARROW), path), plan_of("resnet18", NARROW))[0]
+
+
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
 def test_a_checkpoint_of_pytorch_is_taken_as_it_is_usually_saved(wrap, tmp_path):
-    model, plan = peer("resnet18", NARROW), plan_of("resnet18", NARROW)
-    torch.save(wrap(model.state_dict()), tmp_path / "w.pth")
-    assert_same_bits(start(tmp_path / "w.pth", plan)[0], start(saved(model, tmp_path / "plain.pth"), plan)[0])
+    wrapped, plan = wrap(peer("resnet18", NARROW).state_dict()), plan_of("resnet18", NARROW)
+    for name, options in {"w.pth": {}, "w.pth.tar": {"_use_new_zipfile_serialization": False}}.items():
+        torch.save(wrapped, tmp_path / name, **options)
+        assert_same_bits(start(tmp_path / name, plan)[0], plain_start())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth.tar"])
+def test_pytorchs_files_have_many_names(suffix, tmp_path):
+    path = saved(peer("resnet18", NARROW), tmp_path / f"w{suffix}")
+    assert_same_bits(start(path, plan_of("resnet18", NARROW))[0], plain_start())
+    assert make_config({"init_from": str(path), "network": "resnet18"}).init_from == str(path)
+
+
+@pytest.mark.parametrize("prefixes", [("module.",), *PREFIXED], ids="".join)
+def test_safetensors_are_unwrapped_as_pytorchs_files_are(prefixes, tmp_path):
+    tensors = {name: value.numpy() for name, value in prefixed(*prefixes)(peer("resnet18", NARROW).state_dict()).items()}
+    (tmp_path / "w.safetensors").write_bytes(safetensors.numpy.save(tensors))
+    assert_same_bits(start(tmp_path / "w.safetensors", plan_of("resnet18", NARROW))[0], plain_start())
+
+
+def test_a_prefix_that_not_all_names_share_stays(narrow_plan, tmp_path):
+    state = peer("resnet18", NARROW).state_dict()
+    tensors = {f"model.{name}": value.numpy() for name, value in state.items()} | {"metric.count": np.zeros(1, np.float32)}
+    (tmp_path / "w.safetensors").write_bytes(safetensors.numpy.save(tensors))
+    refused(lambda: start(tmp_path / "w.safetensors", narrow_plan), "not weights of a ResNet", "metric.count")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_transformers_names_are_torchvisions(suffix, prefix, tmp_path):
+    state = {prefix + hugging_name(name): value for name, value in peer("resnet18", NARROW).state_dict().items()}
+    if suffix == ".bin":
+        torch.save(state, tmp_path / "w.bin")
+    else:
+        (tmp_path / "w.safetensors").write_bytes(safetensors.numpy.save({name: value.numpy() for name, value in state.items()}))
+    states, notes = start(tmp_path / f"w{suffix}", plan_of("resnet18", NARROW))
+    assert notes == []
+    assert_same_bits(states, plain_start())
+
+
+def test_transformers_model_without_a_classifier_is_taken_and_a_tensor_that_is_there_twice_is_not(narrow_plan, tmp_path):
+    state = {hugging_name(name): value.numpy() for name, value in peer("resnet18", NARROW).state_dict().items()}
+    base = {name.removeprefix("resnet."): value for name, value in state.items() if not name.startswith("classifier")}
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(safetensors.numpy.save(base))
+    assert start(path, narrow_plan)[1] == ["fc is not there; heads start anew"]
+    path.write_bytes(safetensors.numpy.save(state | {"conv1.weight": state["resnet.embedder.embedder.convolution.weight"]}))
+    refused(lambda: start(path, narrow_plan), f"{path}: two tensors for conv1.weight")
+
+
+@networks
+def test_a_file_that_transformers_has_saved_computes_what_it_computes(network, tmp_path):
+    model, x, plan = hugging_peer(network, 0.25), images(64), plan_of(network, 0.25)
+    model.save_pretrained(tmp_path)  # model.safetensors, as on the Hub
+    states, notes = start(tmp_path / "model.safetensors", plan)
+    assert notes == []
+    with torch.no_grad():
+        expected = model(x, output_hidden_states=True)
+    found, scores = our_maps(plan, states, x, clean=2)
+    for ours, theirs in zip(found, expected.hidden_states[1:], strict=True):
+        assert_near(ours, theirs)
+    assert_near(scores, expected.logits)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +458,6 @@ def deflated(state, path):
             archive.writestr(name, data)
 
 
-def legacy(state, path):
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-
-
 def changed(**changes):
     return lambda state, path: torch.save(state | changes, path)
 
@@ -368,18 +466,75 @@ def another(make):
     return lambda state, path: torch.save(make(state), path)
 
 
+class Reduced:
+    """Pickled as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def script(_, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that it is deprecated
+        torch.jit.save(torch.jit.script(nn.ReLU()), path)
+
+
+def content(*parts):
+    return lambda _, path: path.write_bytes(b"".join(parts))
+
+
+def arrays(_, path):
+    with open(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+def keras(_, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", b"x")
+
+
 REFUSED = {
-    "code": (changed(x=Evil()), ["not tensors alone", "(it asks for "]),
-    "a model": (another(lambda _: nn.Linear(2, 2)), ["not tensors alone", "it asks for torch.nn.modules.linear.Linear"]),
-    "a list": (another(lambda state: list(state.values())), ["list is no state dict"]),
+    "code": (changed(x=Evil()), ["not tensors alone: it asks for __builtin__.print"]),
+    "memory by a number": (changed(x=Reduced(bytearray, (2**40,))), ["it asks for __builtin__.bytearray"]),
+    "a tensor by a number": (changed(x=Reduced(torch.FloatTensor, (2**40,))), ["it asks for torch.FloatTensor"]),
+    "a storage by a number": (changed(x=Reduced(torch.UntypedStorage, (2**40,))), ["it asks for torch.storage.UntypedStorage"]),
+    "a model": (
+        another(lambda _: nn.Linear(2, 2)),
+        ["a whole pickled module, not its state dict: it asks for torch.nn.modules.linear.Linear"],
+    ),
+    "a model in a checkpoint": (another(lambda _: {"model": nn.Linear(2, 2)}), ["a whole pickled module", "modules.linear.Linear"]),
+    "a program": (script, ["a TorchScript archive, which holds a program"]),
+    "an optimizer": (
+        another(lambda _: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1, momentum=0.9).state_dict()),
+        ["the state of an optimizer"],
+    ),
+    "a checkpoint without weights": (
+        another(lambda _: {"epoch": 3, "optimizer_states": []}),
+        ["a checkpoint without a state dict under state_dict, ", "its keys are epoch, optimizer_states"],
+    ),
+    "a list": (another(lambda state: list(state.values())), ["a list, which is no state dict"]),
     "a number among them": (changed(x=3), ["x is no plain tensor with a name (int)"]),
-    "a sparse tensor": (changed(x=torch.eye(3).to_sparse()), ["x is no plain tensor"]),
+    "a sparse tensor": (changed(x=torch.eye(3).to_sparse()), ["it asks for torch._utils._rebuild_sparse_tensor"]),
+    "bytes, which a chain of codecs could make grow": (changed(x=b"raw"), ["it asks for _codecs.encode"]),
+    "a tensor without content": (changed(x=torch.empty(3, device="meta")), ["it asks for torch._utils._rebuild_meta_tensor"]),
     "a number for a name": (another(lambda state: {3: torch.ones(2)}), ["3 is no plain tensor with a name"]),
-    "an old format": (legacy, ["not a zip archive"]),
     "a compressed archive": (deflated, ["compressed"]),
     "no archive": (lambda _, path: path.write_bytes(b"PK\x03\x04" + bytes(100)), ["BadZipFile"]),
-    "text": (lambda _, path: path.write_text("weights"), ["not a zip archive"]),
-    "nothing": (lambda _, path: path.touch(), ["not a zip archive"]),
+    "text": (lambda _, path: path.write_text("weights"), ["of an unknown kind, not a file of torch.save"]),
+    "nothing": (lambda _, path: path.touch(), ["of an unknown kind, not a file of torch.save"]),
+    "NumPy's": (arrays, ["NumPy arrays (.npz), not a file of torch.save"]),
+    "Keras's": (keras, ["a Keras model, not a file of torch.save"]),
+    "Keras's older": (content(b"\x89HDF\r\n\x1a\n", bytes(100)), ["HDF5, such as a Keras model"]),
+    "ONNX": (content(b"\x08\x07\x12\x07pytorch\x1a\x052.1.0"), ["such as an ONNX model"]),
+    "a pickle": (content(pickle.dumps({"a": 1}, 4)), ["a Python pickle, not a file of torch.save"]),
+    "a tar archive": (content(bytes(257), b"ustar", bytes(250)), ["a tar archive"]),
+    "a web page": (content(b"\n<!DOCTYPE html><html>"), ["a web page, perhaps of a download that failed"]),
+    "a pointer": (content(b"version https://git-lfs.github.com/spec/v1\noid"), ["a pointer of Git LFS"]),
+    "safetensors": (content((2).to_bytes(8, "little"), b"{}"), ["safetensors, not a file of torch.save"]),
     "nothing of any network": (another(lambda _: {}), ["not weights of a ResNet", "none at all"]),
     "a tensor of 4 TB that takes 4 bytes": (
         changed(**{"bn1.bias": torch.zeros(1).expand(2**40)}),
@@ -411,6 +566,81 @@ def test_an_archive_that_claims_more_than_it_holds_is_refused(narrow_plan, tmp_p
     assert raw.count(b"M" + count.to_bytes(2, "little")) >= 1
     path.write_bytes(raw.replace(b"M" + count.to_bytes(2, "little"), b"M" + (count + 9000).to_bytes(2, "little")))
     refused(lambda: start(path, narrow_plan), f"{path}: ", "not tensors alone, or damaged")
+
+
+def legacy(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+LEGACY_COUNT = b"K\x03Nt"  # of 3 entries; then no view, and the tuple
+
+
+def stating(replacement):
+    """A file of the format before PyTorch 1.6 with another statement of its storages of three entries."""
+
+    def save(state, path):
+        legacy(state, path)
+        assert path.read_bytes().count(LEGACY_COUNT) > 3
+        path.write_bytes(path.read_bytes().replace(LEGACY_COUNT, replacement))
+
+    return save
+
+
+LEGACY_REFUSED = {
+    "8 GB": (stating(b"J\xff\xff\xff\x7fNt"), ["tensors of ", ", where the file holds "]),
+    "many entries by a long number": (stating(b"\x8a\x06\0\0\0\0\0\x10Nt"), ["tensors of ", ", where the file holds "]),
+    "fewer than none": (stating(b"J\xff\xff\xff\xffNt"), ["a storage that is not stated as torch.save does"]),
+    "two numbers": (stating(b"J\xff\xff\xff\x7fK\x03t"), ["a storage that is not stated as torch.save does"]),
+    "one that hides another": (stating(b"J\xff\xff\xff\x7fNK\x030t"), ["a storage that is not stated as torch.save does"]),
+    "no number": (stating(b"NNt"), ["a storage that is not stated as torch.save does"]),
+    "code": (lambda state, path: legacy(state | {"x": Evil()}, path), ["not tensors alone: it asks for __builtin__.print"]),
+    "memory by a number": (lambda state, path: legacy(state | {"x": Reduced(bytearray, (2**40,))}, path), ["__builtin__.bytearray"]),
+    "a model": (lambda _, path: legacy(nn.Linear(2, 2), path), ["a whole pickled module", "linear.Linear"]),
+}
+
+
+@pytest.mark.parametrize(("save", "parts"), LEGACY_REFUSED.values(), ids=LEGACY_REFUSED.keys())
+def test_an_older_file_that_claims_more_than_it_holds_never_reaches_pytorch(save, parts, narrow_plan, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "w.pth"
+    save(dict(peer("resnet18", NARROW).state_dict()), path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("loaded"))
+    refused(lambda: start(path, narrow_plan), f"{path}: ", "; ", *parts)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("cut", [1, 100, 3_000, -50, -1])
+def test_an_older_file_that_is_cut_off_is_refused(cut, narrow_plan, tmp_path):
+    path = tmp_path / "w.pth"
+    legacy(peer("resnet18", NARROW).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:cut])
+    refused(lambda: start(path, narrow_plan), f"{path}: ", "; ")
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "older"])
+def test_damaged_files_of_pytorch_are_read_or_refused_on_one_line(options, narrow_plan, tmp_path):
+    path, outcomes = tmp_path / "w.pth", collections.Counter()
+    torch.save({"epoch": 3, "state_dict": peer("resnet18", NARROW).state_dict()}, path, **options)
+    sound = path.read_bytes()
+    for number in range(120):
+        path.write_bytes(mutations.mutated(random.Random(f"{number}"), "pth", [sound]))
+        try:
+            weights.read_weights(path, narrow_plan, shapes_of(narrow_plan))
+            outcomes["read"] += 1
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 3, outcomes
+
+
+def test_a_low_rank_adapter_and_a_file_of_pytorch_by_another_name_are_refused(narrow_plan, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(safetensors.numpy.save({"base_model.model.layer1.0.conv1.lora_A.weight": np.zeros((2, 3), np.float32)}))
+    refused(lambda: start(path, narrow_plan), f"{path}: a LoRA adapter")
+    part = saved(peer("resnet18", NARROW), tmp_path / "model-00001-of-00002.safetensors")
+    refused(lambda: start(part, narrow_plan), f"{part}: one of several files")
+    torch.save({}, path)
+    refused(lambda: start(path, narrow_plan), f"{path}: not safetensors, but a zip archive, such as PyTorch's")
 
 
 def test_a_file_far_larger_than_the_network_is_not_read(narrow_plan, tmp_path):

@@ -11,9 +11,10 @@ import safetensors.numpy
 from command_lines import CONFIG, TINY_FLAGS
 from image_sets import fails as refused
 from oracles import CONV, config_of, small_run
-from runs import TINY, assert_same_bits, compiled_once, contents, finished, tiny, train
+from runs import TINY, assert_same_bits, compiled_once, contents, copy_of, finished, tiny, train
 
 from vffjax import experiment, weights
+from vffjax.config import make_config
 from vffjax.trainer import init_states
 from vffjax.workdir import load_run
 
@@ -146,7 +147,8 @@ UNFIT = {
     "empty": (content(b""), ["not safetensors, or truncated (0 bytes"]),
     "short": (content(b"abc"), ["not safetensors"]),
     "text": (content(b"these are no weights at all"), ["not safetensors"]),
-    "a pickle": (content(b"\x80\x04\x95\x10\0\0\0\0\0\0\0}."), ["not safetensors"]),
+    "a pickle": (content(b"\x80\x04\x95\x10\0\0\0\0\0\0\0}."), ["not safetensors, but a Python pickle"]),
+    "a web page": (content(b"<!DOCTYPE html><html></html>"), ["not safetensors, but a web page"]),
     "a header as long as the file": (content(lambda b: len(b).to_bytes(8, "little") + b[8:]), ["not safetensors"]),
     "a header of 2**63 bytes": (content(lambda b: (2**63).to_bytes(8, "little") + b[8:]), ["a header of 9223372036854775808"]),
     "truncated": (content(lambda b: b[:-1]), ["truncated or damaged", "bytes of tensors, not"]),
@@ -202,8 +204,24 @@ def test_what_is_no_file_is_refused_at_once(run, tmp_path):
     read(tmp_path / "none.safetensors", "No such file")
     read(tmp_path / "folder.safetensors", "not a file")
     read(tmp_path / "pipe.safetensors", "not a file")
-    read(tmp_path / "w.npz", "not a .safetensors file, nor PyTorch's")
+    read(tmp_path / "w.npz", "NumPy arrays, not a .safetensors file, nor PyTorch's")
+    read(tmp_path / "w.weights", "w.weights: not a .safetensors file, nor PyTorch's")
     read(f"{tmp_path}/{'x' * 300}.safetensors", "too long")
+
+
+KINDS = {
+    "model.safetensors.index.json": "the index of weights that lie in several files",
+    "w.onnx": "an ONNX model",
+    "w.h5": "a Keras model",
+    "model.ckpt.data-00000-of-00001": "a part of a TensorFlow checkpoint",
+    "w.msgpack": "Flax's own serialization",
+    "W.NPZ": "NumPy arrays",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_a_file_that_cannot_be_weights_is_called_what_it_is(name, kind):
+    refused(lambda: make_config({"init_from": name}), f"config.init_from={name!r}: {kind}, not a .safetensors file; give one")
 
 
 def test_a_sparse_file_is_not_read_into_memory(run, file):
@@ -368,6 +386,83 @@ def test_a_sparse_classifier_is_not_read_into_memory(narrow, theirs):
 
 def export(call, path, *flags):
     return call("export", f"--workdir={finished()}", f"--out={path}", *flags)
+
+
+def test_one_group_is_exported_though_another_is_damaged(call, fails, tmp_path):
+    run = copy_of(finished(), tmp_path)
+    plan, states, _, about = load_run(run)
+    for path in (run / "checkpoints" / str(about["epoch"]) / "group0").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    fails("export", f"--workdir={run}", parts=["group0", "damaged checkpoint"])
+    status, out, err = call("export", f"--workdir={run}", "--group=1")
+    assert (status, err, out) == (0, "", f"{run}/group1.safetensors: group1 of epoch {about['epoch']}\n")
+    names, described_as = described(run / "group1.safetensors")
+    assert {name.partition(".")[0] for name in names} == {"group1"}
+    assert (described_as["group"], described_as["epoch"], described_as["class_names"]) == (1, about["epoch"], about["class_names"])
+    # A run takes that group from it, and the other from its seed.
+    fresh = init_states(plan, tuple(about["image_shape"]))
+    read, notes = weights.read_weights(run / "group1.safetensors", plan, fresh)
+    assert notes == ["holds group1 alone; group0 from config.seed"]
+    assert_same_bits(read[0], fresh[0])
+    assert_same_bits((read[1].params, read[1].batch_stats), (states[1].params, states[1].batch_stats))
+    # And the damaged group itself is never written.
+    fails("export", f"--workdir={run}", "--group=0", parts=["group0", "damaged checkpoint"])
+    assert not (run / "group0.safetensors").exists()
+
+
+def test_a_run_starts_from_a_file_of_one_group_and_says_so(tmp_path, capsys):
+    plan, states, _, about = load_run(finished())
+    path = tmp_path / "g.safetensors"
+    weights.write_group(path, plan, 0, states[0], {})
+    weights.check_start(tiny(init_from=str(path)))
+    train(tiny(init_from=str(path), epochs=1, learning_rate=0.0), tmp_path / "run")
+    assert f"{path}: holds group0 alone; group1 from config.seed\n" in capsys.readouterr().err
+    kept = load_run(tmp_path / "run")[1]
+    assert_same_bits(kept[0].params, states[0].params)
+    assert_same_bits(kept[1].params, init_states(plan, tuple(about["image_shape"]))[1].params)
+
+
+def test_a_group_that_is_there_in_part_is_refused(run, file, tmp_path):
+    kept = {name: array for name, array in safetensors.numpy.load_file(file).items() if name.startswith("group1.")}
+    path = tmp_path / "g.safetensors"
+    path.write_bytes(safetensors.numpy.save(kept))
+    assert weights.read_weights(path, run.plan, run.states)[1] == ["holds group1 alone; group0 from config.seed"]
+    path.write_bytes(safetensors.numpy.save({name: array for name, array in kept.items() if name != BIAS}))
+    refused(lambda: weights.read_weights(path, run.plan, run.states), f"tensor {BIAS} is missing")
+    path.write_bytes(safetensors.numpy.save(kept | {"group7.params.head.bias": np.zeros(3, np.float32)}))
+    refused(lambda: weights.read_weights(path, run.plan, run.states), "tensor group7.params.head.bias is F32[3], not of this conv4")
+
+
+def test_statistics_that_are_to_stay_must_be_there(run, file, tmp_path):
+    kept = {name: array for name, array in safetensors.numpy.load_file(file).items() if name.startswith("group1.")}
+    path = tmp_path / "g.safetensors"
+    path.write_bytes(safetensors.numpy.save(kept))
+    frozen = small_run(config_of(**CONV, norm_statistics="frozen", init_from=str(path)), shape=SHAPE)
+    assert weights.read_weights(file, frozen.plan, frozen.states)[1] == []
+    refused(
+        lambda: weights.read_weights(path, frozen.plan, frozen.states),
+        "config.norm_statistics='frozen': ",
+        f"{path} holds no statistics of group0; use batch, or give weights of every group",
+    )
+
+
+def test_a_group_that_is_not_there_is_refused(fails, tmp_path):
+    where = f"--workdir={finished()}"
+    out = f"--out={tmp_path}/w.safetensors"
+    fails("export", where, out, "--group=2", parts=["--group=2: the network has 2 groups; give one from 0 to 1"])
+    fails("export", where, out, "--group=-1", parts=["--group", "'-1'", "give one from 0"])
+    fails("export", where, out, "--group=first", parts=["--group", "'first'", "give one from 0"])
+    fails("export", where, out, "--group=1", "--names=torchvision", parts=["--group=1: torchvision knows no groups"])
+    fails("export", where, "--group=1", "--format=stablehlo", parts=["--group=1: a .stablehlo file holds the ensemble"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_of_a_foreign_run_is_refused(fails, tmp_path):
+    run = copy_of(finished(), tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"learning_rate": 0.5}))
+    fails("export", f"--workdir={run}", "--group=1", parts=[str(run), "config.json is not the configuration that epoch"])
 
 
 def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):

@@ -1,4 +1,6 @@
-"""The trained ensemble as one file that JAX runs without this package: StableHLO by `jax.export`, for CPU, CUDA and TPU.
+"""The trained ensemble as one file that runs without this package: StableHLO by `jax.export`, for CPU, CUDA and TPU.
+
+JAX and flatbuffers run it; JAX uses flatbuffers to read the file and does not install it.
 
 Byte images [b, h, w, c] of the data's own size go in, for any b; log-probabilities come out. Weights and pixel statistics are constants
 in it, and nothing that trains. Beside FILE.stablehlo lies FILE.json, which says what the file is, its digest, and how to call it.

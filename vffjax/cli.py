@@ -24,7 +24,7 @@ USAGE = """usage: vffjax COMMAND [OPTION ...]
   evaluate   validation and test error of a trained workdir
   predict    classes of image files, by each group and by the ensemble
   prepare    download a data set for tensorflow-datasets
-  export     weights of a trained workdir as a safetensors file, or its ensemble as a program that JAX alone runs
+  export     weights of a trained workdir as a safetensors file, or its ensemble as a program for JAX and flatbuffers
   memory     what a training step takes, beside what back-propagation takes
   locality   whether any gradient crosses a group, proved on the program that trains; and what each group sees
   reproduce  train a finished workdir's run again and compare, to the bit

@@ -15,13 +15,14 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from vffjax import file_kinds
 from vffjax.architectures import PUBLISHED, RESNET, STEMS, VGG, VGG_HIDDEN, resnet_sizes, scaled
 from vffjax.errors import UserError, bad_key, printable
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
 CONVOLUTIONAL = ("conv4", "conv")
 NETWORKS = ("mlp", *CONVOLUTIONAL, *PUBLISHED)
-WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt"), "hf://"
+WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
 # Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
 _MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
@@ -63,7 +64,7 @@ class Config:
     head_grid: int = _field(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
     grouping: str = _field("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))
     frozen_groups: int = _field(0, "first groups whose layers stay as they start; their heads learn", low=0, high=MAX_LAYERS)
-    init_from: str = _field("", "weights to start from: a file of vffjax export, torchvision or timm, or hf://OWNER/NAME; empty: random")
+    init_from: str = _field("", "weights to start from: by vffjax, torchvision, timm or transformers, or hf://OWNER/NAME; empty: random")
 
     rule: str = _field("vff", "local objective of a group: CSCL (+ head), forward-forward goodness, head loss alone", ("vff", "ff", "head"))
     labelling: str = _field("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
@@ -215,7 +216,8 @@ def _check_together(c: Config) -> None:
         fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
         raise bad_key("widths", c.widths, "more units or layers than can be meant", fix)
     if c.init_from and not c.init_from.startswith(HUB) and not c.init_from.endswith(WEIGHT_FILES):
-        problem = f"not a {WEIGHT_FILES[0]} file"
+        kind = file_kinds.by_name(c.init_from)
+        problem = f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file"
         raise bad_key("init_from", c.init_from, problem, f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME")
     if c.norm_statistics == "frozen" and not c.init_from:
         raise bad_key("norm_statistics", c.norm_statistics, "random weights have no statistics", "set config.init_from, or use batch")

@@ -195,14 +195,21 @@ def export_file(text: str) -> pathlib.Path:
     return _new_file(text, *(f".{form}" for form in EXPORTS))
 
 
-def export_target(workdir: pathlib.Path, form: str, names: str, out: pathlib.Path | None) -> tuple[str, pathlib.Path]:
+def export_target(
+    workdir: pathlib.Path, form: str, names: str, out: pathlib.Path | None, group: int | None = None
+) -> tuple[str, pathlib.Path]:
     """The format and the file that export writes: each as given, or as the other says, or by default."""
     form = form or (out.suffix[1:] if out else "safetensors")
     if out and out.suffix != f".{form}":
         raise UserError(f"--format={form}: --out={out} is of another format; give a .{form} file, or leave out --format")
     if names != "auto" and form != "safetensors":
         raise UserError(f"--names={names}: a .{form} file names no tensors; leave it out, or use --format=safetensors")
-    return form, out or workdir / f"{EXPORTS[form]}.{form}"
+    if group is not None and form != "safetensors":
+        raise UserError(f"--group={group}: a .{form} file holds the ensemble; leave it out, or use --format=safetensors")
+    if group is not None and names == "torchvision":
+        raise UserError(f"--group={group}: torchvision knows no groups; leave out --names, or use --names=vffjax")
+    name = EXPORTS[form] if group is None else f"group{group}"
+    return form, out or workdir / f"{name}.{form}"
 
 
 def _new_file(text: str, *suffixes: str) -> pathlib.Path:
@@ -239,6 +246,13 @@ def a_count(text: str) -> int:
     """A whole number from 1."""
     if not re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is too small or no whole number; give at least 1")
+    return int(text)
+
+
+def a_group(text: str) -> int:
+    """A group's number, from 0, which only a run can judge."""
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is no group's number; give one from 0")
     return int(text)
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 from typing import Any
 
+from vffjax import file_kinds
 from vffjax.config import HUB, WEIGHT_FILES
 from vffjax.errors import bad_key, printable
 
@@ -46,7 +47,10 @@ class Address:
         repository, file, revision, sha256 = match.groups()
         file = file[1:] or f"model{WEIGHT_FILES[0]}"
         if not file.endswith(WEIGHT_FILES[0]):
-            raise bad_key("init_from", text, f"not a {WEIGHT_FILES[0]} file", "name one, or download and convert it")
+            kind = file_kinds.by_name(file)
+            raise bad_key(
+                "init_from", text, f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file", "name one, or download and convert it"
+            )
         return cls(repository, file, revision, sha256 and sha256.lower())
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
 import tempfile
 
 from vffjax import weights
@@ -14,6 +15,7 @@ from vffjax.flags import (
     a_count,
     a_curve,
     a_data_dir,
+    a_group,
     a_path,
     a_threshold,
     an_epoch,
@@ -108,17 +110,27 @@ def _start_of(a: argparse.Namespace, rest: list[str]) -> Config | None:
 
 
 def predict(arguments: list[str]) -> None:
-    parser = parser_of("predict", "Classes of PNG or JPEG files, with probabilities, by each group's head and by the voting ensemble.")
+    about = (
+        "Classes of PNG or JPEG files, with probabilities, by each group's head and by the voting ensemble. The network sees a file as a"
+    )
+    about += (
+        " person does: turned by its EXIF orientation; what is transparent on black, or on white where what is visible is dark. Its short"
+    )
+    about += " side is resized to the network's input and the middle cut out. A picture unlike the training images gets a note on stderr."
+    parser = parser_of("predict", about)
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
     parser.add_argument("--top", type=a_count, default=3, help="classes shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="PNG or JPEG; resized to the network's input")
+    parser.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="PNG or JPEG; its middle is what counts")
     a = parser.parse_args(arguments)
     from vffjax import prediction
 
     with naming_files(a.workdir):
         found = prediction.predict(a.workdir, a.images, a.epoch, a.top)
+    for entry in found:
+        if "note" in entry:
+            print(f"{printable(entry['image'])}: {entry['note']}", file=sys.stderr)
     if a.json:
         print(json.dumps(found, indent=2))
         return
@@ -131,20 +143,32 @@ def predict(arguments: list[str]) -> None:
 
 def export(arguments: list[str]) -> None:
     what = "Writes what a run has learnt: its weights, for other programs or for --config.init_from, or the ensemble of its voting groups"
-    parser = parser_of("export", what + ", byte images in, log-probabilities out, as one program that JAX runs without this package.")
+    parser = parser_of(
+        "export", what + ", byte images in, log-probabilities out, as one program that runs without this package, by JAX and flatbuffers."
+    )
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     form = "safetensors: weights; stablehlo: the ensemble, with a FILE.json that says how to call it; default: as --out, else safetensors"
     parser.add_argument("--format", choices=tuple(EXPORTS), default="", help=form)
     names = "of the tensors in a safetensors file; auto: torchvision's where it has such a network, else ours"
     parser.add_argument("--names", choices=weights.NAMES, default="auto", help=names)
-    out = "an existing file is replaced; default: weights.safetensors or ensemble.stablehlo in the workdir"
+    out = "an existing file is replaced; default: weights.safetensors, groupN.safetensors or ensemble.stablehlo in the workdir"
     parser.add_argument("--out", type=export_file, metavar="FILE", help=out)
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
+    alone = "this group alone, by our names; no other group's checkpoint is read. A run whose config.init_from it is takes the other groups"
+    alone += " from its seed. Default: all groups"
+    parser.add_argument("--group", type=a_group, metavar="N", help=alone)
     a = parser.parse_args(arguments)
-    form, path = export_target(a.workdir, a.format, a.names, a.out)
+    form, path = export_target(a.workdir, a.format, a.names, a.out, a.group)
     from vffjax import artefact
-    from vffjax.workdir import load_run
+    from vffjax.workdir import load_group, load_run
 
+    if a.group is not None:
+        with naming_files(a.workdir):
+            plan, state, run = load_group(a.workdir, a.group, a.epoch)
+        with naming_files(path, "--out"):
+            weights.write_group(path, plan, a.group, state, {key: run[key] for key in ("epoch", "class_names", "image_shape")})
+        print(printable(f"{path}: group{a.group} of epoch {run['epoch']}"))
+        return
     if form == "stablehlo":
         artefact.check_place(path)
     with naming_files(a.workdir):

@@ -83,6 +83,7 @@ class SavedEpoch:
         """One group alone; no file of another group is read."""
         name = f"group{group}"
         self.verify(name)
+        self._check_config(plan.config)
         return self._restore_arrays({name: _abstract_states(plan, self.run)[group]})[name]
 
     def verify(self, item: str = "") -> None:

@@ -1,8 +1,9 @@
 """Weight files: what a run has learnt, to hand on or to start from, by our names or by torchvision's. No pickle of ours.
 
 By our names each group's parameters and batch statistics are float32 tensors named after their place, such as
-`group0.params.layers_0.kernel`: all of a run's. torchvision's are those of a ResNet without groups; see `networks.pretrained`. One metadata
-entry, `vffjax`, holds JSON: format, network, classes, image shape. What files may claim is checked in `tensor_files`.
+`group0.params.layers_0.kernel`: those of all groups, or of one. torchvision's are those of a ResNet without groups; see
+`networks.pretrained`. One metadata entry, `vffjax`, holds JSON: format, network, classes, image shape. Files are opened, checked and
+unwrapped by `weight_files`.
 """
 
 import json
@@ -18,9 +19,10 @@ from vffjax import hub
 from vffjax.architectures import RESNET, VGG
 from vffjax.config import HUB, WEIGHT_FILES, Config, layer_sizes
 from vffjax.data import SIZES
-from vffjax.errors import UserError, printable
+from vffjax.errors import UserError, bad_key, printable
 from vffjax.logbook import replace_file
-from vffjax.tensor_files import AGAIN, Tensor, opened
+from vffjax.tensor_files import AGAIN, Tensor
+from vffjax.weight_files import opened
 
 if TYPE_CHECKING:
     from vffjax.groups import GroupState
@@ -50,22 +52,33 @@ def write_weights(
     theirs = names != "vffjax" and not nameless
     leaves = {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states).items()}
     tensors, notes = pretrained.exported(config, leaves) if theirs else (leaves, [])
+    _write(path, config, tensors, "torchvision" if theirs else "vffjax", about)
+    return notes
+
+
+def write_group(path: pathlib.Path | str, plan: "Plan", group: int, state: "GroupState", about: Mapping[str, Any]) -> None:
+    """Writes one group alone, by our names, as `write_weights` does all. A run that starts from it takes the other groups from its seed."""
+    leaves = {name: np.array(leaf, np.float32, order="C") for name, leaf in _named((state,), group).items()}
+    _write(path, plan.config, leaves, "vffjax", {**about, "group": group})
+
+
+def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarray], names: str, about: Mapping[str, Any]) -> None:
     published = (
         ("width_factor", "stem") if config.network in RESNET else ("width_factor",) if config.network in VGG else ("widths", "pools")
     )
     network = {key: getattr(config, key) for key in ("network", *published, "norm", "grouping")}
-    described = {"format": FORMAT, "names": "torchvision" if theirs else "vffjax", "network": network, **about}
+    described = {"format": FORMAT, "names": names, "network": network, **about}
     # One entry, because safetensors writes several in random order.
     replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
-    return notes
 
 
 def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...]) -> tuple[tuple["GroupState", ...], list[str]]:
     """`states` with the parameters and statistics of a file, and what of it was left out, in words. Optimizer states stay, and so do heads
     that the file does not hold. The given leaves need only a shape.
 
-    By our names, to the bit; a ResNet by torchvision's too, converted to float32. Raises `UserError` naming the file and the tensor: not a
-    sound file, a tensor that is missing, not of this network, misshapen, of another type, not finite, or a negative variance.
+    By our names, to the bit, of all groups or of some, each whole; a ResNet by torchvision's or transformers' too, converted to float32.
+    Raises `UserError` naming the file and the tensor: not a sound file, a tensor that is missing, not of this network, misshapen, of
+    another type, not finite, or a negative variance.
     """
     import jax.numpy as jnp
 
@@ -76,7 +89,7 @@ def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupSta
         if config.network in RESNET and not any(re.match(r"group\d+\.", name) for name in found):
             arrays, notes = pretrained.imported(path, config, leaves, found)
         else:
-            arrays, notes = _own(path, config, leaves, found), []
+            arrays, notes = _own(path, config, leaves, found)
 
     def read(i: int, kind: str, tree: Any) -> Any:
         return _mapped(lambda name, leaf: jnp.asarray(arrays[name]) if name in arrays else leaf, tree, f"group{i}.{kind}")
@@ -85,9 +98,17 @@ def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupSta
     return read_states, notes
 
 
-def _own(path: pathlib.Path | str, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The tensors of a file by our names, which are those of `leaves`, no more and no fewer."""
-    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in leaves.items()}
+def _own(
+    path: pathlib.Path | str, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors of a file by our names, and what is not in it, in words. It holds every group or only some, and each of them whole."""
+    groups = dict.fromkeys(name.partition(".")[0] for name in leaves)
+    present = {name.partition(".")[0] for name in found} & groups.keys() or groups.keys()
+    absent = [group for group in groups if group not in present]
+    if absent and config.norm_statistics == "frozen":
+        problem = f"{printable(str(path), 200)} holds no statistics of {', '.join(absent)}"
+        raise bad_key("norm_statistics", config.norm_statistics, problem, "use batch, or give weights of every group")
+    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in leaves.items() if name.partition(".")[0] in present}
     for name in sorted(wanted.keys() | found.keys()):
         here, there = str(found.get(name, "missing")), wanted.get(name, f"of this {config.network} network")
         if here != there:
@@ -96,7 +117,8 @@ def _own(path: pathlib.Path | str, config: Config, leaves: Mapping[str, Any], fo
     for name, array in arrays.items():
         if not np.isfinite(array).all() or (name.endswith(".var") and (array < 0).any()):
             raise UserError(f"{path}: tensor {name} holds infinity, NaN or a negative variance; {AGAIN}")
-    return arrays
+    taken = ", ".join(group for group in groups if group in present)
+    return arrays, [f"holds {taken} alone; {', '.join(absent)} from config.seed"] if absent else []
 
 
 def check_start(config: Config) -> None:
@@ -130,10 +152,10 @@ def _opened(path: pathlib.Path | str, config: Config) -> Any:
     return opened(path, _most_bytes(config))
 
 
-def _named(states: tuple["GroupState", ...]) -> dict[str, Any]:
-    """Every leaf of parameters and statistics by its name in the file."""
+def _named(states: tuple["GroupState", ...], first: int = 0) -> dict[str, Any]:
+    """Every leaf of parameters and statistics by its name in the file; `first` is the number of the first group."""
     out: dict[str, Any] = {}
-    for i, state in enumerate(states):
+    for i, state in enumerate(states, first):
         for kind in _KINDS:
             _mapped(out.__setitem__, getattr(state, kind), f"group{i}.{kind}")
     return out

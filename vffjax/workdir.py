@@ -149,13 +149,31 @@ def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tu
 
     The run may be training meanwhile.
     """
-    config = read_config(pathlib.Path(workdir))
 
-    def read(saved: SavedEpoch) -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
-        plan = make_plan(config, saved.run["train_size"], len(saved.run["class_names"]))
+    def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
         return plan, *saved.restore(plan), saved.run
 
-    return while_it_trains(Checkpoints(pathlib.Path(workdir)), epoch, read)
+    return _read_run(pathlib.Path(workdir), epoch, read)
+
+
+def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> tuple[Plan, GroupState, dict[str, Any]]:
+    """One group of a trained run, with its plan and run state. No file of another group is read, so that those may be damaged."""
+
+    def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, GroupState, dict[str, Any]]:
+        if group >= len(plan.groups):
+            raise UserError(f"--group={group}: the network has {len(plan.groups)} groups; give one from 0 to {len(plan.groups) - 1}")
+        return plan, saved.restore_group(plan, group), saved.run
+
+    return _read_run(pathlib.Path(workdir), epoch, read)
+
+
+def _read_run(workdir: pathlib.Path, epoch: str, read: Callable[[SavedEpoch, Plan], _Read]) -> _Read:
+    config = read_config(workdir)
+
+    def with_plan(saved: SavedEpoch) -> _Read:
+        return read(saved, make_plan(config, saved.run["train_size"], len(saved.run["class_names"])))
+
+    return while_it_trains(Checkpoints(workdir), epoch, with_plan)
 
 
 def while_it_trains(checkpoints: Checkpoints, epoch: str, read: Callable[[SavedEpoch], _Read]) -> _Read:

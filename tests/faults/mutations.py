@@ -294,6 +294,7 @@ def tensors_data(rng, content, _):
 
 
 OF_KIND = {
+    "pth": [flip],
     "png": [png_chunk, png_chunk, png_head, png_head, png_order, png_pixels, png_pixels, png_length],
     "jpg": [jpg_segment, jpg_segment, jpg_size],
     "safetensors": [tensors_length, tensors_entry, tensors_entry, tensors_text, tensors_text, tensors_data],

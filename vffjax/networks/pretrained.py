@@ -1,7 +1,8 @@
-"""ResNets of torchvision and timm as ours, and ours as theirs: which tensor is which, and what does not fit. NumPy, no training.
+"""ResNets of torchvision, timm and transformers as ours, and ours as torchvision's: which tensor is which, and what does not fit.
 
-Both sides name a tensor by its layer and its place there (`layer2.0.conv1.weight`; `group1.params.layers_0.conv1.kernel`). Their one
-BatchNorm statistic fills both of our streams; of ours, theirs is that of clean images.
+NumPy, no training. timm has torchvision's names, and those of transformers are first turned into them. torchvision and we both name a
+tensor by its layer and its place there (`layer2.0.conv1.weight`; `group1.params.layers_0.conv1.kernel`). Their one BatchNorm
+statistic fills both of our streams; of ours, theirs is that of clean images.
 """
 
 import re
@@ -30,7 +31,8 @@ def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mappin
     if config.resolved_norm == "layer":
         raise bad_key("norm", config.norm, f"has no running statistics, which {printable(str(path), 200)} holds", "use norm=batch")
     names = _names(config, leaves)
-    here = {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] != "num_batches_tracked"}
+    counts = "num_batches_tracked"
+    here = _from_transformers(path, {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] != counts})
     notes = _left_out(config, leaves, here)
     for name in _FC if notes else ():
         del names[name]
@@ -54,6 +56,32 @@ def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mappin
             raise UserError(f"{path}: tensor {theirs} holds infinity, NaN or a negative variance; give sound weights")
         arrays[ours] = _to_ours(array, leaves[ours].shape)
     return arrays, notes
+
+
+def _from_transformers(path: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of transformers' ResNetModel or ResNetForImageClassification by torchvision's names; others as they are."""
+    here: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        theirs = _torchvision_name(name)
+        if theirs in here:
+            raise UserError(f"{path}: two tensors for {printable(theirs, 80)}, one of them {printable(name, 80)}; give sound weights")
+        here[theirs] = tensor
+    return here
+
+
+def _torchvision_name(name: str) -> str:
+    """torchvision's name of a tensor that transformers names; any other name as it is."""
+    kinds = {"convolution": ("conv", "0"), "normalization": ("bn", "1")}
+    if match := re.fullmatch(r"(?:resnet\.)?embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
+        return f"{kinds[match[1]][0]}1.{match[2]}"
+    if match := re.fullmatch(r"classifier\.1\.(weight|bias)", name):
+        return f"fc.{match[1]}"
+    block = r"(?:resnet\.)?encoder\.stages\.(\d)\.layers\.(\d{1,3})\.(?:layer\.(\d)|shortcut)\.(convolution|normalization)\.(\w+)"
+    if not (match := re.fullmatch(block, name, re.ASCII)):
+        return name
+    stage, layer, step, kind, field = match.groups()
+    place = f"downsample.{kinds[kind][1]}" if step is None else f"{kinds[kind][0]}{int(step) + 1}"
+    return f"layer{int(stage) + 1}.{layer}.{place}.{field}"
 
 
 def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -142,7 +170,7 @@ def _unfit(path: Any, config: Config, wanted: Mapping[str, tuple[int, ...]], her
     if not wanted.keys() & here.keys():
         first = ", ".join(printable(name, 80) for name in list(here)[:SHOWN]) or "none at all"
         return UserError(
-            f"{path}: not weights of a ResNet by torchvision's names, nor by vffjax export's: its tensors are {first}"
+            f"{path}: not weights of a ResNet by the names of torchvision or transformers, nor by vffjax export's: its tensors are {first}"
             f"{_more(len(here))}; give such weights, or set config.init_from=''"
         )
     set_keys = " and ".join(f"config.{key}={value}" for key, value in _hints(config, wanted, here).items())
