@@ -24,7 +24,6 @@ Every row has a process of its own, so that peaks do not mix. Writes FILE.json a
 import argparse
 import concurrent.futures
 import functools
-import io
 import multiprocessing
 import pathlib
 import sys
@@ -34,17 +33,14 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from vffjax import ledger, targets
+from vffjax import drawing, ledger, targets
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
 from vffjax.flags import json_file, parse_train, whole_numbers
 from vffjax.ledger import Case
-from vffjax.logbook import replace_file, write_json
+from vffjax.logbook import write_json
 from vffjax.memory import compile_step, make_step, row
 from vffjax.trainer import init_states, make_task
 
@@ -110,6 +106,13 @@ def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Temporaries against depth: a line for each method, a panel for each device and batch."""
+    drawing.draw(path, lambda: figure_of(rows))
+
+
+def figure_of(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
     panels = list(dict.fromkeys((r["target"], r["batch"]) for r in rows))
     names = list(dict.fromkeys(target for target, _ in panels))
     batches = list(dict.fromkeys(batch for _, batch in panels))
@@ -129,10 +132,7 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False, fontsize="small")
-    FigureCanvasAgg(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    replace_file(path, content.getvalue())
+    return figure
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -17,9 +16,10 @@ from vffjax import early_exit, feature_cache, inference
 from vffjax.checkpoint import Checkpoints, Writer, sha256_of
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
-from vffjax.errors import UserError, printable
+from vffjax.errors import UserError, notice
 from vffjax.groups import GroupState, make_groups
 from vffjax.logbook import Logbook, restore_metrics, write_json
+from vffjax.paths import local
 from vffjax.rules import Task
 from vffjax.summary import conclude, executable_bytes, origin
 from vffjax.termination import Request, Terminated, deferred
@@ -66,7 +66,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
 
     Raises `UserError` for bad input, `Terminated` if SIGTERM came while it trained, once the epoch has been saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local(workdir, "--workdir")
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
@@ -77,7 +77,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> dict[str, Any]:
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: bad input leaves one line, and no folder.
-        print(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}")
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again, now that nobody else can have written here since
@@ -120,7 +120,7 @@ def _start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
     if config.init_from:
         states, left_out = read_weights(local_file(config), plan, states)
         for note in left_out:
-            print(printable(f"{config.init_from}: {note}"), file=sys.stderr, flush=True)
+            notice(f"{config.init_from}: {note}")
     return states, make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from vffjax.augment import normalise
 from vffjax.data import Dataset
+from vffjax.errors import aid
 from vffjax.groups import GroupState
 from vffjax.logbook import write_json
 from vffjax.plots import plot_curves, plot_features
@@ -54,7 +55,8 @@ def conclude(
     }
     write_json(workdir / "summary.json", summary)
     plot_curves(workdir)
-    draw_features(workdir / "features.png", plan, dataset, states, task)
+    with aid(f"{workdir / 'features.png'}"):
+        draw_features(workdir / "features.png", plan, dataset, states, task)
     return summary
 
 

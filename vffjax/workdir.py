@@ -4,28 +4,25 @@ import contextlib
 import itertools
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vffjax.checkpoint import FOLDER, Checkpoints
 from vffjax.config import Config, from_json
-from vffjax.errors import UserError, bad_key
+from vffjax.errors import UserError, bad_key, notice
 from vffjax.groups import GroupState
+from vffjax.lock import take
 from vffjax.logbook import read_json
+from vffjax.paths import check_run_folder, local
 from vffjax.rules import Task
 from vffjax.trainer import Plan, make_plan
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind; there two runs in one workdir are not refused
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Refuses a workdir that holds another configuration's run."""
+    """Refuses a workdir that holds another configuration's run, or whose checkpoints could not be found again."""
+    check_run_folder(workdir)
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: not a folder; give a folder, new or of the same run")
@@ -53,11 +50,14 @@ def _refuse_links(workdir: pathlib.Path) -> None:
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir for this process. A lock is the kernel's: it goes with its process, however that ends."""
     with open(workdir / LOCK, "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--workdir={workdir}: another run is writing here; wait for it, or give another --workdir") from None
+        try:
+            free = take(file)
+        except OSError as error:
+            free = True
+            reason = error.strerror or error
+            notice(f"{workdir / LOCK}: this file system cannot lock ({reason}); see to it yourself that no other run writes here")
+        if not free:
+            raise UserError(f"--workdir={workdir}: another run is writing here; wait for it, or give another --workdir")
         yield
 
 
@@ -82,9 +82,9 @@ def sound_epoch(checkpoints: Checkpoints, plan: Plan) -> int:
     for epoch in faults:
         lost[epoch] = f"{faults[epoch].partition(';')[0]}; now {checkpoints.set_aside(epoch)}"
     for epoch in sorted(lost):
-        print(lost[epoch], file=sys.stderr)
+        notice(lost[epoch])
     if lost:
-        print(f"going on from epoch {newest}", file=sys.stderr)
+        notice(f"going on from epoch {newest}")
     return newest
 
 
@@ -114,7 +114,8 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
     """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch."""
-    workdir = pathlib.Path(workdir)
+    workdir = local(workdir, "--workdir")
+    check_run_folder(workdir)
     config = read_config(workdir)
     checkpoints = Checkpoints(workdir)
     chosen = {"best": checkpoints.best, "latest": checkpoints.latest}.get(epoch, lambda: _numbered(checkpoints, epoch))()
