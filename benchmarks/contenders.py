@@ -12,7 +12,7 @@ from rates import PRODUCTS
 
 from vffjax.config import Config, check_against_data, make_config
 from vffjax.data import SIZES
-from vffjax.errors import bad_key
+from vffjax.errors import bad_key, chosen
 from vffjax.groups import GroupState
 from vffjax.rules import Task, needs_predictions
 from vffjax.summary import executable_bytes
@@ -46,7 +46,7 @@ class TorchImages(NamedTuple):
 
 def variant(config: Config, name: str) -> Config:
     """The configuration that a contender trains. Overrides name groups, which contenders do not share, and are dropped."""
-    return make_config(config.to_dict() | {"inference": "heads", "overrides": {}} | CONTENDERS[name])
+    return make_config(config.to_dict() | {"inference": "heads", "overrides": {}} | chosen("contender", name, CONTENDERS))
 
 
 class Workload:
@@ -188,7 +188,7 @@ def torch_products(size: int, precision: str, device: str) -> Callable[[], None]
     """For `rates.product_rate`: PyTorch's matrix products at its default precision for `f32`."""
     import torch
 
-    x = torch.randn(size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    x = torch.randn(size, size, device=device).to(chosen("precision", precision, {"bf16": torch.bfloat16, "f32": torch.float32}))
     step = x / size**0.5
 
     def run() -> None:

@@ -5,7 +5,8 @@
 
 Methods: `bp` back-propagation on the same network; `bp checkpointed` the same, keeping the inputs of segments of about sqrt(depth)
 layers and recomputing the rest; `bp accumulated` the same, its gradient the mean over four parts of the batch, one after the other; `vff
-joint` all groups on each batch; `vff sequential` the last group on its frozen predecessors. For VFF each layer is a group. A network
+joint` all groups on each batch; `vff sequential` the last group on its frozen predecessors, or the same of another config.rule. There each
+layer is a group. A network
 of given depth has layers of the configuration's first width, without pooling. Devices: this machine's CPU, in the configuration's
 precision; a TPU v5e by libtpu's compiler, which makes a real executable without the chip, in bf16, skipped where libtpu is not
 installed; and JAX's own device, in bf16, where that is a GPU or TPU.
@@ -48,8 +49,8 @@ STYLES = {
     "bp": ("tab:red", "-"),
     "bp checkpointed": ("tab:orange", "-"),
     ledger.ACCUMULATED: ("tab:purple", "-"),
-    "vff joint": ("tab:blue", "-"),
-    "vff sequential": ("tab:cyan", "--"),
+    "joint": ("tab:blue", "-"),
+    "sequential": ("tab:cyan", "--"),
 }
 
 
@@ -120,7 +121,8 @@ def figure_of(rows: list[dict[str, Any]]) -> Any:
     grid = figure.subplots(len(names), len(batches), squeeze=False)
     for (target, batch), axes in zip(panels, grid.ravel(), strict=True):
         shown = [r for r in rows if (r["target"], r["batch"]) == (target, batch)]
-        for method, (color, style) in STYLES.items():
+        for method in dict.fromkeys(r["method"] for r in shown):
+            color, style = STYLES[method if method in STYLES else method.split()[-1]]  # of `vff joint`, the schedule
             points = [(r["depth"], r["temp_bytes"] / 1e6) for r in shown if r["method"] == method and not r["problem"]]
             axes.plot([p[0] for p in points], [p[1] for p in points], style, color=color, marker="o", markersize=3.5, label=method)
         axes.set_xscale("log", base=2)
@@ -131,7 +133,7 @@ def figure_of(rows: list[dict[str, Any]]) -> Any:
         axes.set(title=f"{shown[0]['device']}, {shown[0]['precision']}, batch {batch}", xlabel="layers", ylabel="temporaries (MB)")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False, fontsize="small")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
 
 
@@ -150,7 +152,16 @@ def main() -> None:
     for target, reason in skipped.items():
         print(f"== {target} skipped: {reason}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
-    found = {"config": name, "command": sys.argv[1:], "quick": own.quick, "jax": jax.__version__, "skipped": skipped, "rows": rows}
+    network = ledger.network_of(config, own.depths)
+    found = {
+        "config": name,
+        "network": network,
+        "command": sys.argv[1:],
+        "quick": own.quick,
+        "jax": jax.__version__,
+        "skipped": skipped,
+        "rows": rows,
+    }
     for target in cases:
         for case in cases[target]:
             print(f"== {target}: {case}", file=sys.stderr, flush=True)
@@ -158,6 +169,7 @@ def main() -> None:
             ledger.compare(rows)
             write_json(own.out, found)
     draw(rows, own.out.with_suffix(".png"))
+    print(f"network: {network['measured']}")
     print(ledger.table(rows))
 
 

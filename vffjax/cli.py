@@ -176,16 +176,17 @@ def _prepare(arguments: list[str]) -> None:
 
 def _memory(arguments: list[str]) -> None:
     about = "MB of one training step by the compiler's own plan: of back-propagation, of the same with its maps recomputed (checkpointed)"
-    about += " or its batch in four parts (accumulated), and of VFF. Nothing is trained and no data set is read."
+    about += " or its batch in four parts (accumulated), and of the configuration's own rule. Nothing is trained and no data set is read."
     parser = parser_of("memory", about)
     parser.usage = MEMORY_USAGE
-    depths = "layers, all of the first width, without pooling; VFF with each layer a group; default: the configuration's own network"
-    parser.add_argument("--depths", default="", metavar="N,N", help=depths)
+    of_depths = "layers, all of the first width, without pooling, each a group; default: the configuration's own network"
+    parser.add_argument("--depths", default="", metavar="N,N", help=of_depths)
     parser.add_argument("--batches", default="", metavar="N,N", help="images in a step; default: config.batch_size")
     target = "here: JAX's first device; cpu; tpu: a TPU v5e, which need not be there (its compiler: pip install -e '.[tpu-compiler]')"
     parser.add_argument("--target", choices=ledger.TARGETS, default="here", help=target)
     a, config, name = _of_config(parser, arguments)
-    cases = ledger.cases(config, whole_numbers("--depths", a.depths, MAX_LAYERS), whole_numbers("--batches", a.batches))
+    depths = whole_numbers("--depths", a.depths, MAX_LAYERS)
+    cases, network = ledger.cases(config, depths, whole_numbers("--batches", a.batches)), ledger.network_of(config, depths)
     backend.start()
     from vffjax import memory, targets
 
@@ -196,11 +197,16 @@ def _memory(arguments: list[str]) -> None:
             notice(f"== {case}")
         rows.append(memory.measure(case, device))
     ledger.compare(rows)
-    found = {"config": name, "target": a.target, "jax": importlib.metadata.version("jax"), "rows": rows}
+    found = {"config": name, "network": network, "target": a.target, "jax": importlib.metadata.version("jax"), "rows": rows}
     if a.out:
         with naming_files(a.out, "--out"):
             write_json(a.out, found)
-    print(json.dumps(found, indent=2) if a.json else ledger.table(rows))
+    if a.json:
+        print(json.dumps(found, indent=2))
+        return
+    if not network["own"]:
+        print(f"network: {network['measured']}")
+    print(ledger.table(rows))
 
 
 def _check_memory(config: Config) -> None:

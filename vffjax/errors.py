@@ -2,8 +2,10 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -20,6 +22,13 @@ def bad_key(key: str, value: object, problem: str, fix: str) -> UserError:
     except Exception as error:  # a whole number of more digits than Python prints, or an object of a configuration file
         shown = f"<{type(value).__name__}: {type(error).__name__}>"
     return UserError(f"config.{key}={shortened(shown, 300)}: {problem}; {fix}")
+
+
+def chosen(key: str, value: Any, table: Mapping[Any, T]) -> T:
+    """The entry of a table of everything that is known under a configuration's key. Raises `UserError` for a value that it lacks."""
+    if value not in table:
+        raise bad_key(key, value, "not known here", f"choose one of {', '.join(map(str, table))}")
+    return table[value]
 
 
 def shortened(text: str, limit: int) -> str:
