@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from vffjax.config import Config, from_json
 from vffjax.errors import UserError
@@ -175,6 +176,15 @@ class Checkpoints:
             raise UserError(f"{self.folder / str(epoch)}: cannot be restored ({reason}); {_OWN_CONFIG}") from error
 
 
+def _save_without_fsync() -> None:
+    """For a file system that cannot flush folders, where TensorStore would refuse to write. `Writer.save` flushes what can be flushed.
+
+    Orbax has no setting for it.
+    """
+    for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+        context["file_io_sync"] = False
+
+
 class Writer:
     """Saves epochs into a workdir; keeps the two latest and the best. One writer at a time."""
 
@@ -196,6 +206,8 @@ class Writer:
                 checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
+        if not sync(folder):
+            _save_without_fsync()
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
         self._prune()  # for a run that was killed before it could
 

@@ -59,7 +59,7 @@ def make_host_epoch(plan: Plan, active: int, task: Task, states: tuple[GroupStat
 
     def compiled(length: int) -> Any:
         features = jax.ShapeDtypeStruct((length, plan.config.batch_size, *example.shape[1:]), example.dtype)
-        return jitted.lower(task, states, on_device, key, order[:length], jnp.arange(length), features).compile()
+        return jitted.lower(task, states, on_device, key, order[:length], jnp.arange(length, dtype=jnp.int32), features).compile()
 
     by_length = {length: compiled(length) for length in {len(piece) for piece in pieces}}
 

@@ -234,6 +234,9 @@ def naming_files(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None
         raise
     except RecursionError as error:
         raise UserError(f"{folder}: a file there is nested too deeply to be read; restore it, or give another {flag}") from error
+    except FloatingPointError as error:  # JAX's own, of JAX_DEBUG_NANS or JAX_DEBUG_INFS
+        fix = "unset JAX_DEBUG_NANS and JAX_DEBUG_INFS, or lower config.learning_rate"
+        raise UserError(f"JAX was told to stop where a number is not finite, and one is ({printable(str(error), 200)}); {fix}") from error
     except (MemoryError, RuntimeError) as error:
         # Of jax.errors.JaxRuntimeError there is no finer kind.
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):

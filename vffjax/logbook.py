@@ -153,31 +153,35 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
 
 
-def sync(path: pathlib.Path) -> None:
-    """Returns when a file, or a folder's list of names, is on disk, if the file system can say so. Raises `OSError` if writing failed."""
+def sync(path: pathlib.Path) -> bool:
+    """Returns when a file, or a folder's list of names, is on disk: True; False if the file system cannot say so, of which one line on
+    stderr tells. Raises `OSError` if something has been lost."""
     folder = path.is_dir()
     if folder and os.name == "nt":  # Windows opens no folders
-        return
+        return True
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         if not folder or error.errno not in _CANNOT:
             raise
-        return _cannot_flush(path, error)
+        _cannot_flush(path, error)
+        return False
     try:
-        flush_to_disk(descriptor, path)
+        return flush_to_disk(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def flush_to_disk(descriptor: int, path: pathlib.Path | str) -> None:
-    """`os.fsync`; where the file system knows no such thing, one line on stderr says so, once in a process."""
+def flush_to_disk(descriptor: int, path: pathlib.Path | str) -> bool:
+    """`os.fsync`, for an open file of this path; returns and raises as `sync`."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
         _cannot_flush(path, error)
+        return False
+    return True
 
 
 _warned: set[str] = set()  # of what one line in a process is enough

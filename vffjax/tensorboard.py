@@ -17,7 +17,8 @@ class Events:
 
     def __init__(self, folder: pathlib.Path, first_epoch: int):
         self._writer: Any = None
-        self._threads: set[threading.Thread] = set()
+        self._is_own: Callable[[threading.Thread], bool] = lambda thread: False
+        self._other_hook: Any = None
         self._failed = False
         try:
             self._open(folder, first_epoch)
@@ -31,16 +32,18 @@ class Events:
             if error.name != "tensorboardX":
                 raise
             return
-        before = set(threading.enumerate())
+        others = set(threading.enumerate())
+        self._is_own = lambda thread: thread not in others  # while it is being made, which may start a thread that dies at once
+        self._other_hook, threading.excepthook = threading.excepthook, self._thread_died
         # Purged also at a fresh start: an earlier run here may have died before its first checkpoint.
         # The suffix: tensorboardX names its file by the second, and would overwrite that of a run resumed within one.
         self._writer = SummaryWriter(str(folder), purge_step=first_epoch + 1, filename_suffix=f".from{first_epoch + 1}")
-        self._threads = set(threading.enumerate()) - before
-        self._other_hook, threading.excepthook = threading.excepthook, self._thread_died
+        own = set(threading.enumerate()) - others
+        self._is_own = own.__contains__
 
     def _thread_died(self, failure: Any) -> None:
         """Instead of the traceback that Python prints."""
-        if failure.thread in self._threads:
+        if self._is_own(failure.thread):
             self._fail(failure.exc_value)
         else:
             self._other_hook(failure)
@@ -60,9 +63,7 @@ class Events:
     def close(self) -> None:
         """May be called twice."""
         writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        if not self._failed:
+        if writer is not None and not self._failed:
             self._limited(writer.close)
         if threading.excepthook == self._thread_died:
             threading.excepthook = self._other_hook
