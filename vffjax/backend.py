@@ -36,7 +36,8 @@ def _check_xla_flags(flags: str) -> None:
     if not flags.strip():
         return
     try:
-        done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, errors="replace", timeout=60)
+        command, environment = [sys.executable, "-c", _PROBE], os.environ | {"XLA_FLAGS": flags}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError):  # no process can be had; then XLA itself will speak
         return
     found = _XLA_REFUSES.search(done.stderr)
