@@ -13,6 +13,7 @@ from rates import PRODUCTS
 
 from vffjax.config import Config, check_against_data, make_config
 from vffjax.data import SIZES
+from vffjax.errors import chosen
 from vffjax.groups import GroupState
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
@@ -54,7 +55,7 @@ class TorchImages(NamedTuple):
 
 def variant(config: Config, name: str) -> Config:
     """The configuration that a contender trains."""
-    return make_config(config.to_dict() | {"inference": "heads"} | CONTENDERS[name])
+    return make_config(config.to_dict() | {"inference": "heads"} | chosen("contender", name, CONTENDERS))
 
 
 def check_keys(config: Config, names: list[str]) -> None:
@@ -200,7 +201,7 @@ def torch_products(size: int, precision: str, device: str) -> Callable[[], None]
     """For `rates.product_rate`: PyTorch's matrix products at its default precision for `f32`."""
     import torch
 
-    x = torch.randn(size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    x = torch.randn(size, size, device=device).to(chosen("precision", precision, {"bf16": torch.bfloat16, "f32": torch.float32}))
     step = x / size**0.5
 
     def run() -> None:

@@ -5,7 +5,8 @@
 
 Methods: `bp` back-propagation on the same network; `bp checkpointed` the same, keeping the inputs of segments of about sqrt(depth)
 layers and recomputing the rest; `bp accumulated` the same, its gradient the mean over four parts of the batch, one after the other; `vff
-joint` all groups on each batch; `vff sequential` the last group on its frozen predecessors. For VFF each layer is a group. A network
+joint` all groups on each batch; `vff sequential` the last group on its frozen predecessors, or the same of another config.rule. There each
+layer is a group. A network
 of given depth has layers of the configuration's first width, without pooling. Devices: this machine's CPU, in the configuration's
 precision; a TPU v5e by libtpu's compiler, which makes a real executable without the chip, in bf16, skipped where libtpu is not
 installed; and JAX's own device, in bf16, where that is a GPU or TPU.
@@ -24,7 +25,6 @@ Every row has a process of its own, so that peaks do not mix. Writes FILE.json a
 import argparse
 import concurrent.futures
 import functools
-import io
 import multiprocessing
 import pathlib
 import sys
@@ -35,17 +35,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from keys import Only, read_config, refuse
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from vffjax import ledger, targets
+from vffjax import drawing, ledger, targets
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
 from vffjax.flags import json_file, whole_numbers
 from vffjax.ledger import Case
-from vffjax.logbook import replace_file, write_json
+from vffjax.logbook import write_json
 from vffjax.memory import compile_step, make_step, row
 from vffjax.trainer import init_states, make_task
 
@@ -53,13 +50,12 @@ STYLES = {
     "bp": ("tab:red", "-"),
     "bp checkpointed": ("tab:orange", "-"),
     ledger.ACCUMULATED: ("tab:purple", "-"),
-    "vff joint": ("tab:blue", "-"),
-    "vff sequential": ("tab:cyan", "--"),
+    "joint": ("tab:blue", "-"),
+    "sequential": ("tab:cyan", "--"),
 }
 
 # Keys whose values the ledger sets itself.
 SET_HERE = {
-    "rule": Only(("vff",), "the ledger is of VFF beside back-propagation", "leave it at vff"),
     "frozen_groups": Only((0,), "methods and depths have other groups than the configuration", "use 0"),
     "overrides": Only(({},), "methods and depths have other groups than the configuration", "leave it out"),
     "feature_cache": Only(("none",), "the sequential step of the ledger computes what frozen groups put out", "use feature_cache=none"),
@@ -118,6 +114,13 @@ def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Temporaries against depth: a line for each method, a panel for each device and batch."""
+    drawing.draw(path, lambda: figure_of(rows))
+
+
+def figure_of(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
     panels = list(dict.fromkeys((r["target"], r["batch"]) for r in rows))
     names = list(dict.fromkeys(target for target, _ in panels))
     batches = list(dict.fromkeys(batch for _, batch in panels))
@@ -125,7 +128,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     grid = figure.subplots(len(names), len(batches), squeeze=False)
     for (target, batch), axes in zip(panels, grid.ravel(), strict=True):
         shown = [r for r in rows if (r["target"], r["batch"]) == (target, batch)]
-        for method, (color, style) in STYLES.items():
+        for method in dict.fromkeys(r["method"] for r in shown):
+            color, style = STYLES[method if method in STYLES else method.split()[-1]]  # of `vff joint`, the schedule
             points = [(r["depth"], r["temp_bytes"] / 1e6) for r in shown if r["method"] == method and not r["problem"]]
             axes.plot([p[0] for p in points], [p[1] for p in points], style, color=color, marker="o", markersize=3.5, label=method)
         axes.set_xscale("log", base=2)
@@ -136,11 +140,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.set(title=f"{shown[0]['device']}, {shown[0]['precision']}, batch {batch}", xlabel="layers", ylabel="temporaries (MB)")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False, fontsize="small")
-    FigureCanvasAgg(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    replace_file(path, content.getvalue())
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    return figure
 
 
 def main() -> None:
@@ -158,7 +159,16 @@ def main() -> None:
     for target, reason in skipped.items():
         print(f"== {target} skipped: {reason}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
-    found = {"config": name, "command": sys.argv[1:], "quick": own.quick, "jax": jax.__version__, "skipped": skipped, "rows": rows}
+    network = ledger.network_of(config, own.depths)
+    found = {
+        "config": name,
+        "network": network,
+        "command": sys.argv[1:],
+        "quick": own.quick,
+        "jax": jax.__version__,
+        "skipped": skipped,
+        "rows": rows,
+    }
     for target in cases:
         for case in cases[target]:
             print(f"== {target}: {case}", file=sys.stderr, flush=True)
@@ -166,6 +176,7 @@ def main() -> None:
             ledger.compare(rows)
             write_json(own.out, found)
     draw(rows, own.out.with_suffix(".png"))
+    print(f"network: {network['measured']}")
     print(ledger.table(rows))
 
 

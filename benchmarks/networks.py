@@ -68,7 +68,7 @@ def steps(config: Config) -> list[ledger.Case]:
     """Back-propagation's, and VFF's for each grouping."""
     groupings = [ledger.cases(make_config(config.to_dict() | {"grouping": grouping}), [], []) for grouping in GROUPINGS]
     bp = [case for case in groupings[0] if case.method == "bp"]
-    return bp + [case for cases in groupings for case in cases if case.method == "vff joint"]
+    return bp + [case for cases in groupings for case in cases if case.method == f"{config.rule} joint"]
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from keys import FLOPS
 
 from vffjax.config import Config
+from vffjax.errors import chosen
 from vffjax.groups import make_groups
 from vffjax.networks.layers import ConvLayer
 from vffjax.rules import needs_predictions
@@ -50,10 +51,8 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
 
 def copies_per_step(config: Config, classes: int) -> int:
     """Labelled rows that pass through the layers beside the batch."""
-    if config.rule == "head":
-        return 0
-    shared = config.rule == "vff" and config.labelling == "shared"
-    return config.copies_per_class * classes if shared else 2 * config.batch_size
+    vff = chosen("labelling", config.labelling, {"shared": config.copies_per_class * classes, "triplet": 2 * config.batch_size})
+    return chosen("rule", config.rule, {"vff": vff, "ff": 2 * config.batch_size, "head": 0})
 
 
 def training_flops(config: Config, image_shape: tuple[int, int, int], classes: int) -> int:
@@ -90,7 +89,7 @@ def product_rate(products: Callable[[], None], size: int) -> float:
 
 def jax_products(size: int, precision: str) -> Callable[[], None]:
     """For `product_rate`: JAX at its default precision for `f32`, in and out of bfloat16 for `bf16`."""
-    dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
+    dtype = chosen("precision", precision, {"bf16": jnp.bfloat16, "f32": jnp.float32})
     multiply: Any = jax.jit(jnp.matmul)
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     step = x / math.sqrt(size)  # products of products stay near 1

@@ -74,7 +74,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
     fresh = init_states(plan, dataset.image_shape)
     epoch = make_epoch(plan).lower(task, fresh, train, jnp.int32(0)).compile()
     scores = inference.make_scores(plan, "heads")
-    scores_of = {name: scores.lower(task, fresh, split.images).compile() for name, split in judged.items()}  # type: ignore[attr-defined]
+    scores_of = {name: scores.lower(task, fresh, split.images).compile() for name, split in judged.items()}
     compile_seconds = time.perf_counter() - start
 
     def accuracy(states: Any, split: str) -> float:

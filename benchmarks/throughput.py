@@ -19,7 +19,6 @@ which the JSON records; bf16 compares like with like. Writes FILE.json, a bar ch
 """
 
 import argparse
-import io
 import os
 import pathlib
 import platform
@@ -47,13 +46,12 @@ from contenders import (
     variant,
 )
 from keys import read_config
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rates import jax_products, product_rate, training_flops
 
+from vffjax import drawing
 from vffjax.config import Config
 from vffjax.errors import UserError
-from vffjax.logbook import replace_file, write_json
+from vffjax.logbook import write_json
 
 # On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,
 # Intel's for 200. Without a pause a contender of JAX would share its cores with the spinning threads of the PyTorch contender before it.
@@ -233,7 +231,13 @@ def _shown(value: float | None, digits: int) -> str:
 
 
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
+    drawing.draw(path, lambda: figure_of(found))
+
+
+def figure_of(found: dict[str, Any]) -> Any:
     """A bar for each row: the median, with a line from the least to the greatest."""
+    from matplotlib.figure import Figure
+
     rows = found["rows"][::-1]
     figure = Figure(figsize=(9.0, 1.4 + 0.42 * len(rows)), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -248,10 +252,7 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    replace_file(path, content.getvalue())
+    return figure
 
 
 def machine(work: Workload, with_torch: bool) -> dict[str, Any]:

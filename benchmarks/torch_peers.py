@@ -23,6 +23,7 @@ from keys import PEER
 from torch import Tensor, nn
 
 from vffjax.config import Config, for_group
+from vffjax.errors import bad_key, chosen
 from vffjax.groups import GroupState, LayerGroup
 from vffjax.losses import EPSILON as LEAST_SQUARED_NORM
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
@@ -167,10 +168,10 @@ def cut_out(x: Tensor, side: int) -> Tensor:
 def embed(features: Tensor, similarity: str) -> Tensor:
     """Vectors [batch, d] whose dot product is `config.similarity` of two feature maps; float32."""
     z, least = features.float(), LEAST_SQUARED_NORM**0.5
+    cells = chosen("similarity", similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
     if z.ndim == 4 and similarity == "position":
         return F.normalize(z, dim=1, eps=least).flatten(1) / math.sqrt(z.shape[2] * z.shape[3])
-    if z.ndim == 4 and similarity in ("grid", "pooled"):
-        cells = 2 if similarity == "grid" else 1
+    if z.ndim == 4 and cells:
         z = F.adaptive_avg_pool2d(z, (min(cells, z.shape[2]), min(cells, z.shape[3])))
     return F.normalize(z.flatten(1), dim=1, eps=least)
 
@@ -206,16 +207,16 @@ class GroupOptimizer:
         self._kernels: list[Tensor] = [p for p in self._params if p.ndim > 1]
         self._clip_norm = config.clip_norm
         # torch.optim.SGD has decay only inside the gradient, where momentum averages it.
-        self._decay_apart = config.weight_decay if config.optimizer == "sgd" else 0.0
-        chosen: Any = {"lr": config.learning_rate, implementation: True}
+        self._decay_apart = chosen("optimizer", config.optimizer, {"sgd": config.weight_decay, "adamw": 0.0})
+        options: Any = {"lr": config.learning_rate, implementation: True}
         self._optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
             rest = [p for p in self._params if p.ndim <= 1]
             decayed = {"params": self._kernels, "weight_decay": config.weight_decay}
-            self._optimizer = torch.optim.AdamW([decayed, {"params": rest, "weight_decay": 0.0}], **chosen)
+            self._optimizer = torch.optim.AdamW([decayed, {"params": rest, "weight_decay": 0.0}], **options)
         else:
             momentum = config.momentum
-            self._optimizer = torch.optim.SGD(self._params, momentum=momentum, nesterov=momentum > 0, **chosen)
+            self._optimizer = torch.optim.SGD(self._params, momentum=momentum, nesterov=momentum > 0, **options)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _share_of_rate(config, steps_per_epoch))
 
     def step(self) -> None:
@@ -243,6 +244,22 @@ def _share_of_rate(config: Config, steps_per_epoch: int) -> Callable[[int], floa
     return share
 
 
+def _check_known(config: Config, groups: int) -> None:
+    """Raises `UserError` for a configuration that a peer would train as if it were another."""
+    chosen("rule", config.rule, {"head": None, "vff": None})
+    chosen("norm", config.resolved_norm, {"batch": None})
+    if config.rule == "head":
+        if groups != 1:
+            raise bad_key("grouping", config.grouping, f"a peer of rule head trains one group, not {groups}", "use grouping=all")
+        return
+    for key, value, known in (
+        ("labelling", config.labelling, "triplet"),
+        ("contrast", config.resolved_contrast, "triplet"),
+        ("negatives", config.negatives, "uniform"),
+    ):
+        chosen(key, value, {known: None})
+
+
 class Peer:
     """A network under training: back-propagation if `plan.config.rule` is `head` and there is one group, else three-stream VFF.
 
@@ -252,6 +269,7 @@ class Peer:
 
     def __init__(self, plan: Plan, task: Task, states: Sequence[GroupState], device: str, compile_mode: str | None = None):
         PEER.check(plan.config)
+        _check_known(plan.config, len(plan.groups))
         torch.manual_seed(plan.config.seed)
         torch.backends.cudnn.benchmark = True
         self._plan, self._config, self._device = plan, plan.config, device

@@ -118,7 +118,7 @@ def named(cases):
 def test_without_depths_the_network_is_the_configuration_as_it_stands():
     config = config_of(**CONV, dataset="cifar10", inference="sweep", overrides={"group1": {"momentum": 0.1}})
     found = named(ledger.cases(config, [], []))
-    assert list(found) == [(method, 4, 12) for method in ledger.METHODS]
+    assert list(found) == [(method, 4, 12) for method in ledger.methods("vff")]
     for case in found.values():
         assert (case.network, case.widths, case.pools, case.overrides) == ("conv4", config.widths, config.pools, {})
     assert found["vff joint", 4, 12].grouping == "width"
@@ -130,7 +130,7 @@ def test_without_depths_the_network_is_the_configuration_as_it_stands():
 @pytest.mark.parametrize("network", [CONV | {"dataset": "cifar10"}, {"network": "mlp", "widths": (4, 9)}], ids=["conv4", "mlp"])
 def test_a_deepened_network_has_layers_of_the_first_width_and_vff_a_group_for_each(network):
     found = named(ledger.cases(config_of(**network), [1, 7], [8, 16]))
-    assert len(found) == 2 * 2 * len(ledger.METHODS)
+    assert len(found) == 2 * 2 * len(ledger.methods("vff"))
     for (method, depth, _), config in found.items():
         assert config.widths == (4,) * depth
         assert config.network == {"conv4": "conv"}.get(network["network"], "mlp")
@@ -149,7 +149,7 @@ def test_in_the_sequential_schedule_the_last_group_trains():
 def rows_of(*temps, **about):
     row = {"device": "chip", "precision": "f32", "depth": 4, "batch": 8, "grouping": "all", "problem": ""} | about
     counted = dict.fromkeys(memory.BYTES, 1_500_000)
-    return [row | counted | {"method": method, "temp_bytes": temp} for method, temp in zip(ledger.METHODS, temps, strict=False)]
+    return [row | counted | {"method": method, "temp_bytes": temp} for method, temp in zip(ledger.methods("vff"), temps, strict=False)]
 
 
 def test_rows_are_set_against_bp_of_the_same_place_and_it_is_said_where_bp_takes_less():
@@ -194,7 +194,7 @@ def test_the_command_prints_a_table_and_writes_json(call, tmp_path):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert "relative to bp" in lines[1]
-    assert [line[:22].split() for line in lines[2:]] == [["2", *method.split()] for method in ledger.METHODS]
+    assert [line[:22].split() for line in lines[2:]] == [["2", *method.split()] for method in ledger.methods("vff")]
     found = json.loads(file.read_text())
     assert (found["config"], found["target"], found["jax"]) == ("digits", "cpu", jax.__version__)
     for row in found["rows"]:
@@ -204,6 +204,35 @@ def test_the_command_prints_a_table_and_writes_json(call, tmp_path):
         # Parameters and moments of a dense layer alone: (64 * 6 + 6 * 5) float32 three times.
         assert 12 * (64 * 6 + 6 * 5) < row["argument_bytes"] < 40_000
     assert found["rows"][0]["relative_to_bp"] == 1
+
+
+def test_the_rows_are_those_of_the_configurations_own_rule(call):
+    for rule, extra in (("ff", []), ("head", ["--config.grouping=layer"])):
+        status, out, err = call("memory", *DENSE, f"--config.rule={rule}", *extra, "--target=cpu", "--json")
+        assert (status, err) == (0, "")
+        found = json.loads(out)
+        assert [row["method"] for row in found["rows"]][3:] == [f"{rule} joint", f"{rule} sequential"]
+        assert found["network"] == {"own": True, "measured": f"mlp, widths 6 5, grouping {'layer' if rule == 'head' else 'width'}"}
+
+
+def test_rule_ff_takes_other_bytes_than_vff_does():
+    rows = {rule: ledger.cases(config_of(widths=(6, 5), rule=rule), [], [8])[3] for rule in ("vff", "ff", "head")}
+    assert {rule: case.config.rule for rule, case in rows.items()} == {"vff": "vff", "ff": "ff", "head": "head"}
+    assert len({memory.measure(case, targets.find("cpu"))["temp_bytes"] for case in rows.values()}) == 3
+
+
+def test_a_network_that_is_not_the_configurations_own_is_named_above_the_table(call):
+    conv = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=8"]
+    out = call("memory", *conv, "--depths=1", "--target=cpu")[1]
+    first = "network: conv with 1 layers of 4 channels each, without pooling, each layer a group; not the configuration's own network"
+    assert out.splitlines()[0] == f"{first} (conv4, widths 4 4 6 6, grouping width)"
+    assert json.loads(call("memory", *conv, "--depths=1", "--target=cpu", "--json")[1])["network"]["own"] is False
+
+
+def test_frozen_groups_that_the_ledger_leaves_out_are_named():
+    config = config_of(widths=(6, 5), frozen_groups=1)
+    assert ledger.network_of(config, [])["own"] is False
+    assert "without config.frozen_groups" in ledger.network_of(config, [])["measured"]
 
 
 BAD = {
@@ -261,7 +290,9 @@ def test_the_benchmark_writes_rows_and_plot_and_says_what_it_skips(monkeypatch, 
     found = json.loads(out.read_text())
     assert list(found["skipped"]) == ["tpu"]
     assert "tpu skipped: libtpu" in printed.err
-    assert [(row["target"], row["depth"], row["method"]) for row in found["rows"]] == [("cpu", 1, method) for method in ledger.METHODS]
+    assert [(row["target"], row["depth"], row["method"]) for row in found["rows"]] == [
+        ("cpu", 1, method) for method in ledger.methods("vff")
+    ]
     assert "relative to bp" in printed.out
     with Image.open(out.with_suffix(".png")) as picture:
         assert np.asarray(picture.convert("L")).std() > 5

@@ -120,6 +120,18 @@ class Checkpoints:
         return self.folder / f"{epoch}.sha256.json"
 
 
+def _save_without_fsync() -> None:
+    """For a file system that cannot flush folders, where TensorStore would refuse to write. `Writer.save` flushes what can be flushed.
+
+    Orbax has no setting for it, only a table that its versions may rename; where it is not found, TensorStore says what it cannot do.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+            context["file_io_sync"] = False
+
+
 class Writer:
     """Saves epochs into a workdir; keeps the two latest and the best. One writer at a time.
 
@@ -145,6 +157,8 @@ class Writer:
                 checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
+        if not sync(folder):
+            _save_without_fsync()
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
         self._prune()  # for a run that was killed before it could
 

@@ -1,19 +1,21 @@
 """The command line: one function for each command. Bad input ends with status 2 and one line on stderr."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import sys
+import tomllib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from vffjax import ledger, run_commands, weights
+from vffjax import backend, ledger, run_commands, weights
 from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config, least_bytes
 from vffjax.data import SIZES
-from vffjax.errors import UserError, printable
+from vffjax.errors import SafeStream, UserError, notice, printable
 from vffjax.flags import a_data_dir, describe_keys, json_file, naming_files, parse_train, parser_of, whole_numbers
 from vffjax.logbook import write_json
 from vffjax.termination import Terminated
@@ -28,6 +30,7 @@ USAGE = """usage: vffjax COMMAND [OPTION ...]
   memory     what a training step takes, beside what back-propagation takes
   locality   whether any gradient crosses a group, proved on the program that trains; and what each group sees
   reproduce  train a finished workdir's run again and compare, to the bit
+  version    print the version
 
 vffjax COMMAND --help tells more."""
 
@@ -68,30 +71,63 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "memory": _memory,
         "locality": _locality,
         "reproduce": run_commands.reproduce,
+        "version": _version,
     }
-    status = None
+    if arguments[:1] in (["--version"], ["-V"]):
+        arguments = ["version"]
+    _hold_descriptors()
+    out = SafeStream(sys.stdout)
+    # Also for what libraries print: neither stream need be there.
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(SafeStream(sys.stderr)):
+        status = _run(commands, arguments)
+        out.flush()
+    if out.failure:
+        if not isinstance(out.failure, BrokenPipeError):  # of a reader such as head, which has gone
+            notice(f"vffjax: error: standard output cannot be written ({out.failure})")
+        with contextlib.suppress(Exception):  # else Python tries once more at its end, and says so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        status = status or 1
+    sys.exit(status)
+
+
+def _run(commands: dict[str, Callable[[list[str]], int | None]], arguments: list[str]) -> int:
+    """Runs the command; its exit status. An error has been told on stderr."""
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE)
-        elif arguments[0] not in commands:
+            return 0
+        if arguments[0] not in commands:
             raise UserError(f"COMMAND={arguments[0]}: not known; choose one of {', '.join(commands)}")
-        else:
-            status = commands[arguments[0]](arguments[1:])
-        # A reader such as head may have gone; find out while the handler below is in force.
-        sys.stdout.flush()
+        return commands[arguments[0]](arguments[1:]) or 0
     except UserError as error:
-        print("vffjax: error:", printable(str(error)), file=sys.stderr)
-        sys.exit(2)
+        notice(f"vffjax: error: {error}")
+        return 2
     except Terminated as leave:
-        print(f"vffjax: told to leave (SIGTERM): {leave}", file=sys.stderr)
-        sys.exit(143)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        notice(f"vffjax: told to leave (SIGTERM): {leave}")
+        return 143
+    except SystemExit as leave:  # argparse, after it has printed its help
+        return leave.code if isinstance(leave.code, int) else 0
     except KeyboardInterrupt:
-        print("vffjax: interrupted; the same command goes on from the latest checkpoint", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(status or 0)
+        notice("vffjax: interrupted; the same command goes on from the latest checkpoint")
+        return 130
+
+
+def _hold_descriptors() -> None:
+    """If a shell has closed descriptor 0, 1 or 2, the next file to be opened would get its number, and what libraries print."""
+    with contextlib.suppress(OSError):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
+
+
+def _version(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"argument {arguments[0]!r}: not known; vffjax version takes none")
+    try:
+        version = importlib.metadata.version("vffjax")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path and not installed
+        version = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    print(f"vffjax {version}")
 
 
 def _train(arguments: list[str]) -> None:
@@ -104,6 +140,7 @@ def _train(arguments: list[str]) -> None:
     with naming_files(folder):
         if not (folder / "config.json").exists():  # a run that goes on has its weights already
             weights.check_start(config)
+        backend.start()
         from vffjax import experiment
 
         _check_memory(config)
@@ -139,30 +176,37 @@ def _prepare(arguments: list[str]) -> None:
 
 def _memory(arguments: list[str]) -> None:
     about = "MB of one training step by the compiler's own plan: of back-propagation, of the same with its maps recomputed (checkpointed)"
-    about += " or its batch in four parts (accumulated), and of VFF. Nothing is trained and no data set is read."
+    about += " or its batch in four parts (accumulated), and of the configuration's own rule. Nothing is trained and no data set is read."
     parser = parser_of("memory", about)
     parser.usage = MEMORY_USAGE
-    depths = "layers, all of the first width, without pooling; VFF with each layer a group; default: the configuration's own network"
-    parser.add_argument("--depths", default="", metavar="N,N", help=depths)
+    of_depths = "layers, all of the first width, without pooling, each a group; default: the configuration's own network"
+    parser.add_argument("--depths", default="", metavar="N,N", help=of_depths)
     parser.add_argument("--batches", default="", metavar="N,N", help="images in a step; default: config.batch_size")
     target = "here: JAX's first device; cpu; tpu: a TPU v5e, which need not be there (its compiler: pip install -e '.[tpu-compiler]')"
     parser.add_argument("--target", choices=ledger.TARGETS, default="here", help=target)
     a, config, name = _of_config(parser, arguments)
-    cases = ledger.cases(config, whole_numbers("--depths", a.depths, MAX_LAYERS), whole_numbers("--batches", a.batches))
+    depths = whole_numbers("--depths", a.depths, MAX_LAYERS)
+    cases, network = ledger.cases(config, depths, whole_numbers("--batches", a.batches)), ledger.network_of(config, depths)
+    backend.start()
     from vffjax import memory, targets
 
     device = targets.find(a.target)
     rows = []
     for case in cases:
         if sys.stderr.isatty():
-            print(f"== {case}", file=sys.stderr)
+            notice(f"== {case}")
         rows.append(memory.measure(case, device))
     ledger.compare(rows)
-    found = {"config": name, "target": a.target, "jax": importlib.metadata.version("jax"), "rows": rows}
+    found = {"config": name, "network": network, "target": a.target, "jax": importlib.metadata.version("jax"), "rows": rows}
     if a.out:
         with naming_files(a.out, "--out"):
             write_json(a.out, found)
-    print(json.dumps(found, indent=2) if a.json else ledger.table(rows))
+    if a.json:
+        print(json.dumps(found, indent=2))
+        return
+    if not network["own"]:
+        print(f"network: {network['measured']}")
+    print(ledger.table(rows))
 
 
 def _check_memory(config: Config) -> None:
@@ -170,11 +214,22 @@ def _check_memory(config: Config) -> None:
     import jax
 
     device, sizes = jax.devices()[0], SIZES[config.dataset]
-    here = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    least = least_bytes(config, sizes.image_shape, sizes.classes)
-    if least > here * jax.device_count():
+    here, least = _bytes_of(device), least_bytes(config, sizes.image_shape, sizes.classes)
+    if here is not None and least > here:  # one device trains, however many there are
         shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
         raise UserError(f"{shown}: needs {least / 1e9:,.1f} GB at the least, and {device.device_kind} has {here / 1e9:,.1f}; lower them")
+
+
+def _bytes_of(device: Any) -> int | None:
+    """The device's memory, for the processor the machine's; None where nobody says."""
+    with contextlib.suppress(Exception):  # a plugin may know no statistics and raise whatever it likes
+        if limit := (device.memory_stats() or {}).get("bytes_limit"):
+            return int(limit)
+    if device.platform == "cpu":
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+            found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return found if found > 0 else None
+    return None
 
 
 def _locality(arguments: list[str]) -> int:
@@ -186,6 +241,7 @@ def _locality(arguments: list[str]) -> int:
     parser.usage = LOCALITY_USAGE
     parser.add_argument("--structure", action="store_true", help="the traced program alone, no numbers: nothing is compiled")
     a, config, name = _of_config(parser, arguments)
+    backend.start()
     from vffjax import locality
 
     certificate = locality.certify(config, numeric=not a.structure)
@@ -195,3 +251,7 @@ def _locality(arguments: list[str]) -> int:
             write_json(a.out, found)
     print(json.dumps(found, indent=2) if a.json else f"{name}: {locality.text(certificate)}")
     return 0 if certificate["local"] else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from ml_collections import config_dict
 
 from vffjax import file_kinds
 from vffjax.architectures import PUBLISHED, RESNET, STEMS, VGG, VGG_HIDDEN, resnet_sizes, scaled
-from vffjax.errors import UserError, bad_key, printable
+from vffjax.errors import UserError, bad_key, chosen, printable
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
 CONVOLUTIONAL = ("conv4", "conv")
@@ -327,10 +327,10 @@ def layer_sizes(c: Config, image_shape: tuple[int, int, int]) -> list[tuple[int,
 def least_bytes(c: Config, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """What training takes at the very least: parameters with their optimizer's states, and the largest feature map once."""
     sizes = layer_sizes(c, image_shape)
-    copies = {"vff": c.copies_per_class * num_classes if c.labelling == "shared" else 2 * c.batch_size, "ff": 2 * c.batch_size, "head": 0}
-    rows = c.batch_size + copies[c.rule]
-    states = sum(kernel for kernel, _ in sizes) * 4 * (3 if c.optimizer == "adamw" else 2)
-    return states + rows * max(area for _, area in sizes) * (2 if c.precision == "bf16" else 4)
+    vff = chosen("labelling", c.labelling, {"shared": c.copies_per_class * num_classes, "triplet": 2 * c.batch_size})
+    rows = c.batch_size + chosen("rule", c.rule, {"vff": vff, "ff": 2 * c.batch_size, "head": 0})
+    states = sum(kernel for kernel, _ in sizes) * 4 * chosen("optimizer", c.optimizer, {"adamw": 3, "sgd": 2})
+    return states + rows * max(area for _, area in sizes) * chosen("precision", c.precision, {"bf16": 2, "f32": 4})
 
 
 def from_json(plain: Mapping[str, Any], path: str) -> Config:

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax import rules
 from vffjax.batching import map_batches
-from vffjax.errors import UserError
+from vffjax.errors import UserError, chosen
 from vffjax.groups import GroupState
 from vffjax.inference import choose_voting, ensemble, error_percent
 from vffjax.rules import Task
@@ -56,7 +56,7 @@ def slack(threshold: float) -> np.float32:
 def votes_of(voting: tuple[int, ...], exits: str = "voting", seen: np.ndarray | None = None, labels: Any = None) -> Votes:
     """Exits at the `voting` groups alone, each with the voters so far; or at `all` groups, each with the set of the groups so far that
     errs least on validation scores `seen`, which need not be nested. At the last both are the full ensemble."""
-    if exits == "voting":
+    if chosen("exits", exits, {"voting": True, "all": False}):
         return tuple(tuple(v for v in voting if v <= g) if g in voting else () for g in range(max(voting) + 1))
     early = range(max(voting))
     return (*(tuple(range(g + 1)) if seen is None else choose_voting(seen[: g + 1], labels) for g in early), voting)
@@ -152,7 +152,7 @@ def _group(plan: Plan, votes: Votes, g: int, state: GroupState, x: Array) -> tup
 def doubt(log_p: Float[Array, "n classes"]) -> Float[Array, " n"]:
     """1 minus the largest probability, as the sum of the others: nothing is lost to rounding where it is small."""
     others = jnp.arange(log_p.shape[1])[None] != log_p.argmax(-1, keepdims=True)
-    return jnp.sum(jnp.exp(log_p) * others, -1)
+    return jnp.sum(jnp.exp(log_p) * others.astype(log_p.dtype), -1)
 
 
 def make_full(plan: Plan, voting: tuple[int, ...], batch: int) -> jax.stages.Wrapped:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -17,10 +16,11 @@ from vffjax import feature_cache, inference, run_state
 from vffjax.checkpoint import Checkpoints, Writer
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
-from vffjax.errors import UserError, printable
+from vffjax.errors import UserError, notice
 from vffjax.groups import GroupState, make_groups
 from vffjax.inference import measure, validate
 from vffjax.logbook import Logbook, restore_metrics
+from vffjax.paths import local
 from vffjax.rules import Task
 from vffjax.saved_epoch import sha256_of
 from vffjax.summary import conclude, executable_bytes, origin
@@ -69,7 +69,7 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
     With a `data_sha256`, the data set must have it. Raises `UserError` for bad input, `Terminated` if SIGTERM came while it trained, once
     the epoch has been saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local(workdir, "--workdir")
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
@@ -82,12 +82,12 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: bad input leaves one line, and no folder.
-        print(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}")
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again, now that nobody else can have written here since
         for line in write_config(workdir, config):
-            print(line, file=sys.stderr, flush=True)
+            notice(line)
         with deferred() as told_to_leave:
             return _train_in(config, workdir, dataset, plan, told_to_leave)
 
@@ -129,7 +129,7 @@ def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
     if config.init_from:
         states, left_out = read_weights(local_file(config), plan, states)
         for note in left_out:
-            print(printable(f"{config.init_from}: {note}"), file=sys.stderr, flush=True)
+            notice(f"{config.init_from}: {note}")
     return states, make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
 
 

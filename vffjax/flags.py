@@ -2,26 +2,22 @@
 
 import argparse
 import contextlib
-import inspect
 import json
 import os
 import pathlib
 import re
 import textwrap
-import traceback
 import unicodedata
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from vffjax.config import FIELDS, Config, default_config, make_config, nearest_key
+from vffjax.config import FIELDS, Config, make_config, nearest_key
+from vffjax.config_file import MAX_DIGITS, MAX_FILE, load_config_file
 from vffjax.errors import UserError, bad_key, printable
+from vffjax.paths import check_run_folder, local, problem_of
 
-# A configuration file larger than this is not one.
-MAX_FILE = 2**20
 # What export writes: the end of a file's name, and its default name.
 EXPORTS = {"safetensors": "weights", "stablehlo": "ensemble"}
-# A number with more digits is none of ours, and Python refuses to read one of thousands.
-MAX_DIGITS = 18
 
 
 def parse_train(arguments: list[str]) -> tuple[Config, str, str]:
@@ -52,12 +48,14 @@ def parse_train(arguments: list[str]) -> tuple[Config, str, str]:
         raise _flag_at_fault(rest, error) from error
     if stray:
         raise UserError(f"argument {stray[0]!r}: not known; give --config FILE, --config.KEY=VALUE and --workdir DIR")
+    workdir = ""
     if values["workdir"].present:
         try:
-            a_path(values.workdir)
+            workdir = str(a_path(values.workdir))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--workdir={values.workdir}: {error}") from None
-    return make_config(raw), name, values.workdir
+        check_run_folder(workdir)
+    return make_config(raw), name, workdir
 
 
 def _take_config(arguments: list[str]) -> tuple[str, list[str]]:
@@ -72,75 +70,6 @@ def _take_config(arguments: list[str]) -> tuple[str, list[str]]:
     if not given:
         raise UserError("--config: missing; give a configuration file such as --config configs/digits.py")
     return given, rest
-
-
-def load_config_file(given: str) -> tuple[Any, str]:
-    """What `get_config` of FILE[:VARIANT] returns, and a name for it. Whatever goes wrong there, `UserError` names the file."""
-    import ml_collections
-
-    file, colon, variant = given.partition(":")
-    # Not by ml_collections: its errors are tracebacks, and it remembers the last file.
-    space: dict[str, Any] = {"__name__": "config_file", "__file__": file}
-    try:
-        exec(compile(_bytes_of(file), file, "exec"), space)
-        if "get_config" not in space:
-            raise UserError(f"--config={given}: {file} has no function get_config; define it, as in configs/digits.py")
-        if not callable(space["get_config"]):
-            raise UserError(f"--config={given}: get_config of {file} is no function; define it, as in configs/digits.py")
-        parameters = inspect.signature(space["get_config"]).parameters
-        variants = space.get("VARIANTS", () if parameters else None)
-        if variants is not None and not (isinstance(variants, (tuple, list, dict, set)) and all(isinstance(v, str) for v in variants)):
-            raise UserError(f"--config={given}: VARIANTS of {file} is {type(variants).__name__}; make it a tuple of names")
-        if colon and variants is None:
-            raise UserError(f"--config={given}: {file} has no variants; use --config={file}")
-        if colon and variants and variant not in variants:
-            raise UserError(f"--config={given}: {file} has no variant {variant!r}; choose one of {', '.join(variants)}")
-        if not colon and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-            known = f", one of {', '.join(variants)}" if variants else ""
-            raise UserError(f"--config={given}: get_config wants {', '.join(parameters)}; give a variant, --config={file}:NAME{known}")
-        config = space["get_config"](variant) if colon else space["get_config"]()
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise UserError(f"--config={given}: get_config returns {type(config).__name__}; return what default_config() gives")
-        plain = config.to_dict()
-    except UserError as error:
-        raise error if str(error).startswith("--config=") else UserError(f"--config={given}: {error}") from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a configuration file is a program, which may even call sys.exit
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        reason = _first_line(error)
-        locked = re.search(r'Key "(\w+)" does not exist', reason)  # ml_collections adds the list of all keys
-        problem = f"config.{locked[1]}: no such key; {nearest_key(locked[1])}" if locked else f"{reason}; correct the file"
-        raise UserError(f"--config={given}: line {line}: {problem}") from error
-    for key, value in plain.items():
-        if key not in FIELDS:
-            raise bad_key(printable(str(key), 100), value, "no such key", nearest_key(str(key)))
-        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # absl would print it, and Python refuses to print thousands of digits
-            raise bad_key(key, value, "too large", "give a number of common size")
-    # A file need not set every key, and may freeze what it returns; the command line sets keys still.
-    return ml_collections.ConfigDict(default_config().to_dict() | plain), pathlib.Path(file).stem + (f"-{variant}" if variant else "")
-
-
-def _bytes_of(file: str) -> bytes:
-    try:
-        if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe would wait for ever
-            problem = "a directory" if os.path.isdir(file) else "not a file"
-        elif os.path.isfile(file) and os.path.getsize(file) > MAX_FILE:
-            problem = f"{os.path.getsize(file)} bytes, more than a configuration has"
-        else:
-            return pathlib.Path(file).read_bytes()
-    except (OSError, ValueError) as error:  # a ValueError of a null byte
-        problem = getattr(error, "strerror", None) or str(error)
-    raise UserError(f"--config={file}: {problem}; give a configuration file such as configs/digits.py") from None
-
-
-def _first_line(error: BaseException) -> str:
-    try:
-        text = " ".join(map(str, error.args[:1])).partition("\n")[0]
-    except Exception:  # str() of a configuration file's own class
-        text = "without a message"
-    return f"{type(error).__name__}: {printable(text, 300)}"
 
 
 def _flag_at_fault(arguments: list[str], error: Exception) -> UserError:
@@ -215,7 +144,7 @@ def export_target(
 def _new_file(text: str, *suffixes: str) -> pathlib.Path:
     path, suffix = a_path(text), " or ".join(suffixes)
     # os.path, because a Path raises where a folder may not be read or a name is too long.
-    folder = os.path.dirname(text) or "."
+    folder = os.path.dirname(os.path.expanduser(text)) or "."
     if path.suffix not in suffixes or len(path.name) > 200 or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise UserError(f"--out={text}: cannot be written; give a {suffix} file in a folder that exists and is yours")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -224,10 +153,24 @@ def _new_file(text: str, *suffixes: str) -> pathlib.Path:
 
 
 def a_path(text: str) -> pathlib.Path:
-    """A path of the command line, neither empty nor with control characters, which a terminal would obey."""
+    """A local path of the command line, `~` replaced; neither empty nor with control characters, which a terminal would obey."""
     if not text or any(unicodedata.category(c) == "Cc" for c in text):
         raise argparse.ArgumentTypeError(f"{text!r} is empty or holds a control character; give a path")
-    return pathlib.Path(text)
+    if problem := problem_of(text):
+        raise argparse.ArgumentTypeError(f"{text!r} {problem}")
+    return local(text, "")
+
+
+def a_run_folder(text: str) -> pathlib.Path:
+    """The value of --into: a folder in which a run can be trained."""
+    path = a_path(text)
+    check_run_folder(path, "--into")
+    return path
+
+
+def an_image(text: str) -> pathlib.Path:
+    """An image file of the command line, `~` replaced; it is judged when it is read."""
+    return local(text, "IMAGE")
 
 
 def a_data_dir(text: str) -> str:
@@ -305,6 +248,9 @@ def naming_files(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None
         raise
     except RecursionError as error:
         raise UserError(f"{folder}: a file there is nested too deeply to be read; restore it, or give another {flag}") from error
+    except FloatingPointError as error:  # JAX's own, of JAX_DEBUG_NANS or JAX_DEBUG_INFS
+        fix = "unset JAX_DEBUG_NANS and JAX_DEBUG_INFS, or lower config.learning_rate"
+        raise UserError(f"JAX was told to stop where a number is not finite, and one is ({printable(str(error), 200)}); {fix}") from error
     except (MemoryError, RuntimeError) as error:
         # Of jax.errors.JaxRuntimeError there is no finer kind.
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):

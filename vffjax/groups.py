@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vffjax.config import Config
+from vffjax.errors import chosen
 from vffjax.networks import build
 from vffjax.networks.layers import Layer, divide_by_rms
 from vffjax.networks.resnet import Stem
@@ -125,7 +126,7 @@ def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ..
 
     A ResNet's stem is no block: by width and by block it belongs to the group behind it.
     """
-    if grouping == "all":
+    if chosen("grouping", grouping, {"all": True, "width": False, "block": False, "layer": False}):
         return (layers,)
     groups: list[tuple[Layer, ...]] = []
     for layer in layers:

@@ -8,12 +8,11 @@ import dataclasses
 import functools
 import hashlib
 import re
-import sys
 from typing import Any
 
 from vffjax import file_kinds
 from vffjax.config import HUB, WEIGHT_FILES
-from vffjax.errors import bad_key, printable
+from vffjax.errors import bad_key, notice, printable
 
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _ADDRESS = re.compile(rf"{HUB}({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_NAME}(?:/{_NAME})*))?(?:#sha256=([0-9a-fA-F]{{64}}))?", re.ASCII)
@@ -100,4 +99,4 @@ def _compare(text: str, address: Address, path: str, about: Any) -> None:
     compared = " and ".join(["the Hub"] * bool(stated) + ["its address"] * bool(address.sha256))
     commit = f" of {about.commit_hash}" if about and about.commit_hash else ""
     verdict = f"as {compared} says" if compared else "compared with nothing"
-    print(printable(f"{text}: {address.file}{commit}, sha256 {digest}, {verdict}"), file=sys.stderr, flush=True)
+    notice(f"{text}: {address.file}{commit}, sha256 {digest}, {verdict}")

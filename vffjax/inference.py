@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from vffjax import losses, rules
 from vffjax.batching import map_batches
+from vffjax.errors import chosen
 from vffjax.groups import GroupState
 from vffjax.rules import Task
 from vffjax.trainer import Plan, clean_log_p, normalised
@@ -31,11 +32,12 @@ def sweep_scores(
             out.append(x)
         return out
 
-    anchors = [losses.embed(f, config.similarity) for f in features(x, x.shape[0])] if config.rule == "vff" else []
+    by_cosine = chosen("rule", config.rule, {"vff": True, "ff": False})  # rule head never sees a labelled image
+    anchors = [losses.embed(f, config.similarity) for f in features(x, x.shape[0])] if by_cosine else []
 
     def score(label: Array) -> Array:
         labelled = features(rules.prepare_labelled(config, task, x, label), 0)
-        if config.rule == "ff":
+        if not by_cosine:
             return jnp.stack([losses.goodness(f) for f in labelled])
         copies = [losses.embed(f, config.similarity) for f in labelled]
         return jnp.stack([jnp.sum(a * c, axis=1) for a, c in zip(anchors, copies, strict=True)])
@@ -48,7 +50,7 @@ def make_scores(plan: Plan, inference: str) -> jax.stages.Wrapped:
 
     Images are taken in batches of `config.eval_batch_size`.
     """
-    per_batch = {"heads": clean_log_p, "sweep": sweep_scores}[inference]
+    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores})
 
     @jax.jit
     def scores(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:

@@ -16,18 +16,17 @@ MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
 
 _BP = {"rule": "head", "grouping": "all", "schedule": "joint", "rematerialise": False}
-METHODS: dict[str, dict[str, Any]] = {
-    "bp": _BP,
-    "bp checkpointed": _BP | {"rematerialise": True},
-    ACCUMULATED: _BP,
-    "vff joint": {"rule": "vff", "schedule": "joint"},
-    "vff sequential": {"rule": "vff", "schedule": "sequential"},
-}
+
+
+def methods(rule: str) -> dict[str, dict[str, Any]]:
+    """What is compared: back-propagation's ways, and the two schedules of a local rule; by name, what each changes in a configuration."""
+    own = {f"{rule} {schedule}": {"rule": rule, "schedule": schedule} for schedule in ("joint", "sequential")}
+    return {"bp": _BP, "bp checkpointed": _BP | {"rematerialise": True}, ACCUMULATED: _BP} | own
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the ledger before it is compiled: a method of `METHODS`, and the configuration that it trains by."""
+    """One row of the ledger before it is compiled: a method of `methods`, and the configuration that it trains by."""
 
     method: str
     config: Config
@@ -50,11 +49,12 @@ class Case:
 
 
 def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
-    """Every batch with every depth and method. No `depths`: the configuration's own network as it stands; no `batches`: its own.
+    """Every batch with every depth and method, those of `config.rule` beside back-propagation's. No `depths`: the configuration's own
+    network as it stands; no `batches`: its own.
 
-    A network of given depth has that many layers of the configuration's first width, without pooling, and for VFF each layer is its own
-    group. Overrides and frozen groups name groups, which methods do not share, and are dropped. Raises `UserError` for a batch that does
-    not fit.
+    A network of given depth has that many layers of the configuration's first width, without pooling, and for the local rule each layer
+    is its own group. Overrides and frozen groups name groups, which methods do not share, and are dropped. Raises `UserError` for a batch
+    that does not fit.
     """
     if depths and config.network in PUBLISHED:
         raise UserError(f"--depths: {config.network} has its own depth; leave it out, or use --config.network=conv")
@@ -70,7 +70,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
                 "inference": "heads",
                 "feature_cache": "none",
             }
-            found += [Case(method, make_config(common | changes)) for method, changes in METHODS.items()]
+            found += [Case(method, make_config(common | changes)) for method, changes in methods(config.rule).items()]
     sizes = SIZES[config.dataset]
     for case in found:
         check_against_data(case.config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, 1)
@@ -83,6 +83,19 @@ def deepened(config: Config, depth: int) -> Config:
     if config.network in CONVOLUTIONAL:
         changes |= {"network": "conv", "pools": (1,) * depth}
     return dataclasses.replace(config, **changes)
+
+
+def network_of(config: Config, depths: list[int]) -> dict[str, Any]:
+    """Which network the rows are of: `own`, whether it is the configuration's, and `measured`, in words."""
+    wide = f"width_factor {config.width_factor:g}" if config.network in PUBLISHED else f"widths {' '.join(map(str, config.widths))}"
+    mine = f"{config.network}, {wide}, grouping {config.grouping}"
+    if not depths:
+        left_out = [f"config.{key}" for key in ("overrides", "frozen_groups") if getattr(config, key)]
+        return {"own": not left_out, "measured": mine + (f", without {' and '.join(left_out)}" if left_out else "")}
+    deep = deepened(config, depths[0])
+    unit = "channels each, without pooling" if deep.network in CONVOLUTIONAL else "units each"
+    layers = f"{deep.network} with {', '.join(map(str, depths))} layers of {deep.widths[0]} {unit}, each layer a group"
+    return {"own": False, "measured": f"{layers}; not the configuration's own network ({mine})"}
 
 
 def _check_batch(config: Config, batch: int, shown: str) -> None:

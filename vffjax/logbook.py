@@ -1,6 +1,7 @@
 """What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, progress on the terminal.
 
-All of it runs on the host and holds NumPy values only. An unwritable workdir raises `OSError`.
+All of it runs on the host and holds NumPy values only. An unwritable workdir raises `OSError`. A failure of TensorBoard, of the progress
+bar or of the terminal costs nothing but itself.
 """
 
 import contextlib
@@ -10,10 +11,11 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TextIO
 
-import tqdm
+from vffjax.errors import SafeStream, notice
+from vffjax.tensorboard import Events
 
 METRICS = "metrics.jsonl"
 
@@ -28,18 +30,40 @@ class Logbook:
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not a default argument: sys.stderr may have been replaced since the import.
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = SafeStream(sys.stderr if stream is None else stream)
         self._total = total_epochs
-        self._bar: tqdm.tqdm | None = None
+        self._bar: Any = None
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(open(workdir / METRICS, "ab"))
-            self._tensorboard = _tensorboard_writer(workdir / "tensorboard", first_epoch)
-            if self._tensorboard is not None:
-                stack.callback(self._tensorboard.close)
+            self._tensorboard = Events(workdir / "tensorboard", first_epoch)
+            stack.callback(self._tensorboard.close)
             if self._stream.isatty():
-                self._bar = tqdm.tqdm(total=total_epochs, initial=first_epoch, file=self._stream, unit="epoch", dynamic_ncols=True)
-                stack.callback(self._bar.close)
+                self._with_bar(lambda: self._open_bar(first_epoch))
+                stack.callback(self._close_bar)
             self._open = stack.pop_all()
+
+    def _open_bar(self, first_epoch: int) -> None:
+        import tqdm  # not earlier: it reads settings of its own from the environment, and fails where it cannot
+
+        self._bar = tqdm.tqdm(total=self._total, initial=first_epoch, file=self._stream, unit="epoch", dynamic_ncols=True)
+
+    def _move_bar(self, record: dict[str, Any]) -> None:
+        self._bar.set_postfix_str(", ".join(_bar_parts(record)), refresh=False)
+        self._bar.update(record["epoch"] - self._bar.n)
+        # tqdm skips updates that follow each other quickly; an epoch is worth a redraw.
+        self._bar.refresh()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._with_bar(self._bar.close)
+
+    def _with_bar(self, action: Callable[[], None]) -> None:
+        """If the bar fails, there is none from then on, and epochs are lines."""
+        try:
+            action()
+        except Exception as error:
+            self._bar = None
+            notice(f"the progress bar fails ({type(error).__name__}: {error}); epochs are printed as lines")
 
     def epoch(self, record: dict[str, Any]) -> dict[str, Any]:
         """Records one finished epoch, and returns what its line holds. `record["epoch"]` is needed, all else may be missing or None."""
@@ -48,19 +72,13 @@ class Logbook:
         # One write of a whole line: a killed run leaves at most one torn line, the last.
         self._metrics.write(_line(written))
         self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        if self._tensorboard is not None:
-            for tag, value in _scalars(record):
-                self._tensorboard.add_scalar(tag, value, record["epoch"])
-            self._tensorboard.flush()
+        flush_to_disk(self._metrics.fileno(), METRICS)
+        self._tensorboard.write(_scalars(record), record["epoch"])
+        if self._bar is not None:
+            self._with_bar(lambda: self._move_bar(record))
         if self._bar is None:
             head = f"epoch {record['epoch']:{len(str(self._total))}d}/{self._total}"
             print("  ".join([head, *_line_parts(record)]), file=self._stream, flush=True)
-        else:
-            self._bar.set_postfix_str(", ".join(_bar_parts(record)), refresh=False)
-            self._bar.update(record["epoch"] - self._bar.n)
-            # tqdm skips updates that follow each other quickly; an epoch is worth a redraw.
-            self._bar.refresh()
         return written
 
     def close(self) -> None:
@@ -121,7 +139,7 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno(), path)
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException:
@@ -131,15 +149,48 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
         raise
 
 
-def sync(path: pathlib.Path) -> None:
-    """Returns when a file, or a folder's list of names, is on disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+# How file systems say that they cannot do this at all. Others, such as EIO or ENOSPC, say that something has been lost.
+_CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
+
+
+def sync(path: pathlib.Path) -> bool:
+    """Returns when a file, or a folder's list of names, is on disk: True; False if the file system cannot say so, of which one line on
+    stderr tells. Raises `OSError` if something has been lost."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows opens no folders
+        return True
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if not folder or error.errno not in _CANNOT:
+            raise
+        _cannot_flush(path, error)
+        return False
+    try:
+        return flush_to_disk(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def flush_to_disk(descriptor: int, path: pathlib.Path | str) -> bool:
+    """`os.fsync`, for an open file of this path; returns and raises as `sync`."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        _cannot_flush(path, error)
+        return False
+    return True
+
+
+_warned: set[str] = set()  # of what one line in a process is enough
+
+
+def _cannot_flush(path: pathlib.Path | str, error: OSError) -> None:
+    if "flush" not in _warned:
+        _warned.add("flush")
+        notice(f"{path}: this file system cannot flush it to disk ({error.strerror}); a power cut may cost the last epochs")
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -173,16 +224,6 @@ def _nulls(value: Any) -> Any:
 
 def _dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(_nulls(_plain(value)), indent=indent, allow_nan=False)
-
-
-def _tensorboard_writer(folder: pathlib.Path, first_epoch: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    # Also for a fresh start: an earlier run here may have died before its first checkpoint.
-    # The suffix: tensorboardX names its file by the second, and would overwrite that of a run resumed within one.
-    return SummaryWriter(str(folder), purge_step=first_epoch + 1, filename_suffix=f".from{first_epoch + 1}")
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

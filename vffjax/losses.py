@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vffjax.errors import chosen
 from vffjax.pooling import mean_pool_to_grid
 
 # Squared norms below this are taken as zero features: their cosine is 0 and its gradient finite.
@@ -20,9 +21,10 @@ def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Ar
     the map mean-pooled to 2x2 cells, flattened. `pooled`: of the mean over positions. Maps without positions are all alike.
     """
     z = features.astype(jnp.float32)
+    cells = chosen("similarity", similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
     if z.ndim == 4:
-        if similarity in ("grid", "pooled"):
-            z = mean_pool_to_grid(z, 2 if similarity == "grid" else 1)
+        if cells:
+            z = mean_pool_to_grid(z, cells)
         if similarity == "position":
             positions = z.shape[1] * z.shape[2]
             return (_unit(z) / jnp.sqrt(positions)).reshape(z.shape[0], -1)
@@ -61,7 +63,7 @@ def cscl_in_batch(
     `-log(sum_{j: match} e_j / sum_j e_j)`, the form of neighbourhood components analysis (Goldberger et al., 2004) on cosines.
     """
     match = copy_labels == label
-    scores = (_dot(copies, anchor) - margin * match) / temperature
+    scores = (_dot(copies, anchor) - margin * match.astype(copies.dtype)) / temperature
     right = jax.nn.logsumexp(jnp.where(match, scores, -jnp.inf))
     return jax.nn.logsumexp(scores) - right
 

@@ -1,34 +1,35 @@
 """Figures of a workdir, curves.png and features.png, and of its early exits.
 
-Drawn with matplotlib's object API, so that nothing depends on a display or on pyplot's global state.
+They use matplotlib's object API, not pyplot's global state. `drawing.py` imports matplotlib, so this module needs it only while it draws.
 """
 
-import io
 import itertools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from vffjax.logbook import read_metrics, replace_file
+from vffjax.drawing import draw
+from vffjax.logbook import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KINDS = ("clean", "right label\nadded", "wrong label\nadded")
 
 
-def plot_curves(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws curves.png from metrics.jsonl: the training loss and the error of each group."""
-    path = pathlib.Path(workdir) / "curves.png"
-    return _save(curves_figure(read_metrics(workdir)), path)
+def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Draws curves.png from metrics.jsonl: the training loss and the error of each group. Returns as `drawing.draw`."""
+    return draw(pathlib.Path(workdir) / "curves.png", lambda: curves_figure(read_metrics(workdir)))
 
 
-def curves_figure(records: list[dict[str, Any]]) -> Figure:
+def curves_figure(records: list[dict[str, Any]]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     legend_rows = math.ceil((_num_groups(records, "val_error_per_group") + 1) / 3)
     figure = Figure(figsize=(11.0, 4.4 + 0.18 * legend_rows), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -68,12 +69,14 @@ def curves_figure(records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def plot_exits(path: pathlib.Path, found: dict[str, Any]) -> pathlib.Path:
-    """Draws accuracy against images/s of early exit, from what `evaluate` finds with its `curve`."""
-    return _save(exits_figure(found), path)
+def plot_exits(path: pathlib.Path, found: dict[str, Any]) -> pathlib.Path | None:
+    """Draws accuracy against images/s of early exit, from what `evaluate` finds with its `curve`. Returns as `drawing.draw`."""
+    return draw(path, lambda: exits_figure(found))
 
 
-def exits_figure(found: dict[str, Any]) -> Figure:
+def exits_figure(found: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.8), dpi=120, layout="constrained")
     axes, points = figure.subplots(), found["curve"]
     full_speed, speeds = found["ensemble_images_per_second"], [point["images_per_second"] for point in points]
@@ -118,7 +121,7 @@ def _points(records: list[dict[str, Any]], key: str, group: int | None = None) -
     return points
 
 
-def _curves(axes: Axes, records: list[dict[str, Any]], key: str, whole: str, scale: Callable[[float], float], percent: bool) -> None:
+def _curves(axes: "Axes", records: list[dict[str, Any]], key: str, whole: str, scale: Callable[[float], float], percent: bool) -> None:
     # Errors come with two decimals, as on the terminal.
     last = "{:.2f} %" if percent else "{:.3g}"
     count = _num_groups(records, f"{key}_per_group")
@@ -133,10 +136,12 @@ def _curves(axes: Axes, records: list[dict[str, Any]], key: str, whole: str, sca
 
 
 def _color(index: int, count: int) -> Any:
+    import matplotlib
+
     return f"C{index}" if count <= 10 else matplotlib.colormaps["viridis"](0.95 * index / (count - 1))
 
 
-def _mark_stages(axes: Axes, records: list[dict[str, Any]]) -> None:
+def _mark_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
     """Sequential schedule: a line wherever the next group begins to train."""
     for before, after in itertools.pairwise(records):
         if before.get("group") != after.get("group"):
@@ -156,7 +161,9 @@ class _Sheet:
     def text(self, x: float, y: float, string: str, **style: Any) -> None:
         self.texts.append((x, y, string, {"fontsize": 8, "ha": "center", "va": "center"} | style))
 
-    def figure(self, width: float, height: float) -> Figure:
+    def figure(self, width: float, height: float) -> "Figure":
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
         for x, y, side, pixels, cmap in self.pictures:
             axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
@@ -182,12 +189,25 @@ def plot_features(
     codebook: np.ndarray | None,
     streams: Sequence[np.ndarray],
     filters: np.ndarray | None,
-) -> pathlib.Path:
+) -> pathlib.Path | None:
     """Draws the codebook, the filters of the first layer, and what each group makes of clean and labelled images.
 
     images [n, h, w, c] in 0..1; codebook [classes, h, w, c]; filters [kh, kw, cin, cout] or [fan_in, cout];
     streams: for each group [3, n, h, w, c] or [3, n, units], for the clean, right-labelled and wrong-labelled image.
+    Returns as `drawing.draw`.
     """
+    return draw(pathlib.Path(path), lambda: _features_figure(images, class_names, labels, wrong_labels, codebook, streams, filters))
+
+
+def _features_figure(
+    images: np.ndarray,
+    class_names: Sequence[str],
+    labels: Sequence[int],
+    wrong_labels: Sequence[int],
+    codebook: np.ndarray | None,
+    streams: Sequence[np.ndarray],
+    filters: np.ndarray | None,
+) -> "Figure":
     images = np.asarray(images, np.float32)[:3]
     codebook = None if codebook is None else np.asarray(codebook, np.float32)
     streams = [np.asarray(stream, np.float32) for stream in streams]
@@ -201,7 +221,7 @@ def plot_features(
         names = [(_short(class_names[int(a)], 16), _short(class_names[int(b)], 16)) for a, b in zip(labels, wrong_labels, strict=True)]
         inputs = [_inputs(image, codebook, int(a), int(b)) for image, a, b in zip(images, labels, wrong_labels, strict=False)]
         y = _draw_streams(sheet, y, inputs, names, streams)
-    return _save(sheet.figure(WIDTH, max(y, 1.0)), pathlib.Path(path))
+    return sheet.figure(WIDTH, max(y, 1.0))
 
 
 def _heading(sheet: _Sheet, y: float, title: str, note: str) -> float:
@@ -301,11 +321,3 @@ def _picture(pixels: np.ndarray) -> np.ndarray:
 def _short(name: object, most: int) -> str:
     name = str(name)
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    FigureCanvasAgg(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    replace_file(path, content.getvalue())
-    return path

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vffjax import labelling, losses
 from vffjax.config import Config
+from vffjax.errors import chosen
 from vffjax.groups import LayerGroup
 from vffjax.labelling import Streams
 from vffjax.pooling import mean_pool_to_grid
@@ -33,8 +34,23 @@ class Task(NamedTuple):
         return self.codebook.shape[0]
 
 
+_KNOWN = {
+    "rule": ("vff", "ff", "head"),
+    "labelling": ("shared", "triplet"),
+    "negatives": ("uniform", "hard"),
+    "resolved_contrast": ("in_batch", "triplet"),
+}
+
+
+def check_names(config: Config) -> None:
+    """Raises `UserError` for a name that this module would otherwise take for another."""
+    for key, known in _KNOWN.items():
+        chosen(key.removeprefix("resolved_"), getattr(config, key), dict.fromkeys(known))
+
+
 def needs_predictions(config: Config) -> bool:
     """Whether `make_streams` draws wrong labels from the heads' prediction, which costs one more clean pass."""
+    check_names(config)
     labelled_wrongly = config.rule == "ff" or (config.rule == "vff" and config.labelling == "triplet")
     return labelled_wrongly and config.negatives == "hard"
 
@@ -48,6 +64,7 @@ def make_streams(
     logits: Float[Array, "batch classes"] | None = None,
 ) -> Streams:
     """The streams of a step under `config.rule`; `logits` are the ensemble's, where `needs_predictions`."""
+    check_names(config)
     if config.rule == "head":
         return labelling.clean_only(images, labels)
     if config.rule == "vff" and config.labelling == "shared":
@@ -60,11 +77,13 @@ def make_streams(
 
 def prepare_clean(config: Config, task: Task, images: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
     """Images as the clean stream shows them to a head: untouched, but for the neutral label of rule ff."""
+    check_names(config)
     return labelling.neutral(images, task.classes, task.black, task.white) if config.rule == "ff" else images
 
 
 def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]) -> Float[Array, "batch h w c"]:
     """Images that all carry one label, for the sweep."""
+    check_names(config)
     if config.rule == "ff":
         weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes), (images.shape[0], task.classes))
         return labelling.overlay(images, weights, task.black, task.white)
@@ -75,6 +94,7 @@ def local_loss(
     params: Any, config: Config, group: LayerGroup, batch_stats: Any, streams: Streams, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], tuple[Any, Streams, dict[str, Array]]]:
     """Loss of one group on its input streams; new statistics, detached output streams and metrics as auxiliary output."""
+    check_names(config)
     clean = streams.labels.shape[0]
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
     out = streams._replace(rows=features)
@@ -99,7 +119,7 @@ def _pooled(config: Config, head_grid: int, features: Array) -> Array:
 
     Both pool further by themselves and get the same numbers, and the feature map is read, and its gradient written, once.
     """
-    cells = {"grid": 2, "pooled": 1}.get(config.similarity)
+    cells = chosen("similarity", config.similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
     if config.rule != "vff" or features.ndim != 4 or not cells or head_grid % cells:
         return features
     if any(side % head_grid for side in features.shape[1:3]):

@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 import tempfile
 
-from vffjax import weights
+from vffjax import backend, weights
 from vffjax.config import Config
-from vffjax.errors import UserError, bad_key, printable
+from vffjax.errors import UserError, bad_key, notice, printable
 from vffjax.flags import (
     EXPORTS,
     a_count,
@@ -17,8 +16,10 @@ from vffjax.flags import (
     a_data_dir,
     a_group,
     a_path,
+    a_run_folder,
     a_threshold,
     an_epoch,
+    an_image,
     export_file,
     export_target,
     naming_files,
@@ -59,6 +60,7 @@ def evaluate(arguments: list[str]) -> None:
     for option in ("threshold", "exits", "curve"):
         if (value := getattr(a, option)) is not None and a.inference != "early_exit":
             raise UserError(f"--{option}={value}: of early exit alone; add --inference=early_exit, or leave it out")
+    backend.start()
     from vffjax import early_exit, evaluation
 
     early = early_exit.Wanted(a.threshold, a.exits or "voting", a.curve is not None)
@@ -122,15 +124,16 @@ def predict(arguments: list[str]) -> None:
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
     parser.add_argument("--top", type=a_count, default=3, help="classes shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("images", nargs="+", type=pathlib.Path, metavar="IMAGE", help="PNG or JPEG; its middle is what counts")
+    parser.add_argument("images", nargs="+", type=an_image, metavar="IMAGE", help="PNG or JPEG; its middle is what counts")
     a = parser.parse_args(arguments)
+    backend.start()
     from vffjax import prediction
 
     with naming_files(a.workdir):
         found = prediction.predict(a.workdir, a.images, a.epoch, a.top)
     for entry in found:
         if "note" in entry:
-            print(f"{printable(entry['image'])}: {entry['note']}", file=sys.stderr)
+            notice(f"{entry['image']}: {entry['note']}")
     if a.json:
         print(json.dumps(found, indent=2))
         return
@@ -159,6 +162,7 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--group", type=a_group, metavar="N", help=alone)
     a = parser.parse_args(arguments)
     form, path = export_target(a.workdir, a.format, a.names, a.out, a.group)
+    backend.start()
     from vffjax import artefact
     from vffjax.workdir import load_group, load_run
 
@@ -190,10 +194,11 @@ def reproduce(arguments: list[str]) -> int:
         "reproduce", "Trains a finished run again from its config.json and compares, to the bit. Status 1 if anything differs."
     )
     parser.add_argument("workdir", type=a_path, metavar="WORKDIR", help="folder of the finished run; nothing is written there")
-    parser.add_argument("--into", type=a_path, metavar="DIR", help="folder to train in and keep; default: one that is deleted")
+    parser.add_argument("--into", type=a_run_folder, metavar="DIR", help="folder to train in and keep; default: one that is deleted")
     parser.add_argument("--data_dir", type=a_data_dir, default="", help="folder of tensorflow-datasets, if not as configured")
     parser.add_argument("--json", action="store_true", help="print JSON")
     a = parser.parse_args(arguments)
+    backend.start()
     from vffjax import reproduction
 
     with tempfile.TemporaryDirectory(prefix="vffjax-") as scratch, naming_files(a.into or pathlib.Path(scratch), "--into"):

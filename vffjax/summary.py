@@ -16,6 +16,7 @@ import numpy as np
 from vffjax.augment import normalise
 from vffjax.config import CHANGEABLE, Config
 from vffjax.data import Dataset
+from vffjax.errors import aid
 from vffjax.groups import GroupState
 from vffjax.logbook import write_json
 from vffjax.plots import plot_curves, plot_features
@@ -55,7 +56,8 @@ def conclude(
     }
     write_json(workdir / "summary.json", summary)
     plot_curves(workdir)
-    draw_features(workdir / "features.png", plan, dataset, states, task)
+    with aid(f"{workdir / 'features.png'}"):
+        draw_features(workdir / "features.png", plan, dataset, states, task)
     return summary
 
 

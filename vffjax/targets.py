@@ -48,6 +48,8 @@ def find(name: str) -> Target:
             return Target(jax.devices("cpu")[0])
         except RuntimeError as error:
             raise UserError(f"--target=cpu: {' '.join(str(error).split())}; add cpu to JAX_PLATFORMS, or unset it") from None
+    if name != "tpu":
+        raise UserError(f"--target={name}: not known; choose one of here, cpu, tpu")
     if not has_tpu_compiler():
         raise UserError("--target=tpu: libtpu, the TPU's compiler, is not installed; pip install -e '.[tpu-compiler]'")
     for key, value in _TPU_MACHINE.items():

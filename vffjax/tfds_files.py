@@ -21,7 +21,8 @@ from unittest import mock
 
 import numpy as np
 
-from vffjax.errors import UserError, bad_key, printable
+from vffjax.errors import SafeStream, UserError, bad_key, printable
+from vffjax.paths import local
 
 CHUNK = 5_000  # records held at a time: bounds the memory, and is enough for the checksum to run over many at once
 REACH_SECONDS = 3.0
@@ -30,8 +31,7 @@ CRC_MASK = 0xA282EAD8  # what the TFRecord format adds to every rotated checksum
 
 def one_line(error: BaseException) -> str:
     """The message of an error of another library, shortened, on one line."""
-    text = printable(str(error)) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return printable(str(error), 300) or type(error).__name__
 
 
 def data_root(data_dir: str) -> pathlib.Path:
@@ -40,8 +40,8 @@ def data_root(data_dir: str) -> pathlib.Path:
     Raises `UserError` if it is not a folder.
     """
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    root = local(given, "config.data_dir" if data_dir else "TFDS_DATA_DIR")
     # os.path, here and below, because a Path raises where a folder may not be read.
-    root = pathlib.Path(os.path.expanduser(given))
     if os.path.exists(root) and not os.path.isdir(root):
         if data_dir:
             raise bad_key("data_dir", data_dir, "a file, not a folder", "give the folder that holds the prepared sets")
@@ -119,7 +119,8 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
         # A download folder of our own: it can be removed without harm to another process that prepares another set.
         downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
         # What TFDS prints goes where its progress bars go: to a terminal, else nowhere, so that a failure is one line.
-        shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        terminal = SafeStream(sys.stderr)
+        shown: Any = terminal if terminal.isatty() else io.StringIO()
         with downloads_at as downloads, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _without_tensorflow():
             builder.download_and_prepare(download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual))
     except UserError:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 from vffjax import rules
 from vffjax.augment import IMAGENET_MEAN, IMAGENET_STD, augment, cut_out, normalise
 from vffjax.config import Config, for_group
+from vffjax.errors import chosen
 from vffjax.fence import as_branch
 from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
 from vffjax.labelling import Streams, make_codebook
@@ -43,7 +44,7 @@ class Plan:
     @property
     def stages(self) -> int:
         """Runs of `config.epochs` epochs: one if all groups train together, else one per group."""
-        return 1 if self.config.schedule == "joint" else len(self.groups)
+        return chosen("schedule", self.config.schedule, {"joint": 1, "sequential": len(self.groups)})
 
     @property
     def total_epochs(self) -> int:
@@ -51,7 +52,7 @@ class Plan:
 
     def active(self, epoch: int) -> int | None:
         """The group that trains in this epoch (from 0), or None for all."""
-        return None if self.config.schedule == "joint" else epoch // self.config.epochs
+        return chosen("schedule", self.config.schedule, {"joint": None, "sequential": epoch // self.config.epochs})
 
     def trained_groups(self, epoch: int) -> int:
         """How many groups have trained at the end of this epoch (from 0): all, or those that the sequential schedule has reached."""
@@ -75,7 +76,10 @@ def of_the_head(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not."""
+    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not.
+
+    Raises `UserError` for an optimizer that is not known.
+    """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)  # one step is left to decay in
     rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
@@ -84,11 +88,24 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     def kernels(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    if config.optimizer == "adamw":
+    def sgd() -> optax.GradientTransformation:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+        return optax.chain(clip, optax.trace(config.momentum, nesterov=True), decay, optax.scale_by_learning_rate(rate))
+
+    def adamw() -> optax.GradientTransformation:
         return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay, mask=kernels))
-    decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
-    momentum = optax.trace(config.momentum, nesterov=True)
-    return optax.chain(clip, momentum, decay, optax.scale_by_learning_rate(rate))
+
+    return _promoting(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})())
+
+
+def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer, also where `JAX_NUMPY_DTYPE_PROMOTION=strict`: optax multiplies whole numbers by floats."""
+
+    def update(*arguments: Any, **named: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(*arguments, **named)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def run_key(config: Config, purpose: int) -> PRNGKeyArray:
@@ -97,8 +114,7 @@ def run_key(config: Config, purpose: int) -> PRNGKeyArray:
 
 def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
     """Codebook and pixel statistics of a run; `mean` and `std` are the training images'."""
-    if config.pixel_statistics == "imagenet":
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    mean, std = chosen("pixel_statistics", config.pixel_statistics, {"data": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)})
     codebook = make_codebook(run_key(config, _CODEBOOK), classes, image_shape, config.noise_scale)
     return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
 
@@ -134,7 +150,7 @@ def group_step(
     (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
-    if config.on_nonfinite == "skip":
+    if chosen("on_nonfinite", config.on_nonfinite, {"stop": False, "skip": True}):
         finite &= all_finite(new)
         new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
     return new, streams, metrics | {"finite": finite}
@@ -308,7 +324,7 @@ def over_steps(metrics: dict[str, Shaped[Array, "steps *rest"]]) -> dict[str, Sh
 
     def mean(values: Array) -> Array:
         counted = finite if values.ndim == 2 else finite.all(axis=1)
-        return jnp.where(counted, values, 0).sum(axis=0) / counted.sum(axis=0)
+        return jnp.where(counted, values, 0).sum(axis=0) / counted.sum(axis=0).astype(values.dtype)
 
     means = {name: mean(values) for name, values in metrics.items() if name != "finite"}
     first = jnp.where(finite.all(axis=0), 0, 1 + jnp.argmin(finite, axis=0))

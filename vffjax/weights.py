@@ -21,6 +21,7 @@ from vffjax.config import HUB, WEIGHT_FILES, Config, layer_sizes
 from vffjax.data import SIZES
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.logbook import replace_file
+from vffjax.paths import local
 from vffjax.tensor_files import AGAIN, Tensor
 from vffjax.weight_files import opened
 
@@ -138,7 +139,9 @@ def check_start(config: Config) -> None:
 
 def local_file(config: Config) -> str:
     """The file that config.init_from names; of an address, what is downloaded, once."""
-    return hub.downloaded(config.init_from, _most_bytes(config)) if config.init_from.startswith(HUB) else config.init_from
+    if config.init_from.startswith(HUB):
+        return hub.downloaded(config.init_from, _most_bytes(config))
+    return str(local(config.init_from, "config.init_from"))
 
 
 def _most_bytes(config: Config) -> int:

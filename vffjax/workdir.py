@@ -4,31 +4,28 @@ import contextlib
 import itertools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from vffjax import run_state
 from vffjax.checkpoint import FOLDER, Checkpoints
 from vffjax.config import CHANGEABLE, Config, from_json
-from vffjax.errors import UserError, bad_key
+from vffjax.errors import UserError, bad_key, notice
 from vffjax.groups import GroupState
+from vffjax.lock import take
 from vffjax.logbook import read_json, write_json
+from vffjax.paths import check_run_folder, local
 from vffjax.rules import Task
 from vffjax.saved_epoch import ForeignFile, SavedEpoch
 from vffjax.trainer import Plan, make_plan
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind; there two runs in one workdir are not refused
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 _Read = TypeVar("_Read")
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Refuses a workdir that holds another configuration's run."""
+    """Refuses a workdir that holds another configuration's run, or whose checkpoints could not be found again."""
+    check_run_folder(workdir)
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: not a folder; give a folder, new or of the same run")
@@ -67,11 +64,14 @@ def _refuse_links(workdir: pathlib.Path) -> None:
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir for this process. A lock is the kernel's: it goes with its process, however that ends."""
     with open(workdir / LOCK, "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--workdir={workdir}: another run is writing here; wait for it, or give another --workdir") from None
+        try:
+            free = take(file)
+        except OSError as error:
+            free = True
+            reason = error.strerror or error
+            notice(f"{workdir / LOCK}: this file system cannot lock ({reason}); see to it yourself that no other run writes here")
+        if not free:
+            raise UserError(f"--workdir={workdir}: another run is writing here; wait for it, or give another --workdir")
         yield
 
 
@@ -96,9 +96,9 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> dict[int, SavedEpo
     for epoch, fault in faults.items():
         lost[epoch] = f"{_short(fault)}; now {checkpoints.set_aside(epoch)}"
     for epoch in sorted(lost):
-        print(lost[epoch], file=sys.stderr)
+        notice(lost[epoch])
     if lost:
-        print(f"going on from epoch {newest}", file=sys.stderr)
+        notice(f"going on from epoch {newest}")
     return sound
 
 
@@ -153,7 +153,7 @@ def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tu
     def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
         return plan, *saved.restore(plan), saved.run
 
-    return _read_run(pathlib.Path(workdir), epoch, read)
+    return _read_run(workdir, epoch, read)
 
 
 def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> tuple[Plan, GroupState, dict[str, Any]]:
@@ -164,10 +164,12 @@ def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> 
             raise UserError(f"--group={group}: the network has {len(plan.groups)} groups; give one from 0 to {len(plan.groups) - 1}")
         return plan, saved.restore_group(plan, group), saved.run
 
-    return _read_run(pathlib.Path(workdir), epoch, read)
+    return _read_run(workdir, epoch, read)
 
 
-def _read_run(workdir: pathlib.Path, epoch: str, read: Callable[[SavedEpoch, Plan], _Read]) -> _Read:
+def _read_run(workdir: pathlib.Path | str, epoch: str, read: Callable[[SavedEpoch, Plan], _Read]) -> _Read:
+    workdir = local(workdir, "--workdir")
+    check_run_folder(workdir)
     config = read_config(workdir)
 
     def with_plan(saved: SavedEpoch) -> _Read:

@@ -2,6 +2,7 @@
 
 from vffjax.architectures import RESNET, VGG
 from vffjax.config import Config
+from vffjax.errors import chosen
 from vffjax.networks.convolutional import convolutional
 from vffjax.networks.layers import Layer
 from vffjax.networks.mlp import mlp
@@ -13,4 +14,4 @@ _BUILDERS = {"mlp": mlp, "conv4": convolutional, "conv": convolutional} | dict.f
 
 def build(config: Config) -> tuple[Layer, ...]:
     """The layers of `config.network`, from input to output."""
-    return _BUILDERS[config.network](config)
+    return chosen("network", config.network, _BUILDERS)(config)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vffjax.config import Config
 from vffjax.conv import conv
+from vffjax.errors import chosen
 from vffjax.normalisation import EPSILON, affine, by_row, normalise
 from vffjax.pooling import max_pool
 
@@ -21,8 +22,9 @@ MOMENTUM = 0.9
 
 def common(config: Config) -> dict[str, Any]:
     """What every layer of a network takes from the configuration."""
-    dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
-    return {"norm": config.resolved_norm, "dtype": dtype, "frozen": config.norm_statistics == "frozen"}
+    dtype = chosen("precision", config.precision, {"bf16": jnp.bfloat16, "f32": jnp.float32})
+    frozen = chosen("norm_statistics", config.norm_statistics, {"frozen": True, "batch": False})
+    return {"norm": config.resolved_norm, "dtype": dtype, "frozen": frozen}
 
 
 class Layer(nn.Module):
@@ -75,7 +77,7 @@ class Norm(nn.Module):
             z = (z - mean) * jax.lax.rsqrt(var + EPSILON) * scale.reshape(last) + bias.reshape(last)
             return self._finish(z).astype(x.dtype)
 
-        shared = self.kind == "anchor"
+        shared = chosen("norm", self.kind, {"anchor": True, "batch": False})
         streams = 1 if shared else 2
         means = self.variable("batch_stats", "mean", jnp.zeros, (streams, channels), jnp.float32)
         variances = self.variable("batch_stats", "var", jnp.ones, (streams, channels), jnp.float32)

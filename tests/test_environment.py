@@ -1,0 +1,153 @@
+"""What the environment tells JAX: where it cannot be, one line; where it is merely unusual, the same work."""
+
+import functools
+import os
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_lines import TINY_FLAGS, in_a_process
+from oracles import config_of
+
+from vffjax import backend, cli, inference, memory, targets, trainer
+from vffjax.data import SIZES
+from vffjax.early_exit import make_early_exit, votes_of
+from vffjax.errors import UserError
+
+REFUSED = {
+    "JAX_PLATFORMS=cuda": ["JAX_PLATFORMS=cuda: JAX cannot use this platform here", "set JAX_PLATFORMS=cpu, or unset it"],
+    "JAX_ENABLE_X64=perhaps": ["JAX_ENABLE_X64=perhaps: JAX cannot use this value", "correct it, or unset it"],
+    "XLA_FLAGS=--xla_no_such_flag=1": ["XLA_FLAGS=--xla_no_such_flag=1: Unknown flag", "remove the flag, or correct it"],
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_an_environment_that_jax_refuses_is_one_line(given, tmp_path):
+    name, _, value = given.partition("=")
+    code = f"import os, sys; os.environ[{name!r}] = {value!r}; from vffjax.cli import main; main(sys.argv[1:])"
+    done = in_a_process("-c", code, "train", *TINY_FLAGS, f"--workdir={tmp_path / 'run'}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert all(part in done.stderr for part in REFUSED[given]), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+MESSAGES = {
+    "a word for a number": (
+        {"JAX_NUM_CPU_DEVICES": "x"},
+        'Invalid value "x" for JAX flag jax_num_cpu_devices',
+        False,
+        "JAX_NUM_CPU_DEVICES=x: ",
+    ),
+    "a word for a choice": ({"JAX_DEFAULT_DEVICE": "foo"}, "jax.default_device must be passed a Device", False, "JAX_DEFAULT_DEVICE=foo: "),
+    "no processor": ({"JAX_NUM_CPU_DEVICES": "0", "JAX_PLATFORMS": "cpu"}, "Unable to initialize 'cpu'", True, "JAX_NUM_CPU_DEVICES=0: "),
+    "the older variable": ({"JAX_PLATFORM_NAME": "gpu", "JAX_PLATFORMS": "cpu"}, "Unknown backend: 'gpu'", True, "JAX_PLATFORM_NAME=gpu: "),
+    "upper case": ({"JAX_PLATFORMS": "CPU"}, "Backend 'CPU' is not known", True, "JAX_PLATFORMS=CPU: "),
+    "no words at all": ({"JAX_PLATFORMS": "cuda"}, "", True, "JAX_PLATFORMS=cuda: "),
+    "nothing set": ({}, "jaxlib is too old", False, "JAX_PLATFORMS=: JAX cannot start (ValueError: jaxlib is too old); "),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_the_variable_at_fault_is_named(case, monkeypatch):
+    given, text, imported, begins = MESSAGES[case]
+    for name in [name for name in os.environ if name.startswith("JAX_")]:
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert str(backend._explained(ValueError(text), imported)).startswith(begins)
+
+
+def test_flags_that_xla_knows_are_left_to_it():
+    backend._check_xla_flags("--xla_force_host_platform_device_count=2")
+    with pytest.raises(UserError, match="Couldn't interpret value maybe"):
+        backend._check_xla_flags("--xla_gpu_deterministic_ops=maybe")
+
+
+def test_without_jit_there_is_nothing_to_run(fails, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_JIT", "1")
+    with jax.disable_jit():
+        fails("train", *TINY_FLAGS, parts=["JAX_DISABLE_JIT=1", "unset it"])
+
+
+def test_jax_that_stops_at_nan_is_one_line(fails, monkeypatch, tmp_path):
+    def stop(*_):
+        raise FloatingPointError("invalid value (nan) encountered in mul")
+
+    monkeypatch.setattr("vffjax.experiment.train", stop)
+    fails("train", *TINY_FLAGS, f"--workdir={tmp_path}", parts=["(nan) encountered in mul", "unset JAX_DEBUG_NANS", "config.learning_rate"])
+
+
+# --- strict promotion of types, 64 bits
+
+
+VARIANTS = [
+    {},
+    {"labelling": "triplet", "negatives": "hard", "optimizer": "sgd", "clip_norm": 1.0},
+    {"rule": "ff", "peer_normalisation": 0.1, "cutout": 3, "flip": True, "crop_padding": 1},
+    {"precision": "bf16", "norm": "anchor", "similarity": "position", "rematerialise": True},
+    {"schedule": "sequential", "on_nonfinite": "skip", "label_smoothing": 0.1},
+    {"rule": "head", "grouping": "all", "precision": "bf16", "norm": "layer"},
+]
+
+
+def trace(changes):
+    """Traces the epoch, both kinds of inference and the early exit; types of the new states."""
+    config = config_of(dataset="synthetic", network="conv", widths=(4, 6), pools=(2, 1), batch_size=8, epochs=2, **changes)
+    plan = trainer.make_plan(config, 80, 10)
+    task, states, *_ = memory.step_arguments(plan, targets.find("cpu"))
+    data = trainer.Images(jax.ShapeDtypeStruct((80, *SIZES["synthetic"].image_shape), jnp.uint8), jax.ShapeDtypeStruct((80,), jnp.int32))
+    epoch = jax.ShapeDtypeStruct((), jnp.int32)
+    active = plan.active(plan.total_epochs - 1)
+    new, _ = jax.eval_shape(functools.partial(trainer.run_epoch, plan, active), task, states, data, epoch)
+    for name in ["heads"] + ["sweep"] * (config.rule != "head"):
+        jax.eval_shape(inference.make_scores(plan, name), task, states, data.images)
+    votes = votes_of(tuple(range(len(plan.groups))))
+    jax.eval_shape(make_early_exit(plan, votes), task, states, data.images, jax.ShapeDtypeStruct((), jnp.float32))
+    return {leaf.dtype for leaf in jax.tree.leaves(new)}
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_whole_program_is_traced_under_strict_promotion_and_in_64_bits(changes):
+    # That every type is said is a property of the traced program; nothing is compiled.
+    with jax.numpy_dtype_promotion("strict"):
+        assert trace(changes) == {np.dtype(np.float32), np.dtype(np.int32)}
+    with jax.enable_x64(True):
+        assert trace(changes) == {np.dtype(np.float32), np.dtype(np.int32)}
+
+
+# --- memory of the machine
+
+
+class Device:
+    device_kind = "chip"
+
+    def __init__(self, platform, stats):
+        self.platform, self._stats = platform, stats
+
+    def memory_stats(self):
+        if isinstance(self._stats, Exception):
+            raise self._stats
+        return self._stats
+
+
+def test_the_memory_of_one_device_is_what_counts():
+    assert cli._bytes_of(Device("gpu", {"bytes_limit": 5})) == 5
+    for stats in (None, {}, NotImplementedError("no")):
+        assert cli._bytes_of(Device("gpu", stats)) is None
+        assert cli._bytes_of(Device("cpu", stats)) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(cli, "os", types.SimpleNamespace())  # as on Windows, which has no sysconf
+    assert cli._bytes_of(Device("cpu", None)) is None
+    cli._check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
+
+
+def test_several_devices_do_not_make_one_larger(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": 10**4})] * 8)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    config = config_of(widths=(64, 64))
+    with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):
+        cli._check_memory(config)

@@ -1,0 +1,108 @@
+"""A name that code does not know is an error where it is used: nothing takes it for another."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from command_lines import ROOT
+from oracles import config_of
+
+from vffjax import config as config_module
+from vffjax import early_exit, groups, inference, losses, networks, rules, targets, trainer
+from vffjax.errors import UserError
+from vffjax.networks import layers
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import contenders
+import rates
+
+SOUND = config_of()
+
+
+def other(**changes):
+    """A configuration with a name that a later version might know; `make_config` would refuse it."""
+    return dataclasses.replace(SOUND, **changes)
+
+
+def plan_of(config):
+    return trainer.Plan(config, (), (), 1)
+
+
+IMAGES = jnp.zeros((2, 8, 8, 1))
+USES = {
+    "optimizer": lambda c: trainer.make_optimizer(c, 3),
+    "schedule": lambda c: plan_of(c).active(0),
+    "schedule of stages": lambda c: plan_of(c).stages,
+    "pixel_statistics": lambda c: trainer.make_task(c, 10, (8, 8, 1), (0.5,), (0.5,)),
+    "network": networks.build,
+    "grouping": lambda c: groups.make_groups(c, 10),
+    "precision": layers.common,
+    "norm_statistics": layers.common,
+    "rule": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),
+    "rule of clean images": lambda c: rules.prepare_clean(c, None, IMAGES),
+    "rule of a sweep": lambda c: rules.prepare_labelled(c, None, IMAGES, 0),
+    "rule of a loss": lambda c: rules.local_loss({}, c, None, {}, None, None),
+    "rule of predictions": rules.needs_predictions,
+    "rule of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+    "rule of floating-point operations": lambda c: rates.copies_per_step(c, 10),
+    "labelling": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),
+    "labelling of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+    "labelling of floating-point operations": lambda c: rates.copies_per_step(c, 10),
+    "negatives": rules.needs_predictions,
+    "contrast": rules.needs_predictions,
+    "similarity": lambda c: losses.embed(IMAGES, c.similarity),
+    "similarity of what is pooled": lambda c: rules._pooled(c, 2, IMAGES),
+    "inference": lambda c: inference.make_scores(plan_of(c), c.inference),
+    "optimizer of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+    "precision of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_unknown_name_is_an_error_that_names_the_key(use):
+    key = use.split()[0]
+    with pytest.raises(UserError, match=rf"config\.{key}='brand_new': not known here; choose one of "):
+        USES[use](other(**{key: "brand_new"}))
+
+
+def test_an_unknown_normalisation_is_no_batch_normalisation():
+    norm = layers.Norm("brand_new")
+    with pytest.raises(UserError, match=r"config\.norm='brand_new': not known here"):
+        norm.init(jax.random.key(0), jnp.zeros((2, 3)), 2, True)
+
+
+def test_names_that_are_no_keys():
+    with pytest.raises(UserError, match="exits='brand_new'"):
+        early_exit.votes_of((0, 1), "brand_new")
+    with pytest.raises(UserError, match="--target=brand_new: not known"):
+        targets.find("brand_new")
+    with pytest.raises(UserError, match="contender='brand_new'"):
+        contenders.variant(SOUND, "brand_new")
+    with pytest.raises(UserError, match="precision='brand_new'"):
+        rates.jax_products(4, "brand_new")
+
+
+def test_pytorchs_peers_train_what_they_are_asked_for_or_nothing():
+    pytest.importorskip("torch", exc_type=ImportError)
+    import torch_peers
+
+    known = other(rule="vff", labelling="triplet", contrast="triplet")
+    torch_peers._check_known(known, 2)
+    torch_peers._check_known(other(rule="head", grouping="all"), 1)
+    for changes in ({"rule": "ff"}, {"labelling": "shared"}, {"contrast": "in_batch"}, {"negatives": "hard"}, {"norm": "layer"}):
+        with pytest.raises(UserError, match=f"config.{next(iter(changes))}="):
+            torch_peers._check_known(dataclasses.replace(known, **changes), 2)
+    with pytest.raises(UserError, match=r"config\.grouping="):
+        torch_peers._check_known(other(rule="head"), 2)
+    with pytest.raises(UserError, match=r"config\.similarity='brand_new'"):
+        torch_peers.embed(torch_peers.torch.zeros(2, 3), "brand_new")
+
+
+def test_every_name_that_the_configuration_knows_is_known_where_it_is_used():
+    # The other half: a table that lacks a name would refuse what is documented.
+    for key, field in config_module.FIELDS.items():
+        for value in field.metadata["choices"]:
+            for use in (use for use in USES if use.split()[0] == key and key in ("similarity", "schedule", "precision", "optimizer")):
+                USES[use](other(**{key: value}))

@@ -1,0 +1,6 @@
+"""`python -m vffjax` is the command `vffjax`."""
+
+from vffjax.cli import main
+
+if __name__ == "__main__":
+    main()

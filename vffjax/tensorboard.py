@@ -1,0 +1,101 @@
+"""TensorBoard's events of a run, where tensorboardX is installed. An aid: whatever fails is one line on stderr, and training goes on."""
+
+import contextlib
+import pathlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vffjax.errors import notice
+
+# An epoch's scalars take far less. Without a limit tensorboardX waits for ever once its own thread has died, for example of a full disk.
+SECONDS = 30.0
+
+
+class Events:
+    """Scalars by epoch, in a folder. After the first failure nothing more is written."""
+
+    def __init__(self, folder: pathlib.Path, first_epoch: int):
+        self._writer: Any = None
+        self._is_own: Callable[[threading.Thread], bool] = lambda thread: False
+        self._other_hook: Any = None
+        self._failed = False
+        try:
+            self._open(folder, first_epoch)
+        except Exception as error:
+            self._fail(error)
+
+    def _open(self, folder: pathlib.Path, first_epoch: int) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ModuleNotFoundError as error:
+            if error.name != "tensorboardX":
+                raise
+            return
+        others = set(threading.enumerate())
+        self._is_own = lambda thread: thread not in others  # while it is being made, which may start a thread that dies at once
+        self._other_hook, threading.excepthook = threading.excepthook, self._thread_died
+        # Purged also at a fresh start: an earlier run here may have died before its first checkpoint.
+        # The suffix: tensorboardX names its file by the second, and would overwrite that of a run resumed within one.
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch + 1, filename_suffix=f".from{first_epoch + 1}")
+        own = set(threading.enumerate()) - others
+        self._is_own = own.__contains__
+
+    def _thread_died(self, failure: Any) -> None:
+        """Instead of the traceback that Python prints."""
+        if self._is_own(failure.thread):
+            self._fail(failure.exc_value)
+        else:
+            self._other_hook(failure)
+
+    def write(self, scalars: Sequence[tuple[str, float]], epoch: int) -> None:
+        """Writes and flushes them."""
+        writer = self._writer
+
+        def add() -> None:
+            for tag, value in scalars:
+                writer.add_scalar(tag, value, epoch)
+            writer.flush()
+
+        if writer is not None and not self._failed:
+            self._limited(add)
+
+    def close(self) -> None:
+        """May be called twice."""
+        writer, self._writer = self._writer, None
+        if writer is not None and not self._failed:
+            self._limited(writer.close)
+        if threading.excepthook == self._thread_died:
+            threading.excepthook = self._other_hook
+
+    def _limited(self, function: Callable[[], None]) -> None:
+        """Calls the function, and waits for it no longer than `SECONDS`."""
+        failures: list[Exception] = []
+
+        def attempt() -> None:
+            try:
+                function()
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(SECONDS)
+        if failures:
+            self._fail(failures[0])
+        elif thread.is_alive():
+            self._fail(TimeoutError(f"no answer within {SECONDS:g} s"))
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        notice(f"TensorBoard fails ({type(error).__name__}: {error}); the training goes on without its events")
+        writer = self._writer
+        if writer is not None:  # what is written already is closed, if it can be, and nobody waits for it
+
+            def give_up() -> None:
+                with contextlib.suppress(Exception):
+                    writer.close()
+
+            threading.Thread(target=give_up, daemon=True).start()
