@@ -403,7 +403,7 @@ def test_one_group_is_exported_though_another_is_damaged(call, fails, tmp_path):
     # A run takes that group from it, and the other from its seed.
     fresh = init_states(plan, tuple(about["image_shape"]))
     read, notes = weights.read_weights(run / "group1.safetensors", plan, fresh)
-    assert notes == ["holds group1 alone; group0 from config.seed"]
+    assert notes == ["holds group1 only; the other groups (group0) start from the seed"]
     assert_same_bits(read[0], fresh[0])
     assert_same_bits((read[1].params, read[1].batch_stats), (states[1].params, states[1].batch_stats))
     # And the damaged group itself is never written.
@@ -417,7 +417,7 @@ def test_a_run_starts_from_a_file_of_one_group_and_says_so(tmp_path, capsys):
     weights.write_group(path, plan, 0, states[0], {})
     weights.check_start(tiny(init_from=str(path)))
     train(tiny(init_from=str(path), epochs=1, learning_rate=0.0), tmp_path / "run")
-    assert f"{path}: holds group0 alone; group1 from config.seed\n" in capsys.readouterr().err
+    assert f"{path}: holds group0 only; the other groups (group1) start from the seed\n" in capsys.readouterr().err
     kept = load_run(tmp_path / "run")[1]
     assert_same_bits(kept[0].params, states[0].params)
     assert_same_bits(kept[1].params, init_states(plan, tuple(about["image_shape"]))[1].params)
@@ -427,7 +427,7 @@ def test_a_group_that_is_there_in_part_is_refused(run, file, tmp_path):
     kept = {name: array for name, array in safetensors.numpy.load_file(file).items() if name.startswith("group1.")}
     path = tmp_path / "g.safetensors"
     path.write_bytes(safetensors.numpy.save(kept))
-    assert weights.read_weights(path, run.plan, run.states)[1] == ["holds group1 alone; group0 from config.seed"]
+    assert weights.read_weights(path, run.plan, run.states)[1] == ["holds group1 only; the other groups (group0) start from the seed"]
     path.write_bytes(safetensors.numpy.save({name: array for name, array in kept.items() if name != BIAS}))
     refused(lambda: weights.read_weights(path, run.plan, run.states), f"tensor {BIAS} is missing")
     path.write_bytes(safetensors.numpy.save(kept | {"group7.params.head.bias": np.zeros(3, np.float32)}))

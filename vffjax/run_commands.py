@@ -124,7 +124,8 @@ def predict(arguments: list[str]) -> None:
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
     parser.add_argument("--top", type=a_count, default=3, help="classes shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("images", nargs="+", type=an_image, metavar="IMAGE", help="PNG or JPEG; its middle is what counts")
+    shown = "PNG or JPEG; of a wide or tall one the middle is seen"
+    parser.add_argument("images", nargs="+", type=an_image, metavar="IMAGE", help=shown)
     a = parser.parse_args(arguments)
     backend.start()
     from vffjax import prediction
@@ -157,8 +158,8 @@ def export(arguments: list[str]) -> None:
     out = "an existing file is replaced; default: weights.safetensors, groupN.safetensors or ensemble.stablehlo in the workdir"
     parser.add_argument("--out", type=export_file, metavar="FILE", help=out)
     parser.add_argument("--epoch", type=an_epoch, default="best", help="best (by validation error), latest, or a saved epoch's number")
-    alone = "this group alone, by our names; no other group's checkpoint is read. A run whose config.init_from it is takes the other groups"
-    alone += " from its seed. Default: all groups"
+    alone = "write only this group, by our names, and read no file of another group's checkpoint. A run may start from it by"
+    alone += " config.init_from; its other groups then start from its seed. Default: all groups"
     parser.add_argument("--group", type=a_group, metavar="N", help=alone)
     a = parser.parse_args(arguments)
     form, path = export_target(a.workdir, a.format, a.names, a.out, a.group)

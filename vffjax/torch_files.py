@@ -32,7 +32,7 @@ _MAX_PICKLE = 2**22
 # it grow without bound.
 _ALLOWED = re.compile(
     r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
-    r"|torch\.(Size|device|(?!Untyped|Typed)[A-Z]\w*Storage|b?float\w*|u?int\d+|bool|complex\d+|half|double|long|short)"
+    r"|torch\.(Size|device|[A-Z]\w*Storage|b?float\w*|u?int\d+|bool|complex\d+|half|double|long|short)"
 )
 _WIDTHS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 _PLAIN = "save a plain state dict by torch.save, or use safetensors"

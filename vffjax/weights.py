@@ -119,7 +119,7 @@ def _own(
         if not np.isfinite(array).all() or (name.endswith(".var") and (array < 0).any()):
             raise UserError(f"{path}: tensor {name} holds infinity, NaN or a negative variance; {AGAIN}")
     taken = ", ".join(group for group in groups if group in present)
-    return arrays, [f"holds {taken} alone; {', '.join(absent)} from config.seed"] if absent else []
+    return arrays, [f"holds {taken} only; the other groups ({', '.join(absent)}) start from the seed"] if absent else []
 
 
 def check_start(config: Config) -> None:
