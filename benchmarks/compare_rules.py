@@ -25,6 +25,7 @@ from vffjax import evaluation, experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
+from vffjax.flags import a_path
 from vffjax.logbook import replace_file, write_json
 
 RULES: dict[str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ def given(settings: list[str], rule: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="results are OUT.json and OUT.md, runs lie in OUT/runs")
+    parser.add_argument("--out", type=a_path, required=True, help="results are OUT.json and OUT.md, runs lie in OUT/runs")
     parser.add_argument("--rules", default="vff,head,bp,ff", help="comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")

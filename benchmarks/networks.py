@@ -14,7 +14,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import pathlib
 import sys
 import time
 from typing import Any
@@ -27,6 +26,7 @@ from vffjax.architectures import PUBLISHED, VGG
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
+from vffjax.flags import a_path
 from vffjax.logbook import write_json
 from vffjax.trainer import init_states, make_plan
 
@@ -73,7 +73,7 @@ def steps(config: Config) -> list[ledger.Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.json")
+    parser.add_argument("--out", type=a_path, required=True, metavar="FILE.json")
     parser.add_argument("--networks", default=",".join(PUBLISHED), help="comma-separated")
     parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
     own, rest = parser.parse_known_args()

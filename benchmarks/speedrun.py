@@ -41,6 +41,7 @@ from vffjax import inference
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
 from vffjax.experiment import on_device, plan_for
+from vffjax.flags import a_path
 from vffjax.logbook import write_json
 from vffjax.trainer import Plan, init_states, make_epoch, make_task
 
@@ -136,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=float, required=True, help="validation accuracy, a share of 1 such as 0.80")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result")
+    parser.add_argument("--out", type=a_path, help="JSON file for the result")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "cifar10_speed.py"), *rest]

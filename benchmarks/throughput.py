@@ -51,6 +51,7 @@ from rates import jax_products, product_rate, training_flops
 from vffjax import drawing
 from vffjax.config import Config
 from vffjax.errors import UserError
+from vffjax.flags import a_path
 from vffjax.logbook import write_json
 
 # On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     """Own options, completed and checked; the configuration and its name. Raises `UserError`."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE.json", help="results; the chart is FILE.png")
+    parser.add_argument("--out", type=a_path, required=True, metavar="FILE.json", help="results; the chart is FILE.png")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="comma-separated contenders; default: all")
     parser.add_argument("--steps", type=int, help="training steps in a timed epoch; default: 8 on CPU, else 200; quick: 2, 20")
     parser.add_argument("--repeats", type=int, help="timed epochs of each contender; default: 5; quick: 2")

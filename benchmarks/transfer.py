@@ -31,7 +31,7 @@ from networks import parameters
 from vffjax import experiment, ledger, memory, targets, weights
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError
-from vffjax.flags import parse_train
+from vffjax.flags import a_path, parse_train
 from vffjax.logbook import replace_file, write_json
 from vffjax.workdir import load_run
 
@@ -72,7 +72,7 @@ def heads_in_words(config: Config, variants: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results and runs")
+    parser.add_argument("--out", type=a_path, required=True, help="folder of results and runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")
     parser.add_argument("--pretrain", default="configs/resnet18.py:narrow_cifar100", metavar="FILE[:VARIANT]")

@@ -60,7 +60,8 @@ def two_folders(tmp_path):
     return tmp_path
 
 
-def test_each_file_gets_its_own_neighbour_and_leaves_nothing(two_folders):
+def test_each_file_gets_its_own_neighbour_and_leaves_nothing(two_folders, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     before, modules = list(sys.path), set(sys.modules)
     assert [load_config_file(str(two_folders / folder / "c.py"))[0].epochs for folder in ("one", "two", "one")] == [3, 4, 3]
     assert sys.path == before

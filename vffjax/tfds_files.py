@@ -31,7 +31,8 @@ CRC_MASK = 0xA282EAD8  # what the TFRecord format adds to every rotated checksum
 
 def one_line(error: BaseException) -> str:
     """The message of an error of another library, shortened, on one line."""
-    return printable(str(error), 300) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def data_root(data_dir: str) -> pathlib.Path:
@@ -119,8 +120,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
         # A download folder of our own: it can be removed without harm to another process that prepares another set.
         downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
         # What TFDS prints goes where its progress bars go: to a terminal, else nowhere, so that a failure is one line.
-        terminal = SafeStream(sys.stderr)
-        shown: Any = terminal if terminal.isatty() else io.StringIO()
+        shown: Any = SafeStream(sys.stderr) if SafeStream(sys.stderr).isatty() else io.StringIO()
         with downloads_at as downloads, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _without_tensorflow():
             builder.download_and_prepare(download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual))
     except UserError:
