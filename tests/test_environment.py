@@ -12,6 +12,7 @@ from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
 
 from vffjax import backend, cli, inference, memory, targets, trainer
+from vffjax.config import least_bytes
 from vffjax.data import SIZES
 from vffjax.early_exit import make_early_exit, votes_of
 from vffjax.errors import UserError
@@ -146,8 +147,9 @@ def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypat
 
 
 def test_several_devices_do_not_make_one_larger(monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": 10**4})] * 8)
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
     config = config_of(widths=(64, 64))
+    half = least_bytes(config, SIZES[config.dataset].image_shape, 10) // 2
+    monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": half})] * 8)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):
         cli._check_memory(config)
