@@ -23,7 +23,7 @@ from keys import PEER
 from torch import Tensor, nn
 
 from vffjax.config import Config, for_group
-from vffjax.errors import bad_key, chosen
+from vffjax.errors import chosen
 from vffjax.groups import GroupState, LayerGroup
 from vffjax.losses import EPSILON as LEAST_SQUARED_NORM
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
@@ -244,22 +244,6 @@ def _share_of_rate(config: Config, steps_per_epoch: int) -> Callable[[int], floa
     return share
 
 
-def _check_known(config: Config, groups: int) -> None:
-    """Raises `UserError` for a configuration that a peer would train as if it were another."""
-    chosen("rule", config.rule, {"head": None, "vff": None})
-    chosen("norm", config.resolved_norm, {"batch": None})
-    if config.rule == "head":
-        if groups != 1:
-            raise bad_key("grouping", config.grouping, f"a peer of rule head trains one group, not {groups}", "use grouping=all")
-        return
-    for key, value, known in (
-        ("labelling", config.labelling, "triplet"),
-        ("contrast", config.resolved_contrast, "triplet"),
-        ("negatives", config.negatives, "uniform"),
-    ):
-        chosen(key, value, {known: None})
-
-
 class Peer:
     """A network under training: back-propagation if `plan.config.rule` is `head` and there is one group, else three-stream VFF.
 
@@ -269,7 +253,6 @@ class Peer:
 
     def __init__(self, plan: Plan, task: Task, states: Sequence[GroupState], device: str, compile_mode: str | None = None):
         PEER.check(plan.config)
-        _check_known(plan.config, len(plan.groups))
         torch.manual_seed(plan.config.seed)
         torch.backends.cudnn.benchmark = True
         self._plan, self._config, self._device = plan, plan.config, device

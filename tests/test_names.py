@@ -16,6 +16,7 @@ from vffjax.networks import layers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import contenders
+import keys
 import rates
 
 SOUND = config_of()
@@ -89,13 +90,13 @@ def test_pytorchs_peers_train_what_they_are_asked_for_or_nothing():
     import torch_peers
 
     known = other(rule="vff", labelling="triplet", contrast="triplet")
-    torch_peers._check_known(known, 2)
-    torch_peers._check_known(other(rule="head", grouping="all"), 1)
+    keys.PEER.check(known)
+    keys.PEER.check(other(rule="head", grouping="all"))
     for changes in ({"rule": "ff"}, {"labelling": "shared"}, {"contrast": "in_batch"}, {"negatives": "hard"}, {"norm": "layer"}):
         with pytest.raises(UserError, match=f"config.{next(iter(changes))}="):
-            torch_peers._check_known(dataclasses.replace(known, **changes), 2)
+            keys.PEER.check(dataclasses.replace(known, **changes))
     with pytest.raises(UserError, match=r"config\.grouping="):
-        torch_peers._check_known(other(rule="head"), 2)
+        keys.PEER.check(other(rule="head"))
     with pytest.raises(UserError, match=r"config\.similarity='brand_new'"):
         torch_peers.embed(torch_peers.torch.zeros(2, 3), "brand_new")
 
