@@ -205,6 +205,7 @@ def test_nothing_is_traced_or_compiled_while_an_epoch_is_timed(changes, tmp_path
             began.append(True)
             return epoch(*arguments)
 
+        monkeypatch.setattr(experiment, "_is_short", lambda *_: False)
         return run, *rest
 
     def check(*given):  # follows as soon as the epoch's results are on the host
@@ -223,6 +224,22 @@ def test_nothing_is_traced_or_compiled_while_an_epoch_is_timed(changes, tmp_path
         jax.monitoring.unregister_event_duration_listener(note)
     traced_by_the_line_above = [event for event in events if event.endswith("jaxpr_trace_duration")]
     assert len(traced_by_the_line_above) == 1, events
+
+
+@pytest.mark.parametrize(("limit", "warmed"), [(experiment._SHORT_EPOCH, 1), (1.0, 0)], ids=["short", "long"])
+def test_a_short_epoch_is_run_once_for_nothing_before_it_is_timed(limit, warmed, tmp_path, monkeypatch):
+    """Its results are thrown away: the run's arrays are those of a run without it."""
+    monkeypatch.setattr(experiment, "_SHORT_EPOCH", limit)
+    calls, sound = [], experiment._prepare_epoch
+
+    def prepare(*given):
+        epoch, *rest = sound(*given)
+        return (lambda *arguments: (calls.append(int(arguments[3])), epoch(*arguments))[1]), *rest
+
+    monkeypatch.setattr(experiment, "_prepare_epoch", prepare)
+    summary = train(tiny(), tmp_path)
+    assert calls == [0] * warmed + [0, 1, 2]
+    assert untimed(summary) == untimed(summary_of(finished()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
