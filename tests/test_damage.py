@@ -95,7 +95,6 @@ LATEST_DAMAGE = {
         lambda step, foreign: (array_file(step, "run").unlink(), (step / "run" / "metadata").mkdir()),
         "run/metadata.*no such file",
     ),
-    "a file that nobody saved": (lambda step, foreign: (step / "group0" / "extra").write_text("x"), "group0/extra: foreign file"),
     "a link that leads nowhere": (lambda step, foreign: link(array_file(step), array_file(step).name), "group1/.*not a file"),
     "another run's file": (
         lambda step, foreign: shutil.copy(array_file(foreign / "checkpoints" / "3"), array_file(step)),
@@ -113,7 +112,6 @@ LATEST_DAMAGE = {
     "digests' bit": (lambda step, foreign: flip(step.with_name("3.sha256.json")), "SHA-256 differs|no such file|digests|foreign"),
     "truncated digests": (lambda step, foreign: cut(step.with_name("3.sha256.json")), "3.sha256.json: damaged checkpoint digests"),
     "emptied digests": (lambda step, foreign: cut(step.with_name("3.sha256.json"), 0), "3.sha256.json: damaged checkpoint digests"),
-    "a digest fewer": (lambda step, foreign: forget(step, "group1"), "group1/.*: foreign file"),
     "its digests gone": (lambda step, foreign: step.with_name("3.sha256.json").unlink(), "checkpoints/3: not completely saved, or"),
     "the folder gone": (lambda step, foreign: shutil.rmtree(step), "checkpoints/3: missing"),
 }
@@ -145,6 +143,15 @@ STOPPING = {
     "the best step": (lambda w: flip(array_file(w / "checkpoints" / "2")), "checkpoints/2/group1/.*SHA-256 differs.*the best epoch"),
     "the best step gone": (lambda w: shutil.rmtree(w / "checkpoints" / "2"), "checkpoints/2: missing, .* the best epoch"),
     "the best step's digests gone": (lambda w: (w / "checkpoints" / "2.sha256.json").unlink(), "checkpoints/2: not comp.* the best epoch"),
+    "a file that nobody saved": (
+        lambda w: (w / "checkpoints" / "3" / "group0" / "extra").write_text("x"),
+        r"checkpoints/3/group0/extra: foreign file .*; move it out of there, and start again$",
+    ),
+    "a folder that nobody saved": (
+        lambda w: [(w / "checkpoints" / "3" / "mine").mkdir(), (w / "checkpoints" / "3" / "mine" / "x").write_text("x")],
+        r"checkpoints/3/mine: foreign file or folder .*; move it out of there, and start again$",
+    ),
+    "a digest fewer": (lambda w: forget(w / "checkpoints" / "3", "group1"), "group1/.*: foreign file"),
     "both steps": (lambda w: [flip(array_file(w / "checkpoints" / n)) for n in "23"], "checkpoints/3/group1/.*SHA-256 differs"),
     "a link that leads out": (
         lambda w: (w / "metrics.jsonl.tmp").symlink_to(w.parent / "outside"),

@@ -1,5 +1,6 @@
 """Sets of sources against what functions are known to depend on, and against JAX's own derivatives."""
 
+import collections.abc
 import functools
 
 import jax
@@ -246,7 +247,28 @@ class Layout:
         return self.parts
 
 
+class Cases(collections.abc.Mapping):
+    """Programs by name; JAX wants parameters that can be hashed."""
+
+    def __init__(self, **cases):
+        self.cases = cases
+
+    def __getitem__(self, name):
+        return self.cases[name]
+
+    def __iter__(self):
+        return iter(self.cases)
+
+    def __len__(self):
+        return len(self.cases)
+
+    def __hash__(self):
+        return id(self)
+
+
 TWO = jax.make_jaxpr(lambda x, y: (x, y))(X, X)
+WIDE = jax.make_jaxpr(lambda x, y: (jnp.stack([x, y]), y))(X, X)
+TEST = jax.make_jaxpr(lambda x, y: x < y)(X, X)
 THREE = jax.make_jaxpr(lambda x, y, z: (x, y, z))(X, X, X)
 
 
@@ -259,9 +281,14 @@ THREE = jax.make_jaxpr(lambda x, y, z: (x, y, z))(X, X, X)
         held("scan", jaxpr=TWO, ft_in=(1, 1)),
         held("scan", jaxpr=TWO, ft_in=Layout((0,), (0,), (0,))),
         held("cond", branches=(TWO,)),
+        held("scan", jaxpr=TWO, num_consts=1, num_carry=2),
+        held("scan", jaxpr=WIDE, num_consts=0, num_carry=2),
         held("while", body_jaxpr=TWO, cond_jaxpr=TWO),
+        held("while", body_jaxpr=TWO, cond_jaxpr=TEST, body_nconsts=1, cond_nconsts=0),
+        held("while", body_jaxpr=TWO.jaxpr, cond_jaxpr=TEST, body_nconsts=0, cond_nconsts=0),
         held("repeat_until_settled", jaxpr=TWO),
         held("one_of_many", cases=(TWO,)),
+        held("by_name", cases=Cases(first=TWO)),
     ],
 )
 def test_a_layout_that_is_not_known_is_an_error_and_no_verdict(f):

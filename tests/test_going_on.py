@@ -158,6 +158,54 @@ def test_an_epoch_that_is_no_longer_due_is_not_the_best(tmp_path):
         assert train(tiny(epochs=5, checkpoint_every=2), tmp_path)["best_epoch"] == 2
 
 
+def test_a_finished_run_that_is_judged_with_another_setting_says_by_which(tmp_path):
+    # Memory ran out when the test images were scored, say.
+    folder = copy_of(finished(), tmp_path)
+    summary = train(tiny(eval_batch_size=37), folder)
+    assert summary["settings"]["eval_batch_size"] == 37
+    assert [origin["settings"]["eval_batch_size"] for origin in summary["earlier_origins"]] == [500]
+    assert untimed(train(tiny(eval_batch_size=37), folder)) == untimed(summary)
+
+
+@pytest.mark.parametrize("hurt", ["the best epoch", "the data"])
+def test_a_start_that_is_refused_changes_no_setting(hurt, tmp_path):
+    folder, sound = copy_of(finished(), tmp_path), data.load
+    if hurt == "the best epoch":
+        (folder / "checkpoints" / "2" / "task" / "_METADATA").write_text("")
+    before = contents(folder)
+
+    def load(config):
+        found = sound(config)
+        found.train.images[:] ^= 1 if hurt == "the data" else 0
+        return found
+
+    with mock.patch.object(data, "load", load), pytest.raises(UserError):
+        train(tiny(eval_batch_size=37), folder)
+    assert contents(folder) == before
+
+
+def test_a_run_of_an_older_version_that_wrote_no_settings_has_not_moved(tmp_path):
+    with left_after(1):
+        train(tiny(), tmp_path)
+    sound, saved = Checkpoints.opened, Checkpoints(tmp_path).opened(1)
+    del saved.run["origins"][0]["settings"]
+    with mock.patch.object(Checkpoints, "opened", lambda self, epoch: saved if epoch == 1 else sound(self, epoch)):
+        assert train(tiny(), tmp_path)["earlier_origins"] == []
+
+
+def test_a_step_that_lost_its_digests_is_kept_until_it_is_trained_again(tmp_path, fails):
+    folder = tmp_path / "run"
+    with left_after(1):
+        train(tiny(), folder)
+    (folder / "checkpoints" / "1.sha256.json").unlink()
+    fails("evaluate", "--workdir", folder, parts=["checkpoints/1: not completely saved, or 1.sha256.json is lost; restore that file"])
+    with mock.patch.object(experiment, "_run_epochs", mock.Mock(side_effect=Terminated)), pytest.raises(Terminated):
+        train(tiny(), folder)
+    assert (folder / "checkpoints" / "1.aside" / "group0").is_dir()
+    assert untimed(train(tiny(), folder)) == untimed(summary_of(finished()))
+    assert not (folder / "checkpoints" / "1.aside").exists()
+
+
 @pytest.mark.parametrize("key", ["epochs", "learning_rate", "batch_size"])
 def test_all_else_makes_it_another_run(key):
     before = contents(finished())
@@ -279,7 +327,10 @@ def test_the_host_hands_over_two_pieces_at_a_time(tmp_path, monkeypatch):
 # What a disk, an operating system or a data set brings along
 
 
-DROPPED = (".DS_Store", "group1/._manifest.ocdbt", "group0/.nfs000000001", "Thumbs.db", "task/desktop.ini", "@eaDir/run@SynoEAStream")
+DROPPED = (
+    *(".DS_Store", "group1/._manifest.ocdbt", "group0/.nfs000000001", "Thumbs.db", "task/desktop.ini", "@eaDir/run@SynoEAStream"),
+    *(".AppleDouble/x", "Icon\r", ".fseventsd/x", ".Trash-1000/x", "$RECYCLE.BIN/x", "lost+found/x", ".~lock.run#"),
+)
 
 
 def test_what_an_operating_system_drops_into_a_checkpoint_is_no_damage(tmp_path, capsys):
@@ -298,8 +349,8 @@ def test_what_an_operating_system_drops_into_a_checkpoint_is_no_damage(tmp_path,
 def test_dropped_files_are_no_part_of_what_is_saved(tmp_path, monkeypatch):
     sound = checkpoint.check_readable
 
-    def dropping(step, arrays):
-        sound(step, arrays)
+    def dropping(step, *rest):
+        sound(step, *rest)
         (step / ".DS_Store").write_text("x")
 
     monkeypatch.setattr(checkpoint, "check_readable", dropping)
@@ -310,12 +361,15 @@ def test_dropped_files_are_no_part_of_what_is_saved(tmp_path, monkeypatch):
     assert load_run(tmp_path)[3]["epoch"] == 1
 
 
-def test_a_file_that_does_not_belong_into_the_best_epoch_is_to_be_removed_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("epoch", ["2", "3"], ids=["best", "newest"])
+def test_a_file_that_does_not_belong_into_an_epoch_is_to_be_moved_and_nothing_else(epoch, tmp_path):
     folder = copy_of(finished(), tmp_path)
-    (folder / "checkpoints" / "2" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"checkpoints/2/notes.txt: foreign file .*best epoch; remove that file$"):
+    (folder / "checkpoints" / epoch / "notes.txt").write_text("mine")
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"notes.txt: foreign file .*; move it out of there, and start again$"):
         train(tiny(), folder)
-    (folder / "checkpoints" / "2" / "notes.txt").unlink()
+    assert contents(folder) == before
+    (folder / "checkpoints" / epoch / "notes.txt").unlink()
     train(tiny(), folder)
 
 
@@ -340,6 +394,7 @@ def test_an_epoch_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypa
     assert {path.name.partition(".")[0] for path in (tmp_path / "checkpoints").iterdir()} == kept
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's own threads, when it finds no array
 def test_a_step_that_nobody_can_read_back_never_counts_as_saved(tmp_path):
     """Orbax takes `[1]` in a path for a pattern: it saves, and finds no array again."""
     _, states, task, run = load_run(finished())
@@ -360,6 +415,21 @@ def test_another_array_than_was_saved_is_noticed_before_the_digests(tmp_path, mo
     monkeypatch.setattr(saved_epoch.ocp.Checkpointer, "restore", other)
     checkpoints = Checkpoints(tmp_path)
     with contextlib.closing(checkpoints.writer()) as writer, pytest.raises(UserError, match="read back with other bits"):
+        writer.save(run["epoch"], states, task, run)
+    assert list(checkpoints.folder.iterdir()) == []
+
+
+def test_another_state_than_was_saved_is_noticed_before_the_digests(tmp_path, monkeypatch):
+    _, states, task, run = load_run(finished())
+    sound = saved_epoch.ocp.Checkpointer.restore
+
+    def other(self, *given, **named):
+        found = sound(self, *given, **named)
+        return {"run": found["run"] | {"train_size": 1}} if "run" in found else found
+
+    monkeypatch.setattr(saved_epoch.ocp.Checkpointer, "restore", other)
+    checkpoints = Checkpoints(tmp_path)
+    with contextlib.closing(checkpoints.writer()) as writer, pytest.raises(UserError, match="read back with other values"):
         writer.save(run["epoch"], states, task, run)
     assert list(checkpoints.folder.iterdir()) == []
 

@@ -183,7 +183,7 @@ def test_a_frozen_group_passes_on_what_evaluation_would_see(key):
     run = small_run(config_of(**MLP))
     group, state = run.plan.groups[0], run.states[0]
     streams = rules.make_streams(run.plan.config, run.task, key, normalise(run.batch()[0], run.task.mean, run.task.std), run.batch()[1])
-    out = trainer._behind_frozen(run.plan, 1, run.states, streams, None)
+    out = trainer.behind_frozen(run.plan, 1, run.states, streams)
     clean, _ = group.features(state.params, state.batch_stats, streams.clean, 12, False)
     copies, _ = group.features(state.params, state.batch_stats, streams.copies, 0, False)
     np.testing.assert_allclose(out.clean, clean, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vffjax.errors import UserError, printable, shortened
 
-_PLATFORMS = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+_PLATFORMS = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
 _XLA_REFUSES = re.compile(r"(Unknown flags? in XLA_FLAGS: .*|Could not open file .*|Couldn't interpret value .*)")
 _PROBE = "from jaxlib import xla_client; xla_client.CompileOptions()"
 
@@ -23,8 +23,14 @@ def start() -> None:
 
         imported = True
         jax.devices()
+        with jax.transfer_guard("allow"):
+            jax.numpy.zeros(()).block_until_ready()  # what only fails when something is put on a device
     except Exception as error:  # ValueError, RuntimeError, AssertionError and errors of plugins
         raise _explained(error, imported) from error
+    for name in ("jax_transfer_guard", "jax_transfer_guard_host_to_device", "jax_transfer_guard_device_to_host"):
+        if str(jax.config.values.get(name) or "").startswith("disallow"):
+            given = os.environ.get(name.upper(), jax.config.values[name])
+            raise UserError(f"{name.upper()}={given}: images, keys and results cross between host and device all the time; unset it")
     if jax.config.values["jax_disable_jit"]:
         given = os.environ.get("JAX_DISABLE_JIT", "True")
         raise UserError(f"JAX_DISABLE_JIT={given}: an epoch is one compiled program, so there is nothing to run without jit; unset it")

@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -112,6 +112,11 @@ class Checkpoints:
 
     def _some_epochs(self) -> list[int]:
         epochs = self.epochs()
+        if not epochs and (incomplete := self.incomplete()):
+            problem = f"not completely saved, or {self._digests(incomplete[-1]).name} is lost"
+            raise UserError(
+                f"{self.folder / str(incomplete[-1])}: {problem}; restore that file, or train with --workdir {self.folder.parent}"
+            )
         if not epochs:
             raise UserError(f"{self.folder}: no complete checkpoint; train first, with --workdir {self.folder.parent}")
         return epochs
@@ -120,16 +125,27 @@ class Checkpoints:
         return self.folder / f"{epoch}.sha256.json"
 
 
-def _save_without_fsync() -> None:
+def _save_without_fsync() -> Callable[[], None]:
     """For a file system that cannot flush folders, where TensorStore would refuse to write. `Writer.save` flushes what can be flushed.
 
-    Orbax has no setting for it, only a table that its versions may rename; where it is not found, TensorStore says what it cannot do.
+    Orbax has no setting for it, only tables that its versions may rename; where they are not found, TensorStore says what it cannot do.
+    Returns what puts them back.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
-        for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+        contexts = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
+        before = [dict(context) for context in contexts]
+
+        def put_back() -> None:
+            for context, values in zip(contexts, before, strict=True):
+                context.clear()
+                context.update(values)
+
+        for context in contexts:
             context["file_io_sync"] = False
+        return put_back
+    return lambda: None
 
 
 class Writer:
@@ -149,16 +165,12 @@ class Writer:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
             if not path.with_suffix("").exists():
                 path.unlink()
-        # Orbax would not save over what is incomplete. What is newer will be trained again; of what is older nobody knows whether it will.
+        # Orbax would not save over what is incomplete. Where only the digests are lost, it is still worth something to its owner.
         for epoch in checkpoints.incomplete():
-            if epoch > self._first:
-                shutil.rmtree(folder / str(epoch))
-            else:
-                checkpoints.set_aside(epoch)
+            checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
-        if not sync(folder):
-            _save_without_fsync()
+        self._flushing = None if sync(folder) else _save_without_fsync()
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
         self._prune()  # for a run that was killed before it could
 
@@ -173,15 +185,13 @@ class Writer:
         if wrong := run_state.problem(run):
             raise UserError(f"{step}: not saved, because it could not be read again ({wrong} of the run's state is out of range)")
         arrays = {f"group{i}": state for i, state in enumerate(states)} | {"task": task}
-        items = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
-            run=ocp.args.JsonSave({"format": run_state.FORMAT} | run),
-        )
+        state = {"format": run_state.FORMAT} | run
+        items = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}, run=ocp.args.JsonSave(state))
         # Orbax knows the steps that it has found or saved, and would write over one that came since.
         if step.exists() or not self._write(epoch, items):
             raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
         try:
-            check_readable(step, arrays)
+            check_readable(step, arrays, state)
         except UserError:
             shutil.rmtree(step, ignore_errors=True)
             raise
@@ -195,6 +205,8 @@ class Writer:
 
     def close(self) -> None:
         self._manager.close()
+        if self._flushing is not None:
+            self._flushing()
 
     def _write(self, epoch: int, items: ocp.args.Composite) -> bool:
         try:

@@ -30,7 +30,7 @@ USAGE = """usage: vffjax COMMAND [OPTION ...]
   memory     what a training step takes, beside what back-propagation takes
   locality   whether any gradient crosses a group, proved on the program that trains; and what each group sees
   reproduce  train a finished workdir's run again and compare, to the bit
-  version    print the version
+  version    print the version; also --version and -V
 
 vffjax COMMAND --help tells more."""
 
@@ -105,8 +105,11 @@ def _run(commands: dict[str, Callable[[list[str]], int | None]], arguments: list
     except Terminated as leave:
         notice(f"vffjax: told to leave (SIGTERM): {leave}")
         return 143
-    except SystemExit as leave:  # argparse, after it has printed its help
-        return leave.code if isinstance(leave.code, int) else 0
+    except SystemExit as leave:  # argparse, after it has printed its help; a library, with what is wrong in words
+        if leave.code is None or isinstance(leave.code, int):
+            return leave.code or 0
+        notice(f"vffjax: error: {leave.code}")
+        return 1
     except KeyboardInterrupt:
         notice("vffjax: interrupted; the same command goes on from the latest checkpoint")
         return 130

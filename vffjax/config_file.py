@@ -110,15 +110,19 @@ def _as_module(file: str) -> Iterator[types.ModuleType]:
         yield module
     finally:
         sys.path[:], sys.dont_write_bytecode = path, writes
-        for other in sys.modules.keys() - known.keys():
-            if other == name or _is_neighbour(other, folder):
-                del sys.modules[other]
+        for other in [other for other in sys.modules.keys() - known.keys() if other == name or _is_neighbour(other, folder)]:
+            del sys.modules[other]
 
 
 def _is_neighbour(name: str, folder: str) -> bool:
-    """Whether a module comes from this folder. Ours do not count, which lie there too if the file is in the root of a checkout."""
-    place = getattr(sys.modules[name], "__file__", None) or ""
-    return name.partition(".")[0] != "vffjax" and os.path.abspath(place).startswith(os.path.join(folder, ""))
+    """Whether a module, or the package that it belongs to, lies directly in this folder.
+
+    What lies deeper was imported by another entry of the path, such as a virtual environment below the folder, and stays. So does this
+    package, which lies there too if the file is in the root of a checkout.
+    """
+    top = name.partition(".")[0]
+    place = getattr(sys.modules.get(top, sys.modules[name]), "__file__", None) or ""
+    return top != "vffjax" and os.path.abspath(place) in (os.path.join(folder, f"{top}.py"), os.path.join(folder, top, "__init__.py"))
 
 
 def _bytes_of(file: str) -> bytes:

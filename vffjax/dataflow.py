@@ -118,7 +118,10 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
         return [Flow(1 << walk.named[equation.params["name"]])]
     rule = _RULES.get(equation.primitive.name)
     if rule:
-        return rule(equation, operands, walk)
+        try:
+            return rule(equation, operands, walk)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # parameters of other kinds or numbers than here
+            raise _not_understood(equation) from error
     if equation.primitive.name not in _WHOLE and any(map(_programs, equation.params.values())):
         raise _not_understood(equation)
     return [union(operands)] * len(equation.outvars)
@@ -126,7 +129,9 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
 
 def _programs(value: Any) -> bool:
     """Whether a parameter of an equation is a program, or holds some."""
-    return any(map(_programs, value)) if isinstance(value, tuple | list) else isinstance(value, ClosedJaxpr | Jaxpr)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return any(map(_programs, value)) if isinstance(value, tuple | list) else hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _not_understood(equation: JaxprEqn) -> UserError:
@@ -189,14 +194,22 @@ def _scan_layout(equation: JaxprEqn) -> tuple[int, int]:
     """How many of a scan's operands are constants, and how many are carried; the rest are divided into steps."""
     params = equation.params
     if "num_consts" in params and "num_carry" in params:  # jax 0.10
-        return params["num_consts"], params["num_carry"]
-    try:  # from jax 0.11
+        consts, carries = params["num_consts"], params["num_carry"]
+        each = len(equation.invars) - consts - carries
+    else:  # from jax 0.11
         consts, carries, each = (len(part) for part in params["ft_in"].unpack())
-    except (KeyError, AttributeError, TypeError, ValueError):
-        raise _not_understood(equation) from None
     if consts + carries + each != len(equation.invars):
         raise _not_understood(equation)
+    body = _body(equation)
+    _check_carried(equation, body.invars[consts : consts + carries], body.outvars[:carries])
     return consts, carries
+
+
+def _check_carried(equation: JaxprEqn, given: Sequence[Any], returned: Sequence[Any]) -> None:
+    """What a loop carries has the same shapes and types before and after a step, or its layout was misread."""
+    shapes = [[(getattr(v.aval, "shape", None), getattr(v.aval, "dtype", None)) for v in side] for side in (given, returned)]
+    if shapes[0] != shapes[1]:
+        raise _not_understood(equation)
 
 
 def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
@@ -205,6 +218,9 @@ def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
         raise _not_understood(equation)
     condition, tested, body, fixed = (equation.params[name] for name in names)
     of_condition, of_body, start = operands[:tested], operands[tested : tested + fixed], operands[tested + fixed :]
+    _check_carried(equation, body.jaxpr.invars[fixed:], body.jaxpr.outvars)
+    if len(start) != len(equation.outvars):
+        raise _not_understood(equation)
 
     def step(carry: list[Flow]) -> list[Flow]:
         (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry], walk)

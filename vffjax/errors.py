@@ -1,6 +1,7 @@
 """The one error that a user can cause, and what is said to people: a line on stderr or stdout never ends the work."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -89,6 +90,10 @@ class SafeStream:
             return False
 
     def __getattr__(self, name: str) -> Any:  # fileno, encoding and the like, where the stream has them
+        if name.startswith("_"):
+            raise AttributeError(name)  # of an object that is being copied there is no stream yet
+        if self._stream is None and name == "fileno":
+            raise io.UnsupportedOperation("there is no stream, and so no file descriptor")
         return getattr(self._stream, name)
 
 
@@ -104,5 +109,5 @@ def aid(what: str) -> Iterator[None]:
     """For work that helps people and changes no result, such as a picture: if it fails, `notice` says so and the run goes on."""
     try:
         yield
-    except Exception as error:
-        notice(f"{what} is left out ({type(error).__name__}: {printable(str(error), 300)}); the run goes on without it")
+    except (Exception, SystemExit) as error:  # a library may end Python where it cannot be imported
+        notice(f"{what} is left out ({type(error).__name__}: {printable(str(error), 300)}); the result stands")

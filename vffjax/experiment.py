@@ -16,7 +16,7 @@ from vffjax import feature_cache, inference, run_state
 from vffjax.checkpoint import Checkpoints, Writer
 from vffjax.config import Config, check_against_data
 from vffjax.data import Dataset
-from vffjax.errors import UserError, notice
+from vffjax.errors import UserError, bad_key, notice
 from vffjax.groups import GroupState, make_groups
 from vffjax.inference import measure, validate
 from vffjax.logbook import Logbook, restore_metrics
@@ -81,7 +81,7 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
             held.enter_context(locked(workdir))  # while another run writes here, that is the answer, and no data are read for it
         dataset = data_module.load(config)
         if data_sha256:
-            check_same_data(dataset, data_sha256)
+            check_same_data(config, dataset, data_sha256)
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: bad input leaves one line, and no folder.
@@ -89,16 +89,15 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again, now that nobody else can have written here since
-        for line in write_config(workdir, config):
-            notice(line)
         with deferred() as told_to_leave:
             return _train_in(config, workdir, dataset, plan, told_to_leave)
 
 
-def check_same_data(dataset: Dataset, sha256: str) -> None:
+def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
     """Raises `UserError` if a data set is not the one with this digest."""
     if dataset.sha256() != sha256:
-        raise UserError(f"config.dataset={dataset.name!r}: other images or labels than the run began with; restore them, or start anew")
+        key = "data_dir" if config.data_dir else "dataset"
+        raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
 
 
 def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, told_to_leave: Request) -> dict[str, Any]:
@@ -107,11 +106,17 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     done = max(sound, default=0)
     if done:
         run = copy.deepcopy(sound[done].run) | {"config": config.to_dict()}
-        check_same_data(dataset, run["data_sha256"])
+        check_same_data(config, dataset, run["data_sha256"])
     else:
         file = local_file(config) if config.init_from else ""
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         run = run_state.new_state(config, about | {"class_names": list(dataset.class_names)}, sha256_of(file) if file else None)
+    for line in write_config(workdir, config):
+        notice(line)
+    here = origin(config)
+    if done < plan.total_epochs or _other_settings(run["origins"][-1], here):
+        # Where a finished run is only judged again, what trained it stays.
+        run["origins"] += [here] if not run["origins"] or {"settings": here["settings"]} | run["origins"][-1] != here else []
     restore_metrics(workdir, run["history"])
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if done < plan.total_epochs:
@@ -124,6 +129,10 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     found = np.asarray(inference.make_scores(plan, config.inference)(task, states, test.images))
     measured = measure(found, test.labels, tuple(best.run["voting"]), "test")
     return conclude(plan, dataset, states, task, best.run, measured, run, workdir)
+
+
+def _other_settings(before: dict[str, Any], here: dict[str, Any]) -> bool:
+    return before.get("settings", here["settings"]) != here["settings"]  # an older version wrote none
 
 
 def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
@@ -148,9 +157,7 @@ def _run_epochs(
 ) -> dict[str, Any]:
     """Trains what is left of the run after `run`, the state of its newest checkpoint; returns the state of its last."""
     train_data, validation = on_device(dataset.train), on_device(dataset.validation)
-    done, here = run["epoch"], origin(plan.config)
-    if run["origins"][-1:] != [here]:
-        run["origins"].append(here)
+    done = run["epoch"]
     began = time.perf_counter()
     finite_groups, scores = _compiled_checks(plan, task, states, validation)
     run["compile_seconds"] += time.perf_counter() - began

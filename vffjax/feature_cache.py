@@ -21,6 +21,8 @@ from vffjax.trainer import Images, Plan, before, epoch_order, normalised, over_s
 
 # Steps whose features are on the device at a time; the next are on their way meanwhile.
 STEPS_PER_TRANSFER = 16
+# Batches of evaluation whose features the device computes before the host takes them.
+BATCHES_PER_FETCH = 16
 
 Epoch = Callable[..., tuple[tuple[GroupState, ...], dict[str, Array]]]
 
@@ -39,8 +41,13 @@ def clean_features(
 
 def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:
     """`data` with the input of group `active` beside each image: a device's array, or NumPy's if `config.feature_cache` is host."""
-    found = jax.jit(functools.partial(clean_features, plan, active))(task, states, data.images)
-    return data._replace(features=np.asarray(found) if plan.config.feature_cache == "host" else found)
+    features = jax.jit(functools.partial(clean_features, plan, active))
+    if plan.config.feature_cache != "host":
+        return data._replace(features=features(task, states, data.images))
+    # Some batches at a time: all features together may be more than the device holds.
+    size = BATCHES_PER_FETCH * plan.config.eval_batch_size
+    pieces = [np.asarray(features(task, states, data.images[i : i + size])) for i in range(0, len(data.images), size)]
+    return data._replace(features=np.concatenate(pieces))
 
 
 def make_host_epoch(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> tuple[Epoch, Any]:

@@ -61,7 +61,7 @@ class Logbook:
         """If the bar fails, there is none from then on, and epochs are lines."""
         try:
             action()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._bar = None
             notice(f"the progress bar fails ({type(error).__name__}: {error}); epochs are printed as lines")
 

@@ -27,13 +27,21 @@ def local(text: str | os.PathLike[str], named: str) -> pathlib.Path:
     shown = os.fspath(text)
     if problem := problem_of(shown):
         raise UserError(f"{named}={shown}: {problem}")
-    return pathlib.Path(os.path.expanduser(shown))
+    expanded = os.path.expanduser(shown)
+    if expanded.startswith("~"):
+        user = expanded.partition(os.sep)[0]
+        raise UserError(
+            f"{named}={shown}: there is no user {user[1:]!r} whose home folder {user} could be; write ./{user} for a folder of that name"
+        )
+    return pathlib.Path(expanded)
 
 
 def check_run_folder(folder: str | os.PathLike[str], named: str = "--workdir") -> None:
     """Raises `UserError` if checkpoints in this folder could be written but not found again: its path, or where its links lead, holds a
     character of a file name pattern. Also for an address, which pathlib takes for a folder."""
     local(folder, named)
+    if any("\ud800" <= c <= "\udfff" for c in os.path.realpath(folder)):
+        raise UserError(f"{named}={os.fspath(folder)}: the path is not valid UTF-8, and no checkpoint could be written there; rename it")
     for path in (os.path.abspath(folder), os.path.realpath(folder)):
         found = [c for c in _PATTERN if c in path]
         if found:

@@ -124,18 +124,21 @@ def _on_background(image: Image.Image) -> Image.Image:
 def oddity(image: UInt8[np.ndarray, "h w c"], mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> str:
     """In what an image differs from those of the training so much that its answer means little; empty if in nothing.
 
-    `mean` and `std` are those of the training pixels, per channel, on the scale where 255 is 1.
+    `mean` and `std` are those by which the run normalises pixels, per channel, on the scale where 255 is 1: of its training images, or with
+    config.pixel_statistics=imagenet of ImageNet's.
     """
     found = image.mean((0, 1)) / 255
     here, there = f"{100 * found.mean():.0f} %", f"{100 * mean.mean():.0f} %"
     if (image == image[0, 0]).all():
         return "what the network sees of it has one colour everywhere, so that there is nothing to recognise"
     if (np.abs(found - mean) > 3 * std).any():
-        return f"its pixels are {here} of white on average, far from the {there} of the training images; the network has seen none like it"
+        return (
+            f"its pixels are {here} of white on average, far from the {there} that the run expects; the network has hardly seen one like it"
+        )
     # Deviations of pixels say little where most are black or white. But where the training images are mostly dark, or mostly bright, a
     # negative gives itself away: its mean is that of a training image, mirrored.
     if np.abs(mean.mean() - 0.5) > 0.15 and np.abs(found.mean() - mean.mean()) > 2 * np.abs(1 - found.mean() - mean.mean()):
-        return f"it looks like a negative: its pixels are {here} of white on average, those of the training images {there}; try it inverted"
+        return f"it looks like a negative: its pixels are {here} of white on average, those that the run expects {there}; try it inverted"
     return ""
 
 

@@ -31,7 +31,7 @@ def losses(
     found, rows, given = [], [], streams
     for i, (group, state) in enumerate(zip(plan.groups, known, strict=True)):
         if plan.config.schedule == "sequential":
-            given = streams._replace(rows=trainer.before(plan, i, known, streams.rows, streams.labels.shape[0]))
+            given = trainer.behind_frozen(plan, i, known, streams)
         own, own_key = trainer.group_setting(plan, i, key)
         loss, (_, given, _) = rules.local_loss(state.params, own, group, state.batch_stats, given, own_key)
         found.append(loss)

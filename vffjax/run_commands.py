@@ -27,6 +27,7 @@ from vffjax.flags import (
     parser_of,
 )
 from vffjax.logbook import write_json
+from vffjax.paths import check_run_folder
 from vffjax.termination import Terminated
 
 EVALUATE_USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
@@ -203,6 +204,8 @@ def reproduce(arguments: list[str]) -> int:
     from vffjax import reproduction
 
     with tempfile.TemporaryDirectory(prefix="vffjax-") as scratch, naming_files(a.into or pathlib.Path(scratch), "--into"):
+        if a.into is None:
+            check_run_folder(scratch, "TMPDIR")
         try:
             found = reproduction.reproduce(a.workdir, a.into or pathlib.Path(scratch), a.data_dir)
         except Terminated as leave:

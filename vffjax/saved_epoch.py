@@ -6,9 +6,10 @@ Digests find damage, not forgery: whoever can write files can write digests.
 import contextlib
 import functools
 import hashlib
+import json
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,13 +27,21 @@ from vffjax.trainer import Plan, init_states
 
 OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
 AGAIN = "train with this --workdir again, which goes back to a sound checkpoint, or start in a new one"
-# Files and folders that operating systems, network shares and file managers drop into any folder.
-_DROPPED = {".ds_store", "thumbs.db", "desktop.ini", ".directory", ".localized", "@eadir", "__macosx", ".spotlight-v100", ".trashes"}
-_DROPPED_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".smbdelete")
+# Files and folders that operating systems, network shares, file managers and the like drop into any folder.
+_DROPPED = {
+    *(".ds_store", ".localized", ".appledouble", ".fseventsd", ".temporaryitems", ".spotlight-v100", ".trashes", "icon\r", "__macosx"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *(".directory", "lost+found", "@eadir", "#recycle", ".dropbox", ".dropbox.attr", ".sync", ".ipynb_checkpoints"),
+}
+_DROPPED_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".smbdelete", ".trash-", ".~lock.")
 
 
-class ForeignFile(UserError):
-    """A checkpoint holds a file that was not saved with it; nothing else is known to be wrong."""
+class Fault(UserError):
+    """What is wrong with a saved epoch, and the smallest repair; the message is both."""
+
+    def __init__(self, problem: object, repair: str):
+        super().__init__(f"{problem}; {repair}")
+        self.problem, self.repair = str(problem), repair
 
 
 class SavedEpoch:
@@ -52,20 +61,22 @@ class SavedEpoch:
         self.verify("run")
         run = self._restore(run=ocp.args.JsonRestore())["run"]
         if not isinstance(run, dict) or run.get("format") != run_state.FORMAT:
-            raise UserError(f"{self.folder}: saved by another version of vffjax; read it with that one (summary.json names its commit)")
+            raise Fault(f"{self.folder}: saved by another version of vffjax", "read it with that one (summary.json names its commit)")
         if wrong := run_state.problem(run):
-            raise UserError(f"{self.folder / 'run'}: not the state of a run ({wrong}); {AGAIN}")
+            raise Fault(f"{self.folder / 'run'}: not the state of a run ({wrong})", AGAIN)
         if run["epoch"] != self.epoch:
-            raise UserError(f"{self.folder}: foreign checkpoint, of epoch {run['epoch']}; {AGAIN}")
+            raise Fault(f"{self.folder}: foreign checkpoint, of epoch {run['epoch']}", AGAIN)
         return run_state.completed(run)
 
-    def fault(self, config: Config) -> UserError | None:
+    def fault(self, config: Config) -> Fault | None:
         """What is wrong with this epoch of a run by `config`; None if every file of it is as it was saved."""
         try:
             self.verify()
             self._check_config(config)
-        except UserError as error:
-            return error
+        except Fault as fault:
+            return fault
+        except UserError as error:  # of the configuration that was saved
+            return Fault(error, OWN_CONFIG)
         return None
 
     def restore(self, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
@@ -73,9 +84,9 @@ class SavedEpoch:
         self.verify()
         self._check_config(plan.config)
         wanted = {f"group{i}": state for i, state in enumerate(_abstract_states(plan, self.run))} | {"task": _abstract_task(self.run)}
-        saved = len(list(self.folder.glob("group*")))
+        saved = sum(name.startswith("group") for name in _roots(self._expected))
         if saved != len(wanted) - 1:
-            raise UserError(f"{self.folder}: saved by another network ({saved} groups, not {len(wanted) - 1}); {OWN_CONFIG}")
+            raise Fault(f"{self.folder}: saved by another network ({saved} groups, not {len(wanted) - 1})", OWN_CONFIG)
         restored = self._restore_arrays(wanted)
         return tuple(restored[name] for name in wanted if name != "task"), restored["task"]
 
@@ -91,28 +102,30 @@ class SavedEpoch:
         expected = self._expected
         wanted = {name: digest for name, digest in expected.items() if not item or "/" not in name or name.startswith(f"{item}/")}
         if not any("/" in name for name in wanted):
-            raise UserError(f"{self._digests}: damaged checkpoint digests; {AGAIN}")
+            raise Fault(f"{self._digests}: damaged checkpoint digests", AGAIN)
         try:
             present = {path.relative_to(self.folder).as_posix(): path for path in saved_files(self.folder)}
             for path in present.values():
                 if not stat.S_ISREG(path.lstat().st_mode):  # to read a pipe would wait for ever
-                    raise UserError(f"{path}: damaged checkpoint (not a file); {AGAIN}")
+                    raise Fault(f"{path}: damaged checkpoint (not a file)", AGAIN)
         except OSError as error:
-            raise UserError(f"{error.filename or self.folder}: damaged checkpoint ({error.strerror}); {AGAIN}") from None
+            raise Fault(f"{error.filename or self.folder}: damaged checkpoint ({error.strerror})", AGAIN) from None
         for name, digest in wanted.items():
             if name not in present:  # nor is a name that leads out of the step
-                raise UserError(f"{self.folder / name}: damaged checkpoint (no such file); {AGAIN}")
+                raise Fault(f"{self.folder / name}: damaged checkpoint (no such file)", AGAIN)
             if name in self._verified:
                 continue
             try:
                 sound = sha256_of(present[name]) == digest
             except OSError as error:
-                raise UserError(f"{self.folder / name}: damaged checkpoint ({error.strerror}); {AGAIN}") from None
+                raise Fault(f"{self.folder / name}: damaged checkpoint ({error.strerror})", AGAIN) from None
             if not sound:
-                raise UserError(f"{self.folder / name}: damaged checkpoint (SHA-256 differs); {AGAIN}")
+                raise Fault(f"{self.folder / name}: damaged checkpoint (SHA-256 differs)", AGAIN)
             self._verified.add(name)
-        for name in present.keys() - expected.keys():
-            raise ForeignFile(f"{self.folder / name}: foreign file in a checkpoint; remove that file")
+        for name in sorted(present.keys() - expected.keys()):
+            if not item or name.startswith(f"{item}/") or "/" not in name:
+                where = self.folder / name.partition("/")[0] if name.partition("/")[0] not in _roots(expected) else self.folder / name
+                raise Fault(f"{where}: foreign file or folder in a checkpoint, not saved with it", "move it out of there, and start again")
 
     @functools.cached_property
     def _expected(self) -> dict[str, str]:
@@ -121,7 +134,7 @@ class SavedEpoch:
             if not isinstance(expected, dict):
                 raise ValueError("no digests")
         except (OSError, ValueError):
-            raise UserError(f"{self._digests}: damaged checkpoint digests; {AGAIN}") from None
+            raise Fault(f"{self._digests}: damaged checkpoint digests", AGAIN) from None
         return expected
 
     def _check_config(self, config: Config) -> None:
@@ -129,7 +142,7 @@ class SavedEpoch:
         for key in saved:
             if saved[key] != here[key]:
                 difference = f"config.{key} is {saved[key]!r} there, not {here[key]!r}"
-                raise UserError(f"{self.folder}: foreign checkpoint, saved by another run ({difference}); {OWN_CONFIG}")
+                raise Fault(f"{self.folder}: foreign checkpoint, saved by another run ({difference})", OWN_CONFIG)
 
     def _restore_arrays(self, wanted: dict[str, Any]) -> Any:
         for name, abstract in wanted.items():
@@ -149,7 +162,7 @@ def _readable(folder: pathlib.Path, fix: str = OWN_CONFIG) -> Iterator[None]:
         yield
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{folder}: cannot be restored ({reason}); {fix}") from error
+        raise Fault(f"{folder}: cannot be restored ({reason})", fix) from error
 
 
 def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -157,8 +170,13 @@ def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.rglob("*") if not any(map(_dropped, path.relative_to(folder).parts)) and not path.is_dir())
 
 
+def _roots(names: Iterable[str]) -> set[str]:
+    """The items of a step, and the files beside them, of paths relative to it."""
+    return {name.partition("/")[0] for name in names}
+
+
 def _dropped(name: str) -> bool:
-    return name.lower() in _DROPPED or name.startswith(_DROPPED_PREFIXES)
+    return name.lower() in _DROPPED or name.lower().startswith(_DROPPED_PREFIXES)
 
 
 def sha256_of(path: pathlib.Path | str) -> str:
@@ -167,14 +185,16 @@ def sha256_of(path: pathlib.Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_readable(folder: pathlib.Path, items: dict[str, Any]) -> None:
+def check_readable(folder: pathlib.Path, items: dict[str, Any], run: dict[str, Any]) -> None:
     """Reads something of every item of a step through Orbax, before its digests say that it is complete.
 
-    `items` are the trees that were saved, by name. Names, shapes and types of all arrays are compared, and the bits of the smallest.
-    Raises `UserError` naming the step: digests of files that nobody can read back would be worth nothing.
+    `items` are the trees that were saved, by name. Names, shapes and types of all arrays are compared, and the bits of the smallest; and
+    the whole state of the `run`. Raises `UserError` naming the step: digests of files that nobody can read back would be worth nothing.
     """
     fix = "nothing of this epoch is kept; give a --workdir in another place"
     with _readable(folder, fix), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        if checkpointer.restore(folder, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"] != json.loads(json.dumps(run)):
+            raise Fault(f"{folder / 'run'}: was read back with other values than were saved", "check the disk")
         for name, tree in items.items():
             _check_fits(folder / name, tree)
             leaves, structure = jax.tree.flatten(tree)
@@ -184,7 +204,7 @@ def check_readable(folder: pathlib.Path, items: dict[str, Any]) -> None:
             args = ocp.args.PyTreeRestore(jax.tree.unflatten(structure, wanted), restore_args=jax.tree.unflatten(structure, how))
             found = jax.tree.leaves(checkpointer.restore(folder, args=ocp.args.Composite(**{name: args}))[name])[smallest]
             if np.asarray(found).tobytes() != np.asarray(leaves[smallest]).tobytes():
-                raise UserError(f"{folder / name}: an array was read back with other bits than were saved; check the disk")
+                raise Fault(f"{folder / name}: an array was read back with other bits than were saved", "check the disk")
 
 
 def _check_fits(folder: pathlib.Path, tree: Any) -> None:
@@ -194,7 +214,7 @@ def _check_fits(folder: pathlib.Path, tree: Any) -> None:
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             difference = f"{'.'.join(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'missing')}"
-            raise UserError(f"{folder}: saved by another network or optimizer ({difference}); {OWN_CONFIG}")
+            raise Fault(f"{folder}: saved by another network or optimizer ({difference})", OWN_CONFIG)
 
 
 def _abstract_states(plan: Plan, run: dict[str, Any]) -> tuple[GroupState, ...]:

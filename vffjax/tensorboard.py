@@ -22,7 +22,7 @@ class Events:
         self._failed = False
         try:
             self._open(folder, first_epoch)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fail(error)
 
     def _open(self, folder: pathlib.Path, first_epoch: int) -> None:
@@ -70,12 +70,12 @@ class Events:
 
     def _limited(self, function: Callable[[], None]) -> None:
         """Calls the function, and waits for it no longer than `SECONDS`."""
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
 
         def attempt() -> None:
             try:
                 function()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures.append(error)
 
         thread = threading.Thread(target=attempt, daemon=True)

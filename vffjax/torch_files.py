@@ -5,6 +5,7 @@ only ask for what plain values and tensors need, and may not claim more memory t
 `torch.load(weights_only=True)` loads it.
 """
 
+import argparse
 import collections
 import io
 import os
@@ -31,7 +32,7 @@ _MAX_PICKLE = 2**22
 # None of these sets memory aside by a number that the file states, as bytearray and torch.Tensor do. A chain of _codecs.encode could make
 # it grow without bound.
 _ALLOWED = re.compile(
-    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
+    r"collections\.(OrderedDict|Counter)|argparse\.Namespace|(builtins|__builtin__)\.(set|complex)|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
     r"|torch\.(Size|device|[A-Z]\w*Storage|b?float\w*|u?int\d+|bool|complex\d+|half|double|long|short)"
 )
 _WIDTHS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
@@ -59,7 +60,8 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
         content.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's advice is of several lines
-            loaded = torch.load(content, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that trainers save beside the weights
+                loaded = torch.load(content, map_location="cpu", weights_only=True)
         plain = _state_dict(loaded)
         for name, value in plain.items():
             if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:

@@ -208,7 +208,7 @@ def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, 
     return normalise(images, task.mean, task.std)
 
 
-def _behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None) -> Streams:
+def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None = None) -> Streams:
     """The streams at the input of group `active`; `cached` clean rows are taken as they are, the copies pass the frozen groups."""
     if cached is None:
         return streams._replace(rows=before(plan, active, states, streams.rows, streams.labels.shape[0], streams.labels))
@@ -259,7 +259,7 @@ def train_step(
     Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`; and `ensemble_accuracy` of all heads.
     """
     streams = step_streams(plan, active, task, states, images, labels, key)
-    streams = streams if active is None else _behind_frozen(plan, active, states, streams, features)
+    streams = streams if active is None else behind_frozen(plan, active, states, streams, features)
     new_states, metrics = list(states), []
     training = range(len(plan.groups)) if active is None else [active]
     for i in training:
@@ -269,8 +269,9 @@ def train_step(
         metrics.append(m)
     log_p = jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
-    out["accuracy"] = jnp.mean(log_p.argmax(-1) == labels[None], axis=1)
-    out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1) == labels)
+    # Cast, because with JAX_ENABLE_X64 the numbers of classes are of 64 bits.
+    out["accuracy"] = jnp.mean(log_p.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
+    out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1).astype(labels.dtype) == labels)
     return tuple(new_states), out
 
 

@@ -37,7 +37,12 @@ def opened(path: pathlib.Path | str, most_bytes: int) -> Iterator[dict[str, Tens
 
 
 def unwrapped(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the `PREFIXES` that all their names share, in whatever order they stand."""
+    """The tensors without the `PREFIXES` that all their names share, in whatever order they stand.
+
+    torch.optim.swa_utils.AveragedModel keeps a counter beside the network, `n_averaged`, which is passed over.
+    """
+    if any(name.startswith(PREFIXES) for name in found):
+        found = {name: tensor for name, tensor in found.items() if name != "n_averaged"}
     while found and (prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in found)), "")):
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return found

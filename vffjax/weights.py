@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from vffjax import hub
+from vffjax import backend, hub
 from vffjax.architectures import RESNET, VGG
 from vffjax.config import HUB, WEIGHT_FILES, Config, layer_sizes
 from vffjax.data import SIZES
@@ -128,6 +128,7 @@ def check_start(config: Config) -> None:
         path = local_file(config)
         with _opened(path, config):  # a header is checked without JAX
             pass
+        backend.start()
         import jax
 
         from vffjax.trainer import init_states, make_plan

@@ -16,7 +16,7 @@ from vffjax.lock import take
 from vffjax.logbook import read_json, write_json
 from vffjax.paths import check_run_folder, local
 from vffjax.rules import Task
-from vffjax.saved_epoch import ForeignFile, SavedEpoch
+from vffjax.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
 from vffjax.trainer import Plan, make_plan
 
 LOCK = ".lock"
@@ -41,12 +41,15 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
-    """Writes config.json of a run that begins, or that goes on with other settings; returns what has changed, a line for each key."""
+    """Writes config.json of a run that begins, or that goes on with other settings; returns what has changed, a line for each key.
+
+    Where the data lie stays as the run began: they may lie elsewhere for one start alone.
+    """
     path = workdir / "config.json"
     before = read_config(workdir) if path.exists() else config
     keys = [key for key in CHANGEABLE if key != "data_dir" and getattr(before, key) != getattr(config, key)]
     if keys or not path.exists():
-        write_json(path, config.to_dict())
+        write_json(path, config.to_dict() | {"data_dir": before.data_dir})
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
     return [*lines, "from here on the run need not have the bits of a run by one configuration"] if lines else []
 
@@ -83,18 +86,21 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> dict[int, SavedEpo
     """
     saved = {epoch: checkpoints.opened(epoch) for epoch in checkpoints.epochs()}
     faults = {epoch: fault for epoch, step in saved.items() if (fault := step.fault(config))}
+    for fault in faults.values():
+        if fault.repair not in (AGAIN, OWN_CONFIG):  # such as a foreign file: a moment's work, and a whole epoch if it were set aside
+            raise fault
     sound = {epoch: step for epoch, step in saved.items() if epoch not in faults}
     newest = max(sound, default=0)
     if saved and not newest:
-        raise _repair(checkpoints, faults[max(saved)])
+        raise _repair(checkpoints, faults[max(saved)], sound)
     lost = {epoch: f"{checkpoints.folder / str(epoch)}: missing, though its digests are there" for epoch in checkpoints.missing()}
     for epoch in checkpoints.incomplete():
         lost[epoch] = f"{checkpoints.folder / str(epoch)}: not completely saved, or its digests are lost"
     if newest and newest > max([*faults, *lost], default=0):
         # Else something newer was there, for which an earlier best may have been deleted.
-        check_best(checkpoints, sound[newest].run, sound, faults | {epoch: UserError(problem) for epoch, problem in lost.items()})
+        check_best(checkpoints, sound[newest].run, sound, faults | {epoch: Fault(problem, AGAIN) for epoch, problem in lost.items()})
     for epoch, fault in faults.items():
-        lost[epoch] = f"{_short(fault)}; now {checkpoints.set_aside(epoch)}"
+        lost[epoch] = f"{fault.problem}; now {checkpoints.set_aside(epoch)}"
     for epoch in sorted(lost):
         notice(lost[epoch])
     if lost:
@@ -103,7 +109,7 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> dict[int, SavedEpo
 
 
 def check_best(
-    checkpoints: Checkpoints, run: dict[str, Any], sound: Mapping[int, SavedEpoch], faults: Mapping[int, UserError] | None = None
+    checkpoints: Checkpoints, run: dict[str, Any], sound: Mapping[int, SavedEpoch], faults: Mapping[int, Fault] | None = None
 ) -> SavedEpoch | None:
     """The best epoch of a run by its record, among the `sound` ones or those saved since; None before the first.
 
@@ -114,23 +120,19 @@ def check_best(
         return None
     fault = (faults or {}).get(best)
     if fault is None and best not in checkpoints.epochs():
-        fault = UserError(f"{checkpoints.folder / str(best)}: gone")
+        fault = Fault(f"{checkpoints.folder / str(best)}: gone", AGAIN)
     if fault is not None:
-        raise _repair(checkpoints, fault, f"{_short(fault)}, and it is the best epoch")
+        raise _repair(checkpoints, Fault(f"{fault.problem}, and it is the best epoch", fault.repair), sound)
     return sound.get(best) or checkpoints.opened(best)
 
 
-def _repair(checkpoints: Checkpoints, fault: UserError, problem: str = "") -> UserError:
+def _repair(checkpoints: Checkpoints, fault: Fault, sound: Mapping[int, SavedEpoch]) -> UserError:
     """The error for a saved epoch without which the run cannot go on; it advises the smallest repair, and nothing that destroys."""
-    problem = problem or _short(fault)
-    if isinstance(fault, ForeignFile):
-        return UserError(f"{problem}; remove that file")
-    others = "or read another epoch with vffjax evaluate --epoch N"
-    return UserError(f"{problem}; restore it from a copy, or move {checkpoints.folder} away to train again from the start, {others}")
-
-
-def _short(fault: UserError) -> str:
-    return str(fault).partition(";")[0]
+    if fault.repair != AGAIN:
+        return fault
+    others = f", or read epoch {max(sound)} with vffjax evaluate --epoch {max(sound)}" if sound else ""
+    repair = f"restore it from a copy, or move {checkpoints.folder} away to train again from the start{others}"
+    return UserError(f"{fault.problem}; {repair}")
 
 
 def read_config(workdir: pathlib.Path) -> Config:
