@@ -72,9 +72,24 @@ def test_a_picture_that_fails_is_one_line_and_the_summary_stands(tmp_path, monke
     train(tiny(), workdir, plots=True)
     assert untimed(summary_of(workdir)) == untimed(summary_of(finished()))
     told = [line for line in lines(capsys) if "left out" in line]
-    why = "is left out (RuntimeError: no font); the run goes on without it"
+    why = "is left out (RuntimeError: no font); the result stands"
     assert told == [f"{workdir / name} {why}" for name in ("curves.png", "features.png")]
     assert not list(workdir.glob("*.png"))
+
+
+def test_a_library_that_ends_python_ends_no_run(tmp_path, monkeypatch, capsys, no_tensorboard):
+    def leave(*_):
+        raise SystemExit("boom")
+
+    monkeypatch.setattr(drawing, "_import_matplotlib", leave)
+    summary = train(tiny(epochs=1), tmp_path, plots=True)
+    assert summary_of(tmp_path)["test_error"] == summary["test_error"]
+    assert capsys.readouterr().err.count("SystemExit: boom") == 2
+
+
+def test_what_ends_python_with_words_is_status_1(call, monkeypatch):
+    monkeypatch.setattr("vffjax.run_commands.evaluate", lambda arguments: sys.exit("no protobuf"))
+    assert call("evaluate") == (1, "", "vffjax: error: no protobuf\n")
 
 
 def test_an_interrupt_while_a_picture_is_drawn_is_an_interrupt(tmp_path):
@@ -154,7 +169,9 @@ def test_a_failure_of_tensorboard_is_one_line_and_every_epoch_is_recorded(moment
     assert threading.excepthook == hook
 
 
-@pytest.mark.parametrize("error", [TypeError("Descriptors cannot be created directly"), OSError("libz"), ImportError("protobuf")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [TypeError("Descriptors cannot be created directly"), OSError("libz"), ImportError("protobuf"), SystemExit("no")], ids=repr
+)
 def test_a_tensorboard_that_cannot_be_imported_is_one_line(error, tmp_path, capsys, monkeypatch):
     class Finder:
         def find_spec(self, name, path=None, target=None):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
 
@@ -72,6 +73,26 @@ def test_without_jit_there_is_nothing_to_run(fails, monkeypatch):
         fails("train", *TINY_FLAGS, parts=["JAX_DISABLE_JIT=1", "unset it"])
 
 
+@pytest.mark.parametrize("name", ["JAX_TRANSFER_GUARD", "JAX_TRANSFER_GUARD_HOST_TO_DEVICE"])
+def test_a_guard_against_transfers_is_one_line(name, fails, monkeypatch):
+    monkeypatch.setenv(name, "disallow")
+    before = getattr(jax.config, name.lower())
+    jax.config.update(name.lower(), "disallow")
+    try:
+        fails("train", *TINY_FLAGS, parts=[f"{name}=disallow", "unset it"])
+    finally:
+        jax.config.update(name.lower(), before or "allow")
+
+
+def test_weights_to_start_from_are_not_looked_at_before_jax_was(fails, monkeypatch, tmp_path):
+    def refuse():
+        raise UserError("JAX_ENABLE_X64=perhaps: no")
+
+    safetensors.numpy.save_file({"group0": np.zeros(1, np.float32)}, tmp_path / "w.safetensors")
+    monkeypatch.setattr(backend, "start", refuse)
+    fails("train", *TINY_FLAGS, f"--config.init_from={tmp_path / 'w.safetensors'}", parts=["JAX_ENABLE_X64=perhaps: no"])
+
+
 def test_jax_that_stops_at_nan_is_one_line(fails, monkeypatch, tmp_path):
     def stop(*_):
         raise FloatingPointError("invalid value (nan) encountered in mul")
@@ -115,6 +136,8 @@ def test_the_whole_program_is_traced_under_strict_promotion_and_in_64_bits(chang
     with jax.numpy_dtype_promotion("strict"):
         assert trace(changes) == {np.dtype(np.float32), np.dtype(np.int32)}
     with jax.enable_x64(True):
+        assert trace(changes) == {np.dtype(np.float32), np.dtype(np.int32)}
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         assert trace(changes) == {np.dtype(np.float32), np.dtype(np.int32)}
 
 

@@ -68,6 +68,16 @@ def test_weights_and_data_in_the_home_folder(home, call, monkeypatch):
     assert '"epoch": 0' in out
 
 
+def test_a_home_folder_that_nobody_has_is_no_folder(home, fails):
+    fails("train", *TINY_FLAGS, "--workdir=~nobody-of-this-name/run", parts=["~nobody-of-this-name/run", "there is no user"])
+
+
+def test_a_workdir_that_is_not_utf_8_is_refused_before_training(home):
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        train(tiny(), home / "run\udcff")
+    assert list(home.iterdir()) == []
+
+
 # --- addresses
 
 

@@ -1,5 +1,6 @@
 """ResNets with PyTorch's weights compute what PyTorch computes, and go back to PyTorch: against transformers' and one written here."""
 
+import argparse
 import collections
 import functools
 import math
@@ -309,6 +310,8 @@ def prefixed(*prefixes):
 # What trainers save, and what PyTorch's wrappers put before each name, in any order.
 WRAPPED |= {key: lambda state, key=key: {"epoch": 3, key: state, "loss": 0.5} for key in ("model_state_dict", "net")}
 WRAPPED |= {
+    "a reference script's": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, data="x"), "epoch": 3},
+    "averaged": lambda state: prefixed("module.")(state) | {"n_averaged": torch.tensor(7)},
     "nested": lambda state: {"model": {"state_dict": prefixed("module.")(state), "step": 3}},
     "lightning": lambda state: {
         "epoch": 3,

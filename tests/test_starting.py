@@ -79,8 +79,10 @@ def test_a_neighbour_of_a_relative_path_that_get_config_imports(two_folders, mon
 
 def test_what_fails_leaves_nothing_either(two_folders, fails):
     (two_folders / "one" / "bad.py").write_text("import shared_part\n1 / 0\n")
+    given = f"--config={two_folders / 'one' / 'bad.py'}"
+    fails("train", given, parts=["line 2: ZeroDivisionError"])  # once before, for what this package itself imports late
     before, modules = list(sys.path), set(sys.modules)
-    fails("train", f"--config={two_folders / 'one' / 'bad.py'}", parts=["line 2: ZeroDivisionError"])
+    fails("train", given, parts=["line 2: ZeroDivisionError"])
     assert (sys.path, set(sys.modules) - modules) == (before, set())
 
 
@@ -88,3 +90,23 @@ def test_modules_of_this_package_are_no_neighbours_of_a_file_in_the_root_of_the_
     assert not config_file._is_neighbour("vffjax.config", str(ROOT))
     assert config_file._is_neighbour("command_lines", str(ROOT / "tests"))
     assert not config_file._is_neighbour("command_lines", str(ROOT / "test"))
+
+
+def test_what_a_virtual_environment_below_the_folder_holds_is_no_neighbour(tmp_path, monkeypatch):
+    """To import JAX a second time, for example, would end the process."""
+    site = tmp_path / ".venv" / "lib" / "site-packages"
+    (site / "kept_package").mkdir(parents=True)
+    (site / "kept_package" / "__init__.py").write_text("from kept_package import part\n")
+    (site / "kept_package" / "part.py").write_text("")
+    (tmp_path / "near_package").mkdir()
+    (tmp_path / "near_package" / "__init__.py").write_text("from near_package import part\n")
+    (tmp_path / "near_package" / "part.py").write_text("")
+    (tmp_path / "c.py").write_text(HEAD + "import kept_package, near_package\n" + BODY.format(3))
+    monkeypatch.syspath_prepend(str(site))
+    try:
+        load_config_file(str(tmp_path / "c.py"))
+        assert {"kept_package", "kept_package.part"} <= set(sys.modules)
+        assert not {"near_package", "near_package.part"} & set(sys.modules)
+    finally:
+        for name in ("kept_package", "kept_package.part"):
+            sys.modules.pop(name, None)

@@ -30,7 +30,8 @@ def cut_out(key: PRNGKeyArray, images: Float[Array, "batch h w c"], side: int) -
     if side == 0:
         return images
     n, h, w, _ = images.shape
-    centre = jax.random.uniform(jax.random.fold_in(key, 2), (2, n, 1, 1, 1)) * jnp.array([h, w], jnp.float32).reshape(2, 1, 1, 1, 1)
+    sides = jnp.array([h, w], jnp.float32).reshape(2, 1, 1, 1, 1)
+    centre = jax.random.uniform(jax.random.fold_in(key, 2), (2, n, 1, 1, 1), jnp.float32) * sides
     rows = jnp.arange(h, dtype=jnp.float32).reshape(1, h, 1, 1) + 0.5
     columns = jnp.arange(w, dtype=jnp.float32).reshape(1, 1, w, 1) + 0.5
     inside = (jnp.abs(rows - centre[0]) < side / 2) & (jnp.abs(columns - centre[1]) < side / 2)

@@ -100,7 +100,7 @@ def _chunk(
 ) -> tuple[Float[Array, "chunk classes"], Int[Array, " chunk"]]:
     """The first `real` images of a chunk are some; the others cost nothing, but in a batch that is begun."""
     last, places = len(votes) - 1, jnp.arange(len(images))
-    out, left = jnp.zeros((len(images), task.classes)), jnp.full(len(images), last)
+    out, left = jnp.zeros((len(images), task.classes), jnp.float32), jnp.full(len(images), last)
     # Of each place, in the order of the moment: whether its image is still there, which image it is, its map, what the heads said of it.
     staying, image = places < real, places
     maps: Any = images

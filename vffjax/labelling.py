@@ -41,7 +41,7 @@ def wrong_labels(
 ) -> Int[Array, " batch"]:
     """A label other than the right one: uniform, or drawn from `softmax(logits)` with the right class masked (hard negatives)."""
     if logits is None:
-        return (labels + jax.random.randint(key, labels.shape, 1, classes)) % classes
+        return (labels + jax.random.randint(key, labels.shape, 1, classes, labels.dtype)) % classes
     right = jax.nn.one_hot(labels, classes, dtype=bool)
     drawn = jax.random.categorical(key, jnp.where(right, -jnp.inf, logits)).astype(labels.dtype)
     return checkpoint_name(drawn, DRAWN)

@@ -106,7 +106,7 @@ def local_loss(
     head_loss = losses.head_cross_entropy(logits, streams.labels, config.label_smoothing)
 
     if config.rule == "head" or group.frozen:
-        local = jnp.zeros(())
+        local = jnp.zeros((), jnp.float32)
     else:
         local = _forward_forward(config, out) if config.rule == "ff" else _cscl(config, streams._replace(rows=seen), key, logits)
     metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)}
