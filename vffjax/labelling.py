@@ -110,7 +110,7 @@ def overlay_streams(
 ) -> Streams:
     """Clean: neutral label. Copies: all images with the right label, then all with a wrong one."""
     copy_labels = jnp.concatenate([labels, wrong])
-    copies = overlay(jnp.concatenate([images, images]), jax.nn.one_hot(copy_labels, classes), low, high)
+    copies = overlay(jnp.concatenate([images, images]), jax.nn.one_hot(copy_labels, classes, dtype=jnp.float32), low, high)
     return Streams(jnp.concatenate([neutral(images, classes, low, high), copies]), labels, copy_labels)
 
 
@@ -118,4 +118,4 @@ def neutral(
     images: Float[Array, "batch h w c"], classes: int, low: Float[Array, " c"], high: Float[Array, " c"]
 ) -> Float[Array, "batch h w c"]:
     """The overlay that says nothing: every class with weight 1 / classes."""
-    return overlay(images, jnp.full((images.shape[0], classes), 1 / classes), low, high)
+    return overlay(images, jnp.full((images.shape[0], classes), 1 / classes, jnp.float32), low, high)

@@ -85,7 +85,7 @@ def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w
     """Images that all carry one label, for the sweep."""
     check_names(config)
     if config.rule == "ff":
-        weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes), (images.shape[0], task.classes))
+        weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes, dtype=jnp.float32), (images.shape[0], task.classes))
         return labelling.overlay(images, weights, task.black, task.white)
     return images + task.codebook[label][None]
 
