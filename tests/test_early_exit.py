@@ -10,9 +10,10 @@ import pytest
 from oracles import CONV, MLP, config_of, small_run
 from runs import compiled_once, copy_of, finished, tiny, train
 
-from vffjax import data, early_exit, evaluation, plots
+from vffjax import data, early_exit, evaluation, inference, plots
 from vffjax.early_exit import GRID, EarlyExit, make_early_exit, make_full, simulate, slack, votes_of
 from vffjax.inference import choose_voting, ensemble, error_percent, make_scores
+from vffjax.workdir import load_run
 
 CASES = {"conv4": CONV, "mlp": MLP, "ff": MLP | {"rule": "ff"}}
 
@@ -255,7 +256,7 @@ def _timed_once(monkeypatch):
 def both_vote(monkeypatch):
     """In the tiny run one group may be best alone."""
     finished()  # which other files share, and which is trained without this
-    monkeypatch.setattr(experiment.inference, "choose_voting", lambda scores, labels: tuple(range(len(scores))))
+    monkeypatch.setattr(inference, "choose_voting", lambda scores, labels: tuple(range(len(scores))))
 
 
 def evaluate(call, workdir, *options):
@@ -269,7 +270,7 @@ def test_evaluate_reports_what_the_scores_imply(call, both_vote):
     found = json.loads(evaluate(call, finished(), "--threshold=0.3", "--exits=all", "--json"))
     with compiled_once():
         plain = json.loads(call("evaluate", f"--workdir={finished()}", "--json")[1])
-        plan, states, task, _ = experiment.load_run(finished())
+        plan, states, task, _ = load_run(finished())
         dataset = data.load(plan.config)
         score = lambda split: np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(split.images)))  # noqa: E731
         seen, unseen = score(dataset.validation), score(dataset.test)
@@ -294,12 +295,17 @@ def test_evaluate_says_the_same_in_words(call, both_vote):
 
 
 def test_the_choice_sees_no_test_image(monkeypatch, both_vote):
-    load = data.load
+    def with_other_test_images(config):
+        found = load(config)
+        return dataclasses.replace(found, test=data.Split(255 - found.test.images, found.test.labels[::-1]))
+
+    load, wanted = data.load, early_exit.Wanted(exits="all")
     with compiled_once():
-        before = evaluation.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
-        monkeypatch.setattr(data, "load", lambda config: dataclasses.replace(load(config), test=None))  # to read it would fail
-        after = evaluation.evaluate(finished(), "early_exit", test=False, early=early_exit.Wanted(exits="all"))
-    assert before == after
+        before = evaluation.evaluate(finished(), "early_exit", test=False, early=wanted)
+        monkeypatch.setattr(data, "load", with_other_test_images)
+        after = evaluation.evaluate(finished(), "early_exit", test=False, early=wanted, other_data=True)
+    assert before == after | {"own_data": True}
+    assert not after["own_data"]
     assert before["chosen"] == "chosen on validation images"
     assert before["val_error"] <= before["ensemble_val_error"]
 
@@ -347,7 +353,7 @@ def test_a_group_that_has_not_trained_is_not_asked(call, tmp_path):
 
 def test_a_run_whose_last_group_alone_votes_says_how_to_gain(call, monkeypatch, tmp_path):
     workdir = copy_of(finished(), tmp_path)
-    monkeypatch.setattr(experiment.inference, "choose_voting", lambda scores, labels: (len(scores) - 1,))
+    monkeypatch.setattr(inference, "choose_voting", lambda scores, labels: (len(scores) - 1,))
     out = evaluate(call, workdir)
     assert "group1 alone votes, so none may leave before it; --exits=all lets them" in out
     assert "leaving    group0 0.0 %  group1 100.0 %" in out

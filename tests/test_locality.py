@@ -14,7 +14,7 @@ import pytest
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of
 
-from vffjax import locality, probes, rules, trainer
+from vffjax import locality, rules, trainer
 from vffjax.architectures import PUBLISHED
 from vffjax.config import make_config
 from vffjax.errors import UserError
@@ -345,7 +345,7 @@ def test_logits_that_pass_on_undetached_are_found(monkeypatch):
 def test_a_joint_step_of_back_propagation_is_found(monkeypatch):
     def down(plan, task, states, images, labels, key):
         """Minus the gradient of the last head's loss in the first group."""
-        streams = probes.step_streams(plan, task, states, images, labels, key)
+        streams = trainer.step_streams(plan, None, task, states, images, labels, key)
 
         def loss(params):
             rows = streams.rows
