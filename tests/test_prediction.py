@@ -249,7 +249,7 @@ def test_a_picture_beyond_three_deviations_of_the_training_pixels_gets_a_note():
     assert prediction.oddity(plain(127 + 35, 101, 127), mean, std) == ""
     # One channel is enough, on either side.
     for value in (127 + 42, 127 - 42):
-        assert "far from the 47 % of the training images" in prediction.oddity(plain(value, 101, 127), mean, std)
+        assert "far from the 47 % that the run expects" in prediction.oddity(plain(value, 101, 127), mean, std)
     assert "one colour everywhere" in prediction.oddity(np.full((2, 2, 3), 127, np.uint8), mean, std)
     # Natural images are neither dark nor bright: a bright one is no negative.
     natural = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
