@@ -140,9 +140,9 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
 
 
 def test_summary_names_the_flags_that_can_change_numbers():
-    found = in_a_process("-c", "from vffjax.summary import origin; print(origin()['flags'])")
+    found = in_a_process("-c", "from vffjax.summary import origin; print(origin(tiny())['flags'])")
     assert "'JAX_PLATFORMS': 'cpu'" in found.stdout
     with mock.patch.dict(os.environ, {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false", "UNRELATED": "1"}):
-        flags = summary.origin()["flags"]
+        flags = summary.origin(tiny())["flags"]
     assert flags["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
     assert "UNRELATED" not in flags
