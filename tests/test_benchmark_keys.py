@@ -58,7 +58,6 @@ def get_config():
         (networks, ["--out=x.json", "--networks=vgg8b", "--config.frozen_groups=1"], ["config.frozen_groups=1", "use 0"]),
         (networks, ["--out=x.json", "--networks=vgg8b", "--config.rematerialise=True"], ["config.rematerialise=True", "vffjax memory"]),
         (networks, ["--out=x.json", "--networks=vgg8b", "--workdir=x"], ["--workdir=x", "--out"]),
-        (memory, ["--out=x.json", *DIGITS, "--config.rule=head"], ["config.rule='head'", "leave it at vff"]),
         (memory, ["--out=x.json", *DIGITS, "--config.frozen_groups=1"], ["config.frozen_groups=1", "use 0"]),
         (memory, ["--out=x.json", "--config=overrides.py"], ["config.overrides={'group0'", "leave it out"]),
         (
