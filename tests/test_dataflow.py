@@ -285,7 +285,7 @@ THREE = jax.make_jaxpr(lambda x, y, z: (x, y, z))(X, X, X)
         held("scan", jaxpr=WIDE, num_consts=0, num_carry=2),
         held("while", body_jaxpr=TWO, cond_jaxpr=TWO),
         held("while", body_jaxpr=TWO, cond_jaxpr=TEST, body_nconsts=1, cond_nconsts=0),
-        held("while", body_jaxpr=TWO.jaxpr, cond_jaxpr=TEST, body_nconsts=0, cond_nconsts=0),
+        held("while", body_jaxpr="a step", cond_jaxpr=TEST, body_nconsts=0, cond_nconsts=0),
         held("repeat_until_settled", jaxpr=TWO),
         held("one_of_many", cases=(TWO,)),
         held("by_name", cases=Cases(first=TWO)),
