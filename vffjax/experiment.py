@@ -113,10 +113,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         run = run_state.new_state(config, about | {"class_names": list(dataset.class_names)}, sha256_of(file) if file else None)
     for line in write_config(workdir, config):
         notice(line)
-    here = origin(config)
-    if done < plan.total_epochs or _other_settings(run["origins"][-1], here):
-        # Where a finished run is only judged again, what trained it stays.
-        run["origins"] += [here] if not run["origins"] or {"settings": here["settings"]} | run["origins"][-1] != here else []
+    _note_origin(run, origin(config), trains=done < plan.total_epochs)
     restore_metrics(workdir, run["history"])
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if done < plan.total_epochs:
@@ -131,8 +128,15 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     return conclude(plan, dataset, states, task, best.run, measured, run, workdir)
 
 
-def _other_settings(before: dict[str, Any], here: dict[str, Any]) -> bool:
-    return before.get("settings", here["settings"]) != here["settings"]  # an older version wrote none
+def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
+    """Adds `here` to the run's origins, if it trains here and something differs from the last origin, or if it is judged by other settings.
+
+    A finished run that is only judged again keeps the origin that trained it. Older versions wrote no settings; theirs count as equal.
+    """
+    last = [{"settings": here["settings"]} | origin for origin in run["origins"][-1:]]
+    other_settings = any(origin["settings"] != here["settings"] for origin in last)
+    if other_settings or (trains and last != [here]):
+        run["origins"].append(here)
 
 
 def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:

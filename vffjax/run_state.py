@@ -9,7 +9,6 @@ from typing import Any
 from vffjax.config import MAX_SIDE, Config, from_json
 
 FORMAT = 2
-WHAT_TRAINED = ("data_sha256", "init_from_sha256")
 
 
 def new_state(config: Config, data: dict[str, Any], init_from_sha256: str | None) -> dict[str, Any]:
