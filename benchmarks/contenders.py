@@ -15,9 +15,10 @@ from vffjax.config import Config, check_against_data, make_config
 from vffjax.data import SIZES
 from vffjax.errors import chosen
 from vffjax.groups import GroupState
+from vffjax.plan import Images, Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
-from vffjax.trainer import Images, Plan, init_states, make_epoch, make_plan, make_task
+from vffjax.trainer import make_epoch
 
 RULES: dict[str, dict[str, Any]] = {
     "vff": {"rule": "vff"},

@@ -44,7 +44,7 @@ from vffjax.flags import json_file, whole_numbers
 from vffjax.ledger import Case
 from vffjax.logbook import write_json
 from vffjax.memory import compile_step, make_step, row
-from vffjax.trainer import init_states, make_task
+from vffjax.plan import init_states, make_task
 
 STYLES = {
     "bp": ("tab:red", "-"),

@@ -28,7 +28,7 @@ from vffjax.data import SIZES
 from vffjax.errors import UserError
 from vffjax.flags import a_path
 from vffjax.logbook import write_json
-from vffjax.trainer import init_states, make_plan
+from vffjax.plan import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")
 # Keys whose values the table sets itself, for one row or column after another.

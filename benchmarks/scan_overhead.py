@@ -23,7 +23,8 @@ from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES
 from vffjax.errors import UserError
-from vffjax.trainer import Images, init_states, make_epoch, make_plan, make_task, train_step
+from vffjax.plan import Images, init_states, make_plan, make_task
+from vffjax.trainer import make_epoch, train_step
 
 STEPS, PAIRS = 24, 5
 

@@ -43,7 +43,8 @@ from vffjax.errors import UserError, bad_key
 from vffjax.experiment import on_device, plan_for
 from vffjax.flags import a_path
 from vffjax.logbook import write_json
-from vffjax.trainer import Plan, init_states, make_epoch, make_task
+from vffjax.plan import Plan, init_states, make_task
+from vffjax.trainer import make_epoch
 
 # Keys whose values the board sets itself.
 SET_HERE = {

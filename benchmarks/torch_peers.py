@@ -27,8 +27,8 @@ from vffjax.errors import chosen
 from vffjax.groups import GroupState, LayerGroup
 from vffjax.losses import EPSILON as LEAST_SQUARED_NORM
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
+from vffjax.plan import Plan
 from vffjax.rules import Task
-from vffjax.trainer import Plan
 
 IMPLEMENTATIONS = ("fused", "foreach")  # of torch.optim; which is faster depends on the device and the network
 

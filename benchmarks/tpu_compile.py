@@ -29,7 +29,8 @@ from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 from vffjax.memory import step_arguments
-from vffjax.trainer import Images, make_plan, run_epoch, train_step
+from vffjax.plan import Images, make_plan
+from vffjax.trainer import run_epoch, train_step
 
 
 class Target:

@@ -10,10 +10,11 @@ import numpy as np
 from vffjax import rules
 from vffjax.augment import normalise
 from vffjax.config import default_config, make_config
+from vffjax.plan import Images, make_plan
 from vffjax.probes import quick_jit as quick_jit
 from vffjax.probes import random_states, random_variables
 from vffjax.rules import Task
-from vffjax.trainer import Images, clean_log_p, make_plan
+from vffjax.trainer import clean_log_p
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups

@@ -13,7 +13,7 @@ from runs import assert_same_bits, tiny
 from vffjax import checkpoint, run_state, saved_epoch
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
-from vffjax.trainer import init_states, make_plan, make_task
+from vffjax.plan import init_states, make_plan, make_task
 
 SHAPE, CLASSES = (4, 4, 1), 3
 

@@ -17,6 +17,7 @@ from vffjax.config import least_bytes
 from vffjax.data import SIZES
 from vffjax.early_exit import make_early_exit, votes_of
 from vffjax.errors import UserError
+from vffjax.plan import Images, make_plan
 
 REFUSED = {
     "JAX_PLATFORMS=cuda": ["JAX_PLATFORMS=cuda: JAX cannot use this platform here", "set JAX_PLATFORMS=cpu, or unset it"],
@@ -117,9 +118,9 @@ VARIANTS = [
 def trace(changes):
     """Traces the epoch, both kinds of inference and the early exit; types of the new states."""
     config = config_of(dataset="synthetic", network="conv", widths=(4, 6), pools=(2, 1), batch_size=8, epochs=2, **changes)
-    plan = trainer.make_plan(config, 80, 10)
+    plan = make_plan(config, 80, 10)
     task, states, *_ = memory.step_arguments(plan, targets.find("cpu"))
-    data = trainer.Images(jax.ShapeDtypeStruct((80, *SIZES["synthetic"].image_shape), jnp.uint8), jax.ShapeDtypeStruct((80,), jnp.int32))
+    data = Images(jax.ShapeDtypeStruct((80, *SIZES["synthetic"].image_shape), jnp.uint8), jax.ShapeDtypeStruct((80,), jnp.int32))
     epoch = jax.ShapeDtypeStruct((), jnp.int32)
     active = plan.active(plan.total_epochs - 1)
     new, _ = jax.eval_shape(functools.partial(trainer.run_epoch, plan, active), task, states, data, epoch)

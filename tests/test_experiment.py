@@ -19,11 +19,12 @@ from PIL import Image
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
 from vffjax import checkpoint, data, evaluation, experiment, trainer
+from vffjax import plan as plan_module
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
+from vffjax.plan import init_states
 from vffjax.termination import Terminated
-from vffjax.trainer import init_states
 from vffjax.workdir import load_run
 
 
@@ -371,7 +372,7 @@ def test_divergence_names_step_and_group_and_leaves_earlier_checkpoints_intact(t
     config = tiny(schedule="sequential", epochs=1, rule="head", norm="none", overrides={"group1": {"optimizer": "sgd"}})
     # The loss of step 6 is the first to see what step 5 has done.
     found = r"epoch 2, step 6 of 11: the loss of group1 is not finite; the checkpoint of epoch 1 is kept; lower config\.lea"
-    with mock.patch.object(trainer, "make_optimizer", explodes_at_step_5):
+    with mock.patch.object(plan_module, "make_optimizer", explodes_at_step_5):
         with pytest.raises(UserError, match=found):
             train(config, tmp_path)
         states, _ = saved_states(config, tmp_path, 1)
@@ -387,7 +388,7 @@ def explosive(config, steps):
 
 def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     # One step: the loss is that of the initial parameters, and finite; the update is not.
-    with mock.patch.object(trainer, "make_optimizer", explosive):
+    with mock.patch.object(plan_module, "make_optimizer", explosive):
         found = r"epoch 1, after its last step a number of group0's state is not finite; there is no checkpoint yet"
         with pytest.raises(UserError, match=found):
             train(tiny(epochs=1, rule="head", batch_size=360), tmp_path)
@@ -428,7 +429,7 @@ def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
 
 def test_an_epoch_in_which_every_step_is_skipped_ends_the_run(tmp_path):
     found = r"epoch 1, no step of group0 was finite; there is no checkpoint yet"
-    with mock.patch.object(trainer, "make_optimizer", explosive), pytest.raises(UserError, match=found):
+    with mock.patch.object(plan_module, "make_optimizer", explosive), pytest.raises(UserError, match=found):
         train(tiny(epochs=1, rule="head", on_nonfinite="skip"), tmp_path)
 
 

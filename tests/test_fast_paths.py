@@ -12,8 +12,9 @@ import pytest
 
 from vffjax import normalisation, rules, trainer, winograd
 from vffjax.networks import layers
+from vffjax.plan import Images, init_states, make_plan, make_task
 from vffjax.pooling import max_pool
-from vffjax.trainer import Images, init_states, make_epoch, make_plan, make_task, train_step
+from vffjax.trainer import make_epoch, train_step
 
 CONFIG = oracles.config_of(
     dataset="digits",

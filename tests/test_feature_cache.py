@@ -11,7 +11,8 @@ import runs
 from vffjax import data as data_module
 from vffjax import experiment, feature_cache
 from vffjax.checkpoint import Checkpoints
-from vffjax.trainer import Images, before, init_states, make_plan, make_task
+from vffjax.plan import Images, init_states, make_plan, make_task
+from vffjax.trainer import before
 
 KINDS = {
     "conv": {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2), "train_examples": 120},

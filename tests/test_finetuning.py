@@ -16,7 +16,8 @@ from runs import train
 from vffjax import locality
 from vffjax.config import for_group, make_config
 from vffjax.errors import UserError
-from vffjax.trainer import make_task, train_step
+from vffjax.plan import make_task
+from vffjax.trainer import train_step
 from vffjax.weights import read_weights
 from vffjax.workdir import load_run
 

@@ -11,7 +11,7 @@ from oracles import config_of, random_states
 
 from vffjax import hub, weights
 from vffjax.hub import Address
-from vffjax.trainer import make_plan
+from vffjax.plan import make_plan
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

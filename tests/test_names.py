@@ -10,9 +10,11 @@ from command_lines import ROOT
 from oracles import config_of
 
 from vffjax import config as config_module
-from vffjax import early_exit, groups, inference, losses, networks, rules, targets, trainer
+from vffjax import early_exit, groups, inference, losses, networks, rules, targets
 from vffjax.errors import UserError
 from vffjax.networks import layers
+from vffjax.optimizers import make_optimizer
+from vffjax.plan import Plan, make_task
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import contenders
@@ -28,15 +30,15 @@ def other(**changes):
 
 
 def plan_of(config):
-    return trainer.Plan(config, (), (), 1)
+    return Plan(config, (), (), 1)
 
 
 IMAGES = jnp.zeros((2, 8, 8, 1))
 USES = {
-    "optimizer": lambda c: trainer.make_optimizer(c, 3),
+    "optimizer": lambda c: make_optimizer(c, 3),
     "schedule": lambda c: plan_of(c).active(0),
     "schedule of stages": lambda c: plan_of(c).stages,
-    "pixel_statistics": lambda c: trainer.make_task(c, 10, (8, 8, 1), (0.5,), (0.5,)),
+    "pixel_statistics": lambda c: make_task(c, 10, (8, 8, 1), (0.5,), (0.5,)),
     "network": networks.build,
     "grouping": lambda c: groups.make_groups(c, 10),
     "precision": layers.common,

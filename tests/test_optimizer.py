@@ -7,7 +7,7 @@ import optax
 import pytest
 from oracles import CONV, assert_close, config_of, leaves, quick_jit, small_run
 
-from vffjax.trainer import make_optimizer
+from vffjax.optimizers import make_optimizer
 
 
 def updates_of(config, gradients, params, steps_per_epoch=5):

@@ -26,7 +26,7 @@ from vffjax import weights
 from vffjax.architectures import RESNET, residual_blocks, stem_width
 from vffjax.config import make_config
 from vffjax.errors import UserError
-from vffjax.trainer import init_states, make_plan
+from vffjax.plan import init_states, make_plan
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
 from torch import nn  # noqa: E402

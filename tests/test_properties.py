@@ -21,7 +21,8 @@ from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, check_against_d
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 from vffjax.groups import make_groups
-from vffjax.trainer import make_plan, train_step
+from vffjax.plan import make_plan
+from vffjax.trainer import train_step
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # no folder of its own in the checkout
 MORE = int(os.environ.get("VFFJAX_EXAMPLES", "1"))

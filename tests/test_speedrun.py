@@ -12,9 +12,9 @@ import runs
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import speedrun
 
-from vffjax import trainer
+from vffjax import plan as plan_module
 from vffjax.errors import UserError
-from vffjax.trainer import make_plan
+from vffjax.plan import make_plan
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_nothing_is_compiled_once_the_clock_can_run(raced):
 
 
 def test_a_loss_that_is_not_finite_ends_the_race_of_its_seed(raced, capsys, monkeypatch):
-    monkeypatch.setattr(trainer, "make_optimizer", lambda *_: optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38)))
+    monkeypatch.setattr(plan_module, "make_optimizer", lambda *_: optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38)))
     result, seen = raced(0.999, rule="head")
     assert (result["seconds_to_target"], result["epochs"], len(seen)) == (None, 1, 2)
     assert "a loss is not finite" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, le
 from vffjax import rules, trainer
 from vffjax.augment import normalise
 from vffjax.config import for_group
-from vffjax.trainer import Images, init_states, make_epoch, make_plan, make_task, train_step
+from vffjax.plan import Images, init_states, make_plan, make_task
+from vffjax.trainer import make_epoch, train_step
 
 
 def copied(tree):

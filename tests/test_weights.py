@@ -15,7 +15,7 @@ from runs import TINY, assert_same_bits, compiled_once, contents, copy_of, finis
 
 from vffjax import experiment, weights
 from vffjax.config import make_config
-from vffjax.trainer import init_states
+from vffjax.plan import init_states
 from vffjax.workdir import load_run
 
 SHAPE = (8, 8, 2)

@@ -25,8 +25,9 @@ from jaxtyping import Array, Float, UInt8
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
 from vffjax.logbook import read_json, replace_file, write_json
+from vffjax.plan import Plan
 from vffjax.rules import Task
-from vffjax.trainer import Plan, clean_log_p, normalised
+from vffjax.trainer import clean_log_p, normalised
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -21,9 +21,9 @@ from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
 from vffjax.logbook import sync, write_json
+from vffjax.plan import Plan
 from vffjax.rules import Task
 from vffjax.saved_epoch import SavedEpoch, check_readable, saved_files, sha256_of
-from vffjax.trainer import Plan
 
 FOLDER = "checkpoints"
 

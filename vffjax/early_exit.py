@@ -20,8 +20,9 @@ from vffjax.batching import map_batches
 from vffjax.errors import UserError, chosen
 from vffjax.groups import GroupState
 from vffjax.inference import choose_voting, ensemble, error_percent
+from vffjax.plan import Images, Plan
 from vffjax.rules import Task
-from vffjax.trainer import Images, Plan, clean_log_p, normalised
+from vffjax.trainer import clean_log_p, normalised
 
 # A group computes whole batches of the images that are left, `eval_batch_size` divided by this: in each chunk half a batch is lost ...
 _PARTS = 8

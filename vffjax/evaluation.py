@@ -15,8 +15,8 @@ from vffjax.errors import UserError, printable
 from vffjax.experiment import on_device, plan_for, start
 from vffjax.groups import GroupState
 from vffjax.inference import measure, validate
+from vffjax.plan import Plan
 from vffjax.rules import Task
-from vffjax.trainer import Plan
 from vffjax.workdir import load_run
 
 

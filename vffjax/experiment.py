@@ -21,11 +21,12 @@ from vffjax.groups import GroupState, make_groups
 from vffjax.inference import measure, validate
 from vffjax.logbook import Logbook, restore_metrics
 from vffjax.paths import local
+from vffjax.plan import Images, Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.saved_epoch import sha256_of
 from vffjax.summary import conclude, executable_bytes, origin
 from vffjax.termination import Request, Terminated, deferred
-from vffjax.trainer import Images, Plan, all_finite, init_states, make_epoch, make_plan, make_task
+from vffjax.trainer import all_finite, make_epoch
 from vffjax.weights import local_file, read_weights
 from vffjax.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 

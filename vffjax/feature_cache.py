@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, UInt8
 
 from vffjax.batching import map_batches
 from vffjax.groups import GroupState
+from vffjax.plan import Images, Plan
 from vffjax.rules import Task, prepare_clean
-from vffjax.trainer import Images, Plan, before, epoch_order, normalised, over_steps, run_steps
+from vffjax.trainer import before, epoch_order, normalised, over_steps, run_steps
 
 # Steps whose features are on the device at a time; the next are on their way meanwhile.
 STEPS_PER_TRANSFER = 16

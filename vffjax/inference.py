@@ -12,8 +12,9 @@ from vffjax import losses, rules
 from vffjax.batching import map_batches
 from vffjax.errors import chosen
 from vffjax.groups import GroupState
+from vffjax.plan import Plan
 from vffjax.rules import Task
-from vffjax.trainer import Plan, clean_log_p, normalised
+from vffjax.trainer import clean_log_p, normalised
 
 # With more groups than this, only runs of last groups are tried as voters, not every set.
 _EXHAUSTIVE_GROUPS = 6

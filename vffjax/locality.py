@@ -17,8 +17,8 @@ from vffjax.config import Config, check_against_data
 from vffjax.data import SIZES, split_sizes
 from vffjax.feature_cache import STEPS_PER_TRANSFER, clean_features
 from vffjax.labelling import DRAWN
+from vffjax.plan import Images, Plan, init_states, make_plan, make_task
 from vffjax.probes import leaf_names, losses, probe
-from vffjax.trainer import Images, Plan
 
 
 def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     """
     sizes = SIZES[config.dataset]
     images = split_sizes(config, sizes.train_images)[0]
-    plan = trainer.make_plan(config, images, sizes.classes)
+    plan = make_plan(config, images, sizes.classes)
     check_against_data(config, images, sizes.image_shape, sizes.classes, len(plan.groups))
     layers = {group.name: len(group.module.layers) for group in plan.groups}
     numbers = probe(plan, sizes.image_shape, sizes.classes) if numeric else None
@@ -104,8 +104,8 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, image
     batch = plan.config.batch_size
     shape: Any = jax.ShapeDtypeStruct
     pixels = (0.5,) * image_shape[2]
-    task = jax.eval_shape(lambda: trainer.make_task(plan.config, classes, image_shape, pixels, pixels))
-    states = jax.eval_shape(lambda: trainer.init_states(plan, image_shape))
+    task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
+    states = jax.eval_shape(lambda: init_states(plan, image_shape))
     key = jax.eval_shape(lambda: jax.random.key(0))
     one_batch, names = [shape((batch, *image_shape), jnp.uint8), shape((batch,), jnp.int32), key], ["data/images", "data/labels", "key"]
     data = Images(shape((images, *image_shape), jnp.uint8), shape((images,), jnp.int32))

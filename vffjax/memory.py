@@ -19,10 +19,11 @@ from vffjax import rules
 from vffjax.data import SIZES, split_sizes
 from vffjax.groups import GroupState
 from vffjax.ledger import ACCUMULATED, MICRO_BATCHES, Case
+from vffjax.plan import Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
 from vffjax.targets import Target
-from vffjax.trainer import Plan, group_setting, init_states, make_plan, make_task, step_streams, train_step
+from vffjax.trainer import group_setting, step_streams, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 

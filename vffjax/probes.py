@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vffjax import rules, trainer
 from vffjax.groups import GroupState
 from vffjax.labelling import Streams
+from vffjax.plan import Plan, init_states, make_plan
 from vffjax.rules import Task
-from vffjax.trainer import Plan
 
 IMAGES = 6  # of a probe's batch
 
@@ -50,7 +50,7 @@ def loss_gradients(
 def random_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
     """States as `init_states` shapes them, no variable at its initial value (a zero head hides gradients), optimizers at zero."""
     out = []
-    for i, state in enumerate(jax.eval_shape(functools.partial(trainer.init_states, plan, image_shape))):
+    for i, state in enumerate(jax.eval_shape(functools.partial(init_states, plan, image_shape))):
         params, stats = (random_variables(tree, i) for tree in (state.params, state.batch_stats))
         out.append(GroupState(params, stats, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state.opt_state)))
     return tuple(out)
@@ -76,7 +76,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
     loss by layer. `images`, per group: whether another clean image changes a clean image's features, and by how much, at most, labelled
     copies do. `interference`: for each later group whose parameters were changed, whether earlier groups' new states are bitwise the same.
     """
-    plan = trainer.make_plan(dataclasses.replace(plan.config, batch_size=IMAGES), IMAGES, classes)
+    plan = make_plan(dataclasses.replace(plan.config, batch_size=IMAGES), IMAGES, classes)
     rng, names = np.random.default_rng(0), [group.name for group in plan.groups]
     images = jnp.asarray(rng.integers(0, 256, (IMAGES, *image_shape), dtype=np.uint8))
     labels = jnp.asarray(np.arange(IMAGES) % classes, jnp.int32)

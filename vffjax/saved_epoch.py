@@ -22,8 +22,8 @@ from vffjax.config import Config, from_json
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
 from vffjax.logbook import read_json
+from vffjax.plan import Plan, init_states
 from vffjax.rules import Task
-from vffjax.trainer import Plan, init_states
 
 OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
 AGAIN = "train with this --workdir again, which goes back to a sound checkpoint, or start in a new one"

@@ -19,9 +19,9 @@ from vffjax.data import Dataset
 from vffjax.errors import aid
 from vffjax.groups import GroupState
 from vffjax.logbook import write_json
+from vffjax.plan import Plan
 from vffjax.plots import plot_curves, plot_features
 from vffjax.rules import Task, prepare_clean, prepare_labelled
-from vffjax.trainer import Plan
 
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
 _PACKAGES = ("vffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

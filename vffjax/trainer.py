@@ -1,129 +1,23 @@
 """Greedy training: one step of one group, all groups on a batch, a scanned epoch. The only place where training is jitted."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 
 from vffjax import rules
-from vffjax.augment import IMAGENET_MEAN, IMAGENET_STD, augment, cut_out, normalise
+from vffjax.augment import augment, cut_out, normalise
 from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.fence import as_branch
-from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
-from vffjax.labelling import Streams, make_codebook
+from vffjax.groups import GroupState, LayerGroup
+from vffjax.labelling import Streams
+from vffjax.plan import EPOCH, Images, Plan, run_key
 from vffjax.rules import Task
-
-# What a run's seed is folded with, so that no two uses share a key.
-_INITIALISATION, _CODEBOOK, _EPOCH = range(3)
-
-
-class Images(NamedTuple):
-    """A split on the device, as bytes; `features` is what frozen groups made of them (see `feature_cache`), or None."""
-
-    images: UInt8[Array, "n h w c"]
-    labels: Int[Array, " n"]
-    features: Float[Array | np.ndarray, "n *feature"] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is static in a run: traced functions close over it, arrays never."""
-
-    config: Config
-    groups: tuple[LayerGroup, ...]
-    optimizers: tuple[optax.GradientTransformation, ...]
-    steps_per_epoch: int
-
-    @property
-    def stages(self) -> int:
-        """Runs of `config.epochs` epochs: one if all groups train together, else one per group."""
-        return chosen("schedule", self.config.schedule, {"joint": 1, "sequential": len(self.groups)})
-
-    @property
-    def total_epochs(self) -> int:
-        return self.stages * self.config.epochs
-
-    def active(self, epoch: int) -> int | None:
-        """The group that trains in this epoch (from 0), or None for all."""
-        return chosen("schedule", self.config.schedule, {"joint": None, "sequential": epoch // self.config.epochs})
-
-    def trained_groups(self, epoch: int) -> int:
-        """How many groups have trained at the end of this epoch (from 0): all, or those that the sequential schedule has reached."""
-        active = self.active(epoch)
-        return len(self.groups) if active is None else active + 1
-
-
-def make_plan(config: Config, train_size: int, classes: int) -> Plan:
-    """Groups and optimizers for `train_size` training images; the last, smaller batch of an epoch is left out."""
-    groups = make_groups(config, classes)
-    steps = train_size // config.batch_size
-    optimizers = (make_optimizer(for_group(config, i, len(groups) - 1 - i), steps) for i in range(len(groups)))
-    pairs = zip(groups, optimizers, strict=True)
-    return Plan(config, groups, tuple(of_the_head(optimizer) if group.frozen else optimizer for group, optimizer in pairs), steps)
-
-
-def of_the_head(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer of a frozen group: it updates the head, and neither moves nor decays the layers, nor keeps any state for them."""
-    parts = {"learns": optimizer, "frozen": optax.set_to_zero()}
-    return optax.partition(parts, lambda params: {name: "learns" if name == "head" else "frozen" for name in params})
-
-
-def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not.
-
-    Raises `UserError` for an optimizer that is not known.
-    """
-    total = config.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)  # one step is left to decay in
-    rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-
-    def kernels(params: Any) -> Any:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    def sgd() -> optax.GradientTransformation:
-        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
-        return optax.chain(clip, optax.trace(config.momentum, nesterov=True), decay, optax.scale_by_learning_rate(rate))
-
-    def adamw() -> optax.GradientTransformation:
-        return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay, mask=kernels))
-
-    return _promoting(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})())
-
-
-def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, also where `JAX_NUMPY_DTYPE_PROMOTION=strict`: optax multiplies whole numbers by floats."""
-
-    def update(*arguments: Any, **named: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(*arguments, **named)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def run_key(config: Config, purpose: int) -> PRNGKeyArray:
-    return jax.random.fold_in(jax.random.key(config.seed), purpose)
-
-
-def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
-    """Codebook and pixel statistics of a run; `mean` and `std` are the training images'."""
-    mean, std = chosen("pixel_statistics", config.pixel_statistics, {"data": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)})
-    codebook = make_codebook(run_key(config, _CODEBOOK), classes, image_shape, config.noise_scale)
-    return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
-
-
-def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
-    """Fresh groups from the run's seed."""
-    variables = init_variables(plan.groups, run_key(plan.config, _INITIALISATION), image_shape)
-    pairs = zip(variables, plan.optimizers, strict=True)
-    return tuple(GroupState(params, stats, optimizer.init(params)) for (params, stats), optimizer in pairs)
 
 
 def group_step(
@@ -288,7 +182,7 @@ def clean_log_p(
 
 def epoch_order(plan: Plan, labels: Int[Array, " n"], epoch: Int[Array, ""]) -> tuple[PRNGKeyArray, Int[Array, "steps batch"]]:
     """The epoch's key, drawn from the seed and its number, and the images of each of its steps."""
-    key = jax.random.fold_in(run_key(plan.config, _EPOCH), epoch)
+    key = jax.random.fold_in(run_key(plan.config, EPOCH), epoch)
     steps, batch = plan.steps_per_epoch, plan.config.batch_size
     order = jax.random.permutation(jax.random.fold_in(key, 0), labels.shape[0])
     return key, order[: steps * batch].reshape(steps, batch)

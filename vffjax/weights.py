@@ -27,7 +27,7 @@ from vffjax.weight_files import opened
 
 if TYPE_CHECKING:
     from vffjax.groups import GroupState
-    from vffjax.trainer import Plan
+    from vffjax.plan import Plan
 
 _KINDS = ("params", "batch_stats")
 FORMAT, NAMES = "vffjax weights 1", ("auto", "vffjax", "torchvision")
@@ -131,7 +131,7 @@ def check_start(config: Config) -> None:
         backend.start()
         import jax
 
-        from vffjax.trainer import init_states, make_plan
+        from vffjax.plan import init_states, make_plan
 
         sizes = SIZES[config.dataset]
         plan = make_plan(config, sizes.train_images, sizes.classes)

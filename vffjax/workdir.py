@@ -15,9 +15,9 @@ from vffjax.groups import GroupState
 from vffjax.lock import take
 from vffjax.logbook import read_json, write_json
 from vffjax.paths import check_run_folder, local
+from vffjax.plan import Plan, make_plan
 from vffjax.rules import Task
 from vffjax.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
-from vffjax.trainer import Plan, make_plan
 
 LOCK = ".lock"
 _Read = TypeVar("_Read")

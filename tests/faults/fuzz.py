@@ -51,7 +51,7 @@ def networks():
     from oracles import CONV, config_of, random_states
 
     from vffjax import weights
-    from vffjax.trainer import init_states, make_plan
+    from vffjax.plan import init_states, make_plan
 
     shape, found = (8, 8, 2), []
     for keys in (CONV, {"network": "resnet18", "width_factor": 0.01, "head_grid": 1}):
