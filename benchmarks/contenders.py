@@ -11,7 +11,8 @@ import numpy as np
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
 from rates import PRODUCTS
 
-from vffjax.config import Config, check_against_data, make_config
+from vffjax.checks import check_against_data
+from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import chosen
 from vffjax.groups import GroupState

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 
-from vffjax.config import Config, check_against_data
+from vffjax.checks import check_against_data
+from vffjax.config import Config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
 from vffjax.plan import Images, init_states, make_plan, make_task

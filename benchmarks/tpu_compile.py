@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from keys import JOINT, read_config, refuse
 
 from vffjax import targets
-from vffjax.config import Config, check_against_data
+from vffjax.checks import check_against_data
+from vffjax.config import Config
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 from vffjax.memory import step_arguments

@@ -779,7 +779,7 @@ def test_any_other_error_is_a_bug_and_keeps_its_traceback(call, monkeypatch, tmp
 
 
 def test_more_steps_than_can_be_counted_are_refused():
-    from vffjax.config import check_against_data
+    from vffjax.checks import check_against_data
     from vffjax.errors import UserError
 
     many = tiny(epochs=100_000, batch_size=1)

@@ -10,7 +10,8 @@ import pytest
 
 from vffjax import config as config_module
 from vffjax import data
-from vffjax.config import DATASETS, FIELDS, Config, check_against_data, default_config, for_group, from_json, make_config
+from vffjax.checks import check_against_data
+from vffjax.config import DATASETS, FIELDS, Config, default_config, for_group, from_json, make_config
 from vffjax.errors import UserError
 from vffjax.flags import load_config_file
 from vffjax.groups import init_variables, make_groups

@@ -13,7 +13,7 @@ from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
 
 from vffjax import backend, cli, inference, memory, targets, trainer
-from vffjax.config import least_bytes
+from vffjax.checks import least_bytes
 from vffjax.data import SIZES
 from vffjax.early_exit import make_early_exit, votes_of
 from vffjax.errors import UserError

@@ -9,8 +9,8 @@ import pytest
 from command_lines import ROOT
 from oracles import config_of
 
+from vffjax import checks, early_exit, groups, inference, losses, networks, rules, targets
 from vffjax import config as config_module
-from vffjax import early_exit, groups, inference, losses, networks, rules, targets
 from vffjax.errors import UserError
 from vffjax.networks import layers
 from vffjax.optimizers import make_optimizer
@@ -48,18 +48,18 @@ USES = {
     "rule of a sweep": lambda c: rules.prepare_labelled(c, None, IMAGES, 0),
     "rule of a loss": lambda c: rules.local_loss({}, c, None, {}, None, None),
     "rule of predictions": rules.needs_predictions,
-    "rule of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+    "rule of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
     "rule of floating-point operations": lambda c: rates.copies_per_step(c, 10),
     "labelling": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),
-    "labelling of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+    "labelling of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
     "labelling of floating-point operations": lambda c: rates.copies_per_step(c, 10),
     "negatives": rules.needs_predictions,
     "contrast": rules.needs_predictions,
     "similarity": lambda c: losses.embed(IMAGES, c.similarity),
     "similarity of what is pooled": lambda c: rules._pooled(c, 2, IMAGES),
     "inference": lambda c: inference.make_scores(plan_of(c), c.inference),
-    "optimizer of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
-    "precision of memory": lambda c: config_module.least_bytes(c, (8, 8, 1), 10),
+    "optimizer of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
+    "precision of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
 }
 
 

@@ -145,7 +145,7 @@ def test_other_characters_are_allowed(name, tmp_path):
 def test_colons_in_files_and_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs:2026").mkdir()
-    text = "from vffjax.config import default_config\nVARIANTS = ('a', 'b')\n"
+    text = "from vffjax.config import default_config\nVARIANTS =('a', 'b')\n"
     text += "def get_config(variant='a'):\n    c = default_config()\n    c.epochs = len(variant) + ord(variant)\n    return c\n"
     for file in ("c.py", "c.py:d.py", "runs:2026/c.py", "runs:2026/c:d.py"):
         (tmp_path / file).write_text(text)

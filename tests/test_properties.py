@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from oracles import leaves, quick_jit, small_run
 
 from vffjax import locality
-from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, check_against_data, for_group, from_json, make_config
+from vffjax.checks import check_against_data
+from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group, from_json, make_config
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 from vffjax.groups import make_groups

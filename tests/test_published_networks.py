@@ -11,7 +11,7 @@ from oracles import config_of, variables_of
 
 from vffjax import locality
 from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
-from vffjax.config import layer_sizes
+from vffjax.checks import layer_sizes
 from vffjax.groups import HEAD_INPUTS, fitting_grid, init_variables, make_groups
 from vffjax.networks import build
 from vffjax.networks.layers import EPSILON, resized

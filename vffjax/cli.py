@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from vffjax import backend, ledger, run_commands, weights
-from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config, least_bytes
+from vffjax.checks import least_bytes
+from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config
 from vffjax.data import SIZES
 from vffjax.errors import SafeStream, UserError, notice, printable
 from vffjax.flags import a_data_dir, describe_keys, json_file, naming_files, parse_train, parser_of, whole_numbers

@@ -14,7 +14,8 @@ import numpy as np
 from vffjax import data as data_module
 from vffjax import feature_cache, inference, run_state
 from vffjax.checkpoint import Checkpoints, Writer
-from vffjax.config import Config, check_against_data
+from vffjax.checks import check_against_data
+from vffjax.config import Config
 from vffjax.data import Dataset
 from vffjax.errors import UserError, bad_key, notice
 from vffjax.groups import GroupState, make_groups

@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 from vffjax.architectures import PUBLISHED
-from vffjax.config import CONVOLUTIONAL, Config, check_against_data, layer_sizes, make_config
+from vffjax.checks import check_against_data, layer_sizes
+from vffjax.config import CONVOLUTIONAL, Config, make_config
 from vffjax.data import SIZES, split_sizes
 from vffjax.errors import UserError
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from vffjax import dataflow, trainer
-from vffjax.config import Config, check_against_data
+from vffjax.checks import check_against_data
+from vffjax.config import Config
 from vffjax.data import SIZES, split_sizes
 from vffjax.feature_cache import STEPS_PER_TRANSFER, clean_features
 from vffjax.labelling import DRAWN

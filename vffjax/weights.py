@@ -17,7 +17,8 @@ import safetensors.numpy
 
 from vffjax import backend, hub
 from vffjax.architectures import RESNET, VGG
-from vffjax.config import HUB, WEIGHT_FILES, Config, layer_sizes
+from vffjax.checks import layer_sizes
+from vffjax.config import HUB, WEIGHT_FILES, Config
 from vffjax.data import SIZES
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.logbook import replace_file
