@@ -14,12 +14,12 @@ from rates import PRODUCTS
 from vffjax.checks import check_against_data
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES
+from vffjax.epochs import Epoch, segment_length
 from vffjax.errors import chosen
 from vffjax.groups import GroupState
 from vffjax.plan import Images, Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
-from vffjax.trainer import make_epoch
 
 RULES: dict[str, dict[str, Any]] = {
     "vff": {"rule": "vff"},
@@ -112,7 +112,7 @@ class Workload:
 
 
 class JaxContender:
-    """The scanned epoch of `vffjax.trainer`, compiled ahead of time; its states go on from epoch to epoch."""
+    """The epoch as `vffjax.epochs` runs it, compiled ahead of time; its states go on from epoch to epoch."""
 
     library = "jax"
 
@@ -120,11 +120,12 @@ class JaxContender:
         plan, self._task, self._states = work.start(config)
         self._data, self._number = work.for_jax, 0
         start = time.perf_counter()
-        self._compiled = make_epoch(plan, plan.active(0)).lower(self._task, self._states, self._data, jnp.int32(0)).compile()
+        self._epoch = Epoch(plan, plan.active(0), segment_length(plan, work.shape))
+        compiled = self._epoch.compile(self._task, self._states, self._data)
         self.facts: dict[str, Any] = {
             "compile_seconds": time.perf_counter() - start,
-            "peak_bytes": executable_bytes(self._compiled),
-            "peak_bytes_from": "the compiler's plan for the epoch: arguments, outputs and temporaries",
+            "peak_bytes": executable_bytes(compiled),
+            "peak_bytes_from": "the compiler's plan for a segment of the epoch: arguments, outputs and temporaries",
         }
         self.epoch()
         # Never falls: it is the greatest of all contenders so far.
@@ -132,9 +133,9 @@ class JaxContender:
 
     def epoch(self) -> None:
         """Returns when the device has done all of it."""
-        self._states, metrics = self._compiled(self._task, self._states, self._data, jnp.int32(self._number))
+        self._states, _ = self._epoch(self._task, self._states, self._data, self._number)
         self._number += 1
-        jax.block_until_ready((self._states, metrics))
+        jax.block_until_ready(self._states)
 
 
 class TorchContender:

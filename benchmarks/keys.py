@@ -95,7 +95,13 @@ PEER = Known(
         *("data_dir", "train_examples", "val_fraction"),  # no data set is read, nothing is held out
         "copies_per_class",  # of labelling=shared
         *("goodness_threshold", "peer_normalisation"),  # of rule=ff
-        *("inference", "eval_batch_size", "checkpoint_every"),  # nothing is classified, nothing is saved
+        *(
+            "inference",
+            "eval_batch_size",
+            "checkpoint_every",
+            "checkpoint_seconds",
+            "segment_steps",
+        ),  # nothing is classified, nothing is saved
     ),
     only={
         "network": Only(NO_RESNET, "the PyTorch contenders have no residual blocks", "use conv4 or vgg8b"),
@@ -129,12 +135,19 @@ FLOPS = Known(
     ),
     immaterial=(
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),  # the caller gives image shape and classes
-        *("flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale"),  # images count nothing until the first layer has them
+        *(
+            "flip",
+            "alternating_flip",
+            "crop_padding",
+            "cutout",
+            "pixel_statistics",
+            "noise_scale",
+        ),  # images count nothing until the first layer has them
         *("norm", "norm_statistics", "contrast", "similarity", "margin", "temperature", "label_smoothing"),  # nor do these, see rates.py
         *("goodness_threshold", "peer_normalisation", "on_nonfinite"),
         *("optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides"),
         *("epochs", "precision", "rematerialise"),  # the model's FLOPs of one step, not those that a program executes
-        *("inference", "eval_batch_size", "checkpoint_every"),  # not of training
+        *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),  # not of training
     ),
     only={
         "network": Only(NO_RESNET, "the count of FLOPs has no residual blocks", "use conv4 or vgg8b"),

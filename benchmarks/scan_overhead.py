@@ -1,10 +1,10 @@
-"""A scanned epoch against the same steps in a Python loop, with compile times; and whether a second epoch compiles anything.
+"""An epoch in segments against the same steps in a Python loop, with compile times; and whether a second epoch compiles anything.
 
     python benchmarks/scan_overhead.py --config configs/cifar10.py:small [--config.KEY=VALUE ...]
 
 Random images of the data set's size, as many as make 24 steps. Both run in turn, five times after a warm-up; the ratio is taken pair by
 pair. The loop calls a jitted `train_step` that donates its states, waits for the device once at its end, and gathers its batches by
-the same order as the scan.
+the same order as the epoch.
 """
 
 import functools
@@ -23,9 +23,11 @@ from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 from vffjax.checks import check_against_data
 from vffjax.config import Config
 from vffjax.data import SIZES
+from vffjax.epochs import Epoch, segment_length
 from vffjax.errors import UserError
+from vffjax.hyperparameters import HyperParameters
 from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.trainer import make_epoch, train_step
+from vffjax.trainer import Batch, train_step
 
 STEPS, PAIRS = 24, 5
 
@@ -43,21 +45,26 @@ def measure(config: Config) -> dict[str, Any]:
     task = make_task(config, classes, shape, (0.5,) * shape[2], (0.25,) * shape[2])
 
     start = time.perf_counter()
-    epoch = make_epoch(plan, plan.active(0))
-    compiled = epoch.lower(task, init_states(plan, shape), data, jnp.int32(0)).compile()
+    epoch = Epoch(plan, plan.active(0), segment_length(plan, shape))
+    epoch.compile(task, init_states(plan, shape), data)
     scan_compile = time.perf_counter() - start
-    step = jax.jit(functools.partial(train_step, plan, plan.active(0)), donate_argnums=1)
+    step = jax.jit(functools.partial(train_step, plan.program, plan.active(0)), donate_argnums=1)
     take = jax.jit(lambda data, rows: (data.images[rows], data.labels[rows]))
+    hyper = plan.hyperparameters(0)
 
     def scanned() -> Any:
-        return compiled(task, init_states(plan, shape), data, jnp.int32(0))
+        return epoch(task, init_states(plan, shape), data, 0)
 
     def looped() -> Any:
         states = init_states(plan, shape)
         order = np.asarray(jax.random.permutation(jax.random.key(0), n)).reshape(STEPS, -1)
         metrics = None
         for number, rows in enumerate(order):
-            states, metrics = step(task, states, *take(data, rows), jax.random.key(number))
+            numbers: Any = (values[number] for values in hyper)
+            zero: Any = np.int32(0)
+            images, labels = take(data, rows)
+            batch = Batch(images, labels, jnp.asarray(rows), zero, jax.random.key(number), HyperParameters(*numbers))
+            states, metrics = step(task, states, batch)
         return states, metrics
 
     def seconds(run: Callable[[], Any]) -> float:
@@ -67,10 +74,13 @@ def measure(config: Config) -> dict[str, Any]:
 
     seconds(scanned), seconds(looped)
     pairs = [(seconds(scanned), seconds(looped)) for _ in range(PAIRS)]
-    before = epoch._cache_size()  # type: ignore[attr-defined]
-    states, _ = epoch(task, init_states(plan, shape), data, jnp.int32(0))
-    once = epoch._cache_size()  # type: ignore[attr-defined]
-    epoch(task, states, data, jnp.int32(1))
+    compilations: list[str] = []
+
+    def count(event: str, duration_secs: float, **_: Any) -> None:
+        compilations.extend([event] if "backend_compile" in event else [])
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    epoch(task, init_states(plan, shape), data, 1)
     return {
         "steps": STEPS,
         "pairs": PAIRS,
@@ -79,8 +89,8 @@ def measure(config: Config) -> dict[str, Any]:
         "loop_seconds": statistics.median(b for _, b in pairs),
         "scan_over_loop": statistics.median(a / b for a, b in pairs),
         "scan_over_loop_range": [min(a / b for a, b in pairs), max(a / b for a, b in pairs)],
-        "compilations_of_first_epoch": once - before,
-        "compilations_of_second_epoch": epoch._cache_size() - once,  # type: ignore[attr-defined]
+        "segments": len(epoch.pieces),
+        "compilations_of_another_epoch": len(compilations),
         "device": jax.devices()[0].device_kind,
     }
 

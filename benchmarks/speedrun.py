@@ -39,12 +39,12 @@ from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
 from vffjax import data as data_module
 from vffjax import inference
 from vffjax.config import Config, make_config
+from vffjax.epochs import Epoch, segment_length
 from vffjax.errors import UserError, bad_key
 from vffjax.experiment import on_device, plan_for
 from vffjax.flags import a_path
 from vffjax.logbook import write_json
 from vffjax.plan import Plan, init_states, make_task
-from vffjax.trainer import make_epoch
 
 # Keys whose values the board sets itself.
 SET_HERE = {
@@ -74,9 +74,9 @@ def race(config: Config, target: float) -> dict[str, Any]:
     task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
     start = time.perf_counter()
     fresh = init_states(plan, dataset.image_shape)
-    epoch = make_epoch(plan).lower(task, fresh, train, jnp.int32(0)).compile()
-    scores = inference.make_scores(plan, "heads")
-    scores_of = {name: scores.lower(task, fresh, split.images).compile() for name, split in judged.items()}
+    epoch = Epoch(plan, None, segment_length(plan, dataset.image_shape))
+    epoch.compile(task, fresh, train)
+    scores_of = {name: inference.compile_scores(plan, "heads", task, fresh, split.images) for name, split in judged.items()}
     compile_seconds = time.perf_counter() - start
 
     def accuracy(states: Any, split: str) -> float:
@@ -85,7 +85,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
         return 1 - inference.error_percent(inference.ensemble(found, everyone), judged[split].labels) / 100
 
     random_labels = np.random.default_rng(config.seed).integers(0, dataset.num_classes, len(train.labels), np.int32)
-    warm, _ = epoch(task, fresh, train._replace(labels=jnp.asarray(random_labels)), jnp.int32(0))
+    warm, _ = epoch(task, fresh, train._replace(labels=jnp.asarray(random_labels)), 0)
     accuracy(warm, "validation")
     del warm
 
@@ -93,7 +93,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
     seconds, curve, reached = 0.0, [], None
     for number in range(config.epochs):
         start = time.perf_counter()
-        states, metrics = jax.block_until_ready(epoch(task, states, train, jnp.int32(number)))
+        states, metrics = jax.block_until_ready(epoch(task, states, train, number))
         seconds += time.perf_counter() - start
         curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": accuracy(states, "validation")})
         print(f"seed {config.seed} epoch {number + 1}: {seconds:.1f} s, {curve[-1]['val_accuracy']:.4f}", file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""Compiles a configuration's training epoch for a TPU that is not there, and reads what the compiler says of it.
+"""Compiles a configuration's training for a TPU that is not there, and reads what the compiler says of it.
 
     pip install -e ".[tpu-compiler]"
     JAX_PLATFORMS=cpu python benchmarks/tpu_compile.py --config configs/cifar10.py [--config.KEY=VALUE ...] [--out FILE.json]
 
 libtpu is Google's own TPU compiler; given a topology it makes a real executable without the device, the same on every machine. No
-data set is read: only its sizes matter. Memory is that of the whole scanned epoch; flops, bytes and the compiler's own estimates, which
-are not measurements, are those of one training step, compiled by itself: the compiler cannot cost a loop. There are two such estimates,
-and they differ: `optimal_seconds` of the cost analysis, which knows the chip's peak rates, and the sum of the cycles that the scheduler
-expects of each operation, which counts operations as if none ran beside another.
+data set is read: only its sizes matter. Memory is that of a segment, of which an epoch calls several; flops, bytes and the compiler's own
+estimates, which are not measurements, are those of one training step, compiled by itself: the compiler cannot cost a loop. There are two
+such estimates, and they differ: `optimal_seconds` of the cost analysis, which knows the chip's peak rates, and the sum of the cycles that
+the scheduler expects of each operation, which counts operations as if none ran beside another.
 """
 
 import argparse
@@ -21,17 +21,17 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from keys import JOINT, read_config, refuse
 
 from vffjax import targets
 from vffjax.checks import check_against_data
 from vffjax.config import Config
 from vffjax.data import SIZES, split_sizes
+from vffjax.epochs import pieces, segment, segment_length
 from vffjax.errors import UserError
 from vffjax.memory import step_arguments
-from vffjax.plan import Images, make_plan
-from vffjax.trainer import run_epoch, train_step
+from vffjax.plan import make_plan
+from vffjax.trainer import abstract_batch, train_step
 
 
 class Target:
@@ -47,18 +47,19 @@ class Target:
         self.plan = make_plan(config, n, sizes.classes)
         check_against_data(config, n, sizes.image_shape, sizes.classes, len(self.plan.groups))
         self.tpu = targets.find("tpu")
-        self.task, self.states, *self.batch = step_arguments(self.plan, self.tpu)
-        self.data = Images(self.tpu.array(n, *sizes.image_shape, dtype=jnp.uint8), self.tpu.array(n))  # type: ignore[arg-type]
+        self.task, self.states, self.batch = step_arguments(self.plan, self.tpu)
+        self.length = len(pieces(self.plan.steps_per_epoch, segment_length(self.plan, sizes.image_shape, backend="tpu"))[0])
+        self.batches = self.tpu.place(abstract_batch(config.batch_size, sizes.image_shape, len(self.plan.groups), steps=(self.length,)))
 
-    def compile_epoch(self) -> dict[str, Any]:
-        """Compile seconds, and memory in bytes of the whole scanned epoch."""
+    def compile_segment(self) -> dict[str, Any]:
+        """Compile seconds, and memory in bytes of a segment, which is what an epoch calls."""
         start = time.perf_counter()
-        function = functools.partial(run_epoch, self.plan, self.plan.active(0))
-        epoch = jax.jit(function, donate_argnums=1).lower(self.task, self.states, self.data, self.tpu.array()).compile()
-        memory: Any = epoch.memory_analysis()
+        compiled = segment.lower(self.plan.program, self.plan.active(0), self.task, self.states, self.batches).compile()
+        memory: Any = compiled.memory_analysis()
         return {
             "device": self.tpu.device.device_kind,
             "steps_per_epoch": self.plan.steps_per_epoch,
+            "steps_per_segment": self.length,
             "compile_seconds": time.perf_counter() - start,
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
@@ -68,8 +69,8 @@ class Target:
 
     def compile_step(self) -> dict[str, Any]:
         """The compiler's cost of one training step."""
-        function = functools.partial(train_step, self.plan, self.plan.active(0))
-        step = jax.jit(function, donate_argnums=1).lower(self.task, self.states, *self.batch).compile()
+        function = functools.partial(train_step, self.plan.program, self.plan.active(0))
+        step = jax.jit(function, donate_argnums=1).lower(self.task, self.states, self.batch).compile()
         cost: Any = step.cost_analysis()
         memory: Any = step.memory_analysis()
         seconds = cost.get("optimal_seconds", math.nan)
@@ -96,7 +97,7 @@ def main() -> None:
     except UserError as error:
         print("tpu_compile: error:", error, file=sys.stderr)
         sys.exit(2)
-    found = target.compile_epoch() | target.compile_step() | {"jax": jax.__version__}
+    found = target.compile_segment() | target.compile_step() | {"jax": jax.__version__}
     found = {
         "config": name,
         "rule": config.rule,

@@ -16,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+from oracles import traced_afresh
 
 from vffjax import cli
 
@@ -25,6 +26,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
     return jax.random.key(7)
+
+
+@pytest.fixture
+def traces():
+    """For tests that change what compiled functions are traced from: see `oracles.traced_afresh`."""
+    with traced_afresh():
+        yield
 
 
 @pytest.fixture

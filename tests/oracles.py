@@ -1,5 +1,6 @@
 """Slow NumPy float64 versions of what the library computes, written from the definitions, and small set-ups that tests share."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import chex
@@ -10,11 +11,12 @@ import numpy as np
 from vffjax import rules
 from vffjax.augment import normalise
 from vffjax.config import default_config, make_config
+from vffjax.hyperparameters import HyperParameters, at_peak
 from vffjax.plan import Images, make_plan
 from vffjax.probes import quick_jit as quick_jit
 from vffjax.probes import random_states, random_variables
 from vffjax.rules import Task
-from vffjax.trainer import clean_log_p
+from vffjax.trainer import Batch, clean_log_p
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups
@@ -33,9 +35,20 @@ class Run(NamedTuple):
     states: Any
     data: Images
 
-    def batch(self, start=0):
-        rows = slice(start, start + self.plan.config.batch_size)
-        return self.data.images[rows], self.data.labels[rows]
+    @property
+    def hyper(self):
+        """The numbers of one step in which every group has its full learning rate."""
+        return at_peak(self.plan.config, len(self.plan.groups))
+
+    def batch(self, start=0, key=None, step=None):
+        """The images from `start` on as a step takes them, with the numbers of a `step` of the run, or those of `hyper`."""
+        rows, hyper = slice(start, start + self.plan.config.batch_size), self.hyper
+        if step is not None:
+            epoch, number = divmod(step, self.plan.steps_per_epoch)
+            hyper = HyperParameters(*(values[number] for values in self.plan.hyperparameters(epoch)))
+        ids = np.arange(len(self.data.labels), dtype=np.int32)[rows]
+        key = jax.random.key(0) if key is None else key
+        return Batch(self.data.images[rows], self.data.labels[rows], ids, np.int32(0), key, hyper)
 
 
 def small_run(config, classes=3, shape=(8, 8, 2), examples=0):
@@ -54,6 +67,20 @@ def small_run(config, classes=3, shape=(8, 8, 2), examples=0):
     return Run(plan, task, random_states(plan, shape), Images(jnp.asarray(images), jnp.asarray(labels)))
 
 
+@contextlib.contextmanager
+def traced_afresh():
+    """Within, no function is taken as it was traced before, and nothing traced there is taken afterwards.
+
+    Whatever changes code that compiled functions are traced from has to do it within: these functions are the library's own, and JAX
+    keeps their traces for equal arguments.
+    """
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.clear_caches()
+
+
 def variables_of(module, x, clean=1):
     """Random variables of a layer for inputs like `x`."""
     return random_variables(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(np.shape(x)), clean, False)))
@@ -61,7 +88,7 @@ def variables_of(module, x, clean=1):
 
 def streams_of(run, key):
     """The streams that `train_step` makes of the first batch, without augmentation."""
-    images, labels = run.batch()
+    images, labels, *_ = run.batch()
     x = normalise(images, run.task.mean, run.task.std)
     hard = rules.needs_predictions(run.plan.config)
     logits = clean_log_p(run.plan, run.task, run.states, x).mean(axis=0) if hard else None

@@ -11,9 +11,10 @@ from unittest import mock
 
 import jax
 import numpy as np
+import oracles
 from jax.experimental.compilation_cache import compilation_cache
 
-from vffjax import experiment, summary
+from vffjax import experiment, plan, summary, trainer
 from vffjax.config import make_config
 
 # Two groups, eleven steps an epoch, learnt well above chance in three epochs.
@@ -58,6 +59,13 @@ def compiled_once():
         for key, value in before.items():
             jax.config.update(key, value)
         compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def optimizer(make):
+    """Within, `make(config, hyper, frozen)` stands for `make_optimizer`, for first states and for updates."""
+    with oracles.traced_afresh(), mock.patch.object(plan, "make_optimizer", make), mock.patch.object(trainer, "make_optimizer", make):
+        yield
 
 
 def train(config, workdir, plots=False):

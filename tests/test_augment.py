@@ -7,6 +7,7 @@ import pytest
 from oracles import config_of, quick_jit
 
 from vffjax.augment import augment, cut_out, normalise
+from vffjax.errors import UserError
 
 H, W, N = 6, 8, 300
 
@@ -16,8 +17,10 @@ def images():
     return jnp.asarray(np.random.default_rng(0).normal(size=(N, H, W, 2)) + 5, jnp.float32)
 
 
-def views(key, images, **changes):
-    return np.asarray(quick_jit(lambda k, x: cut_out(k, augment(k, x, config_of(**changes)), config_of(**changes).cutout))(key, images))
+def views(key, images, ids=None, epoch=0, **changes):
+    config, ids = config_of(**changes), np.arange(len(images)) if ids is None else ids
+    view = quick_jit(lambda k, x, ids, epoch: cut_out(k, augment(k, x, ids, epoch, config), config.cutout))
+    return np.asarray(view(key, images, jnp.asarray(ids, jnp.int32), jnp.int32(epoch)))
 
 
 def test_normalise_gives_mean_0_and_deviation_1_per_channel():
@@ -92,3 +95,50 @@ def test_draws_of_the_three_are_independent_and_in_order(key, images):
     flips = (views(key, images, flip=True) == np.asarray(images)).all((1, 2, 3))
     left = (views(key, images, cutout=2) == 0).all(-1).any(1)[:, : W // 2].any(1)
     assert abs(np.corrcoef(flips, left)[0, 1]) < 0.25
+
+
+# --- alternating flips
+
+
+def mirrored_in(images, ids, epoch, key):
+    """Whether each of the images came out mirrored; no image is its own mirror image."""
+    out, x = views(key, images, ids, epoch, flip=True, alternating_flip=True), np.asarray(images)
+    same, mirrored = ((out == other).all((1, 2, 3)) for other in (x, x[:, :, ::-1]))
+    assert (same ^ mirrored).all()
+    return mirrored
+
+
+def test_alternating_flips_mirror_each_image_in_every_other_epoch(images):
+    found = [mirrored_in(images, np.arange(N), epoch, jax.random.key(epoch)) for epoch in range(4)]
+    for epoch in range(3):
+        np.testing.assert_array_equal(found[epoch + 1], ~found[epoch])
+    assert abs(found[0].mean() - 0.5) < 5 * 0.5 / np.sqrt(N)
+
+
+@pytest.mark.parametrize("first", [0, 10**6, 2**31 - N])
+@pytest.mark.parametrize("stride", [1, 2, 64])
+def test_about_half_of_any_images_are_mirrored_in_an_epoch(first, stride, images, key):
+    """Also where every other image is of one class, and whatever comes before in the data set."""
+    ids = (first + stride * np.arange(N)) % 2**31
+    assert abs(mirrored_in(images, ids, 0, key).mean() - 0.5) < 5 * 0.5 / np.sqrt(N)
+
+
+def test_alternating_flips_depend_on_no_key_no_order_and_no_company(images):
+    ids = np.random.default_rng(1).permutation(5 * N)[:N]
+    found = mirrored_in(images, ids, 3, jax.random.key(0))
+    np.testing.assert_array_equal(mirrored_in(images, ids, 3, jax.random.key(1)), found)
+    some = np.random.default_rng(2).permutation(N)[: N // 3]
+    np.testing.assert_array_equal(mirrored_in(images[some], ids[some], 3, jax.random.key(2)), found[some])
+
+
+def test_a_crop_draws_the_same_whichever_way_images_are_flipped(key, images):
+    """Alternating flips come before the crop, as the others do, and take nothing from its draws."""
+    plain = views(key, images, flip=True, alternating_flip=True)
+    together = views(key, images, flip=True, alternating_flip=True, crop_padding=2)
+    np.testing.assert_array_equal(together, views(key, jnp.asarray(plain), crop_padding=2))
+
+
+def test_alternating_flips_without_flips_are_refused():
+    with pytest.raises(UserError, match=r"config\.alternating_flip=True: .*; set flip=True too"):
+        config_of(alternating_flip=True)
+    assert config_of(alternating_flip=True, flip=True).alternating_flip

@@ -301,7 +301,7 @@ def test_digests_that_point_out_of_the_step_are_refused(name, saved, tmp_path):
 
 
 def test_a_step_of_another_format_is_refused(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_state, "FORMAT", 3)
+    monkeypatch.setattr(run_state, "FORMAT", run_state.FORMAT + 1)
     with pytest.raises(UserError, match="saved by another version of vffjax"):
         Checkpoints(saved).run(2)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import ml_collections
@@ -11,7 +13,7 @@ import pytest
 from vffjax import config as config_module
 from vffjax import data
 from vffjax.checks import check_against_data
-from vffjax.config import DATASETS, FIELDS, Config, default_config, for_group, from_json, make_config
+from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, from_json, make_config, of_program
 from vffjax.errors import UserError
 from vffjax.flags import load_config_file
 from vffjax.groups import init_variables, make_groups
@@ -155,6 +157,7 @@ TOGETHER = {
         {"feature_cache": "host", "schedule": "sequential", "flip": True},
         "config.feature_cache='host'",
     ),
+    "alternating flips without flips": ({"alternating_flip": True}, "config.alternating_flip=True"),
     "conv4 with three widths": ({"network": "conv4", "widths": (4, 4, 6)}, "config.widths=(4, 4, 6)"),
     "conv4 with three pools": (CONV | {"pools": (1, 2, 1)}, "config.pools=(1, 2, 1)"),
     "a pool below 1": (CONV | {"pools": (1, 0, 1, 1)}, "config.pools=(1, 0, 1, 1)"),
@@ -252,3 +255,75 @@ def test_a_config_dict_and_a_dictionary_make_the_same():
 def test_auto_means_what_its_documentation_says(raw, norm, contrast):
     config = make_config(raw)
     assert (config.resolved_norm, config.resolved_contrast) == (norm, contrast)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# The configuration as compiled programs see it
+
+# None of the numbers is 0, which takes some of them out of a program.
+NONZERO = make_config(dict.fromkeys(ARGUMENTS, 0.5) | {"clip_norm": 1.0, "seed": 3, "overrides": {"group0": {"margin": 0.1}}})
+
+
+def other_value(value):
+    """Another value of the same type; that it is not known does not matter here."""
+    if isinstance(value, Mapping):
+        return {"group0": {"optimizer": "sgd"}}
+    if isinstance(value, tuple):
+        return (*value, 1)
+    if isinstance(value, str):
+        return value + "other"
+    return not value if isinstance(value, bool) else value + 1
+
+
+def changed(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_programs_are_equal_but_for_keys_that_they_know(key):
+    config = changed(NONZERO, **{key: other_value(getattr(NONZERO, key))})
+    assert config != NONZERO
+    one, other = of_program(NONZERO), of_program(config)
+    alike = key in (*config_module._OUTSIDE, *ARGUMENTS)
+    assert (one == other) == alike
+    assert not alike or hash(one) == hash(other)
+    assert of_program(one) == one  # once more changes nothing
+
+
+@pytest.mark.parametrize("key", ARGUMENTS)
+def test_a_number_is_nan_in_a_program_and_0_where_it_takes_a_part_out(key):
+    assert math.isnan(getattr(of_program(NONZERO), key))
+    without = of_program(changed(NONZERO, **{key: 0.0}))
+    switch = key in ("clip_norm", "head_weight", "peer_normalisation")
+    assert (without != of_program(NONZERO)) == switch
+    assert getattr(without, key) == 0 if switch else math.isnan(getattr(without, key))
+
+
+def test_keys_that_no_program_knows_have_their_defaults_there():
+    config = of_program(make_config({"seed": 7, "dataset": "mnist", "epochs": 3, "noise_scale": 1.0, "group_decay": 0.5}))
+    assert (config.seed, config.dataset, config.epochs, config.noise_scale, config.group_decay) == (0, "digits", 10, 3.0, 1.0)
+    assert of_program(make_config({"eval_batch_size": 7})).eval_batch_size == 7
+
+
+OVERRIDES = {
+    "none": ({}, True),
+    "another number": ({"group0": {"margin": 0.3}, "group1": {"temperature": 2.0, "learning_rate": 0.0}}, True),
+    "a warm-up": ({"group2": {"warmup_epochs": 1.0}}, True),
+    "what is configured anyway": ({"group0": {"optimizer": "adamw"}}, True),
+    "another optimizer": ({"group1": {"optimizer": "sgd"}}, False),
+    "a part taken out": ({"group1": {"head_weight": 0.0}}, False),
+    "another weight of a part": ({"group1": {"head_weight": 0.1, "clip_norm": 9.0}}, True),
+}
+
+
+@pytest.mark.parametrize(("overrides", "alike"), OVERRIDES.values(), ids=OVERRIDES)
+def test_overrides_make_another_program_only_where_the_program_is_another(overrides, alike):
+    assert (of_program(changed(NONZERO, overrides=overrides)) == of_program(changed(NONZERO, overrides={}))) == alike
+
+
+def test_a_group_of_a_program_sees_its_own_parts():
+    program = of_program(changed(NONZERO, overrides={"group1": {"head_weight": 0.0, "optimizer": "sgd", "margin": 0.1}}))
+    first, second = (for_group(program, i) for i in range(2))
+    assert math.isnan(first.head_weight) and second.head_weight == 0
+    assert (first.optimizer, second.optimizer) == ("adamw", "sgd")
+    assert math.isnan(second.margin)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
+from oracles import traced_afresh
 from PIL import Image
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
 from vffjax import checkpoint, data, evaluation, experiment, trainer
-from vffjax import plan as plan_module
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
@@ -365,14 +366,14 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path):
 
 
 def test_divergence_names_step_and_group_and_leaves_earlier_checkpoints_intact(tmp_path):
-    def explodes_at_step_5(config, steps):
+    def explodes_at_step_5(config, *_):
         group1 = config.optimizer == "sgd"
         return optax.sgd(lambda count: jnp.where(group1 & (count == 4), jnp.inf, 1e-2))
 
     config = tiny(schedule="sequential", epochs=1, rule="head", norm="none", overrides={"group1": {"optimizer": "sgd"}})
     # The loss of step 6 is the first to see what step 5 has done.
     found = r"epoch 2, step 6 of 11: the loss of group1 is not finite; the checkpoint of epoch 1 is kept; lower config\.lea"
-    with mock.patch.object(plan_module, "make_optimizer", explodes_at_step_5):
+    with runs.optimizer(explodes_at_step_5):
         with pytest.raises(UserError, match=found):
             train(config, tmp_path)
         states, _ = saved_states(config, tmp_path, 1)
@@ -382,13 +383,13 @@ def test_divergence_names_step_and_group_and_leaves_earlier_checkpoints_intact(t
     assert not (tmp_path / "summary.json").exists()
 
 
-def explosive(config, steps):
+def explosive(*_):
     return optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38))
 
 
 def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     # One step: the loss is that of the initial parameters, and finite; the update is not.
-    with mock.patch.object(plan_module, "make_optimizer", explosive):
+    with runs.optimizer(explosive):
         found = r"epoch 1, after its last step a number of group0's state is not finite; there is no checkpoint yet"
         with pytest.raises(UserError, match=found):
             train(tiny(epochs=1, rule="head", batch_size=360), tmp_path)
@@ -414,7 +415,8 @@ def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
         return dataset
 
     load = data.load
-    with mock.patch.object(trainer, "normalised", overflowing), mock.patch.object(data, "load", marked):
+    patches = mock.patch.object(trainer, "normalised", overflowing), mock.patch.object(data, "load", marked)
+    with traced_afresh(), patches[0], patches[1]:
         train(config, tmp_path)
         with pytest.raises(UserError, match=r"epoch 1, step \d+ of 11: the loss of group0 is not finite"):
             train(tiny(epochs=2), tmp_path / "stops")
@@ -429,7 +431,7 @@ def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
 
 def test_an_epoch_in_which_every_step_is_skipped_ends_the_run(tmp_path):
     found = r"epoch 1, no step of group0 was finite; there is no checkpoint yet"
-    with mock.patch.object(plan_module, "make_optimizer", explosive), pytest.raises(UserError, match=found):
+    with runs.optimizer(explosive), pytest.raises(UserError, match=found):
         train(tiny(epochs=1, rule="head", on_nonfinite="skip"), tmp_path)
 
 

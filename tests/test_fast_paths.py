@@ -11,10 +11,11 @@ import oracles
 import pytest
 
 from vffjax import normalisation, rules, trainer, winograd
+from vffjax.epochs import Epoch
 from vffjax.networks import layers
 from vffjax.plan import Images, init_states, make_plan, make_task
 from vffjax.pooling import max_pool
-from vffjax.trainer import make_epoch, train_step
+from vffjax.trainer import train_step
 
 CONFIG = oracles.config_of(
     dataset="digits",
@@ -61,13 +62,14 @@ def run(dataset, one_step):
     task = make_task(CONFIG, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
     states = init_states(plan, dataset.image_shape)
     data = Images(jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels))
+    small = oracles.Run(plan, task, states, data)
     if one_step:
-        step = oracles.quick_jit(lambda states: train_step(plan, None, task, states, data.images[:64], data.labels[:64], jax.random.key(3)))
-        states, metrics = step(states)
+        step = oracles.quick_jit(lambda states, batch: train_step(plan.program, None, task, states, batch))
+        states, metrics = step(states, small.batch(key=jax.random.key(3)))
         return metrics, [state.params for state in states]
-    epoch = make_epoch(plan)
+    epoch = Epoch(plan)
     for number in range(2):
-        states, metrics = epoch(task, states, data, jnp.int32(number))
+        states, metrics = epoch(task, states, data, number)
     return metrics
 
 
@@ -78,7 +80,7 @@ def fast(digits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PLAIN)
-def test_the_plain_path_learns_the_same(path, digits, fast, monkeypatch):
+def test_the_plain_path_learns_the_same(path, digits, fast, monkeypatch, traces):
     monkeypatch.setattr(*PLAIN[path])
     (fast_metrics, fast_params), fast_epoch = fast
     metrics, params = run(digits, True)
@@ -91,7 +93,7 @@ def test_the_plain_path_learns_the_same(path, digits, fast, monkeypatch):
     np.testing.assert_allclose(epoch["ensemble_accuracy"], fast_epoch["ensemble_accuracy"], atol=0.02)
 
 
-def test_each_path_is_one_that_this_run_takes(digits, monkeypatch):
+def test_each_path_is_one_that_this_run_takes(digits, monkeypatch, traces):
     """Or the comparison above would compare a thing with itself."""
     taken = set()
     for name, (module, attribute, _) in PLAIN.items():
@@ -106,7 +108,6 @@ def test_each_path_is_one_that_this_run_takes(digits, monkeypatch):
         monkeypatch.setattr(module, attribute, watched)
     plan = make_plan(CONFIG, len(digits.train.labels), digits.num_classes)
     task = make_task(CONFIG, digits.num_classes, digits.image_shape, digits.mean, digits.std)
-    images, labels = jnp.asarray(digits.train.images[:64]), jnp.asarray(digits.train.labels[:64])
-    states = init_states(plan, digits.image_shape)
-    jax.eval_shape(lambda states: train_step(plan, None, task, states, images, labels, jax.random.key(3)), states)
+    small = oracles.Run(plan, task, init_states(plan, digits.image_shape), Images(digits.train.images, digits.train.labels))
+    jax.eval_shape(lambda states, batch: train_step(plan.program, None, task, states, batch), small.states, small.batch())
     assert taken == set(PLAIN)

@@ -11,6 +11,7 @@ import runs
 from vffjax import data as data_module
 from vffjax import experiment, feature_cache
 from vffjax.checkpoint import Checkpoints
+from vffjax.epochs import Epoch
 from vffjax.plan import Images, init_states, make_plan, make_task
 from vffjax.trainer import before
 
@@ -24,11 +25,10 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_the_same_with_and_without(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "STEPS_PER_TRANSFER", 2)  # an odd number of steps is left over
+def test_training_is_the_same_with_and_without(kind, tmp_path):
     found = {}
     for cache in ("none", "device", "host"):
-        config = runs.tiny(schedule="sequential", epochs=1, feature_cache=cache, **KINDS[kind])
+        config = runs.tiny(schedule="sequential", epochs=1, segment_steps=2, feature_cache=cache, **KINDS[kind])
         runs.train(config, tmp_path / cache)
         plan = experiment.plan_for(config, data_module.load(config))
         found[cache] = [state.params for state in Checkpoints(tmp_path / cache).restore(plan.total_epochs, plan)[0]]
@@ -64,8 +64,7 @@ def test_the_cached_features_are_what_is_trained_on(cache, second_stage):
         cached = feature_cache.with_features(plan, 1, task, states, data)
         cached = cached._replace(features=factor * cached.features)
         fresh = init_states(plan, data.images.shape[1:])
-        epoch = feature_cache.make_host_epoch(plan, 1, task, fresh, cached)[0] if cache == "host" else experiment.make_epoch(plan, 1)
-        results.append(epoch(task, fresh, cached, jnp.int32(0))[1]["loss"])
+        results.append(Epoch(plan, 1, 4)(task, fresh, cached, 0)[1]["loss"])
     assert results[0] != results[1]
 
 

@@ -27,10 +27,10 @@ FROZEN = {"norm_statistics": "frozen", "init_from": "weights.safetensors"}  # th
 
 def stepped(run, key, steps=1):
     """The states after some steps on the same batch, weight decay and all."""
-    step = quick_jit(functools.partial(train_step, run.plan, None))
+    step = quick_jit(functools.partial(train_step, run.plan.program, None))
     states = run.states
     for i in range(steps):
-        states, metrics = step(run.task, states, *run.batch(), jax.random.fold_in(key, i))
+        states, metrics = step(run.task, states, run.batch(key=jax.random.fold_in(key, i)))
     return states, metrics
 
 

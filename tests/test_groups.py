@@ -98,9 +98,9 @@ def test_recomputed_groups_learn_the_same(changes, key):
     results = []
     for rematerialise in (False, True):
         run = small_run(config_of(**changes | {"grouping": "all"}, rematerialise=rematerialise))
-        group, state, config = run.plan.groups[0], run.states[0], run.plan.config
+        state, of_group = run.states[0], (run.plan.config, run.plan.groups[0], run.hyper.of(0))
         gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
-        step = quick_jit(lambda params, stats, streams, g=gradient, c=config, grp=group: g(params, c, grp, stats, streams, key))
+        step = quick_jit(lambda params, stats, streams, g=gradient, own=of_group: g(params, *own, stats, streams, key))
         results.append(step(state.params, state.batch_stats, streams_of(run, key)))
     (plain, plain_grads), (again, again_grads) = results
     assert_close(again_grads, plain_grads, rtol=1e-3, atol=1e-5)

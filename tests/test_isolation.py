@@ -29,9 +29,9 @@ def names(cases):
 
 def losses_and_gradients(run, key):
     """[loss_i] and [i][j] -> d loss_i / d params_j, where every loss is a function of all groups' parameters."""
-    gradients = functools.partial(probes.loss_gradients, run.plan)
+    gradients = functools.partial(probes.loss_gradients, run.plan.program)
     params = [state.params for state in run.states]
-    return quick_jit(lambda params: gradients(params, run.states, streams_of(run, key), key))(params)
+    return quick_jit(lambda params: gradients(params, run.states, streams_of(run, key), run.batch(key=key)))(params)
 
 
 def leaking_pairs(gradients):
@@ -55,12 +55,12 @@ def test_a_loss_has_gradients_in_its_own_group_and_nowhere_else(network, rule, k
 
     # The chain above is the one that a step runs: same losses, from the same parameters and keys.
     if network is MLP and rule in ("triplet, hard, head", "ff, hard"):
-        _, metrics = quick_jit(functools.partial(trainer.train_step, run.plan, None))(run.task, run.states, *run.batch(), key)
+        _, metrics = quick_jit(functools.partial(trainer.train_step, run.plan.program, None))(run.task, run.states, run.batch(key=key))
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("network", "rule"), MUTANTS, ids=names(MUTANTS))
-def test_the_check_finds_a_leak_where_streams_are_not_detached(network, rule, key, monkeypatch):
+def test_the_check_finds_a_leak_where_streams_are_not_detached(network, rule, key, monkeypatch, traces):
     class Leaky:
         lax = types.SimpleNamespace(stop_gradient=lambda x: x)
 
@@ -74,14 +74,14 @@ def test_the_check_finds_a_leak_where_streams_are_not_detached(network, rule, ke
 
 
 @pytest.fixture
-def head_gradient(key, monkeypatch):
+def head_gradient(key, monkeypatch, traces):
     """Gradient of the first group's head loss alone, for a head weight."""
     monkeypatch.setattr(rules, "_cscl", lambda *_: jnp.zeros(()))
 
     def gradient(weight):
         run = small_run(config_of(**MLP, head_weight=weight))
         group, state = run.plan.groups[0], run.states[0]
-        loss = lambda p: rules.local_loss(p, run.plan.config, group, state.batch_stats, streams_of(run, key), key)[0]  # noqa: E731
+        loss = lambda p: rules.local_loss(p, run.plan.config, group, run.hyper.of(0), state.batch_stats, streams_of(run, key), key)[0]  # noqa: E731
         grads = dict(quick_jit(jax.grad(loss))(state.params))
         return grads.pop("head"), grads
 

@@ -57,7 +57,7 @@ def test_every_configuration_is_local_by_its_program(given):
     assert len(found["groups"]) == (3 if "mnist" in given else 4 if given.startswith(("resnet", "vgg", "finetune")) else 2)
     assert [(p["program"], p["trains"]) for p in found["programs"]] == [
         ("step", [*found["groups"]]),
-        ("epoch", [*found["groups"]]),
+        ("segment", [*found["groups"]]),
         ("losses", []),
     ]
 
@@ -124,7 +124,7 @@ def test_labelled_copies_touch_no_clean_image_and_statistics_are_told(norm):
 def test_an_untrained_stage_is_told_apart_in_the_sequential_schedule():
     found = locality.certify(config_of(**TWO, schedule="sequential"))
     assert found["local"]
-    assert [p["trains"] for p in found["programs"] if p["program"] == "epoch"] == [["group0"], ["group1"]]
+    assert [p["trains"] for p in found["programs"] if p["program"] == "segment"] == [["group0"], ["group1"]]
     assert found["numeric"]["interference"] == {"group1": True}
     assert found["sees"]["group1"]["running_statistics"] == ["group0"]
 
@@ -226,20 +226,20 @@ def plant_in_loss(monkeypatch, change):
     """`change(params, group, batch_stats, rows)` are the rows that a group passes on."""
     honest = rules.local_loss
 
-    def planted(params, config, group, batch_stats, streams, key):
-        loss, (stats, out, metrics) = honest(params, config, group, batch_stats, streams, key)
+    def planted(params, config, group, *others):
+        loss, (stats, out, metrics) = honest(params, config, group, *others)
         return loss, (stats, out._replace(rows=change(params, group, stats, out.rows)), metrics)
 
     monkeypatch.setattr(rules, "local_loss", planted)
 
 
 def plant_in_step(monkeypatch, change):
-    """`change(plan, task, states, images, labels, key)` is added to the new parameters of the first group, a tree or a number."""
+    """`change(plan, task, states, batch)` is added to the new parameters of the first group, a tree or a number."""
     honest = trainer.train_step
 
-    def planted(plan, active, task, states, images, labels, key, features=None):
-        (first, *others), metrics = honest(plan, active, task, states, images, labels, key, features)
-        added = change(plan, task, states, images, labels, key)
+    def planted(plan, active, task, states, batch):
+        (first, *others), metrics = honest(plan, active, task, states, batch)
+        added = change(plan, task, states, batch)
         added = jax.tree.map(lambda p: added, first.params) if isinstance(added, jax.Array) else added
         return (first._replace(params=jax.tree.map(jnp.add, first.params, added)), *others), metrics
 
@@ -247,7 +247,7 @@ def plant_in_step(monkeypatch, change):
 
 
 @pytest.mark.parametrize("changes", [{"rule": "ff"}, {"rule": "head"}], ids=["ff", "head"])
-def test_a_removed_stop_gradient_is_found(changes, monkeypatch):
+def test_a_removed_stop_gradient_is_found(changes, monkeypatch, traces):
     monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x))
     found = leaks(**changes)
     assert list(found) == [("forward", "step", "group0", "group1")]
@@ -257,12 +257,12 @@ def test_a_removed_stop_gradient_is_found(changes, monkeypatch):
     assert ("group1/head/kernel" in leak["to_leaves"]) == (changes["rule"] == "head")
 
 
-def test_a_removed_stop_gradient_behind_frozen_groups_is_found(monkeypatch):
+def test_a_removed_stop_gradient_behind_frozen_groups_is_found(monkeypatch, traces):
     monkeypatch.setattr(trainer, "jax", leaky_jax(lambda x: x))
     assert list(leaks(schedule="sequential")) == [("forward", "step", "group0", "group1")]
 
 
-def test_a_removed_stop_gradient_is_found_by_numbers(monkeypatch):
+def test_a_removed_stop_gradient_is_found_by_numbers(monkeypatch, traces):
     monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x))
     found = leaks(numeric=True)
     assert {key[:2] for key in found} == {("forward", "step"), ("forward", "numbers")}
@@ -271,7 +271,7 @@ def test_a_removed_stop_gradient_is_found_by_numbers(monkeypatch):
     assert leak["max_abs"] > 0
 
 
-def test_statistics_that_pass_on_undetached_are_found(monkeypatch):
+def test_statistics_that_pass_on_undetached_are_found(monkeypatch, traces):
     """Numbers miss it: the derivative of the statistics is not written. The program says that they are not detached."""
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + stats["layers_0"]["norm"]["mean"].mean())
     (leak,) = leaks().values()
@@ -284,7 +284,7 @@ def test_statistics_that_pass_on_undetached_are_found(monkeypatch):
     assert set(leak["from_leaves"]) == {"group0/layers_0/kernel", "group0/batch_stats/layers_0/norm/mean"}
 
 
-def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detached(monkeypatch):
+def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detached(monkeypatch, traces):
     plant_in_step(
         monkeypatch, lambda plan, task, states, *_: jax.lax.stop_gradient(states[1].batch_stats["layers_0"]["norm"]["var"].mean())
     )
@@ -296,7 +296,7 @@ def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detache
 
 
 @pytest.mark.parametrize("changes", [{}, {"labelling": "triplet", "negatives": "hard"}, {"rule": "ff", "negatives": "hard"}], ids=str)
-def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, monkeypatch):
+def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, monkeypatch, traces):
     def quantised(plan, task, states, *_):
         return jnp.round(states[1].params["head"]["kernel"].sum() * 2**20).astype(jnp.int32).astype(jnp.float32)
 
@@ -306,12 +306,12 @@ def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, mon
     assert leak["from_leaves"] == ["group1/head/kernel"]
 
 
-def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch):
+def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch, traces):
     """Only in the next step would it reach parameters."""
     honest = trainer.train_step
 
-    def planted(plan, active, task, states, *batch):
-        (first, *others), metrics = honest(plan, active, task, states, *batch)
+    def planted(plan, active, task, states, batch):
+        (first, *others), metrics = honest(plan, active, task, states, batch)
         later = states[1].params["layers_0"]["norm"]["bias"].mean()
         return (first._replace(batch_stats=jax.tree.map(lambda old: old + later, first.batch_stats)), *others), metrics
 
@@ -321,31 +321,31 @@ def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch):
     assert (leak["from"], leak["to"]) == ("group1/layers_0/norm/bias", "group0/batch_stats/layers_0/norm/mean")
 
 
-def test_a_leak_outside_the_step_is_found(monkeypatch):
-    honest = trainer.run_epoch
+def test_a_leak_outside_the_step_is_found(monkeypatch, traces):
+    honest = trainer.run_segment
 
-    def planted(plan, active, task, states, data, epoch):
-        (first, second), metrics = honest(plan, active, task, states, data, epoch)
+    def planted(plan, active, task, states, batches):
+        (first, second), metrics = honest(plan, active, task, states, batches)
         params = jax.tree.map(lambda p: p + second.params["head"]["bias"].mean(), first.params)
         return (first._replace(params=params), second), metrics
 
-    monkeypatch.setattr(trainer, "run_epoch", planted)
+    monkeypatch.setattr(trainer, "run_segment", planted)
     (leak,) = leaks().values()
-    assert (leak["kind"], leak["program"], leak["from_part"], leak["to_part"]) == ("backward", "epoch", "group1", "group0")
+    assert (leak["kind"], leak["program"], leak["from_part"], leak["to_part"]) == ("backward", "segment", "group1", "group0")
     assert "group1/head/bias" in leak["from_leaves"]
 
 
-def test_logits_that_pass_on_undetached_are_found(monkeypatch):
+def test_logits_that_pass_on_undetached_are_found(monkeypatch, traces):
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + group.logits(params, rows).mean())
     (leak,) = leaks().values()
     assert (leak["kind"], leak["from"], leak["to"]) == ("forward", "group0/head/kernel", "group1/layers_0/kernel")
     assert set(leak["from_leaves"]) == {"group0/head/kernel", "group0/head/bias"}
 
 
-def test_a_joint_step_of_back_propagation_is_found(monkeypatch):
-    def down(plan, task, states, images, labels, key):
+def test_a_joint_step_of_back_propagation_is_found(monkeypatch, traces):
+    def down(plan, task, states, batch):
         """Minus the gradient of the last head's loss in the first group."""
-        streams = trainer.step_streams(plan, None, task, states, images, labels, key)
+        streams, labels = trainer.step_streams(plan, None, task, states, batch), batch.labels
 
         def loss(params):
             rows = streams.rows
@@ -361,7 +361,7 @@ def test_a_joint_step_of_back_propagation_is_found(monkeypatch):
     assert {"group1/head/kernel", "group1/layers_0/kernel", "group1/layers_0/norm/scale"} <= set(leak["from_leaves"])
 
 
-def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch):
+def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch, traces):
     """No step shows it, since none differentiates there. The losses do, as functions of all parameters, and numbers."""
 
     @jax.custom_vjp
@@ -377,7 +377,7 @@ def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch):
     assert (leak["from"], leak["to"]) == ("group0/layers_0/kernel", "group1/loss")
 
 
-def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch):
+def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch, traces):
     @jax.custom_vjp
     def scaled(loss, kernel):
         return loss
@@ -385,9 +385,9 @@ def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch):
     scaled.defvjp(lambda loss, kernel: (loss, kernel), lambda kernel, g: (g * (1 + kernel.mean()), jnp.zeros_like(kernel)))
     honest, honest_loss, smuggled = trainer.train_step, rules.local_loss, []
 
-    def step(plan, active, task, states, *batch):
+    def step(plan, active, task, states, batch):
         smuggled.append(states[1].params["head"]["kernel"])
-        found = honest(plan, active, task, states, *batch)
+        found = honest(plan, active, task, states, batch)
         smuggled.clear()
         return found
 
@@ -402,17 +402,17 @@ def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch):
     assert (leak["from"], leak["to"], leak["from_leaves"]) == ("group1/head/kernel", "group0/layers_0/kernel", ["group1/head/kernel"])
 
 
-def test_copies_that_touch_clean_images_are_found(monkeypatch):
+def test_copies_that_touch_clean_images_are_found(monkeypatch, traces):
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + 1e-3 * jax.lax.stop_gradient(rows[-1:]))
     found = leaks(numeric=True)
     assert {key[0] for key in found} == {"labelled copies touch clean images"}
     assert all(v["max_abs"] > 0 for v in found.values())
 
 
-def test_a_network_that_does_not_learn_proves_nothing(monkeypatch):
+def test_a_network_that_does_not_learn_proves_nothing(monkeypatch, traces):
     honest = trainer.train_step
     monkeypatch.setattr(
-        trainer, "train_step", lambda plan, active, task, states, *batch: (states, honest(plan, active, task, states, *batch)[1])
+        trainer, "train_step", lambda plan, active, task, states, batch: (states, honest(plan, active, task, states, batch)[1])
     )
     found = locality.certify(config_of(**TWO), numeric=False)
     assert not found["local"]
@@ -423,7 +423,7 @@ def test_a_network_that_does_not_learn_proves_nothing(monkeypatch):
     }
 
 
-def test_a_group_whose_gradient_is_zero_proves_nothing(monkeypatch):
+def test_a_group_whose_gradient_is_zero_proves_nothing(monkeypatch, traces):
     honest = rules.local_loss
     monkeypatch.setattr(rules, "local_loss", lambda params, *rest: honest(jax.lax.stop_gradient(params), *rest))
     found = {v["to"] for v in leaks(numeric=True).values() if v["kind"] == "nothing learns"}
@@ -465,7 +465,7 @@ def test_the_command_fails_for_back_propagation_and_writes_json(call, tmp_path):
     assert found["violations"][0]["from"] == "group0/layers_1/kernel"
 
 
-def test_the_text_names_the_leaves_of_a_leak(monkeypatch):
+def test_the_text_names_the_leaves_of_a_leak(monkeypatch, traces):
     plant_in_step(monkeypatch, lambda plan, task, states, *_: states[1].params["head"]["kernel"].mean())
     found = locality.certify(config_of(**TWO))
     numbers = next(v for v in found["violations"] if v["program"] == "numbers")

@@ -8,6 +8,7 @@ import pytest
 from oracles import config_of, numeric_gradient, quick_jit, small_run
 
 from vffjax import losses, rules
+from vffjax.hyperparameters import at_peak
 from vffjax.labelling import Streams
 
 SIMILARITIES = ("position", "flat", "grid", "pooled")
@@ -134,7 +135,7 @@ def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, key):
     copy_labels = np.concatenate([labels, wrong]) if config.labelling == "triplet" else np.tile(np.arange(classes), config.copies_per_class)
     clean, copies = maps(9, 4, 4, 4, 2), maps(10, len(copy_labels), 4, 4, 2)
     streams = Streams(*(jnp.asarray(a) for a in (np.concatenate([clean, copies]), labels, copy_labels)))
-    value = quick_jit(lambda s: rules._cscl(config, s, key, jnp.zeros((4, classes))))(streams)
+    value = quick_jit(lambda s: rules._cscl(config, at_peak(config, 1).of(0), s, key, jnp.zeros((4, classes))))(streams)
     if config.resolved_contrast == "in_batch":
         rows = [oracles.in_batch(a, y, copies, copy_labels, kind, MARGIN, TAU) for a, y in zip(clean, labels, strict=True)]
     elif config.labelling == "triplet":
@@ -157,7 +158,7 @@ def test_goodness_is_the_mean_square(shape):
 @pytest.mark.parametrize("shape", [(4, 3, 3, 5), (4, 6)], ids=str)
 def test_forward_forward_loss_and_gradient_equal_the_definition(shape, peer):
     z, threshold = maps(12, 2, *shape), 0.8
-    f = quick_jit(jax.value_and_grad(lambda z: losses.forward_forward(z[0], z[1], threshold, peer)))
+    f = quick_jit(jax.value_and_grad(lambda z: losses.forward_forward(z[0], z[1], threshold, peer or None)))
     value, gradient = f(jnp.asarray(z))
     oracle = lambda z: oracles.forward_forward(z[0], z[1], threshold, peer)  # noqa: E731
     np.testing.assert_allclose(value, oracle(z), rtol=1e-5, atol=1e-6)
@@ -169,7 +170,7 @@ def test_the_forward_forward_rule_takes_right_labels_as_positive():
     copies = maps(13, 8, 3, 3, 2) * np.array([2.0] * 4 + [0.1] * 4).reshape(-1, 1, 1, 1)
     labels = np.zeros(4, np.int32)
     streams = Streams(*(jnp.asarray(a) for a in (np.concatenate([copies[:4], copies]), labels, np.tile(labels, 2))))
-    value = rules._forward_forward(config, streams)
+    value = rules._forward_forward(config, at_peak(config, 1).of(0), streams)
     np.testing.assert_allclose(value, oracles.forward_forward(copies[:4], copies[4:], 0.5, 0.0), rtol=1e-5)
 
 
@@ -187,7 +188,7 @@ def test_the_objective_of_a_group_is_the_sum_of_its_parts(key):
     """Loss, and the head's loss on the clean rows only, under label smoothing."""
     run = small_run(config_of(network="mlp", widths=(7,), label_smoothing=0.2))
     streams, group, state = oracles.streams_of(run, key), run.plan.groups[0], run.states[0]
-    f = quick_jit(lambda params: rules.local_loss(params, run.plan.config, group, state.batch_stats, streams, key))
+    f = quick_jit(lambda params: rules.local_loss(params, run.plan.config, group, run.hyper.of(0), state.batch_stats, streams, key))
     loss, (_, out, metrics) = f(state.params)
     np.testing.assert_allclose(loss, metrics["local_loss"] + metrics["head_loss"], rtol=1e-6)
     expected = oracles.cross_entropy(group.logits(state.params, out.clean), streams.labels, 0.2)
@@ -204,6 +205,12 @@ def test_scale_gradient_keeps_the_value_and_scales_the_gradient(scale):
     np.testing.assert_allclose(gradient, scale * 2 * x, rtol=1e-6)
 
 
-def test_scale_zero_cuts_even_what_is_not_finite():
-    _, pull = jax.vjp(lambda x: losses.scale_gradient(x, 0.0), jnp.ones(2))
-    assert (pull(jnp.array([jnp.inf, jnp.nan]))[0] == 0).all()
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("rule", ["vff", "ff", "head"])
+def test_a_head_that_only_reads_cuts_even_what_is_not_finite(rule, frozen):
+    """A gradient that must not pass is no product with 0, which would be NaN. Under rule head a head trains its layers."""
+    run = small_run(config_of(rule=rule, network="mlp", widths=(7,), head_weight=0.0, frozen_groups=frozen))
+    group, config = run.plan.groups[0], run.plan.program.config
+    _, pull = jax.vjp(lambda seen: rules._read_by_head(config, group, run.hyper.of(0), seen), jnp.ones(2))
+    (gradient,) = pull(jnp.array([jnp.inf, jnp.nan]))
+    assert (gradient == 0).all() == (rule != "head" or frozen == 1)

@@ -82,8 +82,8 @@ print(json.dumps(memory.measure(case, targets.find("tpu"))))
 def accumulated(**changes):
     """The states of a tiny run, those after a step on the whole batch, and those after one on its four parts."""
     run = small_run(config_of(**CONV | {"rule": "head", "grouping": "all", "optimizer": "sgd"} | changes))
-    steps = (functools.partial(trainer.train_step, run.plan, None), functools.partial(memory.accumulated_step, run.plan))
-    arguments = (run.task, run.states, *run.batch(), jax.random.key(3))
+    steps = (functools.partial(trainer.train_step, run.plan.program, None), functools.partial(memory.accumulated_step, run.plan.program))
+    arguments = (run.task, run.states, run.batch(key=jax.random.key(3)))
     return run.states[0], *(quick_jit(step)(*arguments) for step in steps)
 
 
@@ -143,7 +143,7 @@ def test_in_the_sequential_schedule_the_last_group_trains():
         plan, step = memory.make_step(case)
         assert len(plan.groups) == (3 if case.method.startswith("vff") else 1)
         if case.method != ledger.ACCUMULATED:
-            assert step.args == (plan, 2 if case.method == "vff sequential" else None)
+            assert step.args == (plan.program, 2 if case.method == "vff sequential" else None)
 
 
 def rows_of(*temps, **about):

@@ -12,6 +12,7 @@ from oracles import config_of
 from vffjax import checks, early_exit, groups, inference, losses, networks, rules, targets
 from vffjax import config as config_module
 from vffjax.errors import UserError
+from vffjax.hyperparameters import at_peak
 from vffjax.networks import layers
 from vffjax.optimizers import make_optimizer
 from vffjax.plan import Plan, make_task
@@ -30,12 +31,12 @@ def other(**changes):
 
 
 def plan_of(config):
-    return Plan(config, (), (), 1)
+    return Plan(config, (), 1)
 
 
 IMAGES = jnp.zeros((2, 8, 8, 1))
 USES = {
-    "optimizer": lambda c: make_optimizer(c, 3),
+    "optimizer": lambda c: make_optimizer(c, at_peak(c, 1).of(0)),
     "schedule": lambda c: plan_of(c).active(0),
     "schedule of stages": lambda c: plan_of(c).stages,
     "pixel_statistics": lambda c: make_task(c, 10, (8, 8, 1), (0.5,), (0.5,)),
@@ -46,7 +47,7 @@ USES = {
     "rule": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),
     "rule of clean images": lambda c: rules.prepare_clean(c, None, IMAGES),
     "rule of a sweep": lambda c: rules.prepare_labelled(c, None, IMAGES, 0),
-    "rule of a loss": lambda c: rules.local_loss({}, c, None, {}, None, None),
+    "rule of a loss": lambda c: rules.local_loss({}, c, None, None, {}, None, None),
     "rule of predictions": rules.needs_predictions,
     "rule of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
     "rule of floating-point operations": lambda c: rates.copies_per_step(c, 10),
@@ -57,7 +58,7 @@ USES = {
     "contrast": rules.needs_predictions,
     "similarity": lambda c: losses.embed(IMAGES, c.similarity),
     "similarity of what is pooled": lambda c: rules._pooled(c, 2, IMAGES),
-    "inference": lambda c: inference.make_scores(plan_of(c), c.inference),
+    "inference": lambda c: inference.make_scores(plan_of(c), c.inference)(None, (), IMAGES),
     "optimizer of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
     "precision of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
 }

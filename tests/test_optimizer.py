@@ -7,15 +7,20 @@ import optax
 import pytest
 from oracles import CONV, assert_close, config_of, leaves, quick_jit, small_run
 
+from vffjax.config import of_program
+from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.optimizers import make_optimizer
 
 
 def updates_of(config, gradients, params, steps_per_epoch=5):
-    """Parameters after each of the gradients."""
-    optimizer, out = make_optimizer(config, steps_per_epoch), []
-    state, update = optimizer.init(params), quick_jit(optimizer.update)
-    for gradient in gradients:
-        updates, state = update(gradient, state, params)
+    """Parameters after each of the gradients, the first `steps_per_epoch` of them in epoch 0."""
+    settings = [in_epoch(config, 1, steps_per_epoch, epoch) for epoch in range(-(-len(gradients) // steps_per_epoch))]
+    hyper, out = HyperParameters(*(np.concatenate(values) for values in zip(*settings, strict=True))).of(0), []
+    program = of_program(config)
+    state = make_optimizer(config, at_peak(config, 1).of(0)).init(params)
+    update = quick_jit(lambda hyper, *rest: make_optimizer(program, hyper).update(*rest))
+    for step, gradient in enumerate(gradients):
+        updates, state = update(HyperParameters(*(values[step] for values in hyper)), gradient, state, params)
         params = optax.apply_updates(params, updates)
         out.append(params)
     return out

@@ -9,7 +9,6 @@ import os
 import tempfile
 
 import hypothesis
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,6 +69,7 @@ FREE = {
     "clip_norm": st.one_of(st.just(0.0), between(0.0078125, 10)),
     "eval_batch_size": st.integers(1, 1000),
     "checkpoint_every": st.integers(1, 100),
+    "segment_steps": st.integers(0, 100),
     "dataset": st.sampled_from(DATASETS),
 }
 
@@ -108,6 +108,7 @@ def valid(draw):
         raw["feature_cache"] = "none"
     if raw["feature_cache"] != "none":
         raw |= {"flip": False, "crop_padding": 0, "cutout": 0}
+    raw["alternating_flip"] &= raw["flip"]
     groups = len(make_groups(make_config(raw), CLASSES))
     names = st.sampled_from([f"group{i}" for i in range(groups)])
     strategies = {key: FREE[key] for key in OVERRIDABLE if key in FREE} | {"optimizer": st.sampled_from(["adamw", "sgd"])}
@@ -159,8 +160,8 @@ def test_a_step_is_finite_and_groups_are_isolated(raw, stage):
     config = make_config(raw | {"dataset": "digits"})
     run = small_run(config, CLASSES, SHAPE)
     active = None if config.schedule == "joint" else stage % len(run.plan.groups)
-    step = quick_jit(functools.partial(train_step, run.plan, active))
-    new, metrics = step(run.task, run.states, *run.batch(), jax.random.key(0))
+    step = quick_jit(functools.partial(train_step, run.plan.program, active))
+    new, metrics = step(run.task, run.states, run.batch())
     assert np.isfinite(metrics["loss"]).all()
     assert bool(jnp.all(metrics["finite"]))
     for name, leaf in leaves(new):
@@ -250,6 +251,7 @@ TOGETHER = [
     (SAFE | {"network": "conv", "widths": (4, 4), "pools": (1,)}, "pools"),
     (SAFE | {"feature_cache": "device"}, "feature_cache"),
     (SAFE | {"schedule": "sequential", "feature_cache": "host", "flip": True}, "feature_cache"),
+    (SAFE | {"flip": False, "alternating_flip": True}, "alternating_flip"),
     (SAFE | {"epochs": 1, "warmup_epochs": 1.5, "overrides": {}}, "warmup_epochs"),
     (SAFE | {"epochs": 1, "warmup_epochs": 0.5, "overrides": {"group0": {"warmup_epochs": 2.0}}}, "overrides.group0.warmup_epochs"),
     (SAFE | {"rule": "ff", "norm": "layer"}, "norm"),

@@ -98,11 +98,13 @@ def _factors(plan, group, i):
 @networks
 def test_back_propagation_has_our_gradient_of_every_parameter(network):
     run, peer = both(network, label_smoothing=0.1, **BP)
-    images, labels = run.batch()
+    images, labels, *_ = run.batch()
     streams = rules.make_streams(run.plan.config, run.task, jax.random.key(0), normalise(images, run.task.mean, run.task.std), labels)
 
     def loss(params):
-        return rules.local_loss(params, run.plan.config, run.plan.groups[0], run.states[0].batch_stats, streams, jax.random.key(0))[0]
+        return rules.local_loss(
+            params, run.plan.config, run.plan.groups[0], run.hyper.of(0), run.states[0].batch_stats, streams, jax.random.key(0)
+        )[0]
 
     value, gradient = quick_jit(jax.value_and_grad(loss))(run.states[0].params)
     peer_images, peer_labels = tensors(images, labels)
@@ -139,7 +141,7 @@ def test_the_three_stream_step_moves_each_group_by_the_gradient_of_its_own_loss(
     """Plain descent at rate 1 makes a step the gradient; with two classes the wrong label is no matter of chance."""
     plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0}
     run, peer = both(network, classes=2, head_weight=head_weight, label_smoothing=0.1, margin=0.1, temperature=0.5, **plain, **VFF)
-    images, labels = run.batch()
+    images, labels, *_ = run.batch()
     x = normalise(images, run.task.mean, run.task.std)
     streams, total = [x, x + run.task.codebook[labels], x + run.task.codebook[1 - labels]], 0.0
 
@@ -171,7 +173,7 @@ def test_one_graph_of_all_groups_makes_the_steps_that_group_after_group_makes(ne
     whole = torch_peers.Peer(run.plan, run.task, run.states, "cpu", "some mode")
     assert given == [("_sum_of_losses", "some mode")]
     start = in_our_layout(whole.network[1], lambda p: p)
-    losses = [[float(peer.step(*tensors(*run.batch()))) for _ in range(2)] for peer in (eager, whole)]
+    losses = [[float(peer.step(*tensors(*run.batch()[:2]))) for _ in range(2)] for peer in (eager, whole)]
     assert_close(*losses, rtol=1e-6)
     for one, other in zip(eager.network, whole.network, strict=True):
         assert_close(in_our_layout(one, lambda p: p), in_our_layout(other, lambda p: p), rtol=1e-5, atol=1e-6)
@@ -201,11 +203,11 @@ def test_four_steps_of_back_propagation_from_warm_up_into_the_cosine(network, op
     run, peer = both(network, examples=24, epochs=3, **settings, **BP)
     peer.use_optimizers(implementation)
     states = run.states
-    step = quick_jit(lambda states, images, labels: train_step(run.plan, None, run.task, states, images, labels, jax.random.key(0))[0])
+    step = quick_jit(lambda states, batch: train_step(run.plan.program, None, run.task, states, batch)[0])
     for number in range(4):
-        images, labels = run.batch(12 * (number % 2))
-        states = step(states, images, labels)
-        peer.step(*tensors(images, labels))
+        batch = run.batch(12 * (number % 2), step=number)
+        states = step(states, batch)
+        peer.step(*tensors(batch.images, batch.labels))
     assert_close(in_our_layout(peer.network[0], lambda p: p), states[0].params, rtol=1e-3, atol=1e-4)
 
 
@@ -258,7 +260,7 @@ def test_bf16_is_autocast_of_the_same_network(network, rule):
     found = {}
     for precision in ("f32", "bf16"):
         run, peer = both(network, classes=2, precision=precision, **rule)
-        found[precision] = float(peer.step(*tensors(*run.batch())))
+        found[precision] = float(peer.step(*tensors(*run.batch()[:2])))
         assert {p.dtype for group in peer.network for p in group.parameters()} == {torch.float32}
     assert found["f32"] != found["bf16"]
     assert found["f32"] == pytest.approx(found["bf16"], rel=0.03)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run, traced_afresh
 
 from vffjax import rules, trainer
 from vffjax.augment import normalise
-from vffjax.config import for_group
+from vffjax.epochs import Epoch, over_steps
+from vffjax.hyperparameters import HyperParameters
 from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.trainer import make_epoch, train_step
+from vffjax.trainer import train_step
 
 
 def copied(tree):
@@ -25,12 +26,7 @@ def copied(tree):
 
 
 def step_of(run, active=None, jit=quick_jit):
-    return jit(functools.partial(train_step, run.plan, active))
-
-
-def quick_epoch(plan):
-    """`make_epoch` without donation, compiled in less time."""
-    return quick_jit(functools.partial(trainer.run_epoch, plan, None))
+    return jit(functools.partial(train_step, run.plan.program, active))
 
 
 # --- one batch
@@ -75,10 +71,11 @@ def test_one_group_under_the_head_rule_is_plain_back_propagation(key):
 
     step, states = step_of(run, jit=jax.jit), run.states
     for i in range(4):
-        images, labels = run.batch(12 * i)
+        batch = run.batch(12 * i, key, step=i)
+        images, labels = batch.images, batch.labels
         x = ((np.asarray(images) / 255 - mean) / std).astype(np.float32)
         params, stats, opt_state, value, logits = plain_step(params, stats, opt_state, x, labels)
-        states, metrics = step(run.task, states, images, labels, key)
+        states, metrics = step(run.task, states, batch)
         np.testing.assert_allclose(metrics["loss"], [value], rtol=1e-4)
         np.testing.assert_allclose(metrics["accuracy"], [np.mean(logits.argmax(1) == labels)], rtol=1e-6)
     (state,) = states
@@ -97,24 +94,24 @@ def mlp():
     # Shared copies under the triplet contrast draw wrong labels inside each group, by its own key.
     run = small_run(config_of(**MLP, contrast="triplet", head_weight=0.5, weight_decay=0.01, overrides=overrides))
     step, key = step_of(run), jax.random.key(5)
-    return run, step, key, step(run.task, run.states, *run.batch(), key)
+    return run, step, key, step(run.task, run.states, run.batch(key=key))
 
 
 def test_each_group_steps_as_if_alone_on_the_features_of_its_predecessors(mlp):
     run, _, key, (joint, metrics) = mlp
-    plan, (images, labels) = run.plan, run.batch()
+    plan, batch = run.plan.program, run.batch(key=key)
 
     @quick_jit
     def alone(states):
-        x = normalise(images, run.task.mean, run.task.std)
-        streams = rules.make_streams(plan.config, run.task, jax.random.fold_in(key, 1), x, labels)
+        x = normalise(batch.images, run.task.mean, run.task.std)
+        streams = rules.make_streams(plan.config, run.task, jax.random.fold_in(key, 1), x, batch.labels)
         out = []
         for i, group in enumerate(plan.groups):
-            group_key = jax.random.fold_in(jax.random.fold_in(key, 2), i)
-            new, _, m = trainer.group_step(for_group(plan.config, i), group, plan.optimizers[i], states[i], streams, group_key)
+            own, hyper, group_key = trainer.group_setting(plan, i, batch)
+            new, _, m = trainer.group_step(own, group, hyper, states[i], streams, group_key)
             out.append((new, m["loss"]))
             # The next group sees what this one computed before its update.
-            features, _ = group.features(states[i].params, states[i].batch_stats, streams.rows, len(labels), True)
+            features, _ = group.features(states[i].params, states[i].batch_stats, streams.rows, len(batch.labels), True)
             streams = streams._replace(rows=features)
         return out
 
@@ -140,7 +137,7 @@ def test_overrides_change_their_group_only(mlp):
     config = config_of(**{k: v for k, v in run.plan.config.to_dict().items() if k != "overrides"})
     plain = run._replace(plan=make_plan(config, 12, 3), states=random_states(make_plan(config, 12, 3), (8, 8, 2)))
     assert_same([s.params for s in plain.states], [s.params for s in run.states])
-    without, _ = step_of(plain)(run.task, plain.states, *run.batch(), key)
+    without, _ = step_of(plain)(run.task, plain.states, plain.batch(key=key))
     for i in (0, 2):  # two programs: equal but for the last bit
         assert_close(with_overrides[i], without[i], rtol=1e-4, atol=1e-7)
     assert differs(with_overrides[1].params, without[1].params)
@@ -151,8 +148,8 @@ def test_overrides_change_their_group_only(mlp):
 
 def test_a_step_is_a_function_of_its_key(mlp):
     run, step, key, (states, _) = mlp
-    again, _ = step(run.task, run.states, *run.batch(), key)
-    other, _ = step(run.task, run.states, *run.batch(), jax.random.key(6))
+    again, _ = step(run.task, run.states, run.batch(key=key))
+    other, _ = step(run.task, run.states, run.batch(key=jax.random.key(6)))
     assert_same(again, states)
     assert differs([s.params for s in other], [s.params for s in states])
 
@@ -161,7 +158,7 @@ def test_a_step_is_a_function_of_its_key(mlp):
 def test_the_sequential_schedule_changes_the_active_group_only(active):
     run = small_run(config_of(**MLP, schedule="sequential", epochs=3))
     assert [run.plan.active(epoch) for epoch in range(run.plan.total_epochs)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    states, metrics = step_of(run, active)(run.task, run.states, *run.batch(), jax.random.key(5))
+    states, metrics = step_of(run, active)(run.task, run.states, run.batch(key=jax.random.key(5)))
     for i in range(3):
         if i == active:
             pairs = zip(leaves(states[i].params), leaves(run.states[i].params), strict=True)
@@ -175,7 +172,7 @@ def test_hard_negatives_are_drawn_from_the_groups_that_have_trained():
     """In the first stage the other heads do not count, whatever they say."""
     run = small_run(config_of(**MLP, schedule="sequential", labelling="triplet", negatives="hard"))
     other = tuple(state._replace(params=jax.tree.map(lambda p: 5 * p, state.params)) if i else state for i, state in enumerate(run.states))
-    results = [step_of(run, 0)(run.task, states, *run.batch(), jax.random.key(5)) for states in (run.states, other)]
+    results = [step_of(run, 0)(run.task, states, run.batch(key=jax.random.key(5))) for states in (run.states, other)]
     assert_same((results[0][0][0], results[0][1]), (results[1][0][0], results[1][1]))
 
 
@@ -195,7 +192,7 @@ def test_a_frozen_group_passes_on_what_evaluation_would_see(key):
 @pytest.mark.parametrize("network", [CONV, MLP], ids=["conv4", "mlp"])
 def test_bf16_computes_in_bf16_on_float32_parameters(network, key):
     run = small_run(config_of(**network, precision="bf16", head_weight=1.0))
-    states, metrics = step_of(run)(run.task, run.states, *run.batch(), key)
+    states, metrics = step_of(run)(run.task, run.states, run.batch(key=key))
     for state in states:
         dtypes = {leaf.dtype for _, leaf in leaves((state.params, state.batch_stats))}
         assert dtypes == {np.dtype(np.float32)}
@@ -215,24 +212,31 @@ def conv():
     """A run with augmentation whose last batch of an epoch would be short; its epoch and its step, jitted as for use."""
     config = config_of(**CONV | {"widths": (8, 8, 16, 16)}, batch_size=32, epochs=3, flip=True, crop_padding=2)
     run = small_run(config, shape=(12, 12, 3), examples=8 * 32 + 5)
-    return run, make_epoch(run.plan), step_of(run, jit=jax.jit)
+    return run, Epoch(run.plan, length=4), step_of(run, jit=jax.jit)
+
+
+def segment_of(run, steps=2):
+    """The shapes of a segment's batches."""
+    return trainer.abstract_batch(run.plan.config.batch_size, run.data.images.shape[1:], len(run.plan.groups), None, (steps,))
 
 
 def looped_epoch(run, step, states, epoch):
-    """What the scan does, as a Python loop; the derivation of keys is part of what a seed means, so it is repeated here."""
+    """What the segments do, as a Python loop; the derivation of keys is part of what a seed means, so it is repeated here."""
     steps, batch = run.plan.steps_per_epoch, run.plan.config.batch_size
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.plan.config.seed), 2), epoch)
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(run.data.labels)))[: steps * batch].reshape(steps, batch)
     history = []
     for i, rows in enumerate(order):
-        states, metrics = step(run.task, states, run.data.images[rows], run.data.labels[rows], jax.random.fold_in(key, i + 1))
+        hyper = HyperParameters(*(values[i] for values in run.plan.hyperparameters(epoch)))
+        of_step = np.asarray(rows, np.int32), np.int32(epoch), jax.random.fold_in(key, i + 1), hyper
+        states, metrics = step(run.task, states, trainer.Batch(run.data.images[rows], run.data.labels[rows], *of_step))
         history.append(metrics)
     return states, history
 
 
-def test_a_scanned_epoch_is_the_loop_of_steps_over_the_same_order(conv):
+def test_an_epoch_is_the_loop_of_steps_over_the_same_order(conv):
     run, epoch, step = conv
-    scanned, metrics = epoch(run.task, copied(run.states), run.data, jnp.int32(1))
+    scanned, metrics = epoch(run.task, copied(run.states), run.data, 1)
     looped, history = looped_epoch(run, step, run.states, 1)
     assert run.plan.steps_per_epoch == len(history) == 8
     # Adam divides by small numbers: roundings grow to a hundredth of a step of 1e-3.
@@ -242,14 +246,14 @@ def test_a_scanned_epoch_is_the_loop_of_steps_over_the_same_order(conv):
     assert not metrics.pop("first_nonfinite").any()
     assert all(m.pop("finite").all() for m in history)
     assert_close(metrics, {name: np.mean([m[name] for m in history], axis=0) for name in history[0]}, rtol=1e-3)
-    assert [int(leaf) for path, leaf in leaves(scanned) if "count" in path] == [8] * 4
+    assert [int(leaf) for path, leaf in leaves(scanned) if "count" in path] == [8] * 2
 
 
 def test_metrics_of_an_epoch_count_finite_steps_only():
     finite = np.array([[True, True], [True, False], [True, False], [True, True]])
     loss = np.where(finite, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], np.nan).astype(np.float32)
     metrics = {"finite": finite, "loss": loss, "ensemble_accuracy": np.array([0.0, 0.9, 0.9, 1.0], np.float32)}
-    found = trainer.over_steps(jax.tree.map(jnp.asarray, metrics))
+    found = over_steps(metrics)
     assert set(found) == {"loss", "ensemble_accuracy", "nonfinite_steps", "first_nonfinite"}
     np.testing.assert_allclose(found["loss"], [4.0, 5.0])
     assert found["ensemble_accuracy"] == 0.5
@@ -259,55 +263,54 @@ def test_metrics_of_an_epoch_count_finite_steps_only():
 
 def test_epochs_differ_in_order_and_draws(conv):
     run, epoch, _ = conv
-    first, second = (epoch(run.task, copied(run.states), run.data, jnp.int32(i))[0] for i in (0, 1))
+    first, second = (epoch(run.task, copied(run.states), run.data, i)[0] for i in (0, 1))
     assert differs([s.params for s in first], [s.params for s in second])
 
 
-def test_further_epochs_trace_and_compile_nothing(monkeypatch):
+def test_further_epochs_trace_nothing(monkeypatch, traces):
     run = small_run(config_of(network="mlp", widths=(5,)), examples=24)
-    traces = []
+    traced = []
     original = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda *args: traces.append(1) or original(*args))
-    epoch = make_epoch(run.plan)
-    # From real initial states, whose types the results must have to the bit (weak types would trace again).
-    states, _ = epoch(run.task, init_states(run.plan, (8, 8, 2)), run.data, jnp.int32(0))
-    before = len(traces)
-    for number in (1, 2):
-        states, _ = epoch(run.task, states, run.data, jnp.int32(number))
-    assert before >= 1
-    assert len(traces) == before
-    assert epoch._cache_size() == 1
+    monkeypatch.setattr(trainer, "train_step", lambda *args: traced.append(1) or original(*args))
+    # From real initial states, whose types the results must have to the bit: a compiled epoch refuses others.
+    states = init_states(run.plan, (8, 8, 2))
+    for epoch in (Epoch(run.plan), Epoch(run.plan)):
+        for number in (1, 2):
+            states, _ = epoch(run.task, states, run.data, number)
+    assert traced == [1]
 
 
-def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind_of_device(monkeypatch):
+def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind_of_device(monkeypatch, traces):
     run = small_run(config_of(**CONV, grouping="layer"), examples=24)
     traced = []
     original = rules.local_loss
     monkeypatch.setattr(
         rules, "local_loss", lambda params, config, group, *rest: traced.append(group.name) or original(params, config, group, *rest)
     )
-    jax.make_jaxpr(functools.partial(trainer.run_epoch, run.plan, None))(run.task, run.states, run.data, jnp.int32(0))
+    jax.make_jaxpr(functools.partial(trainer.run_segment, run.plan.program, None))(run.task, run.states, segment_of(run))
     assert traced == [group.name for group in run.plan.groups]
 
 
 def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
     run, epoch, _ = conv
     states = copied(run.states)
-    epoch(run.task, states, run.data, jnp.int32(0))
+    epoch(run.task, states, run.data, 0)
     # Donation needs a backend that supports it, as CPU does since jax 0.4.31.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((run.task, run.data)))
 
 
 def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
+    @traced_afresh()
     def result(seed):
         config = config_of(network="mlp", widths=(6, 6), grouping="layer", seed=seed, labelling="triplet", crop_padding=1)
         run = small_run(config, shape=(4, 4, 2), examples=36)
         task = make_task(config, 3, (4, 4, 2), (0.4, 0.5), (0.3, 0.3))
         states = quick_jit(lambda: init_states(run.plan, (4, 4, 2)))()
-        return task.codebook, states, quick_epoch(run.plan)(task, states, run.data, jnp.int32(0))
+        codebook, first = np.asarray(task.codebook), jax.device_get(states)
+        return codebook, first, Epoch(run.plan)(task, states, run.data, 0)
 
-    one, again, other = result(3), result(3), result(4)  # compiled afresh each time
+    one, again, other = result(3), result(3), result(4)
     assert_same(one, again)
     assert differs(one[0], other[0])
     assert differs(one[1], other[1])
@@ -334,9 +337,9 @@ def test_two_epochs_learn_two_easy_classes(name):
     plan = make_plan(config, 384, 2)
     task = make_task(config, 2, (8, 8, 1), (0.43,), (0.21,))
     states, data = init_states(plan, (8, 8, 1)), Images(jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32))
-    epoch, accuracies, local = quick_epoch(plan), [], []
+    epoch, accuracies, local = Epoch(plan), [], []
     for number in range(2):
-        states, metrics = epoch(task, states, data, jnp.int32(number))
+        states, metrics = epoch(task, states, data, number)
         accuracies.append(float(metrics["ensemble_accuracy"]))
         local.append(np.asarray(metrics["local_loss"]))
     assert accuracies[1] > 0.9, accuracies
@@ -344,10 +347,10 @@ def test_two_epochs_learn_two_easy_classes(name):
     assert config.rule == "head" or (local[1] < local[0]).all(), local
 
 
-def test_scanning_costs_no_more_than_a_loop_of_steps(conv):
+def test_an_epoch_costs_no_more_than_a_loop_of_steps(conv):
     """Aimed at: 1.1. XLA:CPU's own gradient of a convolution is a hundred times slower in a scan."""
     run, epoch, step = conv
-    ways = {"scan": lambda s: epoch(run.task, s, run.data, jnp.int32(0))[0], "loop": lambda s: looped_epoch(run, step, s, 0)[0]}
+    ways = {"scan": lambda s: epoch(run.task, s, run.data, 0)[0], "loop": lambda s: looped_epoch(run, step, s, 0)[0]}
     times = {name: [] for name in ways}
     for repetition in range(4):
         for name, f in ways.items():

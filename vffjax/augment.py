@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax.config import Config
 
@@ -16,13 +16,30 @@ def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std
     return images.astype(jnp.float32) * scale - shift
 
 
-def augment(key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], config: Config) -> UInt8[Array, "batch h w c"]:
-    """Mirrored and shifted views, each image by its own draw. On bytes: the padding is black, and a gather moves a quarter of the data."""
+def augment(
+    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], ids: Int[Array, " batch"], epoch: Int[Array, ""], config: Config
+) -> UInt8[Array, "batch h w c"]:
+    """Mirrored and shifted views, each image by its own draw. On bytes: the padding is black, and a gather moves a quarter of the data.
+
+    `ids` are the images' numbers in the training set, and `epoch` is the number of the epoch: with `config.alternating_flip` they say which
+    images are mirrored.
+    """
     flip_key, crop_key = (jax.random.fold_in(key, i) for i in range(2))
     if config.flip:
-        mirrored = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
+        mirrored = mirrored_in(ids, epoch) if config.alternating_flip else jax.random.bernoulli(flip_key, 0.5, ids.shape)
+        images = jnp.where(mirrored.reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
     return _crop(crop_key, images, config.crop_padding) if config.crop_padding else images
+
+
+def mirrored_in(ids: Int[Array, " batch"], epoch: Int[Array, ""]) -> Bool[Array, " batch"]:
+    """Whether each image is mirrored in an epoch: in every other one, half of the images first (K. Jordan, 2024, arXiv:2404.00498).
+
+    Which half is decided by a bit of the image's number, mixed as the 32-bit finaliser of MurmurHash3 does (A. Appleby, 2011).
+    """
+    bits = ids.astype(jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return ((bits >> jnp.uint32(16)) + epoch.astype(jnp.uint32)) % jnp.uint32(2) == 1
 
 
 def cut_out(key: PRNGKeyArray, images: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h w c"]:

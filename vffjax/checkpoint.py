@@ -1,5 +1,7 @@
 """Checkpoints: one Orbax step per saved epoch, with one item per group, the task's arrays, and the run's state as JSON.
 
+A run that is saved inside of an epoch leaves the same in `checkpoints/inside/STEPS/`, which goes when a whole epoch has been saved.
+
 A workdir's `checkpoints/EPOCH/` holds `group0`, `group1`, ... (parameters, batch statistics, optax state), `task` (codebook, pixel
 statistics) and `run` (see `run_state`). `checkpoints/EPOCH.sha256.json` beside it is written last and removed first: a step without it was
 interrupted and is not used; a file that differs from it is damaged and is named.
@@ -25,7 +27,7 @@ from vffjax.plan import Plan
 from vffjax.rules import Task
 from vffjax.saved_epoch import SavedEpoch, check_readable, saved_files, sha256_of
 
-FOLDER = "checkpoints"
+FOLDER, INSIDE = "checkpoints", "inside"
 
 
 class Checkpoints:
@@ -35,8 +37,13 @@ class Checkpoints:
     read anew at each call.
     """
 
-    def __init__(self, workdir: pathlib.Path):
-        self.folder = pathlib.Path(workdir).resolve() / FOLDER
+    def __init__(self, workdir: pathlib.Path, name: str = FOLDER):
+        self.folder = pathlib.Path(workdir).resolve() / name
+
+    @property
+    def inside(self) -> "Checkpoints":
+        """What was saved inside of an epoch: the same, by the number of all steps of the run so far."""
+        return Checkpoints(self.folder, INSIDE)
 
     def epochs(self) -> list[int]:
         """Completely saved epochs, in order."""
@@ -103,12 +110,20 @@ class Checkpoints:
         (self.folder / str(epoch)).rename(aside)
         return aside
 
+    def clear(self) -> None:
+        """Deletes everything here."""
+        with contextlib.suppress(OSError):  # a network share may refuse; the next writer tries again
+            for path in self.folder.glob("*.sha256.json"):  # first: without them a step counts for nothing
+                path.unlink()
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+
     def writer(self, known: Mapping[int, SavedEpoch] | None = None) -> "Writer":
         """What saves further epochs; `known` are saved epochs that have been read already."""
         return Writer(self, known)
 
     def _folders(self) -> list[int]:
-        return [int(p.name) for p in self.folder.glob("*") if re.fullmatch("[1-9][0-9]{0,8}", p.name) and p.is_dir()]
+        return [int(p.name) for p in self.folder.glob("*") if re.fullmatch("[1-9][0-9]{0,9}", p.name) and p.is_dir()]
 
     def _some_epochs(self) -> list[int]:
         epochs = self.epochs()
@@ -202,6 +217,12 @@ class Writer:
         write_json(self._checkpoints._digests(epoch), digests)
         self._ranks[epoch] = run_state.rank(run)
         self._prune()
+        self._checkpoints.inside.clear()
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest saved epoch, or 0."""
+        return max(self._ranks, default=0)
 
     def close(self) -> None:
         self._manager.close()

@@ -8,11 +8,10 @@ import json
 import os
 import pathlib
 import sys
-import tomllib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from vffjax import backend, ledger, run_commands, weights
+from vffjax import backend, ledger, run_commands, termination, versions, weights
 from vffjax.checks import least_bytes
 from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config
 from vffjax.data import SIZES
@@ -80,7 +79,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     out = SafeStream(sys.stdout)
     # Also for what libraries print: neither stream need be there.
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(SafeStream(sys.stderr)):
-        status = _run(commands, arguments)
+        try:
+            status = termination.interruptible(lambda: _run(commands, arguments))
+        except KeyboardInterrupt:
+            saved = termination.saved()
+            _leave_at_once(out, 130, f"interrupted; {saved}" if saved else "interrupted")
+        except Terminated as leave:  # while nothing could be lost
+            _leave_at_once(out, 143, f"told to leave (SIGTERM): {leave}")
         out.flush()
     if out.failure:
         if not isinstance(out.failure, BrokenPipeError):  # of a reader such as head, which has gone
@@ -88,6 +93,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         with contextlib.suppress(Exception):  # else Python tries once more at its end, and says so
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         status = status or 1
+    sys.exit(status)
+
+
+def _leave_at_once(out: SafeStream, status: int, why: str) -> NoReturn:
+    """Ends the process, whatever its other thread is doing: to unwind the compiler and the device can take long, or crash."""
+    with contextlib.suppress(KeyboardInterrupt):  # pressed twice
+        termination.settle(1.0)  # a run that is between two segments clears up after itself
+    notice(f"vffjax: {why}")
+    out.flush()
+    if termination.working():
+        os._exit(status)
     sys.exit(status)
 
 
@@ -111,9 +127,6 @@ def _run(commands: dict[str, Callable[[list[str]], int | None]], arguments: list
             return leave.code or 0
         notice(f"vffjax: error: {leave.code}")
         return 1
-    except KeyboardInterrupt:
-        notice("vffjax: interrupted; the same command goes on from the latest checkpoint")
-        return 130
 
 
 def _hold_descriptors() -> None:
@@ -127,11 +140,7 @@ def _hold_descriptors() -> None:
 def _version(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"argument {arguments[0]!r}: not known; vffjax version takes none")
-    try:
-        version = importlib.metadata.version("vffjax")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path and not installed
-        version = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
-    print(f"vffjax {version}")
+    print(f"vffjax {versions.own()}")
 
 
 def _train(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ data happen here, before anything is compiled; checks against the data are in `c
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import unicodedata
@@ -28,8 +29,20 @@ MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
 _MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
 MAX_SIDE = 4096  # of an image, in pixels
 # Keys that a run may change when it goes on: where the data lie, and how much memory and disk it takes. All others make it another run.
-CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise")
-OVERRIDABLE = ("optimizer", "learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "momentum")
+CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
+# Numbers that a compiled program takes as arrays, by step and group: see `hyperparameters`. Each may differ by group.
+ARGUMENTS: tuple[str, ...] = (
+    *("learning_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
+    *("goodness_threshold", "peer_normalisation"),
+)
+# Those of which 0 takes a part out of the program. The locality certificate has to see that a head_weight of 0 cuts the gradient.
+_SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
+# Keys of which no compiled program knows anything: they say which data and which arrays it is given, how often and where it runs.
+_OUTSIDE = (
+    *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
+    *("group_decay", "warmup_epochs", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+)
+OVERRIDABLE = ("optimizer", "warmup_epochs", *ARGUMENTS)
 
 
 def _field(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
@@ -49,6 +62,7 @@ class Config:
     train_examples: int = _field(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
     val_fraction: float = _field(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
     flip: bool = _field(False, "mirror training images left to right with probability 1/2")
+    alternating_flip: bool = _field(False, "flip: mirror each image in every other epoch instead, half of the images in each")
     crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
     cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
     pixel_statistics: str = _field("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
@@ -99,7 +113,19 @@ class Config:
     inference: str = _field("heads", "how the final error is measured: head ensemble, or sweep over all labels", ("heads", "sweep"))
     eval_batch_size: int = _field(500, "images in a step of evaluation", low=1, high=2**20)
     checkpoint_every: int = _field(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
+    checkpoint_seconds: float = _field(0.0, "seconds after which a long epoch is saved before its end; 0: never", low=0.0, high=_LARGE)
+    segment_steps: int = _field(0, "steps that the device runs in one call; 0: as many as take a few seconds", low=0, high=_MOST)
     # fmt: on
+
+    @functools.cached_property
+    def _text(self) -> str:
+        return str(self.to_dict())
+
+    def __hash__(self) -> int:
+        return hash(self._text)  # not that of the fields, because overrides are a dictionary
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self._text == other._text  # here NaN equals NaN: see `of_program`
 
     @property
     def resolved_norm(self) -> str:
@@ -245,6 +271,8 @@ def _check_together(c: Config) -> None:
     if c.feature_cache != "none" and (c.flip or c.crop_padding or c.cutout):
         problem = "the features of augmented images change in every epoch"
         raise bad_key("feature_cache", c.feature_cache, problem, "use flip=False, crop_padding=0 and cutout=0, or feature_cache=none")
+    if c.alternating_flip and not c.flip:
+        raise bad_key("alternating_flip", c.alternating_flip, "says when images are flipped, and flip=False", "set flip=True too")
     if c.warmup_epochs > c.epochs:
         raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
     if c.rule == "ff" and c.resolved_norm != "input":
@@ -272,3 +300,24 @@ def from_json(plain: Mapping[str, Any], path: str) -> Config:
         return make_config({k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def of_program(config: Config) -> Config:
+    """The configuration as far as compiled programs depend on it. Equal ones have the same programs.
+
+    Numbers that a program takes as arrays are NaN here, so that code which reads one of them from the configuration cannot pass
+    unnoticed. Where 0 takes a part out of the program it stays 0. Keys that no program knows have their defaults.
+    """
+
+    def number(key: str, value: float) -> float:
+        return 0.0 if key in _SWITCHES and value == 0 else math.nan
+
+    defaults = {key: FIELDS[key].default for key in _OUTSIDE}
+    numbers = {key: number(key, getattr(config, key)) for key in ARGUMENTS}
+    overrides = {}
+    for group, override in sorted(config.overrides.items()):
+        own = {key: number(key, value) if key in ARGUMENTS else value for key, value in override.items() if key not in _OUTSIDE}
+        base = {key: numbers.get(key, getattr(config, key)) for key in own}
+        overrides[group] = {key: value for key, value in sorted(own.items()) if str(value) != str(base[key])}
+    changes: dict[str, Any] = defaults | numbers | {"overrides": {group: own for group, own in overrides.items() if own}}
+    return dataclasses.replace(config, **changes)

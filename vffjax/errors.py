@@ -105,6 +105,21 @@ def notice(text: str) -> None:
 
 
 @contextlib.contextmanager
+def phase(text: str) -> Iterator[None]:
+    """Shows on a terminal what is being done, as long as it is done. Elsewhere nothing is written."""
+    stream = SafeStream(sys.stderr)
+    if stream.isatty():
+        stream.write(f"\r\x1b[K{text} ...")
+        stream.flush()
+    try:
+        yield
+    finally:
+        if stream.isatty():
+            stream.write("\r\x1b[K")
+            stream.flush()
+
+
+@contextlib.contextmanager
 def aid(what: str) -> Iterator[None]:
     """For work that helps people and changes no result, such as a picture: if it fails, `notice` says so and the run goes on."""
     try:

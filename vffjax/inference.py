@@ -1,12 +1,14 @@
 """Classifying with trained groups: an ensemble of heads on one clean pass, or a sweep over all labels that needs no head."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax import losses, rules
 from vffjax.batching import map_batches
@@ -46,21 +48,30 @@ def sweep_scores(
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
 
 
-def make_scores(plan: Plan, inference: str) -> jax.stages.Wrapped:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def program_scores(
+    plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
+) -> Float[Array, "groups n classes"]:
+    """The program of `make_scores`. Its plan is a `Plan.program`, so that runs of other seeds and rates share it."""
+    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores})
+
+    def by_image(batch: Array) -> Array:
+        return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)
+
+    return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
+
+
+def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array, "groups n classes"]]:
     """Jitted `(task, states, byte images [n, h, w, c])` to scores [groups, n, classes]; higher is likelier.
 
     Images are taken in batches of `config.eval_batch_size`.
     """
-    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores})
+    return functools.partial(program_scores, plan.program, inference)
 
-    @jax.jit
-    def scores(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:
-        def by_image(batch: Array) -> Array:
-            return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)
 
-        return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
-
-    return scores
+def compile_scores(plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: Any) -> jax.stages.Compiled:
+    """`make_scores`, compiled for such images; takes `(task, states, images)`."""
+    return program_scores.lower(plan.program, inference, task, states, images).compile()
 
 
 def ensemble(scores: Float[ArrayLike, "groups n classes"], voting: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The locality certificate: whether any gradient crosses between groups, by the traced program and by numbers, and what a group sees.
 
-The program is `trainer.run_epoch`, which `make_epoch` jits, on abstract inputs of the data set's sizes: nothing is read, and no epoch is
+The program is `trainer.run_segment`, which an epoch calls, on abstract inputs of the data set's sizes: nothing is read, and no segment is
 compiled. `dataflow` says what each new parameter depends on. docs/method.md says what that proves and what it does not.
 """
 
@@ -16,9 +16,9 @@ from vffjax import dataflow, trainer
 from vffjax.checks import check_against_data
 from vffjax.config import Config
 from vffjax.data import SIZES, split_sizes
-from vffjax.feature_cache import STEPS_PER_TRANSFER, clean_features
+from vffjax.feature_cache import clean_features
 from vffjax.labelling import DRAWN
-from vffjax.plan import Images, Plan, init_states, make_plan, make_task
+from vffjax.plan import Plan, init_states, make_plan, make_task
 from vffjax.probes import leaf_names, losses, probe
 
 
@@ -86,8 +86,11 @@ def _verdict(local: bool, layers: dict[str, int], violations: list[dict[str, Any
 # The traced programs
 
 
+_STEPS = 2  # of a traced segment: its loop has one body, whatever its length
+
+
 class _Program(NamedTuple):
-    name: str  # epoch, step, losses
+    name: str  # segment, step, losses
     trains: list[str]  # groups that change in it
     sources: list[str]  # names of the flattened inputs
     found: dict[str, dataflow.Flow]  # of the new leaves of the states, or of the losses
@@ -101,47 +104,35 @@ class _Program(NamedTuple):
 
 
 def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, images: int) -> list[_Program]:
-    """Every stage's step and epoch, traced, and the chain of losses. Steps first: they name the leaves that cross at once."""
-    batch = plan.config.batch_size
+    """Every stage's step and segment, traced, and the chain of losses. Steps first: they name the leaves that cross at once."""
+    size = plan.config.batch_size
     shape: Any = jax.ShapeDtypeStruct
     pixels = (0.5,) * image_shape[2]
     task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
     states = jax.eval_shape(lambda: init_states(plan, image_shape))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    one_batch, names = [shape((batch, *image_shape), jnp.uint8), shape((batch,), jnp.int32), key], ["data/images", "data/labels", "key"]
-    data = Images(shape((images, *image_shape), jnp.uint8), shape((images,), jnp.int32))
-    steps, epochs = [], []
+    program, groups = plan.program, len(plan.groups)
+    batch = trainer.abstract_batch(size, image_shape, groups)
+    steps, segments = [], []
     for active in [None] if plan.config.schedule == "joint" else range(plan.stages):
         trains = [group.name for group in plan.groups if active in (None, int(group.name[5:]))]
-        step, epoch = (functools.partial(f, plan, active) for f in (trainer.train_step, trainer.run_epoch))
-        cache = plan.config.feature_cache if active else "none"
-        if not active or cache == "none":
-            steps.append(_traced("step", trains, step, task, states, names, one_batch))
-            epochs.append(_traced("epoch", trains, epoch, task, states, ["data", "epoch"], [data, shape((), jnp.int32)]))
-            continue
-        cached = jax.eval_shape(functools.partial(clean_features, plan, active), task, states, data.images)
-        of_batch, feature = shape((batch, *cached.shape[1:]), cached.dtype), "data/features"
-        steps.append(_traced("step", trains, step, task, states, [*names, feature], [*one_batch, of_batch]))
-        if cache == "device":
-            given = [data._replace(features=cached), shape((), jnp.int32)]
-            epochs.append(_traced("epoch", trains, epoch, task, states, ["data", "epoch"], given))
-            continue
-        # An epoch on the host runs some steps at a time.
-        length, some = min(STEPS_PER_TRANSFER, plan.steps_per_epoch), functools.partial(trainer.run_steps, plan, active)
-        given = [data, key, shape((length, batch), jnp.int32), shape((length,), jnp.int32)]
-        given.append(shape((length, *of_batch.shape), cached.dtype))
-        epochs.append(_traced("epoch", trains, some, task, states, ["data", "key", "order", "numbers", feature], given))
+        cached = None
+        if active and plan.config.feature_cache != "none":
+            every_image = shape((images, *image_shape), jnp.uint8)
+            cached = jax.eval_shape(lambda *a, active=active: clean_features(program, active, *a), task, states, every_image)
+        step, segment = (functools.partial(f, program, active) for f in (trainer.train_step, trainer.run_segment))
+        one, some = (trainer.abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
+        steps.append(_traced("step", trains, step, task, states, one))
+        segments.append(_traced("segment", trains, segment, task, states, some))
 
-    def chain(task: Any, states: Any, images: Any, labels: Any, key: Any) -> Any:
-        return losses(plan, [s.params for s in states], states, trainer.step_streams(plan, None, task, states, images, labels, key), key)[0]
+    def chain(task: Any, states: Any, batch: Any) -> Any:
+        return losses(program, [s.params for s in states], states, trainer.step_streams(program, None, task, states, batch), batch)[0]
 
-    return [*steps, *epochs, _traced("losses", [], chain, task, states, names, one_batch)]
+    return [*steps, *segments, _traced("losses", [], chain, task, states, batch)]
 
 
-def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, states: Any, names: list[str], given: list[Any]) -> _Program:
-    program, out = jax.make_jaxpr(f, return_shape=True)(task, states, *given)
-    sources = [*leaf_names("task", task), *leaf_names("", states)]
-    sources += itertools.chain(*map(leaf_names, names, given))
+def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, states: Any, batch: Any) -> _Program:
+    program, out = jax.make_jaxpr(f, return_shape=True)(task, states, batch)
+    sources = [*leaf_names("task", task), *leaf_names("", states), *leaf_names("data", batch)]
     results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else leaf_names("", out[0])
     found = [dict(zip(results, dataflow.flows(program, named=named), strict=False)) for named in (None, {DRAWN: len(sources)})]
     return _Program(name, trains, [*sources, DRAWN], *found)

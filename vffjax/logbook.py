@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TextIO
 
@@ -18,6 +19,7 @@ from vffjax.errors import SafeStream, notice
 from vffjax.tensorboard import Events
 
 METRICS = "metrics.jsonl"
+SECONDS = 60.0  # between two lines that tell how far an epoch is, where there is no terminal
 
 
 class Logbook:
@@ -33,6 +35,7 @@ class Logbook:
         self._stream = SafeStream(sys.stderr if stream is None else stream)
         self._total = total_epochs
         self._bar: Any = None
+        self._told = time.monotonic()
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(open(workdir / METRICS, "ab"))
             self._tensorboard = Events(workdir / "tensorboard", first_epoch)
@@ -49,8 +52,7 @@ class Logbook:
 
     def _move_bar(self, record: dict[str, Any]) -> None:
         self._bar.set_postfix_str(", ".join(_bar_parts(record)), refresh=False)
-        self._bar.update(record["epoch"] - self._bar.n)
-        # tqdm skips updates that follow each other quickly; an epoch is worth a redraw.
+        self._bar.n = record["epoch"]
         self._bar.refresh()
 
     def _close_bar(self) -> None:
@@ -77,9 +79,30 @@ class Logbook:
         if self._bar is not None:
             self._with_bar(lambda: self._move_bar(record))
         if self._bar is None:
+            self._told = time.monotonic()
             head = f"epoch {record['epoch']:{len(str(self._total))}d}/{self._total}"
             print("  ".join([head, *_line_parts(record)]), file=self._stream, flush=True)
         return written
+
+    def step(self, epoch: int, done: int, steps: int) -> None:
+        """Shows how far the training is: `done` of the `steps` of an epoch (from 0), not all of which the device need have finished.
+
+        On a terminal the bar moves. Elsewhere a line tells of long epochs, once in `SECONDS`.
+        """
+        if self._bar is not None:
+            self._with_bar(lambda: self._move_within(epoch + done / steps))
+        elif time.monotonic() - self._told > SECONDS and done < steps:
+            self._told = time.monotonic()
+            print(f"epoch {epoch + 1:{len(str(self._total))}d}/{self._total}  step {done}/{steps}", file=self._stream, flush=True)
+
+    def _move_within(self, epochs: float) -> None:
+        self._bar.n = round(epochs, 2)
+        self._bar.refresh()
+
+    def phase(self, name: str) -> None:
+        """Shows on a terminal what the run is doing, such as compiling."""
+        if self._bar is not None:
+            self._with_bar(lambda: self._bar.set_description_str(name))
 
     def close(self) -> None:
         """May be called twice."""

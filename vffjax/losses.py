@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from vffjax.errors import chosen
 from vffjax.pooling import mean_pool_to_grid
 
+Scalar = float | Float[Array, ""]  # a number of the loss, which a compiled step takes as an argument
+
 # Squared norms below this are taken as zero features: their cosine is 0 and its gradient finite.
 EPSILON = 1e-12
 
@@ -43,7 +45,7 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def cscl_triplet(
-    anchor: Float[Array, " d"], positive: Float[Array, " d"], negative: Float[Array, " d"], margin: float, temperature: float
+    anchor: Float[Array, " d"], positive: Float[Array, " d"], negative: Float[Array, " d"], margin: Scalar, temperature: Scalar
 ) -> Float[Array, ""]:
     """CSCL for one anchor of unit length: `tau softplus((s(a, n) - s(a, p) + m) / tau)`."""
     difference = _dot(negative - positive, anchor)
@@ -55,8 +57,8 @@ def cscl_in_batch(
     label: Int[Array, ""],
     copies: Float[Array, "copies d"],
     copy_labels: Int[Array, " copies"],
-    margin: float,
-    temperature: float,
+    margin: Scalar,
+    temperature: Scalar,
 ) -> Float[Array, ""]:
     """CSCL for one anchor against all labelled copies: cross-entropy of `(s - m [match]) / tau`, mass on any copy of its class.
 
@@ -75,40 +77,34 @@ def goodness(features: Float[Array, "batch *feature"]) -> Float[Array, " batch"]
 
 
 def forward_forward(
-    positive: Float[Array, "batch *feature"], negative: Float[Array, "batch *feature"], threshold: float, peer_weight: float
+    positive: Float[Array, "batch *feature"], negative: Float[Array, "batch *feature"], threshold: Scalar, peer_weight: Scalar | None = None
 ) -> Float[Array, ""]:
     """Hinton's objective: each image is positive with log-odds `sum of squares - threshold * units`; plus peer normalisation.
 
     The log-odds are those of the sum over channels, averaged over positions, so that a large map does not saturate them. Peer
-    normalisation is `peer_weight` times the mean squared distance of each unit's mean activity from the mean of all units.
+    normalisation is `peer_weight` times the mean squared distance of each unit's mean activity from the mean of all units; None: without.
     """
     channels = positive.shape[-1]
     odds_positive = channels * (goodness(positive) - threshold)
     odds_negative = channels * (goodness(negative) - threshold)
     loss = jnp.mean(jax.nn.softplus(-odds_positive)) + jnp.mean(jax.nn.softplus(odds_negative))
-    if peer_weight > 0:
+    if peer_weight is not None:
         units = jnp.mean(positive.astype(jnp.float32), axis=tuple(range(positive.ndim - 1)))
         loss += peer_weight * jnp.mean((units - units.mean()) ** 2)
     return loss
 
 
-def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: float = 0.0) -> Float[Array, ""]:
+def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Scalar = 0.0) -> Float[Array, ""]:
     """Mean cross-entropy of one group's head, labels smoothed towards uniform by `smoothing`."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     right = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return -jnp.mean((1 - smoothing) * right + smoothing * jnp.mean(log_p, axis=1))
 
 
-def scale_gradient(x: Array, scale: float) -> Array:
-    """`x` itself, whose gradient is multiplied by `scale`; 0 cuts it exactly."""
-    if scale == 0.0:
-        return jax.lax.stop_gradient(x)
-    return x if scale == 1.0 else _scale_gradient(x, scale)
-
-
 @jax.custom_vjp
-def _scale_gradient(x: Array, scale: float) -> Array:
+def scale_gradient(x: Array, scale: Scalar) -> Array:
+    """`x` itself, whose gradient is multiplied by `scale`. A gradient that must not pass at all is cut by `stop_gradient` instead."""
     return x
 
 
-_scale_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g * jnp.asarray(scale, g.dtype), None))
+scale_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g * jnp.asarray(scale, g.dtype), None))

@@ -13,70 +13,67 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array
 
 from vffjax import rules
 from vffjax.data import SIZES, split_sizes
 from vffjax.groups import GroupState
 from vffjax.ledger import ACCUMULATED, MICRO_BATCHES, Case
+from vffjax.optimizers import make_optimizer
 from vffjax.plan import Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
 from vffjax.targets import Target
-from vffjax.trainer import group_setting, step_streams, train_step
+from vffjax.trainer import Batch, abstract_batch, group_setting, step_streams, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
 
 def accumulated_step(
-    plan: Plan,
-    task: Task,
-    states: tuple[GroupState, ...],
-    images: UInt8[Array, "batch h w c"],
-    labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
+    plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
     """`train_step` of a single group, whose gradient is the mean over `MICRO_BATCHES` parts of the batch, one after the other.
 
     One update. Batch statistics are those of each part. The batch must be a multiple of the parts. Metrics: `loss`, `accuracy`.
     """
-    (group,), (optimizer,), (state,) = plan.groups, plan.optimizers, states
+    (group,), (state,) = plan.groups, states
+    own, hyper, _ = group_setting(plan, 0, batch)
     gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
 
-    def part(carry: tuple[Any, Any], batch: tuple[Array, ...]) -> tuple[tuple[Any, Any], dict[str, Array]]:
+    def part(carry: tuple[Any, Any], rows: tuple[Array, ...]) -> tuple[tuple[Any, Any], dict[str, Array]]:
         total, stats = carry
-        images, labels, key = batch
-        streams = step_streams(plan, None, task, states, images, labels, key)
-        config, group_key = group_setting(plan, 0, key)
-        (loss, (stats, _, metrics)), grads = gradient(state.params, config, group, stats, streams, group_key)
+        images, labels, ids, key = rows
+        some = batch._replace(images=images, labels=labels, ids=ids, key=key)
+        streams = step_streams(plan, None, task, states, some)
+        (loss, (stats, _, metrics)), grads = gradient(state.params, own, group, hyper, stats, streams, group_setting(plan, 0, some)[2])
         accuracy = jnp.mean(metrics["log_p"].argmax(-1) == labels)
         return (jax.tree.map(jnp.add, total, grads), stats), {"loss": loss, "accuracy": accuracy}
 
-    parts = tuple(x.reshape(MICRO_BATCHES, -1, *x.shape[1:]) for x in (images, labels))
+    parts = tuple(x.reshape(MICRO_BATCHES, -1, *x.shape[1:]) for x in (batch.images, batch.labels, batch.ids))
     start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-    (total, stats), metrics = jax.lax.scan(part, start, (*parts, jax.random.split(key, MICRO_BATCHES)))
-    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / MICRO_BATCHES, total), state.opt_state, state.params)
+    (total, stats), metrics = jax.lax.scan(part, start, (*parts, jax.random.split(batch.key, MICRO_BATCHES)))
+    mean = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
+    updates, opt_state = make_optimizer(own, hyper).update(mean, state.opt_state, state.params)
     return (GroupState(optax.apply_updates(state.params, updates), stats, opt_state),), jax.tree.map(jnp.mean, metrics)
 
 
 def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
-    """A case's plan, and its step of `(task, states, images, labels, key)`; in the sequential schedule the last group trains."""
+    """A case's plan, and its step of `(task, states, batch)`; in the sequential schedule the last group trains."""
     sizes = SIZES[case.config.dataset]
     plan = make_plan(case.config, split_sizes(case.config, sizes.train_images)[0], sizes.classes)
     if case.method == ACCUMULATED:
-        return plan, functools.partial(accumulated_step, plan)
-    return plan, functools.partial(train_step, plan, plan.active(plan.total_epochs - 1))
+        return plan, functools.partial(accumulated_step, plan.program)
+    return plan, functools.partial(train_step, plan.program, plan.active(plan.total_epochs - 1))
 
 
 def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
-    """What a step takes, abstract, on the target: task, states, a batch of bytes, its labels, a key."""
+    """What a step takes, abstract, on the target: task, states, and a batch."""
     sizes, batch = SIZES[plan.config.dataset], plan.config.batch_size
     channels = (0.5,) * sizes.image_shape[2]
     task = jax.eval_shape(lambda: make_task(plan.config, sizes.classes, sizes.image_shape, channels, channels))
     states = jax.eval_shape(lambda: init_states(plan, sizes.image_shape))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    images = target.array(batch, *sizes.image_shape, dtype=jnp.uint8)
-    return target.place(task), target.place(states), images, target.array(batch), target.place(key)
+    given = abstract_batch(batch, sizes.image_shape, len(plan.groups))
+    return target.place(task), target.place(states), target.place(given)
 
 
 def compile_step(case: Case, target: Target) -> jax.stages.Compiled | None:

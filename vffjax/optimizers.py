@@ -1,4 +1,4 @@
-"""The optimizer of each group: gradient clipping, AdamW or Nesterov SGD, decoupled decay of kernels, warm-up and cosine decay."""
+"""The optimizer of each group: gradient clipping, AdamW or Nesterov SGD, and decoupled decay of kernels."""
 
 from typing import Any
 
@@ -7,35 +7,37 @@ import optax
 
 from vffjax.config import Config
 from vffjax.errors import chosen
+from vffjax.hyperparameters import HyperParameters
 
 
-def of_the_head(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer of a frozen group: it updates the head, and neither moves nor decays the layers, nor keeps any state for them."""
-    parts = {"learns": optimizer, "frozen": optax.set_to_zero()}
-    return optax.partition(parts, lambda params: {name: "learns" if name == "head" else "frozen" for name in params})
+def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False) -> optax.GradientTransformation:
+    """The optimizer of one group in one step. Kernels decay; biases and scales do not.
 
-
-def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Warm-up from 0, cosine decay to 0; kernels decay, biases and scales do not.
+    Args:
+        config: the group's configuration, which says what kind of optimizer it is, and whether gradients are clipped.
+        hyper: the group's numbers in this step, scalars. They may be traced. The optimizer's state does not depend on them.
+        frozen: whether the group's layers stay as they are. The optimizer then neither moves nor decays them, and keeps no state for
+            them; the head learns.
 
     Raises `UserError` for an optimizer that is not known.
     """
-    total = config.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)  # one step is left to decay in
-    rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    clip = optax.clip_by_global_norm(hyper.clip_norm) if config.clip_norm != 0 else optax.identity()
 
     def kernels(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     def sgd() -> optax.GradientTransformation:
-        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
-        return optax.chain(clip, optax.trace(config.momentum, nesterov=True), decay, optax.scale_by_learning_rate(rate))
+        decay = optax.add_decayed_weights(hyper.weight_decay, mask=kernels)
+        return optax.chain(clip, optax.trace(hyper.momentum, nesterov=True), decay, optax.scale_by_learning_rate(hyper.learning_rate))
 
     def adamw() -> optax.GradientTransformation:
-        return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay, mask=kernels))
+        return optax.chain(clip, optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay, mask=kernels))
 
-    return _promoting(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})())
+    optimizer = _promoting(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})())
+    if not frozen:
+        return optimizer
+    parts = {"learns": optimizer, "frozen": optax.set_to_zero()}
+    return optax.partition(parts, lambda params: {name: "learns" if name == "head" else "frozen" for name in params})
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,20 +1,21 @@
-"""What a run is before it starts: its groups, their optimizers and first states, its task, and the keys that its seed gives."""
+"""What a run is before it starts: its groups, their first states, its task, and the keys that its seed gives."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax.augment import IMAGENET_MEAN, IMAGENET_STD
-from vffjax.config import Config, for_group
+from vffjax.config import Config, for_group, of_program
 from vffjax.errors import chosen
 from vffjax.groups import GroupState, LayerGroup, init_variables, make_groups
+from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.labelling import make_codebook
-from vffjax.optimizers import make_optimizer, of_the_head
+from vffjax.optimizers import make_optimizer
 from vffjax.rules import Task
 
 # What a run's seed is folded with, so that no two uses share a key.
@@ -22,21 +23,26 @@ INITIALISATION, CODEBOOK, EPOCH = range(3)
 
 
 class Images(NamedTuple):
-    """A split on the device, as bytes; `features` is what frozen groups made of them (see `feature_cache`), or None."""
+    """A split, as bytes, on the device or on the host (NumPy); `features` is what frozen groups made of the images (see `feature_cache`),
+    or None."""
 
-    images: UInt8[Array, "n h w c"]
-    labels: Int[Array, " n"]
+    images: UInt8[Array | np.ndarray, "n h w c"]
+    labels: Int[Array | np.ndarray, " n"]
     features: Float[Array | np.ndarray, "n *feature"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is static in a run: traced functions close over it, arrays never."""
+    """All that is static in a run. Plans can be hashed: jitted functions take `Plan.program` as a static argument."""
 
     config: Config
     groups: tuple[LayerGroup, ...]
-    optimizers: tuple[optax.GradientTransformation, ...]
     steps_per_epoch: int
+
+    @functools.cached_property
+    def program(self) -> "Plan":
+        """This plan as far as compiled programs depend on it; equal plans have the same programs. See `config.of_program`."""
+        return Plan(of_program(self.config), self.groups, 0)
 
     @property
     def stages(self) -> int:
@@ -56,17 +62,18 @@ class Plan:
         active = self.active(epoch)
         return len(self.groups) if active is None else active + 1
 
+    def hyperparameters(self, epoch: int) -> HyperParameters:
+        """The numbers of each step of an epoch (from 0), `[steps, groups]`; in the sequential schedule each stage begins anew."""
+        return in_epoch(self.config, len(self.groups), self.steps_per_epoch, epoch % self.config.epochs)
+
 
 def make_plan(config: Config, train_size: int, classes: int) -> Plan:
-    """Groups and optimizers for `train_size` training images; the last, smaller batch of an epoch is left out."""
-    groups = make_groups(config, classes)
-    steps = train_size // config.batch_size
-    optimizers = (make_optimizer(for_group(config, i, len(groups) - 1 - i), steps) for i in range(len(groups)))
-    pairs = zip(groups, optimizers, strict=True)
-    return Plan(config, groups, tuple(of_the_head(optimizer) if group.frozen else optimizer for group, optimizer in pairs), steps)
+    """The groups of a run on `train_size` training images; the last, smaller batch of an epoch is left out."""
+    return Plan(config, make_groups(config, classes), train_size // config.batch_size)
 
 
 def run_key(config: Config, purpose: int) -> PRNGKeyArray:
+    """The key for one of the purposes `INITIALISATION`, `CODEBOOK` and `EPOCH`, from the run's seed."""
     return jax.random.fold_in(jax.random.key(config.seed), purpose)
 
 
@@ -80,5 +87,8 @@ def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], m
 def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
     """Fresh groups from the run's seed."""
     variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape)
-    pairs = zip(variables, plan.optimizers, strict=True)
-    return tuple(GroupState(params, stats, optimizer.init(params)) for (params, stats), optimizer in pairs)
+    hyper, states = at_peak(plan.config, len(plan.groups)), []
+    for i, (group, (params, stats)) in enumerate(zip(plan.groups, variables, strict=True)):
+        optimizer = make_optimizer(for_group(plan.config, i), hyper.of(i), group.frozen)
+        states.append(GroupState(params, stats, optimizer.init(params)))
+    return tuple(states)

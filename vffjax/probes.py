@@ -11,39 +11,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from vffjax import rules, trainer
 from vffjax.groups import GroupState
+from vffjax.hyperparameters import at_peak
 from vffjax.labelling import Streams
 from vffjax.plan import Plan, init_states, make_plan
 from vffjax.rules import Task
+from vffjax.trainer import Batch
 
 IMAGES = 6  # of a probe's batch
 
 
 def losses(
-    plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, key: PRNGKeyArray
+    plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, batch: Batch
 ) -> tuple[list[Float[Array, ""]], list[Float[Array, "rows *feature"]]]:
-    """Every group's loss and output rows as functions of all groups' `params`: the forward chain that `train_step` runs on its streams
-    and key, without its per-group differentiation, which would hide a dependence."""
+    """Every group's loss and output rows as functions of all groups' `params`: the forward chain that `train_step` runs on the streams
+    of its batch, without its per-group differentiation, which would hide a dependence."""
     known = tuple(state._replace(params=own) for state, own in zip(states, params, strict=True))
     found, rows, given = [], [], streams
     for i, (group, state) in enumerate(zip(plan.groups, known, strict=True)):
         if plan.config.schedule == "sequential":
             given = trainer.behind_frozen(plan, i, known, streams)
-        own, own_key = trainer.group_setting(plan, i, key)
-        loss, (_, given, _) = rules.local_loss(state.params, own, group, state.batch_stats, given, own_key)
+        own, hyper, key = trainer.group_setting(plan, i, batch)
+        loss, (_, given, _) = rules.local_loss(state.params, own, group, hyper, state.batch_stats, given, key)
         found.append(loss)
         rows.append(given.rows)
     return found, rows
 
 
 def loss_gradients(
-    plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, key: PRNGKeyArray
+    plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, batch: Batch
 ) -> tuple[Float[Array, " groups"], list[list[Any]]]:
     """Losses of all groups; [i][j], the gradient of loss `i` in the parameters of group `j`. See `losses`."""
-    values, pull = jax.vjp(lambda params: jnp.stack(losses(plan, params, states, streams, key)[0]), list(params))
+    values, pull = jax.vjp(lambda params: jnp.stack(losses(plan, params, states, streams, batch)[0]), list(params))
     return values, [pull(row)[0] for row in jnp.eye(len(plan.groups), dtype=values.dtype)]
 
 
@@ -83,18 +85,20 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
     codebook = plan.config.noise_scale * rng.normal(size=(classes, *image_shape))
     pixels = np.full(image_shape[2], 0.5)
     task = Task(*(jnp.asarray(a, jnp.float32) for a in (codebook, pixels, pixels / 2)))
-    states, key = random_states(plan, image_shape), jax.random.key(1)
+    states, hyper = random_states(plan, image_shape), at_peak(plan.config, len(plan.groups))
+    batch = Batch(images, labels, jnp.arange(IMAGES), jnp.int32(0), jax.random.key(1), jax.tree.map(jnp.asarray, hyper))
+    plan = plan.program
 
-    streams = quick_jit(functools.partial(trainer.step_streams, plan, None))(task, states, images, labels, key)
+    streams = quick_jit(functools.partial(trainer.step_streams, plan, None))(task, states, batch)
     params = [state.params for state in states]
-    _, gradients = jax.device_get(quick_jit(functools.partial(loss_gradients, plan))(params, states, streams, key))
+    _, gradients = jax.device_get(quick_jit(functools.partial(loss_gradients, plan))(params, states, streams, batch))
     violations: list[dict[str, Any]] = []
     largest = [[_largest(tree) for tree in row] for row in gradients]
     for i, loss in enumerate(names):
         for j, name in enumerate(names):
             violations += _strange(loss, name, gradients[i][j], i - j, plan.groups[j].frozen)
 
-    forward, touching = quick_jit(lambda streams: losses(plan, params, states, streams, key)[1]), {}
+    forward, touching = quick_jit(lambda streams: losses(plan, params, states, streams, batch)[1]), {}
     others, copies = np.array(streams.rows), np.array(streams.rows)
     others[1] = rng.normal(size=others[1].shape)
     copies[IMAGES:] = rng.normal(size=copies[IMAGES:].shape)
@@ -106,7 +110,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
             where = {"from": "labelled copies", "to": f"{name}: features of clean images", "max_abs": by_copies}
             violations.append(_violation("labelled copies touch clean images", "", name) | where)
     layers = [{layer: _largest(tree) for layer, tree in row[i].items()} for i, row in enumerate(gradients)]
-    found, interfering = _interference(plan, task, states, images, labels, key)
+    found, interfering = _interference(plan, task, states, batch)
     return {
         "images_in_batch": IMAGES,
         "gradients": largest,
@@ -117,7 +121,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
     }
 
 
-def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], *batch: Array) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """By the jitted `train_step`; in the sequential schedule that of the last stage behind which a group is left."""
     if rules.needs_predictions(plan.config):
         return {"skipped": "wrong labels are drawn from the predictions of all heads, later ones among them"}, []
@@ -125,12 +129,12 @@ def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], *batch
         return {"skipped": "there is one group"}, []
     active = None if plan.config.schedule == "joint" else len(plan.groups) - 2
     step = quick_jit(functools.partial(trainer.train_step, plan, active))
-    base = step(task, states, *batch)[0]
+    base = step(task, states, batch)[0]
     found: dict[str, Any] = {}
     violations = []
     for j in range(1 if active is None else active + 1, len(states)):
         other = states[j]._replace(params=random_variables(states[j].params, 100 + j))
-        new = step(task, (*states[:j], other, *states[j + 1 :]), *batch)[0]
+        new = step(task, (*states[:j], other, *states[j + 1 :]), batch)[0]
         leaves = zip(leaf_names("", new[:j]), jax.tree.leaves(new[:j]), jax.tree.leaves(base[:j]), strict=True)
         touched = [name for name, a, b in leaves if not np.array_equal(a, b, equal_nan=True)]
         found[f"group{j}"] = not touched

@@ -10,6 +10,7 @@ from vffjax import labelling, losses
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.groups import LayerGroup
+from vffjax.hyperparameters import HyperParameters
 from vffjax.labelling import Streams
 from vffjax.pooling import mean_pool_to_grid
 
@@ -91,27 +92,37 @@ def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w
 
 
 def local_loss(
-    params: Any, config: Config, group: LayerGroup, batch_stats: Any, streams: Streams, key: PRNGKeyArray
+    params: Any, config: Config, group: LayerGroup, hyper: HyperParameters, batch_stats: Any, streams: Streams, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], tuple[Any, Streams, dict[str, Array]]]:
-    """Loss of one group on its input streams; new statistics, detached output streams and metrics as auxiliary output."""
+    """Loss of one group on its input streams; new statistics, detached output streams and metrics as auxiliary output.
+
+    `hyper` are the group's numbers in this step. The configuration says which parts there are: see `config.of_program`.
+    """
     check_names(config)
     clean = streams.labels.shape[0]
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
     out = streams._replace(rows=features)
     seen = _pooled(config, group.head_grid, features)
 
-    head_share = 0.0 if group.frozen else {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule]
     # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
-    logits = group.logits(params, losses.scale_gradient(seen, head_share))[:clean]
-    head_loss = losses.head_cross_entropy(logits, streams.labels, config.label_smoothing)
+    logits = group.logits(params, _read_by_head(config, group, hyper, seen))[:clean]
+    head_loss = losses.head_cross_entropy(logits, streams.labels, hyper.label_smoothing)
 
     if config.rule == "head" or group.frozen:
         local = jnp.zeros((), jnp.float32)
     else:
-        local = _forward_forward(config, out) if config.rule == "ff" else _cscl(config, streams._replace(rows=seen), key, logits)
+        own = streams._replace(rows=seen)
+        local = _forward_forward(config, hyper, out) if config.rule == "ff" else _cscl(config, hyper, own, key, logits)
     metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)}
     out, metrics = jax.lax.stop_gradient((out, metrics))
     return local + head_loss, (batch_stats, out, metrics)
+
+
+def _read_by_head(config: Config, group: LayerGroup, hyper: HyperParameters, seen: Array) -> Array:
+    """What the head reads, with the share of its gradient that trains the layers."""
+    if group.frozen or config.rule == "ff" or (config.rule == "vff" and config.head_weight == 0):
+        return jax.lax.stop_gradient(seen)
+    return seen if config.rule == "head" else losses.scale_gradient(seen, hyper.head_weight)
 
 
 def _pooled(config: Config, head_grid: int, features: Array) -> Array:
@@ -127,16 +138,17 @@ def _pooled(config: Config, head_grid: int, features: Array) -> Array:
     return mean_pool_to_grid(features.astype(jnp.float32), head_grid)
 
 
-def _forward_forward(config: Config, streams: Streams) -> Array:
+def _forward_forward(config: Config, hyper: HyperParameters, streams: Streams) -> Array:
     half = streams.labels.shape[0]
     positive, negative = streams.copies[:half], streams.copies[half:]
-    return losses.forward_forward(positive, negative, config.goodness_threshold, config.peer_normalisation)
+    peer = None if config.peer_normalisation == 0 else hyper.peer_normalisation
+    return losses.forward_forward(positive, negative, hyper.goodness_threshold, peer)
 
 
-def _cscl(config: Config, streams: Streams, key: PRNGKeyArray, logits: Array) -> Array:
+def _cscl(config: Config, hyper: HyperParameters, streams: Streams, key: PRNGKeyArray, logits: Array) -> Array:
     embedded = streams._replace(rows=losses.embed(streams.rows, config.similarity))
     anchors, copies = embedded.clean, embedded.copies
-    margin, temperature = config.margin, config.temperature
+    margin, temperature = hyper.margin, hyper.temperature
     if config.resolved_contrast == "in_batch":
         per_anchor = jax.vmap(losses.cscl_in_batch, in_axes=(0, 0, None, None, None, None))
         return jnp.mean(per_anchor(anchors, streams.labels, copies, streams.copy_labels, margin, temperature))

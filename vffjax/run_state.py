@@ -2,13 +2,20 @@
 made it. Plain JSON. What is written here passes the same check as what is read.
 """
 
+import base64
+import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vffjax.config import MAX_SIDE, Config, from_json
+import numpy as np
 
-FORMAT = 2
+from vffjax.config import MAX_SIDE, Config
+
+# Raised by one whenever a state, or the arrays beside it, can no longer be read by the version before: see docs/runs.md.
+FORMAT = 3
+# What a state has only where it was saved at the end of an epoch.
+_OF_WHOLE_EPOCHS = ("trained_groups", "scheduled", "val_error", "val_error_per_group", "voting")
 
 
 def new_state(config: Config, data: dict[str, Any], init_from_sha256: str | None) -> dict[str, Any]:
@@ -25,8 +32,40 @@ def new_state(config: Config, data: dict[str, Any], init_from_sha256: str | None
         "init_from_sha256": init_from_sha256,
         "compile_seconds": 0.0,
         "peak_bytes": 0,
+        "segment_steps": 0,  # how many steps the device runs in one call; chosen once, and of no consequence for the result
         "origins": [],  # more than one if the run went on elsewhere, with other versions, or with other `config.CHANGEABLE` settings
     }
+
+
+def inside(run: dict[str, Any], epoch: int, step: int, steps: int, seconds: float, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The state of a run that is saved inside of an epoch.
+
+    Args:
+        run: the run's state as it would be saved at the end of an epoch.
+        epoch: how many epochs are done.
+        step: how many steps of the next one are done, of `steps`.
+        seconds: what those took.
+        metrics: of those steps, as `epochs.joined`.
+    """
+    arrays = {name: _packed(values) for name, values in metrics.items()}
+    position = {"step": step, "number": epoch * steps + step, "seconds": seconds, "metrics": arrays}
+    return {key: value for key, value in run.items() if key not in _OF_WHOLE_EPOCHS} | {"epoch": epoch, "inside": position}
+
+
+def metrics_inside(run: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The metrics of the steps that a state inside of an epoch has behind it, to the bit. Raises `ValueError` if they cannot be read."""
+    return {name: np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for name, text in run["inside"]["metrics"].items()}
+
+
+def _packed(values: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, np.asarray(values), allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def number(run: dict[str, Any]) -> int:
+    """By what number a state is saved: its epoch, or inside of an epoch all steps of the run so far."""
+    return run["inside"]["number"] if "inside" in run else run["epoch"]
 
 
 def rank(run: dict[str, Any]) -> tuple[bool, int, float]:
@@ -34,7 +73,10 @@ def rank(run: dict[str, Any]) -> tuple[bool, int, float]:
 
     An epoch that was saved only because the run was told to leave ranks below all others: an undisturbed run could not choose it.
     Of a sequential run, an epoch of a later stage ranks above all of earlier ones, whose later groups had not been trained.
+    A state inside of an epoch is not ranked.
     """
+    if "inside" in run:
+        return False, 0, 0.0
     return run["scheduled"], run["trained_groups"], -(run["val_error"] or 0.0)
 
 
@@ -46,14 +88,6 @@ def best_epoch(run: dict[str, Any]) -> int:
     due = set(run["due"])
     ranks = [(r.get("group", 0), -(r["val_error"] or 0.0), r["epoch"]) for r in run["history"] if r["epoch"] in due]
     return max(ranks)[2] if ranks else 0
-
-
-def completed(run: dict[str, Any]) -> dict[str, Any]:
-    """A state with `due`, which older checkpoints lack: their runs could not change config.checkpoint_every."""
-    if "due" in run or problem(run):
-        return run
-    config = from_json(run["config"], "the run's state")
-    return run | {"due": [epoch for epoch in range(1, run["epoch"] + 1) if config.checkpoint_due(epoch)]}
 
 
 def problem(run: Any) -> str:
@@ -72,27 +106,49 @@ def _checks(run: dict[str, Any]) -> Iterable[tuple[str, Callable[[], bool]]]:
     def whole(value: Any, low: int, high: int = 2**53) -> bool:
         return type(value) is int and low <= value <= high
 
-    def number(value: Any) -> bool:
+    def finite(value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
 
     def listed(key: str, sound: Callable[[Any], bool], least: int = 0) -> bool:
         return isinstance(run.get(key), list) and len(run[key]) >= least and all(map(sound, run[key]))
 
     def line(record: Any) -> bool:
-        times = isinstance(record, dict) and all(number(record.get(key)) for key in ("seconds", "images_per_second"))
+        times = isinstance(record, dict) and all(finite(record.get(key)) for key in ("seconds", "images_per_second"))
         group = times and whole(record.get("group", 0), 0)
-        return group and (record.get("val_error") is None or number(record["val_error"]))
+        return group and (record.get("val_error") is None or finite(record["val_error"]))
 
-    for key in ("epoch", "trained_groups", "train_size", "peak_bytes"):
+    complete = "inside" not in run
+    yield "epoch", lambda: whole(run.get("epoch"), int(complete), 10**7)
+    for key in ("train_size", "peak_bytes", "segment_steps"):
         yield key, lambda key=key: whole(run.get(key), 1)  # type: ignore[misc]
-    for key, kind in (("scheduled", bool), ("config", dict), ("data_sha256", str)):
+    for key, kind in (("config", dict), ("data_sha256", str)):
         yield key, lambda key=key, kind=kind: isinstance(run.get(key), kind)  # type: ignore[misc]
-    yield "compile_seconds", lambda: number(run.get("compile_seconds"))
-    yield "val_error", lambda: run.get("val_error") is None or number(run["val_error"])
+    yield "compile_seconds", lambda: finite(run.get("compile_seconds"))
     yield "image_shape", lambda: listed("image_shape", lambda side: whole(side, 1, MAX_SIDE)) and len(run["image_shape"]) == 3
     yield "class_names", lambda: listed("class_names", lambda name: isinstance(name, str), 2)
-    yield "voting", lambda: listed("voting", lambda group: whole(group, 0, run["trained_groups"] - 1), 1)
     yield "origins", lambda: listed("origins", lambda origin: isinstance(origin, dict), 1)
-    epochs = list(range(1, run["epoch"] + 1)) if whole(run.get("epoch"), 1, 10**7) else []
+    epochs = list(range(1, run["epoch"] + 1)) if whole(run.get("epoch"), 0, 10**7) else []
     yield "history", lambda: listed("history", line) and [record.get("epoch") for record in run["history"]] == epochs
-    yield "due", lambda: "due" not in run or listed("due", lambda epoch: whole(epoch, 1, run["epoch"]))
+    yield "due", lambda: listed("due", lambda epoch: whole(epoch, 1, run["epoch"]))
+    if not complete:
+        yield "inside", lambda: _sound_inside(run["inside"], run["epoch"])
+        return
+    yield "trained_groups", lambda: whole(run.get("trained_groups"), 1)
+    yield "scheduled", lambda: isinstance(run.get("scheduled"), bool)
+    yield "val_error", lambda: run.get("val_error") is None or finite(run["val_error"])
+    yield "voting", lambda: listed("voting", lambda group: whole(group, 0, run["trained_groups"] - 1), 1)
+
+
+def _sound_inside(position: Any, epoch: int) -> bool:
+    """Whether the position of a state inside of an epoch can be relied on."""
+    if not isinstance(position, dict) or type(position.get("step")) is not int or position["step"] < 1:
+        return False
+    if type(position.get("number")) is not int or not epoch <= position["number"] < 2**53:
+        return False
+    if type(position.get("seconds")) not in (int, float) or not 0 <= position["seconds"] < math.inf:
+        return False
+    try:
+        metrics = metrics_inside({"inside": position})
+    except (ValueError, AttributeError, TypeError, EOFError, OSError):
+        return False
+    return "finite" in metrics and all(values.ndim and len(values) == position["step"] for values in metrics.values())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vffjax import run_state
+from vffjax import run_state, versions
 from vffjax.config import Config, from_json
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
@@ -61,12 +61,12 @@ class SavedEpoch:
         self.verify("run")
         run = self._restore(run=ocp.args.JsonRestore())["run"]
         if not isinstance(run, dict) or run.get("format") != run_state.FORMAT:
-            raise Fault(f"{self.folder}: saved by another version of vffjax", "read it with that one (summary.json names its commit)")
+            raise Fault(f"{self.folder}: {_other_format(run)}", "read it with that one (summary.json names its commit)")
         if wrong := run_state.problem(run):
             raise Fault(f"{self.folder / 'run'}: not the state of a run ({wrong})", AGAIN)
-        if run["epoch"] != self.epoch:
+        if run_state.number(run) != self.epoch:
             raise Fault(f"{self.folder}: foreign checkpoint, of epoch {run['epoch']}", AGAIN)
-        return run_state.completed(run)
+        return run
 
     def fault(self, config: Config) -> Fault | None:
         """What is wrong with this epoch of a run by `config`; None if every file of it is as it was saved."""
@@ -168,6 +168,15 @@ def _readable(folder: pathlib.Path, fix: str = OWN_CONFIG) -> Iterator[None]:
 def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """All below a saved epoch's folder that is no folder, in order, but for what an operating system has dropped there."""
     return sorted(path for path in folder.rglob("*") if not any(map(_dropped, path.relative_to(folder).parts)) and not path.is_dir())
+
+
+def _other_format(run: Any) -> str:
+    """What to say of a state that this version does not read: which version wrote it, as far as that can be told."""
+    here = f"this is vffjax {versions.own()}, which reads format {run_state.FORMAT}"
+    try:
+        return f"saved by vffjax {run['origins'][-1]['versions']['vffjax']} in format {run['format']}; {here}"
+    except (KeyError, TypeError, IndexError):
+        return f"saved by another version of vffjax; {here}"
 
 
 def _roots(names: Iterable[str]) -> set[str]:

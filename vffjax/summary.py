@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vffjax import versions
 from vffjax.augment import normalise
 from vffjax.config import CHANGEABLE, Config
 from vffjax.data import Dataset
@@ -64,7 +64,7 @@ def conclude(
 def origin(config: Config) -> dict[str, Any]:
     """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
     return {
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {package: versions.installed(package) for package in _PACKAGES},
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
         "cores": _cores(),
@@ -77,13 +77,6 @@ def _cores() -> int | None:
     """How many processors this process may use: on CPU they share out the sums of an operation, and so change its rounding."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path and not installed
-        return None
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:

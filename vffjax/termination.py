@@ -1,9 +1,26 @@
-"""SIGTERM while a run trains: it is what a cluster sends before it takes a machine away."""
+"""SIGTERM and Ctrl-C. The work runs in a thread of its own, so that the main thread can answer a signal at any instant.
+
+Python serves signals in its main thread alone, and between two of its own instructions: a main thread that compiles, or waits for the
+device, would answer after that. SIGTERM is what a cluster sends before it takes a machine away.
+"""
 
 import contextlib
+import functools
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from vffjax.errors import notice
+
+T = TypeVar("T")
+# Settings of JAX that a `with` statement of the caller changes for its own thread.
+_OF_THREAD = (
+    *("default_device", "default_matmul_precision", "debug_nans", "debug_infs", "enable_x64", "numpy_dtype_promotion"),
+    *("numpy_rank_promotion", "enable_custom_prng", "transfer_guard", "disable_jit"),
+)
 
 
 class Terminated(Exception):
@@ -11,24 +28,128 @@ class Terminated(Exception):
 
 
 class Request:
-    """Whether this process has been told to leave."""
+    """What the signals ask of one run, and what the run says of itself."""
 
-    made = False
+    def __init__(self) -> None:
+        self.made = False  # SIGTERM: save and leave
+        self.abandoned = False  # Ctrl-C: nobody waits for the run any more, so end where it can
+        self.idle = True  # nothing would be lost if the run ended now
+        self.saved = ""  # what is saved already, in words; empty before a run has begun
+
+    @property
+    def leave(self) -> bool:
+        return self.made or self.abandoned
+
+
+_running: list[Request] = []
+_abandoned: list[threading.Thread] = []
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Request]:
-    """SIGTERM ends nothing in here: it sets `made`, for the run to look at between two epochs. Outside the main thread nothing changes."""
+    """SIGTERM ends nothing in here: it sets `made`, for the run to look at between two segments."""
     request = Request()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def note(*_: object) -> None:
-        request.made = True
-
-    before = signal.signal(signal.SIGTERM, note)
+    _running.append(request)
     try:
         yield request
     finally:
+        _running.remove(request)
+
+
+def saved() -> str:
+    """What the runs of this process have saved, in words; empty if none is running."""
+    return "; ".join(request.saved for request in _running if request.saved)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """What `work` returns or raises. It runs in a thread of its own, and this one waits for it and answers signals meanwhile.
+
+    Called in another thread than the main one, it does nothing but call `work`. A `KeyboardInterrupt` is raised here at once; the work
+    ends when it next looks at its request, and a later call waits for that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    for thread in list(_abandoned):
+        if thread.is_alive():
+            notice("the run that was interrupted is ending; waiting for it")
+        thread.join()
+        _abandoned.remove(thread)
+    found: list[T] = []
+    problems: list[BaseException] = []
+    done = threading.Event()
+    settings = _settings_of_this_thread()
+
+    def target() -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                for enter in settings:
+                    stack.enter_context(enter())
+                found.append(work())
+        except BaseException as error:
+            problems.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=target, name="vffjax")
+    with _answering_sigterm():
+        thread.start()
+        try:
+            while not done.wait(0.1):  # not for ever at once: on Windows no signal would end that
+                if any(request.made and request.idle for request in _running):
+                    raise Terminated(saved())  # it compiles, or reads data, and would not look at its request for long
+        except BaseException:
+            for request in _running:
+                request.abandoned = True
+            _abandoned.append(thread)
+            raise
+    thread.join()
+    if problems:
+        raise problems[0]
+    return found[0]
+
+
+def settle(seconds: float) -> None:
+    """Waits for work that was interrupted to end by itself, but no longer than this."""
+    for thread in _abandoned:
+        thread.join(seconds)
+
+
+def working() -> bool:
+    """Whether work that was interrupted still goes on."""
+    return any(thread.is_alive() for thread in _abandoned)
+
+
+@contextlib.contextmanager
+def _answering_sigterm() -> Iterator[None]:
+    """In here SIGTERM asks every run to save and leave. Where none is running it does what it would do otherwise."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def answer(number: int, frame: Any) -> None:
+        for request in _running:
+            request.made = True
+        if not _running:
+            if callable(before):
+                before(number, frame)
+            elif before != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, answer)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that is not Python's
+
+
+def _settings_of_this_thread() -> list[Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """What puts JAX's settings of this thread in force in another one. Empty before JAX has been imported."""
+    jax: Any = sys.modules.get("jax")
+    if jax is None or not hasattr(jax, "config"):
+        return []
+    found: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
+    for name in _OF_THREAD:
+        with contextlib.suppress(AttributeError):
+            value = getattr(jax.config, f"jax_{name}")
+            if value != jax.config.values[f"jax_{name}"]:
+                found.append(functools.partial(getattr(jax, name), value))
+    return found

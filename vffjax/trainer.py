@@ -1,13 +1,13 @@
-"""Greedy training: one step of one group, all groups on a batch, a scanned epoch. The only place where training is jitted."""
+"""Greedy training: one step of one group, all groups on a batch, and the scan over the steps of a segment. Pure functions."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax import rules
 from vffjax.augment import augment, cut_out, normalise
@@ -15,15 +15,42 @@ from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.fence import as_branch
 from vffjax.groups import GroupState, LayerGroup
+from vffjax.hyperparameters import HyperParameters
 from vffjax.labelling import Streams
-from vffjax.plan import EPOCH, Images, Plan, run_key
+from vffjax.optimizers import make_optimizer
+from vffjax.plan import Plan
 from vffjax.rules import Task
+
+
+class Batch(NamedTuple):
+    """What one step takes beside the states; for a segment the same of several steps, each array with one more axis in front."""
+
+    images: UInt8[Array, "*steps batch h w c"]
+    labels: Int[Array, "*steps batch"]
+    ids: Int[Array, "*steps batch"]  # the images' numbers in the training set
+    epoch: Int[Array, "*steps"]  # the number of the epoch, from 0
+    key: PRNGKeyArray  # [*steps], of the step
+    hyper: HyperParameters  # [*steps, groups]
+    features: Float[Array, "*feature"] | None = None  # [*steps, batch, *feature]: what frozen groups make of the images, if kept
+
+
+def abstract_batch(batch: int, image_shape: tuple[int, ...], groups: int, feature: Any = None, steps: tuple[int, ...] = ()) -> Batch:
+    """The shapes of a batch, or of a segment's; `feature` is the abstract kept features of any number of images."""
+
+    def shape(*sides: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((*steps, *sides), dtype)
+
+    hyper = HyperParameters(*(shape(groups, dtype=jnp.float32) for _ in HyperParameters._fields))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    features = None if feature is None else shape(batch, *feature.shape[1:], dtype=feature.dtype)
+    images = shape(batch, *image_shape, dtype=jnp.uint8)
+    return Batch(images, shape(batch), shape(batch), shape(), shape(dtype=key.dtype), hyper, features)
 
 
 def group_step(
     config: Config,
     group: LayerGroup,
-    optimizer: optax.GradientTransformation,
+    hyper: HyperParameters,
     state: GroupState,
     streams: Streams,
     key: PRNGKeyArray,
@@ -31,6 +58,7 @@ def group_step(
 ) -> tuple[GroupState, Streams, dict[str, Array]]:
     """One update of one group on its own loss; its features, detached, are the next group's streams. Pure.
 
+    `hyper` are the group's numbers in this step.
     With `fence`, nothing that takes the result begins before the gradient is done: one group's intermediate maps are alive at a time.
     The metric `finite` says whether the loss is; if `config.on_nonfinite` is skip, whether the whole new state is too. If not, the
     state then stays as it was.
@@ -38,11 +66,11 @@ def group_step(
 
     def differentiate(params: Any, batch_stats: Any, streams: Streams, key: PRNGKeyArray) -> Any:
         gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
-        return gradient(params, config, group, batch_stats, streams, key)
+        return gradient(params, config, group, hyper, batch_stats, streams, key)
 
     differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
     (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, key)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(config, hyper, group.frozen).update(grads, state.opt_state, state.params)
     new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
     if chosen("on_nonfinite", config.on_nonfinite, {"stop": False, "skip": True}):
         finite &= all_finite(new)
@@ -92,9 +120,10 @@ def before(
     return jax.lax.stop_gradient(rows)
 
 
-def augmented(config: Config, task: Task, key: PRNGKeyArray, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-    """Images as the first group takes them in training: flipped, cropped, normalised, cut out."""
-    return cut_out(key, normalised(task, augment(key, images, config)), config.cutout)
+def augmented(config: Config, task: Task, batch: Batch) -> Float[Array, "batch h w c"]:
+    """A batch's images as the first group takes them in training: flipped, cropped, normalised, cut out."""
+    key = jax.random.fold_in(batch.key, 0)
+    return cut_out(key, normalised(task, augment(key, batch.images, batch.ids, batch.epoch, config)), config.cutout)
 
 
 def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
@@ -112,56 +141,40 @@ def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], strea
     return streams._replace(rows=jnp.concatenate([cached.astype(copies.dtype), copies]))
 
 
-def step_streams(
-    plan: Plan,
-    active: int | None,
-    task: Task,
-    states: tuple[GroupState, ...],
-    images: UInt8[Array, "batch h w c"],
-    labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
-) -> Streams:
-    """What a step with this key gives to the first group: the augmented images and their labelled copies.
+def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch) -> Streams:
+    """What a step on this batch gives to the first group: the augmented images and their labelled copies.
 
     The locality probes take their streams from here too, so that they examine the program that trains.
     """
-    x = augmented(plan.config, task, jax.random.fold_in(key, 0), images)
+    x = augmented(plan.config, task, batch)
     # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
-    return rules.make_streams(plan.config, task, jax.random.fold_in(key, 1), x, labels, logits)
+    return rules.make_streams(plan.config, task, jax.random.fold_in(batch.key, 1), x, batch.labels, logits)
 
 
-def group_setting(plan: Plan, group: int, key: PRNGKeyArray) -> tuple[Config, PRNGKeyArray]:
-    """The configuration and the key by which a group trains in the step with this key."""
-    return for_group(plan.config, group), jax.random.fold_in(jax.random.fold_in(key, 2), group)
+def group_setting(plan: Plan, group: int, batch: Batch) -> tuple[Config, HyperParameters, PRNGKeyArray]:
+    """The configuration, the numbers and the key by which a group trains in the step on this batch."""
+    return for_group(plan.config, group), batch.hyper.of(group), jax.random.fold_in(jax.random.fold_in(batch.key, 2), group)
 
 
 def train_step(
-    plan: Plan,
-    active: int | None,
-    task: Task,
-    states: tuple[GroupState, ...],
-    images: UInt8[Array, "batch h w c"],
-    labels: Int[Array, " batch"],
-    key: PRNGKeyArray,
-    features: Float[Array, "batch *feature"] | None = None,
+    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
     """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors, whose
-    output for the clean images may be given as `features`.
+    output for the clean images may be given as `batch.features`.
 
     Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`; and `ensemble_accuracy` of all heads.
     """
-    streams = step_streams(plan, active, task, states, images, labels, key)
-    streams = streams if active is None else behind_frozen(plan, active, states, streams, features)
+    streams = step_streams(plan, active, task, states, batch)
+    streams = streams if active is None else behind_frozen(plan, active, states, streams, batch.features)
     new_states, metrics = list(states), []
     training = range(len(plan.groups)) if active is None else [active]
     for i in training:
-        own, own_key = group_setting(plan, i, key)
-        fence = len(training) > 1
-        new_states[i], streams, m = group_step(own, plan.groups[i], plan.optimizers[i], states[i], streams, own_key, fence)
+        own, hyper, key = group_setting(plan, i, batch)
+        new_states[i], streams, m = group_step(own, plan.groups[i], hyper, states[i], streams, key, fence=len(training) > 1)
         metrics.append(m)
-    log_p = jnp.stack([m.pop("log_p") for m in metrics])
+    labels, log_p = batch.labels, jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
     # Cast, because with JAX_ENABLE_X64 the numbers of classes are of 64 bits.
     out["accuracy"] = jnp.mean(log_p.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
@@ -180,61 +193,15 @@ def clean_log_p(
     return jnp.stack(out)
 
 
-def epoch_order(plan: Plan, labels: Int[Array, " n"], epoch: Int[Array, ""]) -> tuple[PRNGKeyArray, Int[Array, "steps batch"]]:
-    """The epoch's key, drawn from the seed and its number, and the images of each of its steps."""
-    key = jax.random.fold_in(run_key(plan.config, EPOCH), epoch)
-    steps, batch = plan.steps_per_epoch, plan.config.batch_size
-    order = jax.random.permutation(jax.random.fold_in(key, 0), labels.shape[0])
-    return key, order[: steps * batch].reshape(steps, batch)
-
-
-def run_steps(
-    plan: Plan,
-    active: int | None,
-    task: Task,
-    states: tuple[GroupState, ...],
-    data: Images,
-    key: PRNGKeyArray,
-    order: Int[Array, "steps batch"],
-    numbers: Int[Array, " steps"],
-    features: Float[Array, "steps batch *feature"] | None = None,
+def run_segment(
+    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batches: Batch
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """Some steps of an epoch, `numbers` counting from 1; metrics of each. Cached features come from `data`, or step by step as given."""
+    """Some steps of an epoch, one after the other; the metrics of each step.
 
-    def step(states: tuple[GroupState, ...], inputs: tuple[Array, Array, Array | None]) -> Any:
-        rows, number, given = inputs
-        cached = data.features[rows] if data.features is not None else given
-        return train_step(plan, active, task, states, data.images[rows], data.labels[rows], jax.random.fold_in(key, number), cached)
-
-    return jax.lax.scan(step, states, (order, numbers, features))
-
-
-def over_steps(metrics: dict[str, Shaped[Array, "steps *rest"]]) -> dict[str, Shaped[Array, "*rest"]]:
-    """Of each group, the mean of each metric over its `finite` steps; `nonfinite_steps`, how many others there were, and
-    `first_nonfinite`, the first of them from 1, or 0.
-
-    A mean over no step is NaN. `ensemble_accuracy` is taken over the steps in which every group was finite.
+    This is the program that trains: an epoch is a few calls of it (see `epochs`), wherever the batches come from.
     """
-    finite = metrics["finite"]
 
-    def mean(values: Array) -> Array:
-        counted = finite if values.ndim == 2 else finite.all(axis=1)
-        return jnp.where(counted, values, 0).sum(axis=0) / counted.sum(axis=0).astype(values.dtype)
+    def step(states: tuple[GroupState, ...], batch: Batch) -> Any:
+        return train_step(plan, active, task, states, batch)
 
-    means = {name: mean(values) for name, values in metrics.items() if name != "finite"}
-    first = jnp.where(finite.all(axis=0), 0, 1 + jnp.argmin(finite, axis=0))
-    return means | {"nonfinite_steps": (~finite).sum(axis=0), "first_nonfinite": first}
-
-
-def run_epoch(
-    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], data: Images, epoch: Int[Array, ""]
-) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """Every batch of one epoch, in an order drawn from the seed and the epoch's number; metrics as `over_steps`."""
-    key, order = epoch_order(plan, data.labels, epoch)
-    states, metrics = run_steps(plan, active, task, states, data, key, order, jnp.arange(1, plan.steps_per_epoch + 1))
-    return states, over_steps(metrics)
-
-
-def make_epoch(plan: Plan, active: int | None = None) -> jax.stages.Wrapped:
-    """`run_epoch(task, states, data, epoch)` jitted; `states` are donated: the caller's are gone afterwards."""
-    return jax.jit(functools.partial(run_epoch, plan, active), donate_argnums=1)
+    return jax.lax.scan(step, states, batches)

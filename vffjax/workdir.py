@@ -78,8 +78,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def sound_epochs(checkpoints: Checkpoints, config: Config) -> dict[int, SavedEpoch]:
-    """The saved epochs with no fault, by number; the newest is where the run goes on. Others are set aside. Each file is read once.
+def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, SavedEpoch], SavedEpoch | None]:
+    """The saved epochs with no fault, by number, and where the run goes on: inside of an epoch, or at the newest of them, or None.
+
+    Epochs with a fault are set aside. Each file is read once.
 
     stderr says what was found damaged, incomplete or missing. Raises `UserError` if there are saved epochs and all have a fault, or if the
     best has, or is gone, and nothing that the run will train can take its place.
@@ -105,7 +107,21 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> dict[int, SavedEpo
         notice(lost[epoch])
     if lost:
         notice(f"going on from epoch {newest}")
-    return sound
+    elif (inside := _sound_inside(checkpoints, config, newest)) is not None:
+        check_best(checkpoints, inside.run, sound)
+        return sound, inside
+    return sound, sound.get(newest)
+
+
+def _sound_inside(checkpoints: Checkpoints, config: Config, newest: int) -> SavedEpoch | None:
+    """The newest save inside of an epoch that is further than epoch `newest`, and has no fault; None if there is none."""
+    for number in reversed(checkpoints.inside.epochs()):
+        saved = checkpoints.inside.opened(number)
+        if fault := saved.fault(config):
+            notice(f"{fault.problem}; it was saved inside of an epoch, which is trained again from its start")
+        elif saved.run["epoch"] >= newest:
+            return saved
+    return None
 
 
 def check_best(

@@ -1,0 +1,67 @@
+"""The numbers by which groups train, as arrays that a compiled program takes: other values of them compile nothing."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from vffjax.config import Config, for_group
+
+
+class HyperParameters(NamedTuple):
+    """One value of each for every step and group, `[steps, groups]`; inside of a step `[groups]`, and for one group a scalar. float32.
+
+    The names are those of the configuration's keys, which say what each number means. A new field here is a new key in
+    `config.ARGUMENTS`.
+    """
+
+    learning_rate: Float[Array, "*steps groups"]
+    weight_decay: Float[Array, "*steps groups"]
+    momentum: Float[Array, "*steps groups"]
+    clip_norm: Float[Array, "*steps groups"]
+    temperature: Float[Array, "*steps groups"]
+    margin: Float[Array, "*steps groups"]
+    head_weight: Float[Array, "*steps groups"]
+    label_smoothing: Float[Array, "*steps groups"]
+    goodness_threshold: Float[Array, "*steps groups"]
+    peer_normalisation: Float[Array, "*steps groups"]
+
+    def of(self, group: int) -> "HyperParameters":
+        """Those of one group."""
+        return HyperParameters(*(values[..., group] for values in self))
+
+
+def in_epoch(config: Config, groups: int, steps_per_epoch: int, epoch: int) -> HyperParameters:
+    """The numbers of each step of one epoch.
+
+    Args:
+        config: the run's configuration; overrides and the decay of the rate by group are applied here.
+        groups: how many groups the network has.
+        steps_per_epoch: steps.
+        epoch: the number of the epoch from 0, counted within a stage of the sequential schedule.
+    """
+    steps = epoch * steps_per_epoch + np.arange(steps_per_epoch)
+    settings = [for_group(config, i, groups - 1 - i) for i in range(groups)]
+    varying = {"learning_rate": np.stack([learning_rate(own, steps_per_epoch, steps) for own in settings], axis=1)}
+    constant = {key: np.tile([getattr(own, key) for own in settings], (steps_per_epoch, 1)) for key in HyperParameters._fields}
+    found: Any = {key: np.asarray(values, np.float32) for key, values in (constant | varying).items()}
+    return HyperParameters(**found)
+
+
+def at_peak(config: Config, groups: int) -> HyperParameters:
+    """The numbers of one step, `[groups]`, in which every group has its full learning rate: for what looks at one step alone."""
+    settings = [for_group(config, i, groups - 1 - i) for i in range(groups)]
+    found: Any = (np.array([getattr(own, key) for own in settings], np.float32) for key in HyperParameters._fields)
+    return HyperParameters(*found)
+
+
+def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
+    """The learning rate in each of the `steps`, counted from 0 over the run: linear warm-up from 0, then a cosine that ends at 0.
+
+    The cosine is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts. A warm-up that fills the whole run leaves
+    one step for the decay.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    decayed = 0.5 * (1 + np.cos(np.pi * np.clip((steps - warmup) / (total - warmup), 0, 1)))
+    return config.learning_rate * np.where(steps < warmup, steps / max(warmup, 1), decayed)
