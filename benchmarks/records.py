@@ -1,0 +1,131 @@
+"""The ledger: `results/NAME.json`, one small file for each run that counts, from which all tables are made.
+
+A record holds the configuration, the errors (percent), the curves by epoch, what trained it (commit, versions, device) and what it took.
+"""
+
+import json
+import pathlib
+import re
+import statistics
+from typing import Any, NamedTuple
+
+import jax
+from rates import training_flops
+
+from vffjax.config import Config
+from vffjax.data import SIZES
+from vffjax.errors import UserError
+from vffjax.logbook import read_json, read_metrics, write_json
+from vffjax.plan import Plan, init_states
+
+FORMAT = 1
+CURVES = ("val_error", "train_accuracy", "loss", "seconds")
+_FROM_SUMMARY = ("test_error", "test_error_per_group", "val_error", "voting", "best_epoch", "epochs", "seed")
+_ORIGIN = ("commit", "versions", "device", "cores", "flags", "data_sha256", "seconds", "images_per_second", "compile_seconds", "peak_bytes")
+
+
+class Row(NamedTuple):
+    """Mean and sample standard deviation (None for one run) of a figure over the seeds of a name."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.sd is None else f" ± {self.sd:.2f}")
+
+
+def record(name: str, config_name: str, changes: dict[str, Any], plan: Plan, workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
+    """The record of a finished run: what its workdir holds, and what can be counted from its plan.
+
+    Args:
+        name: of the run, without the folder and `.json`.
+        config_name, changes: the configuration file, and the keys that differ from it.
+        plan, workdir: of the run.
+        quiet: whether its seconds can be trusted.
+    """
+    summary, history = read_json(workdir / "summary.json"), read_metrics(workdir)
+    return {
+        "format": FORMAT,
+        "name": name,
+        "config_name": config_name,
+        "changes": changes,
+        **{key: summary[key] for key in _FROM_SUMMARY},
+        "model_flop": model_flop(plan),
+        "parameters": parameters(plan),
+        "quiet": quiet,
+        **{key: summary[key] for key in _ORIGIN},
+        # Where a machine keeps its files is nobody's business, and changes no result.
+        "flags": {key: value for key, value in summary["flags"].items() if not key.endswith("_DIR")},
+        "earlier_origins": len(summary["earlier_origins"]),
+        "curves": {key: [_short(line.get(key)) for line in history] for key in CURVES},
+        "config": plan.config.to_dict() | {"data_dir": ""},
+    }
+
+
+def failed(name: str, config_name: str, changes: dict[str, Any], config: Config, problem: str) -> dict[str, Any]:
+    """The record of a run that could not be finished, such as one that diverged: a trial that was lost counts as well."""
+    about = {"format": FORMAT, "name": name, "config_name": config_name, "changes": changes, "problem": problem, "seed": config.seed}
+    return about | {"config": config.to_dict() | {"data_dir": ""}}
+
+
+def model_flop(plan: Plan) -> int | None:
+    """Floating-point operations of the whole training as `rates` counts them; None for what it does not count."""
+    sizes = SIZES[plan.config.dataset]
+    try:
+        return training_flops(plan.config, sizes.image_shape, sizes.classes) * plan.steps_per_epoch * plan.config.epochs
+    except UserError:
+        return None
+
+
+def parameters(plan: Plan) -> dict[str, int]:
+    """How many numbers the layers have, and the heads."""
+    trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, SIZES[plan.config.dataset].image_shape))]
+    count = {"layers": 0, "heads": 0}
+    for tree in trees:
+        for part, leaves in tree.items():
+            count["heads" if part == "head" else "layers"] += sum(leaf.size for leaf in jax.tree.leaves(leaves))
+    return count
+
+
+def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
+    """Writes a record as `folder/NAME.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{found['name']}.json", found)
+
+
+def read_all(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The records of a folder by name. Raises `UserError` for a file that is none, or of another format."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            one = read_json(path)
+            known = one["format"] == FORMAT and one["name"] == path.stem
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a record of a run ({type(error).__name__}: {error}); move it out of {folder}") from None
+        if not known:
+            raise UserError(f"{path}: a record of format {one['format']} named {one['name']!r}, and this reads format {FORMAT}; rename it")
+        found[path.stem] = one
+    return found
+
+
+def seeds_of(found: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The records of all seeds of a name, `NAME-s0` and so on, in the order of the seeds."""
+    own = [one for key, one in found.items() if re.fullmatch(re.escape(name) + r"-s\d+", key)]
+    return sorted(own, key=lambda one: one["seed"])
+
+
+def over_seeds(found: dict[str, dict[str, Any]], name: str, key: str) -> Row:
+    """A figure of the seeds of a name. Raises `UserError` if there is none, or if a seed lacks it."""
+    own = seeds_of(found, name)
+    if not own:
+        raise UserError(f"results: no record is named {name}-sSEED; correct the name, or train it")
+    values = [one.get(key) for one in own]
+    if not all(isinstance(value, (int, float)) for value in values):
+        raise UserError(f"results: {name} has no {key} for each of its seeds ({json.dumps(values)}); leave it out, or say so in words")
+    numbers = [float(value) for value in values if value is not None]
+    return Row(statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value

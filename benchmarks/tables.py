@@ -1,0 +1,137 @@
+"""Makes the tables of the documentation from the ledger, and checks that every quoted figure agrees with it.
+
+    python benchmarks/tables.py [--results results] [--write] [FILE ...]
+
+Without --write nothing is changed: status 1, and a line for each table and figure that differs from the ledger. FILE defaults to README.md,
+docs/*.md and configs/*.py. In Markdown, a table stands between two comments, of which the first says what it shows:
+
+    <!-- ledger: NAME, NAME columns: test_error, val_error, model_flop -->
+    <!-- end of ledger -->
+
+It has a row for each NAME, and mean ± standard deviation over its seeds (`results/NAME-s0.json` and so on). `NAME*` stands for all names
+that begin so. Anywhere, also in a configuration, a figure that names its source is checked:
+
+    28.3 ± 0.8 % (n = 3, results/NAME)              the test error
+    0.84 % (n = 1, results/NAME, val_error)         any other figure of the ledger
+"""
+
+import argparse
+import fnmatch
+import pathlib
+import re
+import sys
+from typing import Any
+
+import records
+
+from vffjax.errors import UserError
+from vffjax.logbook import replace_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_TABLE = re.compile(r"(<!-- ledger: (?P<names>[^>]*?) columns: (?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end of ledger -->)", re.DOTALL)
+_FIGURE = re.compile(
+    r"(?P<mean>\d+(?:\.\d+)?)(?:\s*±\s*(?P<sd>\d+(?:\.\d+)?))?\s*%\s*"
+    r"\(n = (?P<n>\d+),\s+results/(?P<name>[a-z0-9._-]+)(?:,\s+(?P<key>\w+))?\)"
+)
+_TITLES = {
+    "test_error": "test error %",
+    "val_error": "validation error %",
+    "n": "n",
+    "seeds": "seeds",
+    "changes": "differs by",
+    "parameters": "parameters of layers + heads",
+    "model_flop": "model FLOP of training",
+    "seconds": "training seconds",
+}
+
+
+def names_of(found: dict[str, dict[str, Any]], pattern: str) -> list[str]:
+    """The names, without their seeds, that a table's pattern stands for."""
+    every = sorted({re.sub(r"-s\d+$", "", name) for name in found})
+    matching = fnmatch.filter(every, pattern)
+    if not matching:
+        raise UserError(f"results: no record fits {pattern}; correct the table, or train it")
+    return matching
+
+
+def table(found: dict[str, dict[str, Any]], names: list[str], columns: list[str]) -> str:
+    """A Markdown table with a row for each name."""
+    for column in columns:
+        if column not in _TITLES:
+            raise UserError(f"columns: {column}: not known; choose from {', '.join(_TITLES)}")
+    lines = ["| run | " + " | ".join(_TITLES[column] for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(_cell(found, name, column) for column in columns) + " |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: dict[str, dict[str, Any]], name: str, column: str) -> str:
+    own = records.seeds_of(found, name)
+    lost = [one for one in own if "problem" in one]
+    if column == "n":
+        return str(len(own)) + (f", {len(lost)} lost" if lost else "")
+    if column == "seeds":
+        return ", ".join(str(one["seed"]) for one in own)
+    if column == "changes":
+        return ", ".join(f"{key}={value}" for key, value in own[0]["changes"].items()) or "nothing"
+    if lost:
+        return "lost: " + lost[0]["problem"].partition(";")[0] if column == "test_error" else ""
+    if column == "parameters":
+        return f"{own[0]['parameters']['layers']:,} + {own[0]['parameters']['heads']:,}"
+    if column == "model_flop":
+        return "not counted" if own[0]["model_flop"] is None else f"{own[0]['model_flop']:.2e}"
+    if column == "seconds":
+        trusted = all(one["quiet"] for one in own)
+        return f"{records.over_seeds(found, name, 'seconds').mean:,.0f}" if trusted else "(busy machine)"
+    return str(records.over_seeds(found, name, column))
+
+
+def differences(found: dict[str, dict[str, Any]], text: str, where: str) -> list[str]:
+    """What a text quotes otherwise than the ledger has it, a line each."""
+    wrong = []
+    for match in _TABLE.finditer(text):
+        if match["body"] != _made(found, match):
+            line = text[: match.start()].count("\n") + 1
+            wrong.append(f"{where}:{line}: the table of {match['names']} differs from the ledger; run benchmarks/tables.py --write")
+    for match in _FIGURE.finditer(text):
+        row = records.over_seeds(found, match["name"], match["key"] or "test_error")
+        digits = len(match["mean"].partition(".")[2])
+        sd = None if row.sd is None else f"{row.sd:.{digits}f}"
+        if (match["mean"], match["sd"], int(match["n"])) != (f"{row.mean:.{digits}f}", sd, row.n):
+            line = text[: match.start()].count("\n") + 1
+            shown = f"{row.mean:.{digits}f}" + (f" ± {sd}" if sd else "")
+            wrong.append(f"{where}:{line}: {' '.join(match[0].split())}: the ledger has {shown} % (n = {row.n})")
+    return wrong
+
+
+def _made(found: dict[str, dict[str, Any]], match: re.Match[str]) -> str:
+    patterns, columns = ([part.strip() for part in match[group].split(",")] for group in ("names", "columns"))
+    names = [name for pattern in patterns for name in names_of(found, pattern)]
+    return table(found, list(dict.fromkeys(names)), columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results")
+    parser.add_argument("--write", action="store_true", help="make the tables anew")
+    a = parser.parse_args()
+    files = a.files or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
+    try:
+        found, wrong = records.read_all(a.results), []
+        for path in files:
+            text = path.read_text()
+            if a.write:
+                made = _TABLE.sub(lambda match: match[1] + _made(found, match) + match[5], text)
+                if made != text:
+                    replace_file(path, made.encode())
+                text = made
+            wrong += differences(found, text, path.name)
+    except (UserError, OSError) as error:
+        print(f"tables: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("\n".join(wrong) or f"{len(files)} files agree with {len(found)} records")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
