@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-import runs
 
+import runs
 from vffjax import data as data_module
 from vffjax import experiment, feature_cache
 from vffjax.checkpoint import Checkpoints

@@ -11,8 +11,8 @@ import oracles
 import pytest
 from command_lines import ROOT
 from oracles import CONV, MLP, config_of, differs, quick_jit, small_run
-from runs import train
 
+from runs import train
 from vffjax import locality
 from vffjax.config import for_group, make_config
 from vffjax.errors import UserError

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+
 import runs
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -31,7 +31,7 @@ def test_the_version_of_a_checkout_that_is_not_installed(call, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(cli.importlib.metadata, "version", missing)
-    assert call("version") == (0, "vffjax 0.1.0\n", "")
+    assert call("version") == (0, "vffjax 0.2.0\n", "")
 
 
 def test_version_takes_no_arguments(fails):

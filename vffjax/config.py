@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from vffjax import file_kinds
+from vffjax import file_kinds, versions
 from vffjax.architectures import PUBLISHED, RESNET, STEMS
 from vffjax.errors import UserError, bad_key, printable
 
@@ -294,12 +294,23 @@ def for_group(config: Config, group: int, later: int = 0) -> Config:
     return dataclasses.replace(config, **{"learning_rate": rate, **config.overrides.get(f"group{group}", {})})
 
 
+def to_json(config: Config) -> dict[str, Any]:
+    """What `config.json` holds: all keys, and under `vffjax` the version that wrote it."""
+    return {"vffjax": versions.own()} | config.to_dict()
+
+
 def from_json(plain: Mapping[str, Any], path: str) -> Config:
-    """The configuration of a finished workdir, from its `config.json`."""
+    """The configuration of a workdir, from its `config.json` or its checkpoints.
+
+    One that an older version wrote lacks keys that came later, and these have their defaults: the default of a new key has to be what
+    older versions did. Raises `UserError` that names both versions if another one wrote what this one cannot read.
+    """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "vffjax"}
     try:
-        return make_config({k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+        return make_config(values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        by, own = printable(str(plain.get("vffjax", "another version")), 40), versions.own()
+        raise UserError(f"{path}: {error}" + (f" (written by vffjax {by}; this is {own})" if by != own else "")) from None
 
 
 def of_program(config: Config) -> Config:
