@@ -3,10 +3,12 @@
     python tests/faults/kill.py --trials 50 --seed 0 --out kill.json
 
 Trials take turns over `SCHEDULES` and over where the signal falls: at any time of the run's life (start and compilation included), while a
-checkpoint is being written, within milliseconds of an epoch's line, and around the change from one group to the next. Every trial is killed
-one to three times, all but the last before it has finished; then the command runs to its end. Compared are the summary, every line of
-metrics.jsonl and every array of every saved epoch; not times. Exit status 1 if any trial differs. With --sigterm the signal is SIGTERM, and
-a run that gets it while it trains must end by itself with status 143, having saved.
+checkpoint is being written, within milliseconds of an epoch's line, around the change from one group to the next, and, every other trial,
+inside of an epoch. Every trial is killed one to three times, all but the last before it has finished; then the command runs to its end.
+Compared are the summary, every line of metrics.jsonl and every array of every saved epoch; not times. Exit status 1 if any trial differs.
+
+With --signal SIGTERM a run that gets it while it trains must end by itself with status 143, having saved. With --signal SIGINT it must end
+with status 130 within `MOST_SECONDS`, whatever it is doing.
 """
 
 import argparse
@@ -30,7 +32,15 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "sequential": SEQUENTIAL | {"checkpoint_every": 1},
     "sequential, cached": SEQUENTIAL | {"checkpoint_every": 2, "feature_cache": "host"},
 }
+# Epochs of about a second, saved inside now and then, for signals that fall inside of them.
+_LONG = {"train_examples": 1_300, "batch_size": 8, "segment_steps": 5, "checkpoint_seconds": 0.3}
+LONG: dict[str, dict[str, Any]] = {
+    "joint, long epochs": _LONG | {"epochs": 4, "checkpoint_every": 3, "flip": True, "alternating_flip": True},
+    "sequential, long epochs": _LONG | {"epochs": 2, "schedule": "sequential", "feature_cache": "device"},
+}
 INSTANTS = ("any time", "in a save", "at a line", "between groups")
+INSIDE = "inside an epoch"
+MOST_SECONDS = 5.0
 
 
 class Run:
@@ -57,6 +67,9 @@ class Run:
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         return any("tmp" in name or (name.isdigit() and f"{name}.sha256.json" not in names) for name in names)
 
+    def inside(self) -> bool:
+        return (self.workdir / "checkpoints" / "inside").is_dir()
+
     def alive(self) -> bool:
         return self.process.poll() is None
 
@@ -67,7 +80,12 @@ class Run:
 def wait_for(run: Run, instant: str, life: float, draw: random.Random) -> str:
     """Returns at the instant, or when the process has ended; says where the run was. `life`: seconds that an undisturbed process takes."""
     before, total = run.lines(), run.total
-    if instant == "any time":
+    if instant == INSIDE:
+        line = draw.randint(before, max(before, total - 1))
+        while run.alive() and (run.lines() < line or not run.inside()):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.5))
+    elif instant == "any time":
         until = run.began + draw.uniform(0, life)
         while run.alive() and time.monotonic() < until:
             time.sleep(0.001)
@@ -81,7 +99,7 @@ def wait_for(run: Run, instant: str, life: float, draw: random.Random) -> str:
             while run.alive() and not run.saving() and run.lines() < total:
                 pass
         time.sleep(draw.choice([0.0, 0.002, 0.01, 0.05, 0.2]) * draw.random())
-    return f"{run.lines()} lines{', saving' if run.saving() else ''}"
+    return f"{run.lines()} lines{', saving' if run.saving() else ''}{', inside' if run.inside() else ''}"
 
 
 def disturb(
@@ -93,7 +111,9 @@ def disturb(
         run = Run(changes, workdir, environment)
         where = wait_for(run, instant, life, draw)
         run.process.send_signal(how)
-        signals.append({"at": round(time.monotonic() - run.began, 3), "where": where, "status": run.end()})
+        sent = time.monotonic()
+        signals.append({"at": round(sent - run.began, 3), "where": where, "status": run.end()})
+        signals[-1]["seconds"] = round(time.monotonic() - sent, 2)
         if signals[-1]["status"] == 0:  # it was quicker
             break
     return {"instant": instant, "signals": signals, "status": Run(changes, workdir, environment).end()}
@@ -114,8 +134,10 @@ def judge(trial: dict[str, Any], reference: pathlib.Path, workdir: pathlib.Path,
     if stray:
         wrong.append(f"checkpoints: left behind {stray}")
     # By default SIGTERM ends a process that does not train yet or no more.
-    ends = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, -15, 0}}[signal.Signals(how)]
+    ends = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, -15, 0}, signal.SIGINT: {130, 0}}[signal.Signals(how)]
     wrong += [f"a signalled process ended with status {s['status']}" for s in trial["signals"] if s["status"] not in ends]
+    slow = [s["seconds"] for s in trial["signals"] if s["status"] == 130 and s["seconds"] > MOST_SECONDS]
+    wrong += [f"Ctrl-C was answered after {seconds} s" for seconds in slow]
     return wrong
 
 
@@ -123,13 +145,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sigterm", action="store_true", help="SIGTERM instead of SIGKILL")
-    parser.add_argument("--schedules", default="", help="comma-separated numbers of SCHEDULES; default: all")
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM", "SIGINT"), default="SIGKILL")
+    parser.add_argument("--schedules", default="", help="comma-separated numbers of SCHEDULES and LONG; default: all")
+    parser.add_argument("--compile", action="store_true", help="share no compiled programs, so that signals fall into the compiler too")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.json")
     a = parser.parse_args()
-    how = signal.SIGTERM if a.sigterm else signal.SIGKILL
+    how = signal.Signals[a.signal]
     draw, trials, failures = random.Random(a.seed), [], 0
-    names = list(SCHEDULES)
+    every = SCHEDULES | LONG
+    names = list(every)
     chosen = [names[int(i)] for i in a.schedules.split(",")] if a.schedules else names
     with tempfile.TemporaryDirectory(prefix="vffjax-kill-") as scratch:
         folder = pathlib.Path(scratch)
@@ -140,29 +164,40 @@ def main() -> None:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+        # A run that is interrupted while it compiles has to compile in each trial.
+        cache = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"}
+        apart = {key: value for key, value in environment.items() if not a.compile or key not in cache}
         life = {}
         for i, schedule in enumerate(chosen):
             for name in (f"reference{i}", f"again{i}"):
-                run = Run(SMALL | SCHEDULES[schedule], folder / name, environment)
+                run = Run(SMALL | every[schedule], folder / name, environment)
                 if run.end():
                     sys.exit(f"the undisturbed run failed: {(folder / name).with_suffix('.log').read_text()}")
             # The second found its programs compiled, as the trials do; and two undisturbed processes must agree.
             life[schedule] = time.monotonic() - run.began
             if wrong := judge({"status": 0, "signals": []}, folder / f"reference{i}", folder / f"again{i}", how):
                 sys.exit(f"two undisturbed runs differ: {wrong}")
+        short, long = ([name for name in chosen if name in kind] for kind in (SCHEDULES, LONG))
         for number in range(a.trials):
-            schedule, instant = chosen[number % len(chosen)], INSTANTS[number // len(chosen) % len(INSTANTS)]
+            turn = number // 2
+            if (number % 2 and long) or not short:
+                schedule, instant = long[turn % len(long)], INSIDE
+            else:
+                schedule, instant = short[turn % len(short)], INSTANTS[turn // len(short) % len(INSTANTS)]
             workdir = folder / f"trial{number}"
-            changes = SMALL | SCHEDULES[schedule]
-            trial = {"schedule": schedule} | disturb(changes, instant, workdir, environment, life[schedule], draw, how)
+            changes = SMALL | every[schedule]
+            trial = {"schedule": schedule} | disturb(changes, instant, workdir, apart, life[schedule], draw, how)
             trial["wrong"] = judge(trial, folder / f"reference{chosen.index(schedule)}", workdir, how)
             failures += bool(trial["wrong"])
             trials.append(trial)
             print(f"{number + 1}/{a.trials}  {schedule}; {instant}; {trial['signals']}  {trial['wrong'] or 'equal'}", flush=True)
     caught = sum(s["status"] != 0 for trial in trials for s in trial["signals"])
+    inside = sum("inside" in s["where"] for trial in trials for s in trial["signals"])
+    slowest = max((s["seconds"] for trial in trials for s in trial["signals"]), default=0.0)
     saving = sum("saving" in s["where"] for trial in trials for s in trial["signals"])
     print(
-        f"{a.trials - failures} of {a.trials} trials ended equal; {caught} processes were ended by {how.name}, {saving} of them in a save"
+        f"{a.trials - failures} of {a.trials} trials ended equal; {caught} processes were ended by {how.name}, {saving} of them in a save, "
+        f"{inside} inside of an epoch that had been saved; the slowest took {slowest} s"
     )
     if a.out:
         a.out.write_text(json.dumps({"seed": a.seed, "signal": how.name, "trials": trials}, indent=2) + "\n")
