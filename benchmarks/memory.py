@@ -1,6 +1,6 @@
 """The memory ledger in full: what one training step takes, VFF beside back-propagation, by depth, batch and device.
 
-    python benchmarks/memory.py --config configs/cifar10.py --out FILE.json [--config.KEY=VALUE ...] [--quick]
+    python benchmarks/memory.py --config configs/cifar10.py:yardstick --out FILE.json [--config.KEY=VALUE ...] [--quick]
                                 [--depths 2,4,8,16] [--batches 128,512]
 
 Methods: `bp` back-propagation on the same network; `bp checkpointed` the same, keeping the inputs of segments of about sqrt(depth)

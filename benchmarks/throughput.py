@@ -1,6 +1,6 @@
 """Training images per second: every rule of `vffjax`, and PyTorch on the same network, in one run on one machine.
 
-    python benchmarks/throughput.py --config configs/cifar10.py[:VARIANT] --out FILE.json [--config.KEY=VALUE ...] [--quick]
+    python benchmarks/throughput.py --config configs/cifar10.py:yardstick --out FILE.json [--config.KEY=VALUE ...] [--quick]
                                     [--only NAME,NAME] [--steps N] [--repeats N]
 
 Contenders of `vffjax`, each as the scanned epoch: `vff` as configured, `vff-triplet` with a right and a wrong copy of each image, `head`

@@ -1,7 +1,7 @@
 """Compiles a configuration's training for a TPU that is not there, and reads what the compiler says of it.
 
     pip install -e ".[tpu-compiler]"
-    JAX_PLATFORMS=cpu python benchmarks/tpu_compile.py --config configs/cifar10.py [--config.KEY=VALUE ...] [--out FILE.json]
+    JAX_PLATFORMS=cpu python benchmarks/tpu_compile.py --config configs/cifar10.py:yardstick [--config.KEY=VALUE ...] [--out FILE.json]
 
 libtpu is Google's own TPU compiler; given a topology it makes a real executable without the device, the same on every machine. No
 data set is read: only its sizes matter. Memory is that of a segment, of which an epoch calls several; flops, bytes and the compiler's own
