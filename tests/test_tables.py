@@ -1,0 +1,98 @@
+"""Tables made from the ledger, and figures in the documentation that have to agree with it."""
+
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import records  # noqa: E402
+import tables  # noqa: E402
+
+from vffjax.errors import UserError  # noqa: E402
+
+ERRORS = {"vff": [28.0, 29.0, 30.0], "bp": [26.512]}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """A folder with records of three seeds of one name, one of another, and one that was lost."""
+    folder = tmp_path / "results"
+    for name, errors in ERRORS.items():
+        for seed, error in enumerate(errors):
+            about = {"test_error": error, "val_error": error + 1, "model_flop": 2_500_000, "parameters": {"layers": 1_234, "heads": 56}}
+            about |= {"quiet": name == "bp", "seconds": 100.0 + seed, "changes": {"learning_rate": 0.01}}
+            records.write(folder, {"format": 1, "name": f"{name}-s{seed}", "seed": seed} | about)
+    records.write(folder, {"format": 1, "name": "lost-s0", "seed": 0, "changes": {}, "problem": "epoch 1: not finite; lower it"})
+    return folder
+
+
+def test_a_table_has_mean_and_deviation_over_the_seeds(ledger):
+    columns = ["test_error", "val_error", "n", "seeds", "changes", "parameters", "model_flop", "seconds"]
+    lines = tables.table(records.read_all(ledger), ["vff", "bp", "lost"], columns).splitlines()
+    assert lines[2] == "| vff | 29.00 ± 1.00 | 30.00 ± 1.00 | 3 | 0, 1, 2 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | (busy machine) |"
+    assert lines[3] == "| bp | 26.51 | 27.51 | 1 | 0 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | 100 |"
+    assert lines[4] == "| lost | lost: epoch 1: not finite |  | 1, 1 lost | 0 | nothing |  |  |  |"
+    assert all(line.count("|") == len(columns) + 2 for line in lines)
+
+
+TEXT = """<!-- ledger: v*, bp columns: test_error, n -->
+<!-- end of ledger -->
+It errs by 29.0 ± 1.0 % (n = 3, results/vff), BP by 26.5 % (n = 1,
+results/bp), and 27.51 % (n = 1, results/bp, val_error). No source: 1.0 % (n = 3).
+"""
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    return ended.value.code, capsys.readouterr()
+
+
+def test_tables_are_written_and_then_agree(ledger, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "doc.md"
+    path.write_text(TEXT)
+    status, shown = run(monkeypatch, capsys, "--results", ledger, path)
+    assert (status, path.read_text()) == (1, TEXT)
+    assert shown.out.strip() == "doc.md:1: the table of v*, bp differs from the ledger; run benchmarks/tables.py --write"
+    assert run(monkeypatch, capsys, "--results", ledger, "--write", path)[0] == 0
+    assert "| vff | 29.00 ± 1.00 | 3 |\n| bp | 26.51 | 1 |\n<!-- end of ledger -->" in path.read_text()
+    assert run(monkeypatch, capsys, "--results", ledger, path)[0] == 0
+
+
+WRONG = {
+    "the mean": ("29.0 ± 1.0 % (n = 3", "28.9 ± 1.0 % (n = 3"),
+    "the deviation": ("29.0 ± 1.0 % (n = 3", "29.0 ± 0.9 % (n = 3"),
+    "a deviation that is left out": ("29.0 ± 1.0 % (n = 3", "29.0 % (n = 3"),
+    "the number of seeds": ("29.0 ± 1.0 % (n = 3", "29.0 ± 1.0 % (n = 5"),
+    "a figure across two lines": ("26.5 % (n = 1,\n", "26.4 % (n = 1,\n"),
+    "another column": ("27.51 %", "26.51 %"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_figure_that_differs_from_the_ledger_is_found(name, ledger):
+    right, wrong = WRONG[name]
+    assert right in TEXT
+    found = records.read_all(ledger)
+    text = TEXT.replace("<!-- end", tables.table(found, ["vff", "bp"], ["test_error", "n"]) + "<!-- end")
+    assert tables.differences(found, text, "doc.md") == []
+    (line,) = tables.differences(found, text.replace(right, wrong), "doc.md")
+    assert line.startswith("doc.md:") and "the ledger has" in line
+
+
+def test_what_the_ledger_does_not_have_is_an_error(ledger, tmp_path, monkeypatch, capsys):
+    for text in ("1.0 % (n = 1, results/nothing)", "1.0 % (n = 1, results/lost)", "<!-- ledger: x* columns: n -->\n<!-- end of ledger -->"):
+        (tmp_path / "doc.md").write_text(text)
+        status, shown = run(monkeypatch, capsys, "--results", ledger, tmp_path / "doc.md")
+        assert status == 2
+        assert shown.err.startswith("tables: error: results: ") and shown.err.count("\n") == 1
+    with pytest.raises(UserError, match="columns: x: not known"):
+        tables.table(records.read_all(ledger), ["bp"], ["x"])
+
+
+def test_the_documentation_agrees_with_the_committed_ledger(monkeypatch, capsys):
+    status, shown = run(monkeypatch, capsys)
+    assert status == 0, shown.out + shown.err

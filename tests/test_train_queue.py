@@ -1,0 +1,183 @@
+"""The queue of training runs: its list, its ledger, and that it goes on where it was stopped."""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from unittest import mock
+
+import pytest
+from runs import TINY, compiled_once
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+import records
+import train_queue
+
+from vffjax import experiment
+from vffjax.errors import UserError
+from vffjax.logbook import Logbook
+from vffjax.termination import Terminated, interruptible
+
+DIGITS = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits.py")
+SET = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY.items() if key != "dataset"}
+
+
+def write_list(path, *runs, **common):
+    """A list in TOML; values are JSON, which TOML reads but for its objects and truth values."""
+
+    def inline(value):
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {inline(inner)}" for key, inner in value.items()) + "}"
+        return json.dumps(value)
+
+    tables = [("[common]", common)] if common else []
+    tables += [("[[run]]", run) for run in runs]
+    path.write_text("\n".join("\n".join([head, *(f"{key} = {inline(value)}" for key, value in body.items())]) for head, body in tables))
+    return path
+
+
+def work(path, folder):
+    with compiled_once(), mock.patch.object(experiment, "conclude", wraps=experiment.conclude):
+        train_queue.work(path, folder / "runs", folder / "results", False)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The records of a list of two names, one of which diverges, and the folder they lie in."""
+    folder = tmp_path_factory.mktemp("queue")
+    lost = {"rule": "head", "norm": "none", "optimizer": "sgd", "learning_rate": 1e6, "weight_decay": 1e6}
+    path = write_list(
+        folder / "list.toml",
+        {"name": "tiny", "seeds": [0, 3]},
+        {"name": "lost", "set": lost},
+        config=DIGITS,
+        set=SET | {"network": "mlp"},
+    )
+    work(path, folder)
+    return folder, path, records.read_all(folder / "results")
+
+
+def test_each_seed_has_a_record_of_what_its_run_found(done):
+    folder, _, found = done
+    assert set(found) == {"tiny-s0", "tiny-s3", "lost-s0"}
+    for seed in (0, 3):
+        one = found[f"tiny-s{seed}"]
+        summary = json.loads((folder / "runs" / f"tiny-s{seed}" / "summary.json").read_text())
+        same = ("test_error", "test_error_per_group", "val_error", "best_epoch", "seed", "commit", "device", "data_sha256")
+        assert {key: one[key] for key in same} == {key: summary[key] for key in same}
+        assert one["seed"] == one["config"]["seed"] == seed
+        assert (one["quiet"], one["config_name"], one["config"]["data_dir"]) == (False, DIGITS, "")
+        lines = [json.loads(line) for line in (folder / "runs" / f"tiny-s{seed}" / "metrics.jsonl").read_text().splitlines()]
+        assert one["curves"]["val_error"] == pytest.approx([line["val_error"] for line in lines], rel=1e-4)
+        assert len(one["curves"]["loss"]) == 3
+    assert found["tiny-s0"]["test_error"] != found["tiny-s3"]["test_error"]
+    assert max((folder / "results" / f"{name}.json").stat().st_size for name in found) < 6_000
+
+
+def test_parameters_and_arithmetic_are_those_of_the_network(done):
+    """64 inputs, layers of 16 and 12 with a scale and a bias for each unit, two heads of 10 classes; 11 steps of 32 + 20 rows."""
+    one = done[2]["tiny-s0"]
+    assert one["parameters"] == {"layers": 64 * 16 + 2 * 16 + 16 * 12 + 2 * 12, "heads": 17 * 10 + 13 * 10}
+    rows, layers, heads = 32 + 2 * 10, 64 * 16 + 16 * 12, 16 * 10 + 12 * 10
+    # Forward and kernel gradient of each layer; there is no input gradient of a group's first layer. head_weight is 0: heads only read.
+    assert one["model_flop"] == 2 * (rows * 2 * layers + 32 * 2 * heads) * 11 * 3
+
+
+def test_a_run_that_diverges_is_recorded_as_lost(done):
+    one = done[2]["lost-s0"]
+    assert "is not finite" in one["problem"] and "test_error" not in one
+    assert one["changes"]["learning_rate"] == 1e6
+
+
+def test_runs_that_have_a_record_are_passed_over(done):
+    folder, path, _ = done
+    with mock.patch.object(train_queue, "train") as train:
+        work(path, folder)
+    assert not train.called
+
+
+def test_the_list_is_read_again_before_each_run(tmp_path):
+    path = write_list(tmp_path / "list.toml", {"name": "one", "config": DIGITS})
+    seen = []
+
+    def train(run, runs, results, quiet):
+        seen.append(run.name)
+        records.write(results, {"format": 1, "name": run.name})
+        if len(seen) == 1:
+            write_list(path, {"name": "zero", "config": DIGITS}, {"name": "one", "config": DIGITS})
+
+    with mock.patch.object(train_queue, "train", train):
+        work(path, tmp_path)
+    assert seen == ["one-s0", "zero-s0"]
+
+
+def test_a_queue_that_is_told_to_leave_goes_on_inside_of_the_epoch(done, tmp_path):
+    """To the same record, but for seconds and what stands there of the interruption."""
+    path = write_list(tmp_path / "list.toml", {"name": "tiny"}, config=DIGITS, set=SET | {"network": "mlp", "segment_steps": 3})
+    step, told = Logbook.step, []
+
+    def telling(self, epoch, finished, steps):
+        step(self, epoch, finished, steps)
+        if epoch == 1 and not told:
+            told.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    with mock.patch.object(Logbook, "step", telling), pytest.raises(Terminated, match="epoch 2 of 3, step"):
+        interruptible(lambda: work(path, tmp_path))
+    assert not (tmp_path / "results").exists()
+    work(path, tmp_path)
+    one, undisturbed = records.read_all(tmp_path / "results")["tiny-s0"], done[2]["tiny-s0"]
+    assert one["curves"]["loss"] == undisturbed["curves"]["loss"]
+    assert one["test_error_per_group"] == undisturbed["test_error_per_group"]
+
+
+BAD = {
+    "no file": (None, "cannot be read"),
+    "no TOML": ("[[run", "cannot be read as TOML"),
+    "another table": ("[other]\nx = 1", "holds other"),
+    "no name": (f'[[run]]\nconfig = "{DIGITS}"', "it needs name and config"),
+    "a key too many": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nrate = 1', "it needs name and config"),
+    "a path for a name": (f'[[run]]\nname = "../a"\nconfig = "{DIGITS}"', "not a file's name"),
+    "no seeds": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nseeds = []', "not a list of whole numbers"),
+    "a seed that is set": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = {{seed = 1}}', "no set.seed"),
+    "a bad value": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = {{epochs = 0}}', "a: config.epochs=0"),
+    "a key that does not exist": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = {{epoch = 1}}', "did you mean config.epochs"),
+    "the same name twice": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\n[[run]]\nname = "a"\nconfig = "{DIGITS}"', "more than once"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_list_with_a_mistake_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys):
+    content, part = BAD[name]
+    path = tmp_path / "list.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as refused:
+        train_queue.read_list(path)
+    assert part in str(refused.value) and "\n" not in str(refused.value)
+    monkeypatch.setattr(sys, "argv", ["train_queue.py", str(path), "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        train_queue.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_seconds_are_trusted_only_on_a_machine_that_is_quiet(done, tmp_path):
+    folder, path, _ = done
+    run = train_queue.read_list(path)[0]
+    for claimed, load, trusted in ((True, 0.1, True), (True, 99.0, False), (False, 0.1, False)):
+        with mock.patch.object(os, "getloadavg", lambda load=load: (load, load, load)):
+            train_queue.train(run, folder / "runs", tmp_path, claimed)
+        assert records.read_all(tmp_path)["tiny-s0"]["quiet"] is trusted
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match=r"x\.json: not a record of a run"):
+        records.read_all(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps({"format": 0, "name": "x"}))
+    with pytest.raises(UserError, match="a record of format 0"):
+        records.read_all(tmp_path)
