@@ -41,6 +41,7 @@ def state_of(epoch, val_error=50.0, trained_groups=2, scheduled=True):
         "origins": [{}],
         "compile_seconds": 0.5,
         "peak_bytes": 1,
+        "segment_steps": 4,
         "data_sha256": "",
         "train_size": 64,
     }
@@ -308,6 +309,8 @@ def test_a_step_of_another_format_is_refused(saved, tmp_path, monkeypatch):
 
 WRONG_STATES = {
     "no epoch": {"epoch": None},
+    "segments of no step": {"segment_steps": 0},
+    "half a step": {"segment_steps": 1.5},
     "a word for an error": {"val_error": "x"},
     "infinity for an error": {"val_error": float("inf")},
     "a word for a size": {"train_size": "x"},

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import CONV, MLP, assert_same, config_of, differs, small_run
+from oracles import CONV, assert_same, config_of, differs, small_run
 
 from vffjax import epochs, feature_cache, inference
 from vffjax.epochs import Epoch, pieces, segment_length
@@ -16,6 +16,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.plan import Images, init_states, make_plan, make_task
 from vffjax.trainer import Batch, augmented
 
+MLP = {"network": "mlp", "widths": (6, 5), "grouping": "layer"}  # two groups: each costs seconds of compiling
 AUGMENTED = {"flip": True, "alternating_flip": True, "crop_padding": 1}
 
 
@@ -73,8 +74,8 @@ RULES = {
 
 @functools.cache
 def dense(rule):
-    """A run of eleven steps an epoch, and what two epochs of it give."""
-    run = small_run(config_of(**MLP, **RULES[rule], batch_size=8), examples=8 * 11 + 3)
+    """A run of twelve steps an epoch, and what two epochs of it give."""
+    run = small_run(config_of(**MLP, **RULES[rule], batch_size=8), examples=8 * 12 + 3)
     return run, trained(run)
 
 
@@ -107,13 +108,13 @@ def test_features_kept_on_the_host_give_the_same_bits(labelling):
 
 def test_an_epoch_can_go_on_at_the_end_of_any_segment():
     run, _ = dense("shared, cutout")
-    epoch = Epoch(run.plan, None, 3)
+    epoch = Epoch(run.plan, None, 4)
     undisturbed = {}
     for part in epoch.segments(run.task, jax.tree.map(jnp.copy, run.states), run.data, 1):
         undisturbed[part.done] = jax.device_get((part.states, part.metrics))
     assert [0, *undisturbed] == [0, *(piece.stop for piece in epoch.pieces)] and len(undisturbed) > 2
     for done in list(undisturbed)[:-1]:
-        rest = Epoch(run.plan, None, 3).segments(run.task, jax.device_put(undisturbed[done][0]), run.data, 1, done)
+        rest = Epoch(run.plan, None, 4).segments(run.task, jax.device_put(undisturbed[done][0]), run.data, 1, done)
         found = {part.done: jax.device_get((part.states, part.metrics)) for part in rest}
         assert_same(found, {stop: undisturbed[stop] for stop in undisturbed if stop > done})
 
@@ -143,7 +144,7 @@ def test_a_segment_is_given_the_images_labels_numbers_keys_and_features_of_its_s
 
     class Watched(Epoch):
         def _program(self, length, task, states, batches):
-            return lambda task, states, batches: given.append(batches) or (states, {"finite": jnp.ones((length, 3), bool)})
+            return lambda task, states, batches: given.append(batches) or (states, {"finite": jnp.ones((length, 2), bool)})
 
     done = [part.done for part in Watched(run.plan, None, 2).segments(run.task, run.states, data, 1)]
     assert done == [2, 5]
@@ -165,7 +166,7 @@ def test_a_segment_is_given_the_images_labels_numbers_keys_and_features_of_its_s
 
 def abstract(run, steps):
     feature = jax.ShapeDtypeStruct((43, 1), jnp.float32)
-    return epochs.abstract_batch(8, run.data.images.shape[1:], 3, feature, (steps,))
+    return epochs.abstract_batch(8, run.data.images.shape[1:], 2, feature, (steps,))
 
 
 def test_each_image_is_mirrored_in_every_other_epoch_of_a_run():

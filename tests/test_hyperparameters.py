@@ -105,7 +105,7 @@ def stepped(**changes):
 @pytest.mark.parametrize("key", ARGUMENTS)
 def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(key):
     rule = FF if key in ("goodness_threshold", "peer_normalisation") else {}
-    base, everywhere, own = stepped(**rule), stepped(**rule, **{key: OWN[key]}), stepped(**rule, overrides={"group1": {key: OWN[key]}})
+    base, everywhere, own = stepped(**rule), stepped(**rule | {key: OWN[key]}), stepped(**rule, overrides={"group1": {key: OWN[key]}})
     # One program, so to the bit. Every group takes the features that the group before had before its update.
     assert_same(own, [base[0], everywhere[1], base[2]])
     assert differs(everywhere[1][0], base[1][0])
@@ -113,6 +113,7 @@ def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(ke
     assert (everywhere[1][1]["loss"] != base[1][1]["loss"]) == changes_the_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["head_weight", "clip_norm", "peer_normalisation"])
 def test_one_group_alone_may_have_a_part_that_0_takes_out(key):
     """Another program, and so to the last digits only."""
@@ -148,6 +149,7 @@ def test_no_program_reads_a_key_that_it_does_not_know(changes, monkeypatch, trac
     batches = trainer.abstract_batch(8, shape, len(plan.groups), None, (3,))
     images, program, read = jax.ShapeDtypeStruct((80, *shape), np.uint8), plan.program, set()
     hash(program)
+    active = plan.active(plan.total_epochs - 1)
     unknown = {*config_module._OUTSIDE, *ARGUMENTS}.difference(config_module._SWITCHES)
 
     def watched(self, key):
@@ -157,7 +159,7 @@ def test_no_program_reads_a_key_that_it_does_not_know(changes, monkeypatch, trac
         return object.__getattribute__(self, key)
 
     monkeypatch.setattr(Config, "__getattribute__", watched)
-    jax.eval_shape(functools.partial(trainer.run_segment, program, plan.active(plan.total_epochs - 1)), task, states, batches)
+    jax.eval_shape(functools.partial(trainer.run_segment, program, active), task, states, batches)
     for name in ["heads"] + ["sweep"] * (config.rule != "head"):
         jax.eval_shape(inference.make_scores(plan, name), task, states, images)
     jax.eval_shape(
