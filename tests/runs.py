@@ -4,9 +4,12 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import shutil
+import signal
 import tempfile
+import time
 from unittest import mock
 
 import jax
@@ -97,6 +100,13 @@ def contents(folder):
     """Every file's path, bytes and time of change."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def tell_to_leave():
+    """SIGTERM to this process; returns when every run in it knows."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not all(request.made for request in termination._running):
+        time.sleep(0.001)
 
 
 def summary_of(workdir):

@@ -1,7 +1,6 @@
 """A run that was saved with one device goes on in a process that has eight. The fake devices are in processes of this file only."""
 
 import os
-import signal
 import subprocess
 import sys
 from unittest import mock
@@ -9,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from command_lines import ROOT
-from runs import summary_of, tiny, train
+from runs import summary_of, tell_to_leave, tiny, train
 
 from vffjax.logbook import Logbook, read_metrics
 from vffjax.termination import Terminated
@@ -23,7 +22,7 @@ def test_a_run_that_goes_on_with_other_devices_stays_within_the_tolerance(tmp_pa
     sound = Logbook.epoch
 
     def signalled(self, record):
-        signal.raise_signal(signal.SIGTERM)
+        tell_to_leave()
         return sound(self, record)
 
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from oracles import traced_afresh
 from PIL import Image
+from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tell_to_leave, tiny, train, untimed
 
-import runs
-from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
-from vffjax import checkpoint, data, evaluation, experiment, trainer
+from vffjax import checkpoint, data, evaluation, experiment, loop, trainer
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook, read_metrics
@@ -197,11 +197,11 @@ def assert_same_run(workdir, other, config):
 def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(schedule, tmp_path):
     # Epoch 3 is not to be saved by the schedule, and is the best of all: no undisturbed run could choose it.
     config = tiny(epochs=4, checkpoint_every=2, schedule=schedule)
-    sound, validate = Logbook.epoch, experiment.validate
+    sound, validate = Logbook.epoch, loop.validate
 
     def signalled(self, record):
         if record["epoch"] == 3:
-            signal.raise_signal(signal.SIGTERM)
+            tell_to_leave()
         return sound(self, record)
 
     def scripted(scores, validation, trained):
@@ -210,7 +210,7 @@ def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(s
     runs: dict = {}
     for name in ("disturbed", "undisturbed"):
         errors = iter([50.0, 40.0, 1.0, 30.0, 45.0, 20.0, 35.0, 25.0])
-        with mock.patch.object(experiment, "validate", scripted):
+        with mock.patch.object(loop, "validate", scripted):
             if name == "disturbed":
                 total = 4 if schedule == "joint" else 8
                 with mock.patch.object(Logbook, "epoch", signalled), pytest.raises(Terminated, match=f"epoch 3 of {total} is saved"):
@@ -229,7 +229,7 @@ def test_sigterm_during_a_save_leaves_after_it(tmp_path):
     sound = checkpoint.Writer.save
 
     def signalled(self, *arguments):
-        signal.raise_signal(signal.SIGTERM)
+        tell_to_leave()
         sound(self, *arguments)
 
     with mock.patch.object(checkpoint.Writer, "save", signalled), pytest.raises(Terminated, match="epoch 1 of 3 is saved"):
@@ -320,8 +320,8 @@ def test_where_every_checkpoint_is_damaged_the_run_stops(tmp_path):
 
 def test_an_older_checkpoint_that_is_not_the_best_may_be_damaged(tmp_path, capsys):
     # The first of three is the best.
-    sound, errors = experiment.validate, iter([10.0, 30.0, 20.0])
-    with mock.patch.object(experiment, "validate", lambda *a: sound(*a) | {"val_error": next(errors)}):
+    sound, errors = loop.validate, iter([10.0, 30.0, 20.0])
+    with mock.patch.object(loop, "validate", lambda *a: sound(*a) | {"val_error": next(errors)}):
         summary = train(tiny(), tmp_path)
     assert Checkpoints(tmp_path).epochs() == [1, 2, 3]
     damage(tmp_path, 2)

@@ -11,9 +11,9 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_bits, contents, copy_of, finished, scratch, summary_of, tiny, train, untimed
+from runs import assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
-from vffjax import checkpoint, data, evaluation, experiment, feature_cache, run_state, saved_epoch, workdir
+from vffjax import checkpoint, data, epochs, evaluation, experiment, feature_cache, loop, saved_epoch, workdir
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
 from vffjax.termination import Terminated
@@ -109,8 +109,8 @@ def test_an_epoch_that_is_damaged_and_still_listed_is_not_tried_for_ever(tmp_pat
 
 def scripted(errors):
     """Validation errors as given, one epoch after the other."""
-    sound, left = experiment.validate, iter(errors)
-    return mock.patch.object(experiment, "validate", lambda *given: sound(*given) | {"val_error": next(left)})
+    sound, left = loop.validate, iter(errors)
+    return mock.patch.object(loop, "validate", lambda *given: sound(*given) | {"val_error": next(left)})
 
 
 @contextlib.contextmanager
@@ -199,7 +199,7 @@ def test_a_step_that_lost_its_digests_is_kept_until_it_is_trained_again(tmp_path
         train(tiny(), folder)
     (folder / "checkpoints" / "1.sha256.json").unlink()
     fails("evaluate", "--workdir", folder, parts=["checkpoints/1: not completely saved, or 1.sha256.json is lost; restore that file"])
-    with mock.patch.object(experiment, "_run_epochs", mock.Mock(side_effect=Terminated)), pytest.raises(Terminated):
+    with mock.patch.object(loop.Loop, "train", mock.Mock(side_effect=Terminated)), pytest.raises(Terminated):
         train(tiny(), folder)
     assert (folder / "checkpoints" / "1.aside" / "group0").is_dir()
     assert untimed(train(tiny(), folder)) == untimed(summary_of(finished()))
@@ -212,15 +212,6 @@ def test_all_else_makes_it_another_run(key):
     with pytest.raises(UserError, match=rf"config\.{key}=.*another --workdir"):
         train(tiny(**{key: 2 * getattr(tiny(), key)}), finished())
     assert contents(finished()) == before
-
-
-def test_a_state_of_an_older_version_tells_its_due_epochs_by_its_configuration(tmp_path):
-    folder = scratch() / "every second"
-    train(tiny(checkpoint_every=2), folder)
-    run = Checkpoints(folder).run(3)
-    assert run["due"] == [2, 3]
-    older = {key: value for key, value in run.items() if key != "due"}
-    assert run_state.completed(older) == run
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -239,33 +230,27 @@ TIMED = {
 
 @pytest.mark.parametrize("changes", TIMED.values(), ids=TIMED.keys())
 def test_nothing_is_traced_or_compiled_while_an_epoch_is_timed(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "STEPS_PER_TRANSFER", 4)
-    began, events, sound = [], [], (experiment._prepare_epoch, experiment._check_finite)
+    began, events, sound = [], [], (loop.Loop._train_epoch, loop.Loop._check_finite)
 
     def note(event, *_, **__):
         if began and event.startswith("/jax/core/compile"):
             events.append(event)
 
-    def prepare(*given):
-        epoch, *rest = sound[0](*given)
-
-        def run(*arguments):
-            began.append(True)
-            return epoch(*arguments)
-
-        monkeypatch.setattr(experiment, "_is_short", lambda *_: False)
-        return run, *rest
+    def train_epoch(self, *given):
+        began.append(True)
+        return sound[0](self, *given)
 
     def check(*given):  # follows as soon as the epoch's results are on the host
         began.clear()
         sound[1](*given)
 
-    monkeypatch.setattr(experiment, "_prepare_epoch", prepare)
-    monkeypatch.setattr(experiment, "_check_finite", check)
+    monkeypatch.setattr(loop, "_is_short", lambda *_: False)
+    monkeypatch.setattr(loop.Loop, "_train_epoch", train_epoch)
+    monkeypatch.setattr(loop.Loop, "_check_finite", check)
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        train(tiny(**changes), tmp_path)
+        train(tiny(segment_steps=4, **changes), tmp_path)
         began.append(True)
         jax.jit(lambda x: x + 1)(np.float32(1))
     finally:
@@ -274,17 +259,12 @@ def test_nothing_is_traced_or_compiled_while_an_epoch_is_timed(changes, tmp_path
     assert len(traced_by_the_line_above) == 1, events
 
 
-@pytest.mark.parametrize(("limit", "warmed"), [(experiment._SHORT_EPOCH, 1), (1.0, 0)], ids=["short", "long"])
+@pytest.mark.parametrize(("limit", "warmed"), [(loop._SHORT_EPOCH, 1), (1.0, 0)], ids=["short", "long"])
 def test_a_short_epoch_is_run_once_for_nothing_before_it_is_timed(limit, warmed, tmp_path, monkeypatch):
     """Its results are thrown away: the run's arrays are those of a run without it."""
-    monkeypatch.setattr(experiment, "_SHORT_EPOCH", limit)
-    calls, sound = [], experiment._prepare_epoch
-
-    def prepare(*given):
-        epoch, *rest = sound(*given)
-        return (lambda *arguments: (calls.append(int(arguments[3])), epoch(*arguments))[1]), *rest
-
-    monkeypatch.setattr(experiment, "_prepare_epoch", prepare)
+    monkeypatch.setattr(loop, "_SHORT_EPOCH", limit)
+    calls, sound = [], epochs.Epoch.segments
+    monkeypatch.setattr(epochs.Epoch, "segments", lambda self, *given: calls.append(given[3]) or sound(self, *given))
     summary = train(tiny(), tmp_path)
     assert calls == [0] * warmed + [0, 1, 2]
     assert untimed(summary) == untimed(summary_of(finished()))

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import signal
 from unittest import mock
 
 import pytest
 from command_lines import TINY_FLAGS, in_a_process
-from runs import compiled_once, contents, copy_of, finished, tiny, train
+from runs import compiled_once, contents, copy_of, finished, tell_to_leave, tiny, train
 
 from vffjax import experiment, reproduction, summary
 from vffjax.logbook import Logbook
@@ -58,7 +57,7 @@ def test_an_interrupted_reproduction_goes_on(reproduce, tmp_path):
     sound = Logbook.epoch
 
     def signalled(self, record):
-        signal.raise_signal(signal.SIGTERM)
+        tell_to_leave()
         return sound(self, record)
 
     with mock.patch.object(Logbook, "epoch", signalled), pytest.raises(Terminated), compiled_once():

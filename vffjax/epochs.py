@@ -55,10 +55,12 @@ class Epoch:
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, task: Task, states: tuple[GroupState, ...], data: Images) -> jax.stages.Compiled:
-        """Compiles every length that an epoch on such data needs; returns the program of the longest. Nothing is run."""
-        for length in sorted({len(piece) for piece in self.pieces}):
-            size, groups = self._plan.config.batch_size, len(self._plan.groups)
-            self._program(length, task, states, abstract_batch(size, data.images.shape[1:], groups, data.features, (length,)))
+        """Compiles all that an epoch on such data needs; returns the program of the longest segment. Nothing is trained."""
+        order, groups = epoch_order(self._plan, len(data.labels), 0), len(self._plan.groups)
+        for piece in {len(piece): piece for piece in self.pieces}.values():
+            self._batches(data, 0, piece, *order)  # the programs that gather are compiled where they are called
+            shapes = abstract_batch(self._plan.config.batch_size, data.images.shape[1:], groups, data.features, (len(piece),))
+            self._program(len(piece), task, states, shapes)
         return self._compiled[max(self._compiled)]
 
     def __call__(
@@ -77,22 +79,24 @@ class Epoch:
         The segment before it is then finished, so that the device always has the next one and never more than two. `done` has to be where
         a segment ends: see `pieces`.
         """
-        ids, keys = epoch_order(self._plan, len(data.labels), epoch)
-        hyper = self._plan.hyperparameters(epoch)
-        before: dict[str, Array] = {}
+        order, before = epoch_order(self._plan, len(data.labels), epoch), dict[str, Array]()
         for piece in self.pieces:
             if piece.start < done:
                 continue
-            some, own_keys = _slice(len(piece), piece.start, ids, keys)
-            numbers: Any = (values[piece.start : piece.stop] for values in hyper)
-            of_epoch: Any = np.full(len(piece), epoch, np.int32)
-            images, labels = _take(data.images, some), _take(data.labels, some)
-            features = None if data.features is None else _take(data.features, some)
-            batches = Batch(images, labels, some, of_epoch, own_keys, HyperParameters(*numbers), features)
+            batches = self._batches(data, epoch, piece, *order)
             states, metrics = self._program(len(piece), task, states, batches)(task, states, batches)
             jax.block_until_ready(before)
             before = metrics
             yield Segment(piece.stop, states, metrics)
+
+    def _batches(self, data: Images, epoch: int, piece: range, ids: Array, keys: PRNGKeyArray) -> Batch:
+        """The batches of some steps of an epoch, of its images and keys."""
+        some, keys = _slice(len(piece), piece.start, ids, keys)
+        hyper: Any = (values[piece.start : piece.stop] for values in self._plan.hyperparameters(epoch))
+        of_epoch: Any = np.full(len(piece), epoch, np.int32)
+        images, labels = _take(data.images, some), _take(data.labels, some)
+        features = None if data.features is None else _take(data.features, some)
+        return Batch(images, labels, some, of_epoch, keys, HyperParameters(*hyper), features)
 
     def _program(self, length: int, task: Task, states: tuple[GroupState, ...], batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
