@@ -79,6 +79,7 @@ def dense(rule):
     return run, trained(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_any_segmentation_gives_the_same_bits(rule):
     run, whole = dense(rule)
@@ -201,9 +202,8 @@ def test_pieces_cover_an_epoch_in_two_lengths_that_differ_by_one_at_the_most():
             if length == 1:
                 assert lengths == {1}
             elif steps > 1:
-                # XLA unrolls a loop of one step and then rounds in another order.
                 assert min(lengths) > 1
-                # No more of them than needed, but for those that would be of one step.
+                # No more of them than the length asks for.
                 assert len(found) <= -(-steps // length)
 
 
@@ -256,11 +256,12 @@ def everything(config):
     return losses, np.asarray(inference.make_scores(plan, "heads")(task, states, data.images))
 
 
+@pytest.mark.slow
 def test_other_seeds_and_numbers_of_one_shape_compile_nothing():
     jax.clear_caches()
     with compilations() as found:
         base = everything(config_of(**BASE))
-    assert any("run_segment" in name for name in found) or len(found) > 5, found
+    assert len(found) > 5, found  # the watch works
     for changes in NUMBERS:
         with compilations() as found:
             result = everything(config_of(**BASE | changes))
@@ -279,7 +280,6 @@ def test_other_seeds_and_numbers_of_one_shape_compile_nothing():
 def test_what_takes_a_part_out_of_the_program_is_another_program(changes):
     base, other = (make_plan(config_of(**BASE | own), 43, 3).program for own in ({}, changes))
     assert base != other
-    everything(config_of(**BASE))
     jax.clear_caches()  # or another test may have compiled it
     everything(config_of(**BASE))
     with compilations() as found:
@@ -291,16 +291,17 @@ def test_an_epoch_compiles_each_length_once_and_nothing_while_it_runs():
     run = small_run(config_of(**MLP, batch_size=8, schedule="sequential"), examples=43)
     epoch = Epoch(run.plan, 0, 2)
     jax.clear_caches()
-    everything(config_of(**BASE))  # the small programs that gather a segment's images
     with compilations() as found:
         longest = epoch.compile(run.task, run.states, run.data)
     assert len(found) == 2  # segments of two and of three steps
     batches = longest.in_avals[0][2]
     assert batches.epoch.shape == (3,)
+    states, _ = epoch(run.task, jax.tree.map(jnp.copy, run.states), run.data, 0)  # and the small programs that gather its images
     with compilations() as found:
-        epoch.compile(run.task, run.states, run.data)
-        epoch(run.task, jax.tree.map(jnp.copy, run.states), run.data, 0)
-    assert [name for name in found if "run_segment" in name] == []
+        for other in (epoch, Epoch(run.plan, 0, 2)):
+            other.compile(run.task, states, run.data)
+            states, _ = other(run.task, states, run.data, 1)
+    assert found == []
 
 
 def test_runs_whose_programs_are_equal_share_a_plan_s_program():
