@@ -109,6 +109,7 @@ def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(ke
     # One program, so to the bit. Every group takes the features that the group before had before its update.
     assert_same(own, [base[0], everywhere[1], base[2]])
     assert differs(everywhere[1][0], base[1][0])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own))
     changes_the_loss = key in ("temperature", "margin", "label_smoothing", "goodness_threshold", "peer_normalisation")
     assert (everywhere[1][1]["loss"] != base[1][1]["loss"]) == changes_the_loss
 
