@@ -170,6 +170,26 @@ def abstract(run, steps):
     return epochs.abstract_batch(8, run.data.images.shape[1:], 2, feature, (steps,))
 
 
+def test_a_segment_is_handed_over_while_the_one_before_it_runs_and_never_a_third(monkeypatch):
+    """The programs are replaced by notes of what happens, in its order."""
+    run, log = on_host(small_run(config_of(**MLP, batch_size=8), examples=43)), []
+
+    class Watched(Epoch):
+        def _program(self, length, task, states, batches):
+            number = sum(entry.startswith("begin") for entry in log)
+            return lambda *_: log.append(f"begin {number}") or (states, {"segment": number})
+
+    put, given = jax.device_put, [*epochs.epoch_order(run.plan, 43, 0)]
+    monkeypatch.setattr(epochs, "epoch_order", lambda *_: given)
+    monkeypatch.setattr(epochs.jax, "device_put", lambda rows: (log.append("put"), put(rows))[1])
+    monkeypatch.setattr(epochs.jax, "block_until_ready", lambda metrics: log.append(f"wait {metrics.get('segment')}"))
+    for number, _ in enumerate(Watched(run.plan, None, 1).segments(run.task, run.states, run.data, 0)):
+        log.append(f"end {number}")
+    log = [entry for entry, before in zip(log, [None, *log], strict=False) if entry != before]  # images and labels as one
+    wanted = [[f"begin {n}", f"wait {n - 1 if n else None}", f"end {n}"] for n in range(5)]
+    assert log == [entry for part in wanted for entry in ("put", *part)]
+
+
 def test_each_image_is_mirrored_in_every_other_epoch_of_a_run():
     """By the numbers of the images in the data set: their places in the batches change from epoch to epoch."""
     run = small_run(config_of(**MLP, flip=True, alternating_flip=True, batch_size=8), examples=40)
