@@ -126,7 +126,7 @@ def left_after(epoch):
         yield
 
 
-CHANGES = {"eval_batch_size": 37, "checkpoint_every": 2, "rematerialise": True}
+CHANGES = {"eval_batch_size": 37, "checkpoint_every": 2, "rematerialise": True, "segment_steps": 4}
 
 
 def test_memory_and_disk_may_be_changed_when_a_run_goes_on_and_the_change_stands_in_its_origins(tmp_path, capsys):
