@@ -106,6 +106,7 @@ PEER = Known(
     only={
         "network": Only(NO_RESNET, "the PyTorch contenders have no residual blocks", "use conv4 or vgg8b"),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
+        "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
         "norm": Only(("auto", "batch"), "the PyTorch contenders normalise by batch alone", "use norm=auto"),
         "norm_statistics": Only(("batch",), "the PyTorch contenders train by the batch's statistics alone", "use norm_statistics=batch"),

@@ -41,10 +41,12 @@ from vffjax.config import Config, make_config
 from vffjax.data import SIZES
 from vffjax.errors import UserError
 from vffjax.flags import json_file, whole_numbers
+from vffjax.hyperparameters import at_peak
 from vffjax.ledger import Case
 from vffjax.logbook import write_json
 from vffjax.memory import compile_step, make_step, row
 from vffjax.plan import init_states, make_task
+from vffjax.trainer import Batch
 
 STYLES = {
     "bp": ("tab:red", "-"),
@@ -107,8 +109,10 @@ def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
     labels = jnp.asarray(rng.integers(0, sizes.classes, plan.config.batch_size), jnp.int32)
     task = make_task(plan.config, sizes.classes, sizes.image_shape, (0.5,) * channels, (0.25,) * channels)
     states, metrics = jax.jit(functools.partial(init_states, plan, sizes.image_shape))(), None
+    hyper = jax.tree.map(jnp.asarray, at_peak(plan.config, len(plan.groups)))
     for number in range(steps):
-        states, metrics = step(task, states, images, labels, jax.random.key(number))
+        batch = Batch(images, labels, jnp.arange(len(labels)), jnp.int32(0), jax.random.key(number), hyper)
+        states, metrics = step(task, states, batch)
     return jax.block_until_ready((states, metrics))
 
 

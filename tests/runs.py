@@ -17,7 +17,7 @@ import numpy as np
 import oracles
 from jax.experimental.compilation_cache import compilation_cache
 
-from vffjax import experiment, plan, summary, trainer
+from vffjax import experiment, plan, summary, termination, trainer
 from vffjax.config import make_config
 
 # Two groups, eleven steps an epoch, learnt well above chance in three epochs.

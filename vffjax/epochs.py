@@ -76,18 +76,23 @@ class Epoch:
     def segments(self, task: Task, states: tuple[GroupState, ...], data: Images, epoch: int, done: int = 0) -> Iterator[Segment]:
         """Runs what is left of an epoch behind its first `done` steps, and yields each segment when it has been dispatched.
 
-        The segment before it is then finished, so that the device always has the next one and never more than two. `done` has to be where
-        a segment ends: see `pieces`.
+        The segment before it is then finished, so that the device always has the next one and never more than two.
         """
         order, before = epoch_order(self._plan, len(data.labels), epoch), dict[str, Array]()
-        for piece in self.pieces:
-            if piece.start < done:
-                continue
+        for piece in self._left(done):
             batches = self._batches(data, epoch, piece, *order)
             states, metrics = self._program(len(piece), task, states, batches)(task, states, batches)
             jax.block_until_ready(before)
             before = metrics
             yield Segment(piece.stop, states, metrics)
+
+    def _left(self, done: int) -> list[range]:
+        """The segments behind the first `done` steps. Where none of this epoch's begins there, the rest is cut anew, by the same length."""
+        left = [piece for piece in self.pieces if piece.start >= done]
+        if sum(map(len, left)) == self._plan.steps_per_epoch - done:
+            return left
+        cut = pieces(self._plan.steps_per_epoch - done, max(map(len, self.pieces)))
+        return [range(done + piece.start, done + piece.stop) for piece in cut]
 
     def _batches(self, data: Images, epoch: int, piece: range, ids: Array, keys: PRNGKeyArray) -> Batch:
         """The batches of some steps of an epoch, of its images and keys."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vffjax import data as data_module
-from vffjax import inference, run_state
+from vffjax import feature_cache, inference, run_state
 from vffjax.checkpoint import Checkpoints
 from vffjax.checks import check_against_data
 from vffjax.config import Config
@@ -21,7 +21,7 @@ from vffjax.errors import bad_key, notice, phase
 from vffjax.groups import GroupState, make_groups
 from vffjax.inference import measure
 from vffjax.logbook import restore_metrics
-from vffjax.loop import Loop, on_device
+from vffjax.loop import Loop, on_device, what_is_saved
 from vffjax.paths import local
 from vffjax.plan import Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
@@ -104,13 +104,16 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     sound, begun = sound_epochs(checkpoints, config)
     if begun:
         run = copy.deepcopy(begun.run) | {"config": config.to_dict()}
+        request.saved = what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
         run["segment_steps"] = config.segment_steps or run["segment_steps"]
         check_same_data(config, dataset, run["data_sha256"])
     else:
         file = local_file(config) if config.init_from else ""
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         run = run_state.new_state(config, about | {"class_names": list(dataset.class_names)}, sha256_of(file) if file else None)
-        run["segment_steps"] = segment_length(plan, dataset.image_shape)
+        run["segment_steps"] = segment_length(
+            plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape, dataset.num_classes)
+        )
     for line in write_config(workdir, config):
         notice(line)
     trains = run["epoch"] < plan.total_epochs

@@ -6,14 +6,16 @@ again.
 """
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from vffjax.batching import map_batches
 from vffjax.groups import GroupState
-from vffjax.plan import Images, Plan
+from vffjax.plan import Images, Plan, init_states, make_task
 from vffjax.rules import Task, prepare_clean
 from vffjax.trainer import before, normalised
 
@@ -32,6 +34,18 @@ def clean_features(
         return before(plan, active, states, z, z.shape[0])
 
     return map_batches(features, images, plan.config.eval_batch_size)
+
+
+def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> int:
+    """What the kept features of one image take at the most, over the stages of the run; 0 if none are kept."""
+    if plan.config.feature_cache == "none":
+        return 0
+    pixels = (0.5,) * image_shape[2]
+    task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
+    states = jax.eval_shape(lambda: init_states(plan, image_shape))
+    image: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    sizes = [clean_features.eval_shape(plan.program, active, task, states, image) for active in range(1, len(plan.groups))]
+    return max((size.size * size.dtype.itemsize for size in sizes), default=0)
 
 
 def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:

@@ -19,7 +19,7 @@ from vffjax.logbook import Logbook
 from vffjax.plan import Images, Plan
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
-from vffjax.termination import Request, Terminated
+from vffjax.termination import NOTHING, Request, Terminated
 from vffjax.trainer import all_finite
 
 # FLOP of an epoch that takes a second or less on two CPU cores.
@@ -174,11 +174,7 @@ class Loop:
 
     def _say_what_is_saved(self, epochs: int, step: int) -> None:
         self._saved_epoch, self._saved_seconds = epochs, time.perf_counter()
-        where = f"epoch {epochs} of {self._plan.total_epochs}" if epochs else ""
-        if step:
-            where = f"epoch {epochs + 1} of {self._plan.total_epochs}, step {step} of {self._plan.steps_per_epoch},"
-        begun = f"{where} is saved; the same command goes on from there"
-        self._request.saved = begun if where else "nothing is saved yet; the same command begins anew"
+        self._request.saved = what_is_saved(self._plan, epochs, step)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int) -> None:
         """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only."""
@@ -195,6 +191,15 @@ class Loop:
             kept = f"the checkpoint of epoch {self._writer.newest} is kept" if self._writer.newest else "there is no checkpoint yet"
             fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"
             raise UserError(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
+
+
+def what_is_saved(plan: Plan, epochs: int, step: int) -> str:
+    """In words, where a run goes on that was saved after so many epochs and so many steps of the next one."""
+    if not epochs and not step:
+        return NOTHING
+    of = f"of {plan.total_epochs}"
+    where = f"epoch {epochs + 1} {of}, step {step} of {plan.steps_per_epoch}," if step else f"epoch {epochs} {of}"
+    return f"{where} is saved; the same command goes on from there"
 
 
 @jax.jit

@@ -5,7 +5,6 @@ device, would answer after that. SIGTERM is what a cluster sends before it takes
 """
 
 import contextlib
-import functools
 import os
 import signal
 import sys
@@ -27,6 +26,9 @@ class Terminated(Exception):
     """The run was told to leave, and has: the message says what is saved."""
 
 
+NOTHING = "nothing is saved yet; the same command begins anew"
+
+
 class Request:
     """What the signals ask of one run, and what the run says of itself."""
 
@@ -34,7 +36,7 @@ class Request:
         self.made = False  # SIGTERM: save and leave
         self.abandoned = False  # Ctrl-C: nobody waits for the run any more, so end where it can
         self.idle = True  # nothing would be lost if the run ended now
-        self.saved = ""  # what is saved already, in words; empty before a run has begun
+        self.saved = NOTHING  # what is saved already, in words
 
     @property
     def leave(self) -> bool:
@@ -81,9 +83,7 @@ def interruptible(work: Callable[[], T]) -> T:
 
     def target() -> None:
         try:
-            with contextlib.ExitStack() as stack:
-                for enter in settings:
-                    stack.enter_context(enter())
+            with _with_settings(settings):
                 found.append(work())
         except BaseException as error:
             problems.append(error)
@@ -92,15 +92,16 @@ def interruptible(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=target, name="vffjax")
     with _answering_sigterm():
-        thread.start()
-        try:
+        try:  # from here on: an interrupt may come while the thread is being started
+            thread.start()
             while not done.wait(0.1):  # not for ever at once: on Windows no signal would end that
                 if any(request.made and request.idle for request in _running):
                     raise Terminated(saved())  # it compiles, or reads data, and would not look at its request for long
         except BaseException:
             for request in _running:
                 request.abandoned = True
-            _abandoned.append(thread)
+            if thread.is_alive():
+                _abandoned.append(thread)
             raise
     thread.join()
     if problems:
@@ -141,15 +142,20 @@ def _answering_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that is not Python's
 
 
-def _settings_of_this_thread() -> list[Callable[[], contextlib.AbstractContextManager[Any]]]:
-    """What puts JAX's settings of this thread in force in another one. Empty before JAX has been imported."""
+def _settings_of_this_thread() -> dict[str, Any]:
+    """JAX's settings as they hold in this thread, by name; none before JAX has been imported."""
     jax: Any = sys.modules.get("jax")
-    if jax is None or not hasattr(jax, "config"):
-        return []
-    found: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
-    for name in _OF_THREAD:
-        with contextlib.suppress(AttributeError):
-            value = getattr(jax.config, f"jax_{name}")
-            if value != jax.config.values[f"jax_{name}"]:
-                found.append(functools.partial(getattr(jax, name), value))
-    return found
+    if not hasattr(jax, "config"):
+        return {}
+    return {name: getattr(jax.config, f"jax_{name}") for name in _OF_THREAD if hasattr(jax, name) and hasattr(jax.config, f"jax_{name}")}
+
+
+@contextlib.contextmanager
+def _with_settings(settings: dict[str, Any]) -> Iterator[None]:
+    """Puts settings of another thread in force in this one, where they differ."""
+    here = _settings_of_this_thread()
+    with contextlib.ExitStack() as stack:
+        for name, value in settings.items():
+            if value != here[name]:
+                stack.enter_context(getattr(sys.modules["jax"], name)(value))
+        yield
