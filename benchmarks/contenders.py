@@ -83,7 +83,8 @@ class Workload:
 
     @functools.cached_property
     def for_jax(self) -> Images:
-        return Images(jnp.asarray(self._images), jnp.asarray(self._labels))
+        rows = Images(self._images, self._labels).as_rows()
+        return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
 
     @functools.cached_property
     def for_torch(self) -> TorchImages:

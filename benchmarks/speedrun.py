@@ -41,9 +41,10 @@ from vffjax import inference
 from vffjax.config import Config, make_config
 from vffjax.epochs import Epoch, segment_length
 from vffjax.errors import UserError, bad_key
-from vffjax.experiment import on_device, plan_for
+from vffjax.experiment import plan_for
 from vffjax.flags import a_path
 from vffjax.logbook import write_json
+from vffjax.loop import on_device, training_images
 from vffjax.plan import Plan, init_states, make_task
 
 # Keys whose values the board sets itself.
@@ -69,8 +70,8 @@ def race(config: Config, target: float) -> dict[str, Any]:
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     check_rules(plan)
-    train, *others = (on_device(split) for split in (dataset.train, dataset.validation, dataset.test))
-    judged = dict(zip(("validation", "test"), others, strict=True))
+    train = training_images(dataset.train)
+    judged = {"validation": on_device(dataset.validation), "test": on_device(dataset.test)}
     task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
     start = time.perf_counter()
     fresh = init_states(plan, dataset.image_shape)

@@ -21,13 +21,14 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from keys import JOINT, read_config, refuse
 
 from vffjax import targets
 from vffjax.checks import check_against_data
 from vffjax.config import Config
 from vffjax.data import SIZES, split_sizes
-from vffjax.epochs import pieces, segment, segment_length
+from vffjax.epochs import gathered, pieces, segment, segment_length
 from vffjax.errors import UserError
 from vffjax.memory import step_arguments
 from vffjax.plan import make_plan
@@ -67,6 +68,16 @@ class Target:
             "temp_bytes": memory.temp_size_in_bytes,
         }
 
+    def compile_gather(self) -> dict[str, Any]:
+        """Memory in bytes of what gathers the images of a segment, and how often the compiler copies the whole set there."""
+        sizes = SIZES[self.plan.config.dataset]
+        n, row = split_sizes(self.plan.config, sizes.train_images)[0], math.prod(sizes.image_shape)
+        images, ids = self.tpu.array(n, row, dtype=jnp.uint8), self.tpu.array(self.length, self.plan.config.batch_size)
+        gather = gathered.lower(sizes.image_shape, images, ids).compile()
+        memory: Any = gather.memory_analysis()
+        copies = re.findall(rf"= u8\[{n},[^ ]* (?:copy|copy-start|reshape|transpose)\(", gather.as_text() or "")
+        return {"gather_temp_bytes": memory.temp_size_in_bytes, "copies_of_the_data_set": len(copies)}
+
     def compile_step(self) -> dict[str, Any]:
         """The compiler's cost of one training step."""
         function = functools.partial(train_step, self.plan.program, self.plan.active(0))
@@ -97,7 +108,7 @@ def main() -> None:
     except UserError as error:
         print("tpu_compile: error:", error, file=sys.stderr)
         sys.exit(2)
-    found = target.compile_segment() | target.compile_step() | {"jax": jax.__version__}
+    found = target.compile_segment() | target.compile_gather() | target.compile_step() | {"jax": jax.__version__}
     found = {
         "config": name,
         "rule": config.rule,

@@ -126,7 +126,7 @@ def left_after(epoch):
         yield
 
 
-CHANGES = {"eval_batch_size": 37, "checkpoint_every": 2, "rematerialise": True, "segment_steps": 4}
+CHANGES = {"eval_batch_size": 37, "checkpoint_every": 2, "rematerialise": True, "segment_steps": 4, "checkpoint_seconds": 1e3}
 
 
 def test_memory_and_disk_may_be_changed_when_a_run_goes_on_and_the_change_stands_in_its_origins(tmp_path, capsys):
@@ -149,6 +149,18 @@ def test_memory_and_disk_may_be_changed_when_a_run_goes_on_and_the_change_stands
     capsys.readouterr()
     assert untimed(train(tiny(epochs=4, **CHANGES), tmp_path)) == untimed(summary)
     assert "from here on" not in capsys.readouterr().err
+
+
+def test_a_change_of_which_no_result_depends_is_said_without_a_warning(tmp_path, capsys):
+    with left_after(1):
+        train(tiny(), tmp_path)
+    capsys.readouterr()
+    summary = train(tiny(segment_steps=4, checkpoint_every=1, checkpoint_seconds=1e3), tmp_path)
+    said = capsys.readouterr().err
+    assert "config.segment_steps: 0 until here, 4 from here on\n" in said and "need not have the bits" not in said
+    ignored = ("settings", "earlier_origins")
+    same = [{k: v for k, v in untimed(found).items() if k not in ignored} for found in (summary, summary_of(finished()))]
+    assert same[0] == same[1]
 
 
 def test_an_epoch_that_is_no_longer_due_is_not_the_best(tmp_path):

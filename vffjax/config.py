@@ -30,6 +30,7 @@ _MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
 MAX_SIDE = 4096  # of an image, in pixels
 # Keys that a run may change when it goes on: where the data lie, and how much memory and disk it takes. All others make it another run.
 CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
+BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # no result depends on these
 # Numbers that a compiled program takes as arrays, by step and group: see `hyperparameters`. Each may differ by group.
 ARGUMENTS: tuple[str, ...] = (
     *("learning_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),

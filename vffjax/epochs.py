@@ -59,7 +59,7 @@ class Epoch:
         order, groups = epoch_order(self._plan, len(data.labels), 0), len(self._plan.groups)
         for piece in {len(piece): piece for piece in self.pieces}.values():
             self._batches(data, 0, piece, *order)  # the programs that gather are compiled where they are called
-            shapes = abstract_batch(self._plan.config.batch_size, data.images.shape[1:], groups, data.features, (len(piece),))
+            shapes = abstract_batch(self._plan.config.batch_size, data.image_shape, groups, data.features, (len(piece),))
             self._program(len(piece), task, states, shapes)
         return self._compiled[max(self._compiled)]
 
@@ -99,7 +99,7 @@ class Epoch:
         some, keys = _slice(len(piece), piece.start, ids, keys)
         hyper: Any = (values[piece.start : piece.stop] for values in self._plan.hyperparameters(epoch))
         of_epoch: Any = np.full(len(piece), epoch, np.int32)
-        images, labels = _take(data.images, some), _take(data.labels, some)
+        images, labels = _take(data.images, some, data.shape), _take(data.labels, some)
         features = None if data.features is None else _take(data.features, some)
         return Batch(images, labels, some, of_epoch, keys, HyperParameters(*hyper), features)
 
@@ -155,14 +155,18 @@ def _slice(length: int, first: Int[Array, ""], ids: Array, keys: Array) -> tuple
     return ids, keys
 
 
-def _take(rows: Array | np.ndarray, ids: Array) -> Array:
-    """The rows of these numbers, on the device, from wherever they lie."""
-    return jax.device_put(rows[np.asarray(ids)]) if isinstance(rows, np.ndarray) else _gathered(rows, ids)
+def _take(rows: Array | np.ndarray, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
+    """The rows of these numbers, on the device, from wherever they lie; each of the given shape, or as it is."""
+    shape = rows.shape[1:] if shape is None else shape
+    if isinstance(rows, np.ndarray):
+        return jax.device_put(rows[np.asarray(ids)].reshape(*ids.shape, *shape))
+    return gathered(shape, rows, ids)
 
 
-@jax.jit
-def _gathered(rows: Array, ids: Array) -> Array:
-    return rows[ids]
+@functools.partial(jax.jit, static_argnums=0)
+def gathered(shape: tuple[int, ...], rows: Array, ids: Int[Array, "steps batch"]) -> Array:
+    """The rows of these numbers, each brought to a shape: what gathers the batches of a segment on the device."""
+    return rows[ids].reshape(*ids.shape, *shape)
 
 
 def joined(parts: list[Metrics]) -> Metrics:

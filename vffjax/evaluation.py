@@ -12,9 +12,10 @@ from vffjax import early_exit, inference
 from vffjax.config import Config
 from vffjax.data import Dataset
 from vffjax.errors import UserError, printable
-from vffjax.experiment import on_device, plan_for, start
+from vffjax.experiment import plan_for, start
 from vffjax.groups import GroupState
 from vffjax.inference import measure, validate
+from vffjax.loop import on_device
 from vffjax.plan import Plan
 from vffjax.rules import Task
 from vffjax.workdir import load_run

@@ -50,10 +50,11 @@ def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int], classes: in
 
 def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:
     """`data` with the input of group `active` beside each image: a device's array, or NumPy's if `config.feature_cache` is host."""
+    images = data.images.reshape(-1, *data.image_shape)
     if plan.config.feature_cache != "host":
-        return data._replace(features=clean_features(plan.program, active, task, states, data.images))
+        return data._replace(features=clean_features(plan.program, active, task, states, images))
     # Some batches at a time: all features together may be more than the device holds.
     size = BATCHES_PER_FETCH * plan.config.eval_batch_size
-    starts = range(0, len(data.images), size)
-    pieces = [np.asarray(clean_features(plan.program, active, task, states, data.images[i : i + size])) for i in starts]
+    starts = range(0, len(images), size)
+    pieces = [np.asarray(clean_features(plan.program, active, task, states, images[i : i + size])) for i in starts]
     return data._replace(features=np.concatenate(pieces))

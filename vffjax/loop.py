@@ -31,6 +31,12 @@ def on_device(split: Split) -> Images:
     return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
+def training_images(split: Split) -> Images:
+    """A split's images, as rows, and labels on JAX's first device, for `Epoch` to gather from."""
+    rows = Images(split.images, split.labels).as_rows()
+    return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
+
+
 class Loop:
     """Trains what is left of a run, epoch by epoch.
 
@@ -53,7 +59,7 @@ class Loop:
     ):
         self._plan, self._config, self._task, self._run = plan, plan.config, task, run
         self._checkpoints, self._writer, self._request = checkpoints, writer, request
-        self._data, self._validation = on_device(dataset.train), on_device(dataset.validation)
+        self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
         self._position = run.pop("inside", None)
         self._metrics_inside = run_state.metrics_inside({"inside": self._position}) if self._position else None
         self._epoch: Epoch | None = None

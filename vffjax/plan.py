@@ -24,11 +24,23 @@ INITIALISATION, CODEBOOK, EPOCH = range(3)
 
 class Images(NamedTuple):
     """A split, as bytes, on the device or on the host (NumPy); `features` is what frozen groups made of the images (see `feature_cache`),
-    or None."""
+    or None. With a `shape` (height, width, channels) each image is one row of bytes: see `as_rows`."""
 
-    images: UInt8[Array | np.ndarray, "n h w c"]
+    images: UInt8[Array | np.ndarray, "n h w c"] | UInt8[Array | np.ndarray, "n bytes"]
     labels: Int[Array | np.ndarray, " n"]
     features: Float[Array | np.ndarray, "n *feature"] | None = None
+    shape: tuple[int, int, int] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        h, w, c = self.shape or self.images.shape[1:]
+        return h, w, c
+
+    def as_rows(self) -> "Images":
+        """The same, each image one row of bytes. To gather some of them, a TPU's compiler would copy the whole set into another layout,
+        padded fourfold; rows are gathered as they lie."""
+        return self._replace(images=self.images.reshape(len(self.images), -1), shape=self.image_shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from vffjax import run_state
 from vffjax.checkpoint import FOLDER, Checkpoints
-from vffjax.config import CHANGEABLE, Config, from_json, to_json
+from vffjax.config import BITWISE, CHANGEABLE, Config, from_json, to_json
 from vffjax.errors import UserError, bad_key, notice
 from vffjax.groups import GroupState
 from vffjax.lock import take
@@ -51,7 +51,8 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
     if keys or not path.exists():
         write_json(path, to_json(config) | {"data_dir": before.data_dir})
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
-    return [*lines, "from here on the run need not have the bits of a run by one configuration"] if lines else []
+    rounds = [key for key in keys if key not in BITWISE]
+    return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
 
 
 def _refuse_links(workdir: pathlib.Path) -> None:
