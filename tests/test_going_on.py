@@ -302,19 +302,6 @@ def test_the_features_of_one_stage_go_before_those_of_the_next_are_made(tmp_path
     assert len(alive) == 4
 
 
-def test_the_host_hands_over_two_pieces_at_a_time(tmp_path, monkeypatch):
-    """A piece is on its way while the one before it is trained on; the next waits until that one is done."""
-    monkeypatch.setattr(feature_cache, "STEPS_PER_TRANSFER", 2)
-    log, put, wait = [], jax.device_put, jax.block_until_ready
-    monkeypatch.setattr(feature_cache.jax, "device_put", lambda x, *rest: (log.append("put"), put(x, *rest))[1])
-    monkeypatch.setattr(feature_cache.jax, "block_until_ready", lambda x: (log.append("wait"), wait(x))[1])
-    config = tiny(schedule="sequential", epochs=1, feature_cache="host")
-    train(config, tmp_path)
-    pieces = "".join({"put": "p", "wait": "w"}[entry] for entry in log)
-    # 11 steps are 6 pieces: two at once, then one for each that is done.
-    assert "ppwpwpwpwp" in pieces, pieces
-
-
 # ----------------------------------------------------------------------------------------------------------------------------------
 # What a disk, an operating system or a data set brings along
 
