@@ -70,6 +70,7 @@ FREE = {
     "eval_batch_size": st.integers(1, 1000),
     "checkpoint_every": st.integers(1, 100),
     "segment_steps": st.integers(0, 100),
+    "checkpoint_seconds": st.sampled_from([0.0, 0.5, 1e3]),
     "dataset": st.sampled_from(DATASETS),
 }
 

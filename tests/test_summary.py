@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from runs import TIMES, finished, summary_of, tiny, train
 
-from vffjax import evaluation, experiment
+from vffjax import evaluation, loop
 from vffjax.checkpoint import Checkpoints
 from vffjax.logbook import read_metrics
 
@@ -52,13 +52,13 @@ def test_the_best_epoch_is_the_one_of_least_validation_error():
 
 def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
     # The second of four epochs is made the best.
-    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), experiment.validate
+    errors, sound = iter([30.0, 10.0, 20.0, 25.0]), loop.validate
 
     def scripted(*args):
         return sound(*args) | {"val_error": next(errors)}
 
     config = tiny(epochs=4)
-    with mock.patch.object(experiment, "validate", scripted):
+    with mock.patch.object(loop, "validate", scripted):
         summary = train(config, tmp_path)
     assert (summary["best_epoch"], summary["val_error"]) == (2, 10.0)
     assert Checkpoints(tmp_path).epochs() == [2, 3, 4]

@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.json")
     a = parser.parse_args()
     how = signal.Signals[a.signal]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background processes ignore it
     draw, trials, failures = random.Random(a.seed), [], 0
     every = SCHEDULES | LONG
     names = list(every)
