@@ -32,11 +32,16 @@ def test_value_and_gradients_equal_the_definition(batch, images, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "images", "expected"), [(128, 8, (8, 0)), (148, 4, (4, 0)), (148, 8, (8, 4)), (138, 4, (3, 0)), (3, 8, (3, 0)), (7, 3, (3, 1))]
+    ("n", "images", "expected"),
+    [(128, 8, (8, 16)), (148, 4, (4, 37)), (148, 8, (8, 19)), (138, 4, (3, 46)), (138, 10, (10, 14)), (3, 8, (3, 1)), (7, 3, (3, 3))],
 )
-def test_steps_are_divisors_of_the_batch_where_one_is_near_the_cache(n, images, expected, monkeypatch):
+def test_steps_are_of_one_size_near_the_cache_and_share_as_few_images_as_can_be(n, images, expected, monkeypatch):
     monkeypatch.setattr(winograd, "_ELEMENTS_PER_STEP", images * 100)
-    assert winograd._split(n, 100) == expected
+    size, count = winograd._split(n, 100)
+    assert (size, count) == expected
+    firsts = [int(winograd._first(jnp.int32(i), size, n)) for i in range(count)]
+    assert {image for first in firsts for image in range(first, first + size)} == set(range(n))
+    assert size * (count - 1) < n <= size * count
 
 
 @pytest.mark.parametrize(

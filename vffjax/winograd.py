@@ -45,10 +45,15 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"]) -> Flo
         rows = _columns(tiles, _output_pair)
         return jnp.stack([jnp.stack(_output_pair(row), 3) for row in rows], 2).reshape(-1, h, w, d).astype(x.dtype)
 
-    size, rest = _split(n, h * w * (c + d))
-    whole = n - rest
-    out = lax.map(few, x[:whole].reshape(-1, size, h, w, c)).reshape(whole, h, w, d)
-    return jnp.concatenate([out, few(x[whole:])]) if rest else out
+    size, count = _split(n, h * w * (c + d))
+    if size * count == n:
+        return lax.map(few, x.reshape(count, size, h, w, c)).reshape(n, h, w, d)
+
+    def some(i: Array, out: Array) -> Array:
+        first = _first(i, size, n)
+        return lax.dynamic_update_slice_in_dim(out, few(lax.dynamic_slice_in_dim(x, first, size)), first, 0)
+
+    return lax.fori_loop(0, count, some, jnp.zeros((n, h, w, d), x.dtype))
 
 
 def input_gradient(kernel: Float[Array, "3 3 c d"], g: Float[Array, "n h w d"]) -> Float[Array, "n h w c"]:
@@ -61,16 +66,24 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
     n, h, w, c = x.shape
     d = g.shape[3]
 
-    def add(total: list[Array], pair: tuple[Array, Array]) -> tuple[list[Array], None]:
-        pairs = zip(total, _input_tiles(pair[0]), _gradient_tiles(pair[1]), strict=True)
-        return [t + _product(v.reshape(-1, c), m.reshape(-1, d), 0) for t, v, m in pairs], None
+    def add(total: list[Array], x: Array, g: Array) -> list[Array]:
+        parts = zip(total, _input_tiles(x), _gradient_tiles(g), strict=True)
+        return [t + _product(v.reshape(-1, c), m.reshape(-1, d), 0) for t, v, m in parts]
 
-    size, rest = _split(n, h * w * (c + d))
-    whole = n - rest
-    few = (x[:whole].reshape(-1, size, h, w, c), g[:whole].reshape(-1, size, h, w, d))
-    total, _ = lax.scan(add, [jnp.zeros((c, d), jnp.float32)] * 16, few)
-    if rest:
-        total, _ = add(total, (x[whole:], g[whole:]))
+    size, count = _split(n, h * w * (c + d))
+    nothing = [jnp.zeros((c, d), jnp.float32)] * 16
+    if size * count == n:
+        few = x.reshape(count, size, h, w, c), g.reshape(count, size, h, w, d)
+        total, _ = lax.scan(lambda total, pair: (add(total, *pair), None), nothing, few)
+    else:
+
+        def some(i: Array, total: list[Array]) -> list[Array]:
+            first = _first(i, size, n)
+            own = (first + jnp.arange(size, dtype=first.dtype) >= i * size).reshape(size, 1, 1, 1)
+            some_x, some_g = (lax.dynamic_slice_in_dim(a, first, size) for a in (x, g))
+            return add(total, some_x, jnp.where(own, some_g, jnp.zeros((), g.dtype)))
+
+        total = lax.fori_loop(0, count, some, nothing)
     return jnp.einsum("ai,bj,abcd->ijcd", _KERNEL, _KERNEL, jnp.stack(total).reshape(4, 4, c, d), precision="highest")
 
 
@@ -80,10 +93,17 @@ def _product(a: Array, b: Array, axis: int) -> Array:
 
 
 def _split(n: int, elements: int) -> tuple[int, int]:
-    """Images in a step and images left over: a divisor of `n` if one is near the size that suits the cache."""
+    """Images in a step, and steps. The size is a divisor of `n` if one is near that which suits the cache; else the last two steps share
+    some images. A shorter last step would cost far more than those: a program of its own, and copies to cut and to join the maps."""
     most = min(n, max(1, _ELEMENTS_PER_STEP // elements))
     size = next(k for k in range(most, 0, -1) if n % k == 0)
-    return (size, 0) if 4 * size >= 3 * most else (most, n % most)
+    count = n // size if 4 * size >= 3 * most else -(-n // most)
+    return -(-n // count), count
+
+
+def _first(i: Array, size: int, n: int) -> Array:
+    """The first image of step `i`: the last step ends with the last image."""
+    return jnp.minimum(i * size, n - size)
 
 
 def _columns(tiles: list[Array], transform: Callable[[list[Array]], list[Array]]) -> list[list[Array]]:
