@@ -17,6 +17,7 @@ from vffjax.data import SIZES
 from vffjax.errors import UserError
 from vffjax.logbook import read_json, read_metrics, write_json
 from vffjax.plan import Plan, init_states
+from vffjax.summary import origin
 
 FORMAT = 1
 CURVES = ("val_error", "train_accuracy", "loss", "seconds")
@@ -66,6 +67,7 @@ def record(name: str, config_name: str, changes: dict[str, Any], plan: Plan, wor
 def failed(name: str, config_name: str, changes: dict[str, Any], config: Config, problem: str) -> dict[str, Any]:
     """The record of a run that could not be finished, such as one that diverged: a trial that was lost counts as well."""
     about = {"format": FORMAT, "name": name, "config_name": config_name, "changes": changes, "problem": problem, "seed": config.seed}
+    about |= {key: value for key, value in origin(config).items() if key in ("commit", "versions", "device", "cores")}
     return about | {"config": config.to_dict() | {"data_dir": ""}}
 
 

@@ -25,6 +25,7 @@ import argparse
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import tomllib
@@ -40,6 +41,7 @@ from vffjax.termination import Terminated, interruptible
 
 # Other processes that may want a processor while a run still counts as quiet.
 _IDLE_LOAD = 0.5
+_stopped: list[int] = []  # holds something if the process was stopped, and went on, since the run began
 
 
 class Run(NamedTuple):
@@ -60,6 +62,8 @@ def read_list(path: pathlib.Path) -> list[Run]:
     common = found.pop("common", {})
     if set(found) != {"run"} or not isinstance(found["run"], list) or not isinstance(common, dict):
         raise UserError(f"{path}: holds {', '.join(found) or 'nothing'}; give tables [[run]], perhaps [common], and nothing else")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("set", {}), dict) for entry in (common, *found["run"])):
+        raise UserError(f"{path}: a run, or its set, is no table; give [[run]] and set = {{ KEY = VALUE }}")
     runs = [one for entry in found["run"] for one in _runs(path, common | entry | {"set": common.get("set", {}) | entry.get("set", {})})]
     for name in {run.name for run in runs}:
         if sum(run.name == name for run in runs) > 1:
@@ -87,6 +91,8 @@ def _runs(path: pathlib.Path, entry: Any) -> list[Run]:
 def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:
     """Trains one run, or goes on with it, and writes its record. A run that diverges gets a record of its problem."""
     workdir, load = runs / run.name, os.getloadavg()[0]
+    quiet = quiet and not workdir.exists()  # a run that goes on has seconds of another time
+    _stopped.clear()
     try:
         with naming_files(workdir):
             experiment.train(run.config, workdir)
@@ -98,7 +104,9 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
         return
     plan = experiment.plan_for(run.config, data.load(run.config))
     load = max(load, os.getloadavg()[0]) - (os.cpu_count() or 1)
-    records.write(results, records.record(run.name, run.config_name, run.changes, plan, workdir, quiet and load < _IDLE_LOAD))
+    records.write(
+        results, records.record(run.name, run.config_name, run.changes, plan, workdir, quiet and load < _IDLE_LOAD and not _stopped)
+    )
 
 
 def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:
@@ -121,6 +129,8 @@ def main() -> None:
     a = parser.parse_args()
     if hasattr(os, "nice") and not a.quiet:
         os.nice(19)
+    if hasattr(signal, "SIGCONT"):
+        signal.signal(signal.SIGCONT, lambda *_: _stopped.append(1))
     try:
         interruptible(lambda: work(a.file, a.runs, a.results, a.quiet))
     except UserError as error:

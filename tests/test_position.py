@@ -124,6 +124,37 @@ def test_a_save_inside_that_is_damaged_is_passed_over(tmp_path, capsys):
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.parametrize("hurt", ["group1/manifest.ocdbt", "run/metadata"])
+def test_a_save_inside_that_is_damaged_does_not_stand_in_the_way_of_the_next(hurt, tmp_path):
+    """The next is of an earlier step."""
+    with leave_at(1, 6), pytest.raises(Terminated):
+        train(tiny(segment_steps=2), tmp_path)
+    (number,) = Checkpoints(tmp_path).inside.epochs()
+    path = tmp_path / "checkpoints" / "inside" / str(number) / hurt
+    path.write_bytes(path.read_bytes()[:-1])
+    with leave_at(1, 2), pytest.raises(Terminated, match=r"epoch 2 of 3, step [24] of 11, is saved"):
+        train(tiny(segment_steps=2), tmp_path)
+    train(tiny(segment_steps=2), tmp_path)
+    assert_same_run(tmp_path, finished(), tiny())
+
+
+def test_a_save_inside_behind_a_best_epoch_that_is_gone_is_given_up(tmp_path):
+    """It was set aside by a start that was killed before it trained that epoch again."""
+    with leave_at(2, 2), pytest.raises(Terminated):
+        train(tiny(segment_steps=2), tmp_path)
+    assert run_state.best_epoch(Checkpoints(tmp_path).run(2)) == 2
+    Checkpoints(tmp_path).set_aside(2)
+    train(tiny(segment_steps=2), tmp_path)
+    assert_same_run(tmp_path, finished(), tiny())
+
+
+def test_an_epoch_that_is_trained_and_not_yet_validated_is_a_position_too(tmp_path):
+    with leave_at(1, 11), pytest.raises(Terminated, match="epoch 2 of 3, step 11 of 11, is saved"):
+        train(tiny(segment_steps=2), tmp_path)
+    train(tiny(segment_steps=2), tmp_path)
+    assert_same_run(tmp_path, finished(), tiny())
+
+
 def test_a_save_inside_that_a_whole_epoch_has_overtaken_is_not_used(tmp_path):
     with leave_at(0, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)

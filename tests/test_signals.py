@@ -11,9 +11,9 @@ import time
 import jax
 import pytest
 from command_lines import TINY_FLAGS
-from runs import finished, summary_of, untimed
+from runs import finished, summary_of, tiny, untimed
 
-from vffjax import termination
+from vffjax import data, experiment, termination
 from vffjax.termination import Terminated, deferred, interruptible
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -81,6 +81,49 @@ def test_an_interrupt_is_raised_at_once_and_the_next_work_waits_for_the_last(cap
     assert order == ["first", "second"]
     assert "the run that was interrupted is ending; waiting for it" in capsys.readouterr().err
     assert not termination.working()
+
+
+def test_an_interrupt_while_data_are_read_trains_nothing(tmp_path, monkeypatch):
+    reading, interrupted, sound = threading.Event(), threading.Event(), data.load
+
+    def load(config):
+        reading.set()
+        interrupted.wait(30)
+        return sound(config)
+
+    def interrupt():
+        reading.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(data, "load", load)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        experiment.train(tiny(), tmp_path / "run")
+    interrupted.set()
+    termination.settle(60)
+    assert not termination.working()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_work_that_begins_a_run_after_the_interrupt_is_abandoned_from_the_start():
+    begun, interrupted, seen = threading.Event(), threading.Event(), []
+
+    def work():
+        begun.set()
+        interrupted.wait(30)
+        with deferred() as request:
+            seen.append(request.abandoned)
+
+    def interrupt():
+        begun.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work)
+    interrupted.set()
+    termination.settle(30)
+    assert seen == [True]
 
 
 def test_sigterm_while_nothing_could_be_lost_ends_the_wait():
@@ -159,7 +202,7 @@ def test_ctrl_c_before_it_trains_is_answered_too():
     process = start("locality", *TINY_FLAGS)
     time.sleep(1.5)
     found, err, seconds = ended(process, signal.SIGINT)
-    assert (found, err, seconds < MOST_SECONDS) == (130, "vffjax: interrupted\n", True)
+    assert (found, err, seconds < MOST_SECONDS) == (130, "vffjax: interrupted\n", True), err
 
 
 KERNEL = """
@@ -184,8 +227,6 @@ print(experiment.train(config, workdir)["test_error"])
 
 
 def test_in_python_an_interrupt_is_an_exception_and_the_next_call_goes_on(tmp_path):
-    from runs import tiny
-
     keys = [f"--config.{key}={value}" for key, value in tiny().to_dict().items() if key not in ("pools", "overrides", "widths")]
     process = start("--config=configs/digits.py", *keys, "--config.widths=(16, 12)", f"--workdir={tmp_path / 'run'}", code=KERNEL)
     out, err = process.communicate(timeout=120)

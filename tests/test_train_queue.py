@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -145,6 +146,8 @@ BAD = {
     "a seed that is set": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = {{seed = 1}}', "no set.seed"),
     "a bad value": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = {{epochs = 0}}', "a: config.epochs=0"),
     "a key that does not exist": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = {{epoch = 1}}', "did you mean config.epochs"),
+    "a set that is no table": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nset = "x"', "no table"),
+    "a run that is no table": ("run = [1]", "no table"),
     "the same name twice": (f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\n[[run]]\nname = "a"\nconfig = "{DIGITS}"', "more than once"),
 }
 
@@ -165,13 +168,30 @@ def test_a_list_with_a_mistake_is_refused_in_one_line(name, tmp_path, monkeypatc
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_seconds_are_trusted_only_on_a_machine_that_is_quiet(done, tmp_path):
+QUIET = {
+    "a quiet machine": (True, 0.1, False, False, True),
+    "a busy machine": (True, 99.0, False, False, False),
+    "nobody said so": (False, 0.1, False, False, False),
+    "it was stopped meanwhile": (True, 0.1, True, False, False),
+    "it goes on with a run of another time": (True, 0.1, False, True, False),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_seconds_are_trusted_only_on_a_machine_that_is_quiet(name, done, tmp_path):
+    claimed, load, stopped, resumed, trusted = QUIET[name]
     folder, path, _ = done
     run = train_queue.read_list(path)[0]
-    for claimed, load, trusted in ((True, 0.1, True), (True, 99.0, False), (False, 0.1, False)):
-        with mock.patch.object(os, "getloadavg", lambda load=load: (load, load, load)):
-            train_queue.train(run, folder / "runs", tmp_path, claimed)
-        assert records.read_all(tmp_path)["tiny-s0"]["quiet"] is trusted
+
+    def train(config, workdir):
+        shutil.copytree(folder / "runs" / run.name, workdir, dirs_exist_ok=True)
+        train_queue._stopped.extend([1] if stopped else [])
+
+    if resumed:
+        (tmp_path / "runs" / run.name).mkdir(parents=True)
+    with mock.patch.object(os, "getloadavg", lambda: (load, load, load)), mock.patch.object(experiment, "train", train):
+        train_queue.train(run, tmp_path / "runs", tmp_path / "results", claimed)
+    assert records.read_all(tmp_path / "results")["tiny-s0"]["quiet"] is trusted
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path):

@@ -36,6 +36,12 @@ def start() -> None:
         raise UserError(f"JAX_DISABLE_JIT={given}: an epoch is one compiled program, so there is nothing to run without jit; unset it")
 
 
+def cores() -> int:
+    """How many processors this process may use. On CPU they share out the sums of an operation, and so change its rounding."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @functools.cache
 def _check_xla_flags(flags: str) -> None:
     """In a process of its own, because XLA ends the process that meets a flag it does not know. Takes a third of a second, once."""

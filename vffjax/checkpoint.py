@@ -110,12 +110,16 @@ class Checkpoints:
         (self.folder / str(epoch)).rename(aside)
         return aside
 
-    def clear(self) -> None:
-        """Deletes everything here."""
+    def clear(self, keep: int = 0) -> None:
+        """Deletes everything here, but for one step."""
         with contextlib.suppress(OSError):  # a network share may refuse; the next writer tries again
             for path in self.folder.glob("*.sha256.json"):  # first: without them a step counts for nothing
-                path.unlink()
-            if self.folder.exists():
+                if path != self._digests(keep):
+                    path.unlink()
+            for path in self.folder.glob("*"):
+                if path.is_dir() and path.name != str(keep):
+                    shutil.rmtree(path)
+            if not keep and self.folder.exists():
                 shutil.rmtree(self.folder)
 
     def writer(self, known: Mapping[int, SavedEpoch] | None = None) -> "Writer":

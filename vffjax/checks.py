@@ -65,10 +65,14 @@ def layer_sizes(c: Config, image_shape: tuple[int, int, int]) -> list[tuple[int,
     return found
 
 
+def rows_of_a_step(c: Config, num_classes: int) -> int:
+    """Images of a batch and their labelled copies: all that passes through the layers in a step."""
+    vff = chosen("labelling", c.labelling, {"shared": c.copies_per_class * num_classes, "triplet": 2 * c.batch_size})
+    return c.batch_size + chosen("rule", c.rule, {"vff": vff, "ff": 2 * c.batch_size, "head": 0})
+
+
 def least_bytes(c: Config, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """What training takes at the very least: parameters with their optimizer's states, and the largest feature map once."""
-    sizes = layer_sizes(c, image_shape)
-    vff = chosen("labelling", c.labelling, {"shared": c.copies_per_class * num_classes, "triplet": 2 * c.batch_size})
-    rows = c.batch_size + chosen("rule", c.rule, {"vff": vff, "ff": 2 * c.batch_size, "head": 0})
+    sizes, rows = layer_sizes(c, image_shape), rows_of_a_step(c, num_classes)
     states = sum(kernel for kernel, _ in sizes) * 4 * chosen("optimizer", c.optimizer, {"adamw": 3, "sgd": 2})
     return states + rows * max(area for _, area in sizes) * chosen("precision", c.precision, {"bf16": 2, "f32": 4})

@@ -82,8 +82,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         try:
             status = termination.interruptible(lambda: _run(commands, arguments))
         except KeyboardInterrupt:
-            saved = termination.saved()
-            _leave_at_once(out, 130, f"interrupted; {saved}" if saved else "interrupted")
+            _leave_at_once(out, 130, "interrupted")
         except Terminated as leave:  # while nothing could be lost
             _leave_at_once(out, 143, f"told to leave (SIGTERM): {leave}")
         out.flush()
@@ -98,9 +97,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _leave_at_once(out: SafeStream, status: int, why: str) -> NoReturn:
     """Ends the process, whatever its other thread is doing: to unwind the compiler and the device can take long, or crash."""
+    before = ""
     with contextlib.suppress(KeyboardInterrupt):  # pressed twice
-        termination.settle(1.0)  # a run that is between two segments clears up after itself
-    notice(f"vffjax: {why}")
+        before = termination.saved()
+        termination.settle(1.0)  # a run that is between two segments clears up after itself, and one that saves may come to an end
+    saved = termination.saved() or before
+    notice(f"vffjax: {why}; {saved}" if saved and status == 130 else f"vffjax: {why}")
     out.flush()
     if termination.working():
         os._exit(status)

@@ -8,7 +8,6 @@ cut, the bits are the same.
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from vffjax.checks import layer_sizes
+from vffjax.backend import cores
+from vffjax.checks import layer_sizes, rows_of_a_step
 from vffjax.groups import GroupState
 from vffjax.hyperparameters import HyperParameters
 from vffjax.plan import EPOCH, Images, Plan, run_key
@@ -54,10 +54,11 @@ class Epoch:
         self.pieces = pieces(plan.steps_per_epoch, length or plan.steps_per_epoch)
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
-    def compile(self, task: Task, states: tuple[GroupState, ...], data: Images) -> jax.stages.Compiled:
-        """Compiles all that an epoch on such data needs; returns the program of the longest segment. Nothing is trained."""
+    def compile(self, task: Task, states: tuple[GroupState, ...], data: Images, done: int = 0) -> jax.stages.Compiled:
+        """Compiles all that an epoch on such data needs, also one of which `done` steps are done already; returns the program of the
+        longest segment. Nothing is trained."""
         order, groups = epoch_order(self._plan, len(data.labels), 0), len(self._plan.groups)
-        for piece in {len(piece): piece for piece in self.pieces}.values():
+        for piece in {len(piece): piece for piece in (*self.pieces, *self._left(done))}.values():
             self._batches(data, 0, piece, *order)  # the programs that gather are compiled where they are called
             shapes = abstract_batch(self._plan.config.batch_size, data.image_shape, groups, data.features, (len(piece),))
             self._program(len(piece), task, states, shapes)
@@ -130,8 +131,9 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
     widths = [layer.width for group in plan.groups for layer in group.module.layers]
     sizes = zip(layer_sizes(plan.config, image_shape), widths, strict=True)
     # Forward, gradient of inputs, gradient of kernels; two for each multiplication.
-    flop = 6 * plan.config.batch_size * sum(kernel * max(1, area // width) for (kernel, area), width in sizes)
-    speed = _CORE * (os.cpu_count() or 1) if (backend or jax.default_backend()) == "cpu" else _ACCELERATOR
+    rows = rows_of_a_step(plan.config, plan.groups[0].module.classes)
+    flop = 6 * rows * sum(kernel * max(1, area // width) for (kernel, area), width in sizes)
+    speed = _CORE * cores() if (backend or jax.default_backend()) == "cpu" else _ACCELERATOR
     most = LARGEST_BYTES // (plan.config.batch_size * (math.prod(image_shape) + feature_bytes))
     return max(2, min(round(SECONDS * speed / flop), most))
 

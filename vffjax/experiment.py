@@ -27,7 +27,7 @@ from vffjax.plan import Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.saved_epoch import sha256_of
 from vffjax.summary import conclude, origin
-from vffjax.termination import Request, deferred, interruptible
+from vffjax.termination import KEPT, Request, deferred, interruptible
 from vffjax.weights import local_file, read_weights
 from vffjax.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 
@@ -74,6 +74,9 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str,
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
+        request = held.enter_context(deferred())
+        if (workdir / "config.json").exists():
+            request.saved = KEPT
         used = (workdir / LOCK).exists()
         if used:
             held.enter_context(locked(workdir))  # while another run writes here, that is the answer, and no data are read for it
@@ -88,8 +91,7 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str,
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again, now that nobody else can have written here since
-        with deferred() as request:
-            return _train_in(config, workdir, dataset, plan, request)
+        return _train_in(config, workdir, dataset, plan, request)
 
 
 def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
@@ -114,6 +116,8 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         run["segment_steps"] = segment_length(
             plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape, dataset.num_classes)
         )
+    # What was saved inside of an epoch and is not gone on from would stand in the way of the next such save.
+    checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
     for line in write_config(workdir, config):
         notice(line)
     trains = run["epoch"] < plan.total_epochs
@@ -123,6 +127,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
             run = Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
+    request.saved, request.idle = what_is_saved(plan, plan.total_epochs, 0), True
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved
     states, task = best.restore(plan)

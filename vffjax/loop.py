@@ -113,7 +113,7 @@ class Loop:
         if active and self._config.feature_cache != "none":
             self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
         self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"]), active
-        largest = self._epoch.compile(self._task, states, self._data)
+        largest = self._epoch.compile(self._task, states, self._data, self._position["step"] if self._position else 0)
         if _is_short(self._plan, largest):
             self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)
         self._run["compile_seconds"] += time.perf_counter() - began
@@ -132,7 +132,8 @@ class Loop:
             states = part.states
             parts.append(part.metrics)
             logbook.step(epoch, part.done, self._plan.steps_per_epoch)
-            if part.done < self._plan.steps_per_epoch and (self._request.leave or self._save_is_due()):
+            # An epoch that is trained and not validated yet can be saved too: validation may take long.
+            if self._request.leave or (part.done < self._plan.steps_per_epoch and self._save_is_due()):
                 metrics = joined(jax.device_get(parts))
                 seconds += time.perf_counter() - began
                 self._save_inside(states, epoch, part.done, seconds, metrics)
@@ -151,7 +152,7 @@ class Loop:
         """Saves inside of an epoch, and leaves if that was asked."""
         if self._request.abandoned:
             raise Terminated(self._request.saved)
-        self._check_finite(over_steps(metrics), jax.device_get(self._finite_groups(states)), epoch)
+        self._check_finite(over_steps(metrics), jax.device_get(self._finite_groups(states)), epoch, step)
         state = run_state.inside(self._run, epoch, step, self._plan.steps_per_epoch, seconds, metrics)
         inside = self._checkpoints.inside
         writer = inside.writer()
@@ -182,8 +183,8 @@ class Loop:
         self._saved_epoch, self._saved_seconds = epochs, time.perf_counter()
         self._request.saved = what_is_saved(self._plan, epochs, step)
 
-    def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int) -> None:
-        """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only."""
+    def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, step: int = 0) -> None:
+        """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only. `step`: inside of an epoch."""
         plan, active = self._plan, self._plan.active(epoch)
         groups, steps = range(len(plan.groups)) if active is None else [active], plan.steps_per_epoch
         problems = []
@@ -192,7 +193,8 @@ class Loop:
                 problems.append((int(first), f"step {first} of {steps}: the loss of group{group} is not finite"))
             elif count == steps:
                 problems.append((steps, f"no step of group{group} was finite"))
-        problems += [(steps, f"after its last step a number of group{i}'s state is not finite") for i in np.flatnonzero(~finite)]
+        after = f"after its step {step}" if step else "after its last step"
+        problems += [(steps, f"{after} a number of group{i}'s state is not finite") for i in np.flatnonzero(~finite)]
         if problems:
             kept = f"the checkpoint of epoch {self._writer.newest} is kept" if self._writer.newest else "there is no checkpoint yet"
             fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vffjax import versions
+from vffjax import backend, versions
 from vffjax.augment import normalise
 from vffjax.config import CHANGEABLE, Config
 from vffjax.data import Dataset
@@ -24,7 +24,7 @@ from vffjax.plots import plot_curves, plot_features
 from vffjax.rules import Task, prepare_clean, prepare_labelled
 
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
-_PACKAGES = ("vffjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def conclude(
@@ -64,19 +64,15 @@ def conclude(
 def origin(config: Config) -> dict[str, Any]:
     """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
     return {
-        "versions": {"python": platform.python_version()} | {package: versions.installed(package) for package in _PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {"vffjax": versions.own()}
+        | {package: versions.installed(package) for package in _PACKAGES},
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
-        "cores": _cores(),
+        "cores": backend.cores(),
         "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
         "settings": {key: getattr(config, key) for key in CHANGEABLE if key != "data_dir"},
     }
-
-
-def _cores() -> int | None:
-    """How many processors this process may use: on CPU they share out the sums of an operation, and so change its rounding."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:

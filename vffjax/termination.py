@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ class Terminated(Exception):
 
 
 NOTHING = "nothing is saved yet; the same command begins anew"
+KEPT = "what was saved before is kept; the same command goes on from there"
 
 
 class Request:
@@ -52,6 +54,7 @@ def deferred() -> Iterator[Request]:
     """SIGTERM ends nothing in here: it sets `made`, for the run to look at between two segments."""
     request = Request()
     _running.append(request)
+    request.abandoned = threading.current_thread() in _abandoned  # the interrupt came before
     try:
         yield request
     finally:
@@ -74,7 +77,7 @@ def interruptible(work: Callable[[], T]) -> T:
     for thread in list(_abandoned):
         if thread.is_alive():
             notice("the run that was interrupted is ending; waiting for it")
-        thread.join()
+            thread.join()
         _abandoned.remove(thread)
     found: list[T] = []
     problems: list[BaseException] = []
@@ -98,10 +101,9 @@ def interruptible(work: Callable[[], T]) -> T:
                 if any(request.made and request.idle for request in _running):
                     raise Terminated(saved())  # it compiles, or reads data, and would not look at its request for long
         except BaseException:
+            _abandoned.append(thread)  # first: a run that begins in it now is to know
             for request in _running:
                 request.abandoned = True
-            if thread.is_alive():
-                _abandoned.append(thread)
             raise
     thread.join()
     if problems:
@@ -111,13 +113,15 @@ def interruptible(work: Callable[[], T]) -> T:
 
 def settle(seconds: float) -> None:
     """Waits for work that was interrupted to end by itself, but no longer than this."""
-    for thread in _abandoned:
-        thread.join(seconds)
+    until = time.monotonic() + seconds
+    while working() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def working() -> bool:
     """Whether work that was interrupted still goes on."""
-    return any(thread.is_alive() for thread in _abandoned)
+    # One that an interrupt met while it was being started has no number yet, and may begin at any moment.
+    return any(thread.is_alive() or thread.ident is None for thread in _abandoned)
 
 
 @contextlib.contextmanager

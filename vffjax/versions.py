@@ -14,6 +14,10 @@ def installed(package: str) -> str | None:
 
 
 def own() -> str:
-    """The version of vffjax, also where a checkout is on the path and not installed."""
-    found = installed("vffjax")
-    return found or str(tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"])
+    """The version of the vffjax that runs: of its checkout, if it runs from one, whatever else is installed."""
+    checkout = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+    if checkout.is_file():
+        project = tomllib.loads(checkout.read_text()).get("project", {})
+        if project.get("name") == "vffjax":
+            return str(project["version"])
+    return installed("vffjax") or "of unknown version"

@@ -108,10 +108,10 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, Sa
         notice(lost[epoch])
     if lost:
         notice(f"going on from epoch {newest}")
-    elif (inside := _sound_inside(checkpoints, config, newest)) is not None:
-        check_best(checkpoints, inside.run, sound)
+    inside = None if lost else _sound_inside(checkpoints, config, newest)
+    if inside is not None and run_state.best_epoch(inside.run) in {0, *sound}:
         return sound, inside
-    return sound, sound.get(newest)
+    return sound, sound.get(newest)  # also where the best epoch by a save inside of an epoch is gone: it will be trained again
 
 
 def _sound_inside(checkpoints: Checkpoints, config: Config, newest: int) -> SavedEpoch | None:
