@@ -75,7 +75,7 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str,
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(deferred())
-        if (workdir / "config.json").exists():
+        if (there := Checkpoints(workdir)).epochs() or there.inside.epochs():
             request.saved = KEPT
         used = (workdir / LOCK).exists()
         if used:
