@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
 from rates import PRODUCTS
-
 from vffjax.checks import check_against_data
 from vffjax.config import Config, make_config
-from vffjax.data import SIZES
+from vffjax.data import SIZES, Split
 from vffjax.epochs import Epoch, segment_length
 from vffjax.errors import chosen
 from vffjax.groups import GroupState
+from vffjax.loop import training_images
 from vffjax.plan import Images, Plan, init_states, make_plan, make_task
 from vffjax.rules import Task
 from vffjax.summary import executable_bytes
@@ -83,8 +83,7 @@ class Workload:
 
     @functools.cached_property
     def for_jax(self) -> Images:
-        rows = Images(self._images, self._labels).as_rows()
-        return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
+        return training_images(Split(self._images, self._labels))
 
     @functools.cached_property
     def for_torch(self) -> TorchImages:

@@ -10,10 +10,11 @@ import time
 
 import jax
 import pytest
+
 from command_lines import TINY_FLAGS
 from runs import finished, summary_of, tiny, untimed
-
 from vffjax import data, experiment, termination
+from vffjax.logbook import read_metrics
 from vffjax.termination import Terminated, deferred, interruptible
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,6 +27,18 @@ def ctrl_c_is_not_ignored():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def interrupted_once(begun, work):
+    """Runs `work`, sends Ctrl-C to this process when `begun` is set, and expects that to be raised here."""
+
+    def interrupt():
+        begun.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        work()
 
 
 def wait_until(condition, seconds=100.0):
@@ -68,13 +81,7 @@ def test_an_interrupt_is_raised_at_once_and_the_next_work_waits_for_the_last(cap
             ended.wait(30)
             order.append("first")
 
-    def interrupt():
-        begun.wait(30)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        interruptible(work)
+    interrupted_once(begun, lambda: interruptible(work))
     assert termination.working()
     threading.Timer(0.3, ended.set).start()
     interruptible(lambda: order.append("second"))
@@ -91,18 +98,12 @@ def test_an_interrupt_while_data_are_read_trains_nothing(tmp_path, monkeypatch):
         interrupted.wait(30)
         return sound(config)
 
-    def interrupt():
-        reading.wait(30)
-        os.kill(os.getpid(), signal.SIGINT)
-
     monkeypatch.setattr(data, "load", load)
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        experiment.train(tiny(), tmp_path / "run")
+    interrupted_once(reading, lambda: experiment.train(tiny(), tmp_path / "run"))
     interrupted.set()
     termination.settle(60)
     assert not termination.working()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert read_metrics(tmp_path / "run") == []
 
 
 def test_work_that_begins_a_run_after_the_interrupt_is_abandoned_from_the_start():
@@ -114,13 +115,7 @@ def test_work_that_begins_a_run_after_the_interrupt_is_abandoned_from_the_start(
         with deferred() as request:
             seen.append(request.abandoned)
 
-    def interrupt():
-        begun.wait(30)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        interruptible(work)
+    interrupted_once(begun, lambda: interruptible(work))
     interrupted.set()
     termination.settle(30)
     assert seen == [True]

@@ -10,12 +10,12 @@ import time
 from unittest import mock
 
 import pytest
+
 from runs import TINY, compiled_once
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import records
 import train_queue
-
 from vffjax import experiment
 from vffjax.errors import UserError
 from vffjax.logbook import Logbook
@@ -40,7 +40,7 @@ def write_list(path, *runs, **common):
 
 
 def work(path, folder):
-    with compiled_once(), mock.patch.object(experiment, "conclude", wraps=experiment.conclude):
+    with compiled_once():
         train_queue.work(path, folder / "runs", folder / "results", False)
 
 

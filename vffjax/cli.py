@@ -81,10 +81,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(SafeStream(sys.stderr)):
         try:
             status = termination.interruptible(lambda: _run(commands, arguments))
-        except KeyboardInterrupt:
-            _leave_at_once(out, 130, "interrupted")
-        except Terminated as leave:  # while nothing could be lost
-            _leave_at_once(out, 143, f"told to leave (SIGTERM): {leave}")
+        except (KeyboardInterrupt, Terminated) as leave:  # SIGTERM comes here while nothing could be lost
+            _leave_at_once(out, leave)
         out.flush()
     if out.failure:
         if not isinstance(out.failure, BrokenPipeError):  # of a reader such as head, which has gone
@@ -95,14 +93,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _leave_at_once(out: SafeStream, status: int, why: str) -> NoReturn:
+def _leave_at_once(out: SafeStream, leave: KeyboardInterrupt | Terminated) -> NoReturn:
     """Ends the process, whatever its other thread is doing: to unwind the compiler and the device can take long, or crash."""
-    before = ""
+    saved = termination.saved()
     with contextlib.suppress(KeyboardInterrupt):  # pressed twice
-        before = termination.saved()
-        termination.settle(1.0)  # a run that is between two segments clears up after itself, and one that saves may come to an end
-    saved = termination.saved() or before
-    notice(f"vffjax: {why}; {saved}" if saved and status == 130 else f"vffjax: {why}")
+        saved = termination.settle(1.0) or saved
+    status, why = 130, f"interrupted; {saved}" if saved else "interrupted"
+    if isinstance(leave, Terminated):
+        status, why = 143, f"told to leave (SIGTERM): {leave}"
+    notice(f"vffjax: {why}")
     out.flush()
     if termination.working():
         os._exit(status)

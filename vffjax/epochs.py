@@ -57,9 +57,9 @@ class Epoch:
     def compile(self, task: Task, states: tuple[GroupState, ...], data: Images, done: int = 0) -> jax.stages.Compiled:
         """Compiles all that an epoch on such data needs, also one of which `done` steps are done already; returns the program of the
         longest segment. Nothing is trained."""
-        order, groups = epoch_order(self._plan, len(data.labels), 0), len(self._plan.groups)
+        draws, groups = self._draws(data, 0), len(self._plan.groups)
         for piece in {len(piece): piece for piece in (*self.pieces, *self._left(done))}.values():
-            self._batches(data, 0, piece, *order)  # the programs that gather are compiled where they are called
+            _batches(data, piece, draws)  # the programs that gather are compiled where they are called
             shapes = abstract_batch(self._plan.config.batch_size, data.image_shape, groups, data.features, (len(piece),))
             self._program(len(piece), task, states, shapes)
         return self._compiled[max(self._compiled)]
@@ -79,9 +79,9 @@ class Epoch:
 
         The segment before it is then finished, so that the device always has the next one and never more than two.
         """
-        order, before = epoch_order(self._plan, len(data.labels), epoch), dict[str, Array]()
+        draws, before = self._draws(data, epoch), dict[str, Array]()
         for piece in self._left(done):
-            batches = self._batches(data, epoch, piece, *order)
+            batches = _batches(data, piece, draws)
             states, metrics = self._program(len(piece), task, states, batches)(task, states, batches)
             jax.block_until_ready(before)
             before = metrics
@@ -95,19 +95,34 @@ class Epoch:
         cut = pieces(self._plan.steps_per_epoch - done, max(map(len, self.pieces)))
         return [range(done + piece.start, done + piece.stop) for piece in cut]
 
-    def _batches(self, data: Images, epoch: int, piece: range, ids: Array, keys: PRNGKeyArray) -> Batch:
-        """The batches of some steps of an epoch, of its images and keys."""
-        some, keys = _slice(len(piece), piece.start, ids, keys)
-        hyper: Any = (values[piece.start : piece.stop] for values in self._plan.hyperparameters(epoch))
-        of_epoch: Any = np.full(len(piece), epoch, np.int32)
-        images, labels = _take(data.images, some, data.shape), _take(data.labels, some)
-        features = None if data.features is None else _take(data.features, some)
-        return Batch(images, labels, some, of_epoch, keys, HyperParameters(*hyper), features)
+    def _draws(self, data: Images, epoch: int) -> "_Draws":
+        """What is drawn or known once for all steps of an epoch."""
+        ids, keys = epoch_order(self._plan, len(data.labels), epoch)
+        return _Draws(epoch, ids, keys, self._plan.hyperparameters(epoch))
 
     def _program(self, length: int, task: Task, states: tuple[GroupState, ...], batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
             self._compiled[length] = segment.lower(self._plan.program, self._active, task, states, batches).compile()
         return self._compiled[length]
+
+
+class _Draws(NamedTuple):
+    """Of every step of an epoch the images, the key and the numbers."""
+
+    epoch: int
+    ids: Int[Array, "steps batch"]
+    keys: PRNGKeyArray
+    hyper: HyperParameters
+
+
+def _batches(data: Images, piece: range, draws: _Draws) -> Batch:
+    """The batches of some steps of an epoch, gathered."""
+    ids, keys = _slice(len(piece), piece.start, draws.ids, draws.keys)
+    hyper: Any = (values[piece.start : piece.stop] for values in draws.hyper)
+    of_epoch: Any = np.full(len(piece), draws.epoch, np.int32)
+    images, labels = _take(data.images, ids, data.shape), _take(data.labels, ids)
+    features = None if data.features is None else _take(data.features, ids)
+    return Batch(images, labels, ids, of_epoch, keys, HyperParameters(*hyper), features)
 
 
 def pieces(steps: int, length: int) -> list[range]:

@@ -59,7 +59,8 @@ def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np
     """The learning rate in each of the `steps`, counted from 0 over the run: linear warm-up from 0, then a cosine that ends at 0.
 
     The cosine is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts. A warm-up that fills the whole run leaves
-    one step for the decay.
+    one step for the decay. The values are those of `optax.warmup_cosine_decay_schedule`; they are computed on the host, because optax's
+    would compile programs of their own for an epoch's steps.
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)

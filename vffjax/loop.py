@@ -1,5 +1,6 @@
 """The loop over the epochs of a run: training, validation, the record, and what is saved and when."""
 
+import contextlib
 import pathlib
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from vffjax import feature_cache, inference, run_state
 from vffjax.checkpoint import Checkpoints, Writer
 from vffjax.data import Dataset, Split
-from vffjax.epochs import Epoch, Metrics, Segment, joined, over_steps
+from vffjax.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.errors import UserError
 from vffjax.groups import GroupState
 from vffjax.inference import validate
@@ -33,7 +34,7 @@ def on_device(split: Split) -> Images:
 
 def training_images(split: Split) -> Images:
     """A split's images, as rows, and labels on JAX's first device, for `Epoch` to gather from."""
-    rows = Images(split.images, split.labels).as_rows()
+    rows = Images(split.images, split.labels).as_rows()  # on the host, where another shape costs nothing
     return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
 
 
@@ -60,11 +61,15 @@ class Loop:
         self._plan, self._config, self._task, self._run = plan, plan.config, task, run
         self._checkpoints, self._writer, self._request = checkpoints, writer, request
         self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
-        self._position = run.pop("inside", None)
-        self._metrics_inside = run_state.metrics_inside({"inside": self._position}) if self._position else None
+        self._position = run.pop("inside", None)  # until its epoch goes on
         self._epoch: Epoch | None = None
         self._compiled_for: int | None = None
-        self._say_what_is_saved(run["epoch"], self._position["step"] if self._position else 0)
+        self._say_what_is_saved(run["epoch"], self._steps_done)
+
+    @property
+    def _steps_done(self) -> int:
+        """Of the epoch that goes on, if it has been saved inside."""
+        return self._position["step"] if self._position else 0
 
     def train(self, states: tuple[GroupState, ...], workdir: pathlib.Path) -> dict[str, Any]:
         """Trains from these states on, which are donated; returns the run's state at its end.
@@ -84,13 +89,13 @@ class Loop:
                 if self._request.leave and self._saved_epoch == epoch:
                     raise Terminated(self._request.saved)
                 logbook.phase("training")
-                states, metrics, seconds = self._train_epoch(states, epoch, logbook)
+                states, means, checks, seconds = self._train_epoch(states, epoch, logbook)
                 logbook.phase("validating")
-                finite, found = jax.device_get(self._checked)
-                self._check_finite(over_steps(metrics), finite, epoch)
+                finite, found = jax.device_get(checks)
+                self._check_finite(means, finite, epoch)
                 validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch))
                 # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
-                record = logbook.epoch(_record(self._plan, over_steps(metrics), epoch, seconds) | validated)
+                record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
                 logbook.phase("saving")
                 self._finish_epoch(states, epoch, record, validated)
         return self._run
@@ -113,21 +118,26 @@ class Loop:
         if active and self._config.feature_cache != "none":
             self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
         self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"]), active
-        largest = self._epoch.compile(self._task, states, self._data, self._position["step"] if self._position else 0)
+        largest = self._epoch.compile(self._task, states, self._data, self._steps_done)
         if _is_short(self._plan, largest):
             self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)
         self._run["compile_seconds"] += time.perf_counter() - began
         self._run["peak_bytes"] = max(self._run["peak_bytes"], executable_bytes(largest))
 
-    def _train_epoch(self, states: tuple[GroupState, ...], epoch: int, logbook: Logbook) -> tuple[tuple[GroupState, ...], Metrics, float]:
-        """One epoch, or what is left of it: the new states, the metrics of all its steps, and the seconds that training took."""
+    def _train_epoch(
+        self, states: tuple[GroupState, ...], epoch: int, logbook: Logbook
+    ) -> tuple[tuple[GroupState, ...], dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
+        """One epoch, or what is left of it.
+
+        Returns the new states; the metrics over all steps of the epoch; whether each group is finite with the validation scores, both
+        still on the device; and the seconds that training took.
+        """
         assert self._epoch is not None
-        step, seconds, parts = 0, 0.0, list[Any]()
-        if self._position and self._metrics_inside:
-            step, seconds, parts = self._position["step"], self._position["seconds"], [self._metrics_inside]
-            self._position = self._metrics_inside = None
+        step, seconds, parts = self._steps_done, 0.0, list[Any]()
+        if self._position:
+            seconds, parts = self._position["seconds"], [run_state.metrics_of(self._position)]
+            self._position = None
         began = time.perf_counter()
-        part: Segment | None = None
         for part in self._epoch.segments(self._task, states, self._data, epoch, step):
             states = part.states
             parts.append(part.metrics)
@@ -140,9 +150,10 @@ class Loop:
                 parts, began = [metrics], time.perf_counter()
         # Queued behind the epoch, so that the device goes on while the host waits for the epoch's end.
         images = self._validation.images
-        self._checked = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
+        checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
         jax.block_until_ready(parts)
-        return states, joined(jax.device_get(parts)), seconds + time.perf_counter() - began
+        seconds += time.perf_counter() - began
+        return states, over_steps(joined(jax.device_get(parts))), checks, seconds
 
     def _save_is_due(self) -> bool:
         every = self._config.checkpoint_seconds
@@ -154,12 +165,8 @@ class Loop:
             raise Terminated(self._request.saved)
         self._check_finite(over_steps(metrics), jax.device_get(self._finite_groups(states)), epoch, step)
         state = run_state.inside(self._run, epoch, step, self._plan.steps_per_epoch, seconds, metrics)
-        inside = self._checkpoints.inside
-        writer = inside.writer()
-        try:
+        with contextlib.closing(self._checkpoints.inside.writer()) as writer:
             writer.save(run_state.number(state), states, self._task, state)
-        finally:
-            writer.close()
         self._say_what_is_saved(epoch, step)
         if self._request.made:
             raise Terminated(self._request.saved)

@@ -52,9 +52,9 @@ def inside(run: dict[str, Any], epoch: int, step: int, steps: int, seconds: floa
     return {key: value for key, value in run.items() if key not in _OF_WHOLE_EPOCHS} | {"epoch": epoch, "inside": position}
 
 
-def metrics_inside(run: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The metrics of the steps that a state inside of an epoch has behind it, to the bit. Raises `ValueError` if they cannot be read."""
-    return {name: np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for name, text in run["inside"]["metrics"].items()}
+def metrics_of(position: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The metrics of the steps behind a position, the `inside` of a state, to the bit. Raises `ValueError` if they cannot be read."""
+    return {name: np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for name, text in position["metrics"].items()}
 
 
 def _packed(values: np.ndarray) -> str:
@@ -148,7 +148,7 @@ def _sound_inside(position: Any, epoch: int) -> bool:
     if type(position.get("seconds")) not in (int, float) or not 0 <= position["seconds"] < math.inf:
         return False
     try:
-        metrics = metrics_inside({"inside": position})
+        metrics = metrics_of(position)
     except (ValueError, AttributeError, TypeError, EOFError, OSError):
         return False
     return "finite" in metrics and all(values.ndim and len(values) == position["step"] for values in metrics.values())

@@ -63,7 +63,7 @@ def deferred() -> Iterator[Request]:
 
 def saved() -> str:
     """What the runs of this process have saved, in words; empty if none is running."""
-    return "; ".join(request.saved for request in _running if request.saved)
+    return "; ".join(request.saved for request in _running)
 
 
 def interruptible(work: Callable[[], T]) -> T:
@@ -111,11 +111,16 @@ def interruptible(work: Callable[[], T]) -> T:
     return found[0]
 
 
-def settle(seconds: float) -> None:
-    """Waits for work that was interrupted to end by itself, but no longer than this."""
-    until = time.monotonic() + seconds
+def settle(seconds: float) -> str:
+    """Waits for work that was interrupted to end by itself, for so many seconds at the most; returns what is saved then, as `saved`.
+
+    A run that is between two segments clears up after itself meanwhile, and one that saves may come to its end.
+    """
+    until, words = time.monotonic() + seconds, saved()
     while working() and time.monotonic() < until:
         time.sleep(0.01)
+        words = saved() or words
+    return words
 
 
 def working() -> bool:
