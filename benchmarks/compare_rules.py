@@ -20,7 +20,6 @@ import sys
 from typing import Any
 
 from keys import SEEDS, Only, read_config, refuse, refuse_other_groups
-
 from vffjax import evaluation, experiment
 from vffjax.checkpoint import Checkpoints
 from vffjax.config import Config, make_config

@@ -34,8 +34,8 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from keys import Only, read_config, refuse
 
+from keys import Only, read_config, refuse
 from vffjax import drawing, ledger, targets
 from vffjax.config import Config, make_config
 from vffjax.data import SIZES

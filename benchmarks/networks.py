@@ -19,8 +19,8 @@ import time
 from typing import Any
 
 import jax
-from keys import JOINT, Only, read_config, refuse
 
+from keys import JOINT, Only, read_config, refuse
 from vffjax import ledger, locality, memory, targets
 from vffjax.architectures import PUBLISHED, VGG
 from vffjax.config import Config, make_config

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from keys import FLOPS
 
+from keys import FLOPS
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.groups import make_groups

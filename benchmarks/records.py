@@ -10,8 +10,8 @@ import statistics
 from typing import Any, NamedTuple
 
 import jax
-from rates import training_flops
 
+from rates import training_flops
 from vffjax.config import Config
 from vffjax.data import SIZES
 from vffjax.errors import UserError

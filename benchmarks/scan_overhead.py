@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 
+from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 from vffjax.checks import check_against_data
 from vffjax.config import Config
 from vffjax.data import SIZES

@@ -34,8 +34,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
 
+from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
 from vffjax import data as data_module
 from vffjax import inference
 from vffjax.config import Config, make_config

@@ -23,7 +23,6 @@ import sys
 from typing import Any
 
 import records
-
 from vffjax.errors import UserError
 from vffjax.logbook import replace_file
 

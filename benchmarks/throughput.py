@@ -33,6 +33,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import jax
+
 from contenders import (
     CONTENDERS,
     TORCH_BP,
@@ -47,7 +48,6 @@ from contenders import (
 )
 from keys import read_config
 from rates import jax_products, product_rate, training_flops
-
 from vffjax import drawing
 from vffjax.config import Config
 from vffjax.errors import UserError

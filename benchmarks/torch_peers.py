@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from keys import PEER
 from torch import Tensor, nn
 
+from keys import PEER
 from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.groups import GroupState, LayerGroup

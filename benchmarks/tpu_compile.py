@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from keys import JOINT, read_config, refuse
 
+from keys import JOINT, read_config, refuse
 from vffjax import targets
 from vffjax.checks import check_against_data
 from vffjax.config import Config

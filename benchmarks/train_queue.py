@@ -32,7 +32,6 @@ import tomllib
 from typing import Any, NamedTuple
 
 import records
-
 from vffjax import backend, data, experiment
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, notice, printable

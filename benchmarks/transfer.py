@@ -23,11 +23,11 @@ import sys
 import time
 from typing import Any
 
-import compare_rules
 import jax
+
+import compare_rules
 from keys import Only, refuse
 from networks import parameters
-
 from vffjax import experiment, ledger, memory, targets, weights
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError

@@ -16,8 +16,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
-from oracles import traced_afresh
 
+from oracles import traced_afresh
 from vffjax import cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -14,9 +14,9 @@ from unittest import mock
 
 import jax
 import numpy as np
-import oracles
 from jax.experimental.compilation_cache import compilation_cache
 
+import oracles
 from vffjax import experiment, plan, summary, termination, trainer
 from vffjax.config import make_config
 

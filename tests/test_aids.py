@@ -13,9 +13,9 @@ from unittest import mock
 
 import matplotlib
 import pytest
+
 from command_lines import ROOT, TINY_FLAGS
 from runs import compiled_once, copy_of, finished, summary_of, tiny, train, untimed
-
 from vffjax import drawing, errors, lock, logbook, plots, summary, tensorboard, workdir
 from vffjax.logbook import Logbook, read_metrics, write_json
 

@@ -11,11 +11,11 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+
 from command_lines import ROOT, TINY_FLAGS, in_a_process
 from image_sets import fails as refused
 from oracles import CONV, MLP, config_of, small_run, traced_afresh
 from runs import compiled_once, contents, copy_of, finished, tiny, train
-
 from vffjax import artefact, data, targets, winograd
 from vffjax.inference import ensemble, make_scores
 from vffjax.workdir import load_run

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import config_of, quick_jit
 
+from oracles import config_of, quick_jit
 from vffjax.augment import augment, cut_out, normalise
 from vffjax.errors import UserError
 

@@ -13,11 +13,11 @@ import zlib
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
 from image_sets import CIFAR_NAMES, fake_cifar, tar_gz
 from runs import contents, copy_of, finished, tiny
 from test_tfds_files import edit_info, example, flip_byte, to_tfrecord, truncate_shard
-
 from vffjax import data, experiment
 
 HEAD = "from vffjax.config import default_config\nimport ml_collections\nimport sys\n"

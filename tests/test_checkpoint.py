@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import assert_same_bits, tiny
 
+from runs import assert_same_bits, tiny
 from vffjax import checkpoint, run_state, saved_epoch
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError

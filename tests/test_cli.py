@@ -6,9 +6,9 @@ import pathlib
 import re
 
 import pytest
+
 from command_lines import CONFIG, TINY_FLAGS, in_a_process
 from runs import compiled_once, finished, untimed
-
 from vffjax import experiment
 from vffjax.config import FIELDS
 from vffjax.flags import parse_train

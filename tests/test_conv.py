@@ -8,10 +8,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax import export
 
+import oracles
 from vffjax import conv as conv_module
 from vffjax.conv import _plain, conv
 

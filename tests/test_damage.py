@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import contents, copy_of, finished, summary_of, tiny, train, untimed
 
+from runs import contents, copy_of, finished, summary_of, tiny, train, untimed
 from vffjax import evaluation, reproduction
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError

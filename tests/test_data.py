@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from image_sets import as_set, fails
 
+from image_sets import as_set, fails
 from vffjax import data
 from vffjax.config import Config
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_lines import CONFIG
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from command_lines import CONFIG
 from vffjax import dataflow
 from vffjax.dataflow import Flow, flows, members, union
 from vffjax.errors import UserError

@@ -7,9 +7,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
+
 from command_lines import ROOT
 from runs import summary_of, tell_to_leave, tiny, train
-
 from vffjax.logbook import Logbook, read_metrics
 from vffjax.termination import Terminated
 

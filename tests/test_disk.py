@@ -8,9 +8,9 @@ import subprocess
 from unittest import mock
 
 import pytest
+
 from command_lines import TINY_FLAGS
 from runs import assert_same_bits, compiled_once, contents, copy_of, finished, summary_of, untimed
-
 from vffjax import checkpoint, reproduction, summary, workdir
 from vffjax.checkpoint import Checkpoints
 from vffjax.logbook import Logbook

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from oracles import CONV, MLP, config_of, small_run
 from runs import compiled_once, copy_of, finished, tiny, train
-
 from vffjax import data, early_exit, evaluation, inference, plots
 from vffjax.early_exit import GRID, EarlyExit, make_early_exit, make_full, simulate, slack, votes_of
 from vffjax.inference import choose_voting, ensemble, error_percent, make_scores

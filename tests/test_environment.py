@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
-
 from vffjax import backend, cli, inference, memory, targets, trainer
 from vffjax.checks import least_bytes
 from vffjax.data import SIZES

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import CONV, assert_same, config_of, differs, small_run
 
+from oracles import CONV, assert_same, config_of, differs, small_run
 from vffjax import epochs, feature_cache, inference
 from vffjax.epochs import Epoch, pieces, segment_length
 from vffjax.hyperparameters import HyperParameters

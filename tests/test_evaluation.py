@@ -5,8 +5,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from runs import contents, copy_of, finished, summary_of
 
+from runs import contents, copy_of, finished, summary_of
 from vffjax import data, evaluation, reproduction
 from vffjax.data import Split
 from vffjax.errors import UserError

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
+
 import runs
 from oracles import traced_afresh
-from PIL import Image
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tell_to_leave, tiny, train, untimed
-
 from vffjax import checkpoint, data, evaluation, experiment, loop, trainer
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError

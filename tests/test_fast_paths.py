@@ -7,9 +7,9 @@ any two compilers do: losses agree to 1 %, accuracies to two points.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
+import oracles
 from vffjax import normalisation, rules, trainer, winograd
 from vffjax.epochs import Epoch
 from vffjax.networks import layers

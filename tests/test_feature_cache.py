@@ -4,9 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
+import oracles
 import runs
 from vffjax import data as data_module
 from vffjax import experiment, feature_cache

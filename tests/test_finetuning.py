@@ -7,11 +7,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
+
+import oracles
 from command_lines import ROOT
 from oracles import CONV, MLP, config_of, differs, quick_jit, small_run
-
 from runs import train
 from vffjax import locality
 from vffjax.config import for_group, make_config

@@ -6,8 +6,8 @@ import re
 import tarfile
 
 import pytest
-from runs import copy_of, finished, tiny, train
 
+from runs import copy_of, finished, tiny, train
 from vffjax import evaluation, run_state, versions
 from vffjax.checkpoint import Checkpoints
 from vffjax.config import from_json

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from faults import mutations
 from PIL import Image
+
+from faults import mutations
 
 SCRIPT = pathlib.Path(__file__).parent / "faults" / "fuzz.py"
 

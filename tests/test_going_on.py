@@ -11,8 +11,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 
+from runs import assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
 from vffjax import checkpoint, data, epochs, evaluation, experiment, feature_cache, loop, saved_epoch, workdir
 from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError

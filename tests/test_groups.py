@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run, streams_of
 
+import oracles
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run, streams_of
 from vffjax import rules
 from vffjax.groups import cut, init_variables, make_groups
 from vffjax.networks import build

@@ -6,9 +6,9 @@ import sys
 import types
 
 import pytest
+
 from image_sets import fails as refused
 from oracles import config_of, random_states
-
 from vffjax import hub, weights
 from vffjax.hub import Address
 from vffjax.plan import make_plan

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run
 
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run
 from vffjax import config as config_module
 from vffjax import inference, memory, targets, trainer
 from vffjax.config import ARGUMENTS, FIELDS, Config

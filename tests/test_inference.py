@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import CONV, MLP, config_of, quick_jit, small_run
 
+import oracles
+from oracles import CONV, MLP, config_of, quick_jit, small_run
 from vffjax.inference import choose_voting, ensemble, error_percent, make_scores
 
 CASES = {

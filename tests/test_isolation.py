@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import CONV, MLP, config_of, leaves, quick_jit, small_run, streams_of
 
+from oracles import CONV, MLP, config_of, leaves, quick_jit, small_run, streams_of
 from vffjax import probes, rules, trainer
 
 RULES = {

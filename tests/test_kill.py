@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+
 from command_lines import CONFIG, in_a_process
 from faults import kill
 from runs import TINY, scratch, tiny, train

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import config_of, small_run
 
+from oracles import config_of, small_run
 from vffjax import labelling, rules
 
 CLASSES, SHAPE = 5, (4, 6, 2)

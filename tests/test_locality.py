@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of
-
 from vffjax import locality, rules, trainer
 from vffjax.architectures import PUBLISHED
 from vffjax.config import make_config

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import config_of, numeric_gradient, quick_jit, small_run
 
+import oracles
+from oracles import config_of, numeric_gradient, quick_jit, small_run
 from vffjax import losses, rules
 from vffjax.hyperparameters import at_peak
 from vffjax.labelling import Streams

@@ -9,10 +9,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from command_lines import CONFIG, ROOT, in_a_process
-from oracles import CONV, assert_close, config_of, differs, quick_jit, small_run
 from PIL import Image
 
+from command_lines import CONFIG, ROOT, in_a_process
+from oracles import CONV, assert_close, config_of, differs, quick_jit, small_run
 from vffjax import ledger, memory, targets, trainer
 from vffjax.config import make_config
 

@@ -6,9 +6,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+
 from command_lines import ROOT
 from oracles import config_of
-
 from vffjax import checks, early_exit, groups, inference, losses, networks, rules, targets
 from vffjax import config as config_module
 from vffjax.errors import UserError

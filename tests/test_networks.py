@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import config_of, quick_jit, variables_of
 
+import oracles
+from oracles import config_of, quick_jit, variables_of
 from vffjax.networks import build
 from vffjax.networks.layers import EPSILON, ConvLayer, DenseLayer, Norm, divide_by_rms
 from vffjax.pooling import max_pool, mean_pool_to_grid

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
+import oracles
 from vffjax import pooling
 from vffjax.normalisation import EPSILON, normalise
 

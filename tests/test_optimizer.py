@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import CONV, assert_close, config_of, leaves, quick_jit, small_run
 
+from oracles import CONV, assert_close, config_of, leaves, quick_jit, small_run
 from vffjax.config import of_program
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.optimizers import make_optimizer

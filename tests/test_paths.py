@@ -4,10 +4,10 @@ import os
 import pathlib
 
 import pytest
+
 from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
 from runs import compiled_once, copy_of, finished, tiny, train
-
 from vffjax import experiment, tfds_files
 from vffjax.config_file import split_variant
 from vffjax.errors import UserError

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax import export
 
+import oracles
 from vffjax.pooling import max_pool_overlapping
 
 SIZES = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (2, 3, 1)]  # window, stride, padding

@@ -7,10 +7,10 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_lines import ROOT
 from PIL import Image
-from runs import compiled_once, finished, tiny
 
+from command_lines import ROOT
+from runs import compiled_once, finished, tiny
 from vffjax import data, prediction, trainer
 from vffjax.augment import normalise
 from vffjax.workdir import load_run

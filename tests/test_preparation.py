@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, as_set, fails, load, put_manual, tar_gz, tree
 
+from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, as_set, fails, load, put_manual, tar_gz, tree
 from vffjax import data, tfds_files
 from vffjax.config import Config
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from faults import mutations
 from image_sets import fails as refused
 from oracles import CONV, config_of, quick_jit
 from runs import assert_same_bits, scratch
-
 from vffjax import weights
 from vffjax.architectures import RESNET, residual_blocks, stem_width
 from vffjax.config import make_config

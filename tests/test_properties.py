@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from oracles import leaves, quick_jit, small_run
 
+from oracles import leaves, quick_jit, small_run
 from vffjax import locality
 from vffjax.checks import check_against_data
 from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group, from_json, make_config

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import config_of, variables_of
 
+import oracles
+from oracles import config_of, variables_of
 from vffjax import locality
 from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
 from vffjax.checks import layer_sizes

@@ -6,9 +6,9 @@ import shutil
 from unittest import mock
 
 import pytest
+
 from command_lines import TINY_FLAGS, in_a_process
 from runs import compiled_once, contents, copy_of, finished, tell_to_leave, tiny, train
-
 from vffjax import experiment, reproduction, summary
 from vffjax.logbook import Logbook
 from vffjax.termination import Terminated

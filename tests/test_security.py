@@ -11,12 +11,12 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from command_lines import CONFIG, ROOT
 from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, PER_BATCH, fake_cifar, load, put_manual
 from image_sets import fails as refused
-from PIL import Image
 from runs import TINY, finished
-
 from vffjax import data, prediction
 from vffjax.errors import printable
 

@@ -4,8 +4,8 @@ import importlib.metadata
 import sys
 
 import pytest
-from command_lines import ROOT, in_a_process
 
+from command_lines import ROOT, in_a_process
 from vffjax import cli, config_file
 from vffjax.flags import load_config_file
 

@@ -5,8 +5,8 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TIMES, finished, summary_of, tiny, train
 
+from runs import TIMES, finished, summary_of, tiny, train
 from vffjax import evaluation, loop
 from vffjax.checkpoint import Checkpoints
 from vffjax.logbook import read_metrics

@@ -9,7 +9,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import records  # noqa: E402
 import tables  # noqa: E402
-
 from vffjax.errors import UserError  # noqa: E402
 
 ERRORS = {"vff": [28.0, 29.0, 30.0], "bp": [26.512]}

@@ -11,9 +11,9 @@ import sys
 
 import numpy as np
 import pytest
-from image_sets import CIFAR_NAMES, PER_BATCH, as_set, fails, fake_cifar, load, tree
 from PIL import Image
 
+from image_sets import CIFAR_NAMES, PER_BATCH, as_set, fails, fake_cifar, load, tree
 from vffjax import data, tfds_files
 from vffjax.config import Config
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from oracles import CONV, MLP, config_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -16,7 +17,6 @@ import contenders  # noqa: E402
 import keys  # noqa: E402
 import rates  # noqa: E402
 import throughput  # noqa: E402
-
 from vffjax.config import FIELDS  # noqa: E402
 from vffjax.errors import UserError  # noqa: E402
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import CONV, MLP, assert_close, config_of, quick_jit, small_run
 
+from oracles import CONV, MLP, assert_close, config_of, quick_jit, small_run
 from vffjax import losses, rules
 from vffjax.augment import normalise
 from vffjax.errors import UserError

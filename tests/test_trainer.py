@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run, traced_afresh
 
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run, traced_afresh
 from vffjax import rules, trainer
 from vffjax.augment import normalise
 from vffjax.epochs import Epoch, over_steps

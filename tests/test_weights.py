@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from command_lines import CONFIG, TINY_FLAGS
 from image_sets import fails as refused
 from oracles import CONV, config_of, small_run
 from runs import TINY, assert_same_bits, compiled_once, contents, copy_of, finished, tiny, train
-
 from vffjax import experiment, weights
 from vffjax.config import make_config
 from vffjax.plan import init_states

@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from runs import contents, copy_of, finished, tiny, train
 
+from runs import contents, copy_of, finished, tiny, train
 from vffjax.errors import UserError
 from vffjax.workdir import claim_workdir, locked, read_config
 

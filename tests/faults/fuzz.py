@@ -48,8 +48,8 @@ def forget_peak():
 def networks():
     """Of a network by our names and of one by torchvision's a plan, its states, shapes only, and a sound weight file."""
     import jax
-    from oracles import CONV, config_of, random_states
 
+    from oracles import CONV, config_of, random_states
     from vffjax import weights
     from vffjax.plan import init_states, make_plan
 
