@@ -3,7 +3,7 @@
 python train.py --config configs/digits.py [--config.KEY=VALUE ...] [--workdir DIR]; --help lists the keys.
 """
 
-from vffjax.cli import main
+from vffjax.cli.main import main
 
 if __name__ == "__main__":
     import sys

@@ -20,12 +20,13 @@ import sys
 from typing import Any
 
 from keys import SEEDS, Only, read_config, refuse, refuse_other_groups
-from vffjax import evaluation, experiment
-from vffjax.checkpoint import Checkpoints
+from vffjax.cli.flags import a_path
 from vffjax.config import Config, make_config
 from vffjax.errors import UserError, bad_key
-from vffjax.flags import a_path
-from vffjax.logbook import replace_file, write_json
+from vffjax.runs import experiment
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.logbook import replace_file, write_json
+from vffjax.uses import evaluation
 
 RULES: dict[str, dict[str, Any]] = {
     "vff": {},

@@ -10,16 +10,16 @@ import numpy as np
 
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
 from rates import PRODUCTS
-from vffjax.checks import check_against_data
 from vffjax.config import Config, make_config
-from vffjax.data import SIZES, Split
-from vffjax.epochs import Epoch, segment_length
+from vffjax.data.load import SIZES, Split
 from vffjax.errors import chosen
-from vffjax.groups import GroupState
-from vffjax.loop import training_images
-from vffjax.plan import Images, Plan, init_states, make_plan, make_task
-from vffjax.rules import Task
-from vffjax.summary import executable_bytes
+from vffjax.networks.groups import GroupState
+from vffjax.rules.local import Task
+from vffjax.runs.loop import training_images
+from vffjax.runs.summary import executable_bytes
+from vffjax.training.checks import check_against_data
+from vffjax.training.epochs import Epoch, segment_length
+from vffjax.training.plan import Images, Plan, init_states, make_plan, make_task
 
 RULES: dict[str, dict[str, Any]] = {
     "vff": {"rule": "vff"},
@@ -112,7 +112,7 @@ class Workload:
 
 
 class JaxContender:
-    """The epoch as `vffjax.epochs` runs it, compiled ahead of time; its states go on from epoch to epoch."""
+    """The epoch as `vffjax.training.epochs` runs it, compiled ahead of time; its states go on from epoch to epoch."""
 
     library = "jax"
 

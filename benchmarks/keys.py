@@ -9,10 +9,10 @@ benchmarks hand the configuration to the trainer, which obeys every key; they li
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vffjax.cli.flags import parse_train
 from vffjax.config import FIELDS, Config
 from vffjax.errors import UserError, bad_key
-from vffjax.flags import parse_train
-from vffjax.rules import needs_predictions
+from vffjax.rules.local import needs_predictions
 
 
 class Only(NamedTuple):

@@ -36,17 +36,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from keys import Only, read_config, refuse
-from vffjax import drawing, ledger, targets
+from vffjax.cli.flags import json_file, whole_numbers
 from vffjax.config import Config, make_config
-from vffjax.data import SIZES
+from vffjax.costs import ledger, targets
+from vffjax.costs.ledger import Case
+from vffjax.costs.memory import compile_step, make_step, row
+from vffjax.data.load import SIZES
 from vffjax.errors import UserError
-from vffjax.flags import json_file, whole_numbers
 from vffjax.hyperparameters import at_peak
-from vffjax.ledger import Case
-from vffjax.logbook import write_json
-from vffjax.memory import compile_step, make_step, row
-from vffjax.plan import init_states, make_task
-from vffjax.trainer import Batch
+from vffjax.runs import drawing
+from vffjax.runs.logbook import write_json
+from vffjax.training.plan import init_states, make_task
+from vffjax.training.trainer import Batch
 
 STYLES = {
     "bp": ("tab:red", "-"),

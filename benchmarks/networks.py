@@ -21,14 +21,15 @@ from typing import Any
 import jax
 
 from keys import JOINT, Only, read_config, refuse
-from vffjax import ledger, locality, memory, targets
 from vffjax.architectures import PUBLISHED, VGG
+from vffjax.cli.flags import a_path
 from vffjax.config import Config, make_config
-from vffjax.data import SIZES
+from vffjax.costs import ledger, memory, targets
+from vffjax.data.load import SIZES
 from vffjax.errors import UserError
-from vffjax.flags import a_path
-from vffjax.logbook import write_json
-from vffjax.plan import init_states, make_plan
+from vffjax.proofs import locality
+from vffjax.runs.logbook import write_json
+from vffjax.training.plan import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")
 # Keys whose values the table sets itself, for one row or column after another.

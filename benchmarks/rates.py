@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from keys import FLOPS
 from vffjax.config import Config
 from vffjax.errors import chosen
-from vffjax.groups import make_groups
+from vffjax.networks.groups import make_groups
 from vffjax.networks.layers import ConvLayer
-from vffjax.rules import needs_predictions
+from vffjax.rules.local import needs_predictions
 
 KERNEL = 3  # side of every convolution's kernel, in positions
 PRODUCTS, TRIALS = 8, 5

@@ -13,11 +13,11 @@ import jax
 
 from rates import training_flops
 from vffjax.config import Config
-from vffjax.data import SIZES
+from vffjax.data.load import SIZES
 from vffjax.errors import UserError
-from vffjax.logbook import read_json, read_metrics, write_json
-from vffjax.plan import Plan, init_states
-from vffjax.summary import origin
+from vffjax.runs.logbook import read_json, read_metrics, write_json
+from vffjax.runs.summary import origin
+from vffjax.training.plan import Plan, init_states
 
 FORMAT = 1
 CURVES = ("val_error", "train_accuracy", "loss", "seconds")

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
-from vffjax.checks import check_against_data
 from vffjax.config import Config
-from vffjax.data import SIZES
-from vffjax.epochs import Epoch, segment_length
+from vffjax.data.load import SIZES
 from vffjax.errors import UserError
 from vffjax.hyperparameters import HyperParameters
-from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.trainer import Batch, train_step
+from vffjax.training.checks import check_against_data
+from vffjax.training.epochs import Epoch, segment_length
+from vffjax.training.plan import Images, init_states, make_plan, make_task
+from vffjax.training.trainer import Batch, train_step
 
 STEPS, PAIRS = 24, 5
 

@@ -36,16 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
-from vffjax import data as data_module
-from vffjax import inference
+from vffjax.cli.flags import a_path
 from vffjax.config import Config, make_config
-from vffjax.epochs import Epoch, segment_length
+from vffjax.data import load as data_module
 from vffjax.errors import UserError, bad_key
-from vffjax.experiment import plan_for
-from vffjax.flags import a_path
-from vffjax.logbook import write_json
-from vffjax.loop import on_device, training_images
-from vffjax.plan import Plan, init_states, make_task
+from vffjax.runs.experiment import plan_for
+from vffjax.runs.logbook import write_json
+from vffjax.runs.loop import on_device, training_images
+from vffjax.training import scores as inference
+from vffjax.training.epochs import Epoch, segment_length
+from vffjax.training.plan import Plan, init_states, make_task
 
 # Keys whose values the board sets itself.
 SET_HERE = {

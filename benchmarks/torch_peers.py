@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from keys import PEER
 from vffjax.config import Config, for_group
 from vffjax.errors import chosen
-from vffjax.groups import GroupState, LayerGroup
-from vffjax.losses import EPSILON as LEAST_SQUARED_NORM
+from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
-from vffjax.plan import Plan
-from vffjax.rules import Task
+from vffjax.rules.local import Task
+from vffjax.rules.similarity import EPSILON as LEAST_SQUARED_NORM
+from vffjax.training.plan import Plan
 
 IMPLEMENTATIONS = ("fused", "foreach")  # of torch.optim; which is faster depends on the device and the network
 
@@ -200,7 +200,7 @@ def three_stream_loss(config: Config, group: Group, streams: Iterable[Tensor], l
 
 
 class GroupOptimizer:
-    """`vffjax.trainer.make_optimizer` for one group: warm-up, cosine decay, decoupled decay of kernels alone, clipping."""
+    """`vffjax.training.trainer.make_optimizer` for one group: warm-up, cosine decay, decoupled decay of kernels alone, clipping."""
 
     def __init__(self, config: Config, module: nn.Module, steps_per_epoch: int, implementation: str):
         self._params = list(module.parameters())

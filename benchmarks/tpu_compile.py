@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 
 from keys import JOINT, read_config, refuse
-from vffjax import targets
-from vffjax.checks import check_against_data
 from vffjax.config import Config
-from vffjax.data import SIZES, split_sizes
-from vffjax.epochs import gathered, pieces, segment, segment_length
+from vffjax.costs import targets
+from vffjax.costs.memory import step_arguments
+from vffjax.data.load import SIZES, split_sizes
 from vffjax.errors import UserError
-from vffjax.memory import step_arguments
-from vffjax.plan import make_plan
-from vffjax.trainer import abstract_batch, train_step
+from vffjax.training.checks import check_against_data
+from vffjax.training.epochs import gathered, pieces, segment, segment_length
+from vffjax.training.plan import make_plan
+from vffjax.training.trainer import abstract_batch, train_step
 
 
 class Target:

@@ -32,11 +32,13 @@ import tomllib
 from typing import Any, NamedTuple
 
 import records
-from vffjax import backend, data, experiment
+from vffjax import backend
+from vffjax.cli.flags import naming_files, parse_train
 from vffjax.config import Config, make_config
+from vffjax.data import load as data
 from vffjax.errors import UserError, notice, printable
-from vffjax.flags import naming_files, parse_train
-from vffjax.termination import Terminated, interruptible
+from vffjax.runs import experiment
+from vffjax.runs.termination import Terminated, interruptible
 
 # Other processes that may want a processor while a run still counts as quiet.
 _IDLE_LOAD = 0.5

@@ -28,12 +28,14 @@ import jax
 import compare_rules
 from keys import Only, refuse
 from networks import parameters
-from vffjax import experiment, ledger, memory, targets, weights
+from vffjax.cli.flags import a_path, parse_train
 from vffjax.config import Config, make_config
+from vffjax.costs import ledger, memory, targets
 from vffjax.errors import UserError
-from vffjax.flags import a_path, parse_train
-from vffjax.logbook import replace_file, write_json
-from vffjax.workdir import load_run
+from vffjax.runs import experiment
+from vffjax.runs.logbook import replace_file, write_json
+from vffjax.runs.workdir import load_run
+from vffjax.weights import weights
 
 RULES = ("vff", "bp")
 # Of 1e-3 and 4e-3, what erred less on the 2,000 validation images of seed 0, for each rule and start; the configuration's own is VFF's.

@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from oracles import traced_afresh
-from vffjax import cli
+from vffjax.cli import main as cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

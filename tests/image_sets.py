@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from vffjax import data
 from vffjax.config import Config
+from vffjax.data import load as data
 from vffjax.errors import UserError
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

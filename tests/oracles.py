@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vffjax import rules
-from vffjax.augment import normalise
 from vffjax.config import default_config, make_config
 from vffjax.hyperparameters import HyperParameters, at_peak
-from vffjax.plan import Images, make_plan
-from vffjax.probes import quick_jit as quick_jit
-from vffjax.probes import random_states, random_variables
-from vffjax.rules import Task
-from vffjax.trainer import Batch, clean_log_p
+from vffjax.proofs.probes import quick_jit as quick_jit
+from vffjax.proofs.probes import random_states, random_variables
+from vffjax.rules import local as rules
+from vffjax.rules.local import Task
+from vffjax.training.augment import normalise
+from vffjax.training.plan import Images, make_plan
+from vffjax.training.trainer import Batch, clean_log_p
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups

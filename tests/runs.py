@@ -17,8 +17,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 import oracles
-from vffjax import experiment, plan, summary, termination, trainer
 from vffjax.config import make_config
+from vffjax.runs import experiment, summary, termination
+from vffjax.training import plan, trainer
 
 # Two groups, eleven steps an epoch, learnt well above chance in three epochs.
 TINY = {

@@ -16,8 +16,9 @@ import pytest
 
 from command_lines import ROOT, TINY_FLAGS
 from runs import compiled_once, copy_of, finished, summary_of, tiny, train, untimed
-from vffjax import drawing, errors, lock, logbook, plots, summary, tensorboard, workdir
-from vffjax.logbook import Logbook, read_metrics, write_json
+from vffjax import errors
+from vffjax.runs import drawing, lock, logbook, plots, summary, tensorboard, workdir
+from vffjax.runs.logbook import Logbook, read_metrics, write_json
 
 RECORDS = [{"epoch": 1, "loss": 1.0, "val_error": 10.0}, {"epoch": 2, "loss": 0.5, "val_error": 5.0}]
 
@@ -30,7 +31,8 @@ def lines(capsys):
 
 
 def test_importing_the_commands_imports_no_matplotlib_and_no_tqdm():
-    code = "import sys; from vffjax import cli, experiment, plots, summary; print([m for m in ('matplotlib', 'tqdm') if m in sys.modules])"
+    code = "import sys; from vffjax.cli import main; from vffjax.runs import experiment, plots, summary\n"
+    code += "print([m for m in ('matplotlib', 'tqdm') if m in sys.modules])"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
@@ -40,9 +42,8 @@ def test_a_notebooks_backend_and_a_matplotlibrc_with_usetex_change_no_picture(tm
     # In a process of its own: matplotlib reads both once.
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.facecolor: red\nsavefig.dpi: 20\n")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    code = (
-        "import os, sys, pathlib; from vffjax import plots; print(plots.plot_curves(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
-    )
+    code = "import os, sys, pathlib; from vffjax.runs import plots\n"
+    code += "print(plots.plot_curves(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
     environment = os.environ | {"MPLBACKEND": "no_such_backend", "MATPLOTLIBRC": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -88,7 +89,7 @@ def test_a_library_that_ends_python_ends_no_run(tmp_path, monkeypatch, capsys, n
 
 
 def test_what_ends_python_with_words_is_status_1(call, monkeypatch):
-    monkeypatch.setattr("vffjax.run_commands.evaluate", lambda arguments: sys.exit("no protobuf"))
+    monkeypatch.setattr("vffjax.cli.run_commands.evaluate", lambda arguments: sys.exit("no protobuf"))
     assert call("evaluate") == (1, "", "vffjax: error: no protobuf\n")
 
 
@@ -382,7 +383,7 @@ def test_without_stderr_nothing_is_said_on_stdout(monkeypatch, capsys):
 
 def test_a_command_prints_what_a_stream_cannot_encode_as_escapes(tmp_path):
     out = Narrow()
-    code = "import sys; from vffjax import cli; cli.main(['memory', '--config=größe.py'])"
+    code = "import sys; from vffjax.cli import main; main.main(['memory', '--config=größe.py'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
@@ -399,7 +400,7 @@ def test_a_command_prints_what_a_stream_cannot_encode_as_escapes(tmp_path):
 
 @pytest.mark.parametrize("target", ["a full device", "nobody"])
 def test_output_that_cannot_be_written_is_status_1_and_no_traceback(target):
-    code = "from vffjax import cli; cli.main(['train', '--help'])"
+    code = "from vffjax.cli import main; main.main(['train', '--help'])"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if target == "nobody":
         read, out = os.pipe()
@@ -413,15 +414,15 @@ def test_output_that_cannot_be_written_is_status_1_and_no_traceback(target):
 
 
 def test_closed_descriptors_are_not_given_to_files_of_the_run(tmp_path):
-    code = "from vffjax import cli; import os, sys\n"
-    code += "cli._run = lambda *_: os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\ncli.main(['train'])"
+    code = "from vffjax.cli import main; import os, sys\n"
+    code += "main._run = lambda *_: os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\nmain.main(['train'])"
     command = f'exec "{sys.executable}" -c "$CODE" "{tmp_path / "file"}" >&- 2>&- <&-'
     done = subprocess.run(["sh", "-c", command], env=os.environ | {"CODE": code, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert done.returncode > 2  # the file's descriptor
 
 
 def test_a_command_in_a_process_without_streams_does_its_work(monkeypatch, tmp_path):
-    from vffjax import cli
+    from vffjax.cli import main as cli
 
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)

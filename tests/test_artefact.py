@@ -16,9 +16,12 @@ from command_lines import ROOT, TINY_FLAGS, in_a_process
 from image_sets import fails as refused
 from oracles import CONV, MLP, config_of, small_run, traced_afresh
 from runs import compiled_once, contents, copy_of, finished, tiny, train
-from vffjax import artefact, data, targets, winograd
-from vffjax.inference import ensemble, make_scores
-from vffjax.workdir import load_run
+from vffjax.costs import targets
+from vffjax.data import load as data
+from vffjax.ops import winograd
+from vffjax.runs.workdir import load_run
+from vffjax.training.scores import ensemble, make_scores
+from vffjax.uses import artefact
 
 SHAPE, CLASSES, EXAMPLES = (8, 8, 2), 3, 12
 # Wide enough for winograd, which training takes and an artefact does not.
@@ -205,7 +208,7 @@ def test_of_each_platform_alone_it_is_the_same(platform, tmp_path, monkeypatch):
 
 TPU = """
 import pathlib, sys, jax, jax.export
-from vffjax import targets
+from vffjax.costs import targets
 device = targets.find("tpu")
 found = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
 compiled = jax.jit(found.call).lower(device.array(5, 8, 8, 2, dtype="uint8")).compile()
@@ -227,7 +230,7 @@ def test_equal_runs_give_equal_bytes_and_nothing_of_this_machine(call, tmp_path)
         return (tmp_path / name).read_bytes()
 
     first = export("a.stablehlo")
-    code = "from vffjax.cli import main; import sys; main(sys.argv[1:])"
+    code = "from vffjax.cli.main import main; import sys; main(sys.argv[1:])"
     done = in_a_process("-c", code, "export", f"--workdir={finished()}", f"--out={tmp_path / 'b.stablehlo'}")
     assert done.returncode == 0, done.stderr
     # What this process has traced before, in other places, is not in it either.

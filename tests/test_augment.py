@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from oracles import config_of, quick_jit
-from vffjax.augment import augment, cut_out, normalise
 from vffjax.errors import UserError
+from vffjax.training.augment import augment, cut_out, normalise
 
 H, W, N = 6, 8, 300
 

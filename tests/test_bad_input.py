@@ -18,7 +18,8 @@ from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
 from image_sets import CIFAR_NAMES, fake_cifar, tar_gz
 from runs import contents, copy_of, finished, tiny
 from test_tfds_files import edit_info, example, flip_byte, to_tfrecord, truncate_shard
-from vffjax import data, experiment
+from vffjax.data import load as data
+from vffjax.runs import experiment
 
 HEAD = "from vffjax.config import default_config\nimport ml_collections\nimport sys\n"
 ENDLESS = "9" * 5_000
@@ -73,10 +74,10 @@ def prepared():
 @pytest.fixture(scope="module", autouse=True)
 def _warmed_up(tmp_path_factory):
     """What is imported once, and made once, is not timed."""
-    import vffjax.locality
-    import vffjax.memory
-    import vffjax.prediction
-    import vffjax.reproduction  # noqa: F401
+    import vffjax.costs.memory
+    import vffjax.proofs.locality
+    import vffjax.uses.prediction
+    import vffjax.uses.reproduction  # noqa: F401
 
     finished()
     folder = tmp_path_factory.mktemp("tfds")
@@ -699,7 +700,7 @@ IN_A_PROCESS = [
 def test_start_and_all_takes_less_than_five_seconds_of_a_processor(name, tmp_path):
     place = Place(tmp_path)
     argv = list(map(str, ROWS[name][0](place)))
-    code = "from vffjax.cli import main; import sys; main(sys.argv[1:])"
+    code = "from vffjax.cli.main import main; import sys; main(sys.argv[1:])"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *argv]
     with subprocess.Popen(command, cwd=tmp_path / "cwd", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -716,7 +717,7 @@ def test_bad_flags_and_headers_are_refused_before_jax_is_imported(flag, says, tm
     # That is what makes the answer quick on any machine.
     (tmp_path / "w.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
     flag = flag.replace("w.safe", f"{tmp_path}/w.safe")
-    code = "import sys; from vffjax.cli import main\ntry: main(['train', *sys.argv[1:]])\nexcept SystemExit as e: "
+    code = "import sys; from vffjax.cli.main import main\ntry: main(['train', *sys.argv[1:]])\nexcept SystemExit as e: "
     done = in_a_process("-c", code + "print('jax' in sys.modules, e.code)", CONFIG, f"--config.{flag}")
     assert done.stdout == "False 2\n"
     assert done.stderr.count("\n") == 1
@@ -779,8 +780,8 @@ def test_any_other_error_is_a_bug_and_keeps_its_traceback(call, monkeypatch, tmp
 
 
 def test_more_steps_than_can_be_counted_are_refused():
-    from vffjax.checks import check_against_data
     from vffjax.errors import UserError
+    from vffjax.training.checks import check_against_data
 
     many = tiny(epochs=100_000, batch_size=1)
     check_against_data(many, 21_474, (8, 8, 1), 10, 2)

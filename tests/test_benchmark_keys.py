@@ -17,9 +17,9 @@ import scan_overhead  # noqa: E402
 import speedrun  # noqa: E402
 import tpu_compile  # noqa: E402
 import transfer  # noqa: E402
+from vffjax.cli.flags import parse_train  # noqa: E402
 from vffjax.config import default_config, make_config  # noqa: E402
 from vffjax.errors import UserError  # noqa: E402
-from vffjax.flags import parse_train  # noqa: E402
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py")]
 OVERRIDES = """

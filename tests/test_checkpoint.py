@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from runs import assert_same_bits, tiny
-from vffjax import checkpoint, run_state, saved_epoch
-from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
-from vffjax.plan import init_states, make_plan, make_task
+from vffjax.runs import checkpoint, saved_epoch
+from vffjax.runs import state as run_state
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.training.plan import init_states, make_plan, make_task
 
 SHAPE, CLASSES = (4, 4, 1), 3
 

@@ -9,9 +9,9 @@ import pytest
 
 from command_lines import CONFIG, TINY_FLAGS, in_a_process
 from runs import compiled_once, finished, untimed
-from vffjax import experiment
+from vffjax.cli.flags import parse_train
 from vffjax.config import FIELDS
-from vffjax.flags import parse_train
+from vffjax.runs import experiment
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Help
@@ -119,7 +119,8 @@ def test_the_default_workdir_is_the_same_for_the_same_configuration_alone(monkey
 
 @pytest.mark.parametrize("moment", ["while it trains", "before"])
 def test_sigterm_ends_a_process_that_trains_with_status_143_and_the_way_on(moment, tmp_path):
-    code = "import os, signal, sys; from vffjax import experiment, logbook; from vffjax.cli import main; sound = logbook.Logbook.epoch\n"
+    code = "import os, signal, sys; from vffjax.cli.main import main; from vffjax.runs import experiment, logbook\n"
+    code += "sound = logbook.Logbook.epoch\n"
     code += "def epoch(self, record):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return sound(self, record)\n"
     code += "logbook.Logbook.epoch = epoch\n" if moment == "while it trains" else "os.kill(os.getpid(), signal.SIGTERM)\n"
     done = in_a_process("-c", code + "main(['train', *sys.argv[1:]])", *TINY_FLAGS, f"--workdir={tmp_path / 'run'}")

@@ -11,12 +11,12 @@ import ml_collections
 import pytest
 
 from vffjax import config as config_module
-from vffjax import data
-from vffjax.checks import check_against_data
+from vffjax.cli.flags import load_config_file
 from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, from_json, make_config, of_program
+from vffjax.data import load as data
 from vffjax.errors import UserError
-from vffjax.flags import load_config_file
-from vffjax.groups import init_variables, make_groups
+from vffjax.networks.groups import init_variables, make_groups
+from vffjax.training.checks import check_against_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Image shape, classes and training images of each set, from the sets' own descriptions.

@@ -12,8 +12,8 @@ import pytest
 from jax import export
 
 import oracles
-from vffjax import conv as conv_module
-from vffjax.conv import _plain, conv
+from vffjax.ops import conv as conv_module
+from vffjax.ops.conv import _plain, conv
 
 CANONICAL = "dim_labels=b01f_01io->b01f"
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about the program for CPU")

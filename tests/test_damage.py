@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from runs import contents, copy_of, finished, summary_of, tiny, train, untimed
-from vffjax import evaluation, reproduction
-from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.uses import evaluation, reproduction
 
 LATEST, EARLIER = 3, 2  # the saved epochs of `finished`
 

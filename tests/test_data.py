@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from image_sets import as_set, fails
-from vffjax import data
 from vffjax.config import Config
+from vffjax.data import load as data
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_keys_that_do_not_fit_the_data(keys, key):
 
 
 def test_import_is_light():
-    code = "import sys, vffjax.data; print(sorted({'tensorflow_datasets', 'sklearn', 'tensorflow', 'PIL'} & set(sys.modules)))"
+    code = "import sys, vffjax.data.load; print(sorted({'tensorflow_datasets', 'sklearn', 'tensorflow', 'PIL'} & set(sys.modules)))"
     root = pathlib.Path(data.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert result.stdout.strip() == "[]"

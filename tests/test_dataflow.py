@@ -11,9 +11,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from command_lines import CONFIG
-from vffjax import dataflow
-from vffjax.dataflow import Flow, flows, members, union
 from vffjax.errors import UserError
+from vffjax.proofs import dataflow
+from vffjax.proofs.dataflow import Flow, flows, members, union
 
 X = jnp.float32(0.3)
 N = jnp.int32(3)

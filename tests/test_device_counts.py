@@ -10,8 +10,8 @@ import pytest
 
 from command_lines import ROOT
 from runs import summary_of, tell_to_leave, tiny, train
-from vffjax.logbook import Logbook, read_metrics
-from vffjax.termination import Terminated
+from vffjax.runs.logbook import Logbook, read_metrics
+from vffjax.runs.termination import Terminated
 
 # Said in docs/runs.md: the two epochs that follow, of losses, relative. Rounding grows as training goes on.
 TOLERANCE = 1e-3

@@ -11,10 +11,11 @@ import pytest
 
 from command_lines import TINY_FLAGS
 from runs import assert_same_bits, compiled_once, contents, copy_of, finished, summary_of, untimed
-from vffjax import checkpoint, reproduction, summary, workdir
-from vffjax.checkpoint import Checkpoints
-from vffjax.logbook import Logbook
-from vffjax.workdir import load_run
+from vffjax.runs import checkpoint, summary, workdir
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.logbook import Logbook
+from vffjax.runs.workdir import load_run
+from vffjax.uses import reproduction
 
 
 @pytest.fixture

@@ -10,10 +10,13 @@ import pytest
 
 from oracles import CONV, MLP, config_of, small_run
 from runs import compiled_once, copy_of, finished, tiny, train
-from vffjax import data, early_exit, evaluation, inference, plots
-from vffjax.early_exit import GRID, EarlyExit, make_early_exit, make_full, simulate, slack, votes_of
-from vffjax.inference import choose_voting, ensemble, error_percent, make_scores
-from vffjax.workdir import load_run
+from vffjax.data import load as data
+from vffjax.runs import plots
+from vffjax.runs.workdir import load_run
+from vffjax.training import scores as inference
+from vffjax.training.scores import choose_voting, ensemble, error_percent, make_scores
+from vffjax.uses import early_exit, evaluation
+from vffjax.uses.early_exit import GRID, EarlyExit, make_early_exit, make_full, simulate, slack, votes_of
 
 CASES = {"conv4": CONV, "mlp": MLP, "ff": MLP | {"rule": "ff"}}
 

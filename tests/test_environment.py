@@ -12,12 +12,16 @@ import safetensors.numpy
 
 from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
-from vffjax import backend, cli, inference, memory, targets, trainer
-from vffjax.checks import least_bytes
-from vffjax.data import SIZES
-from vffjax.early_exit import make_early_exit, votes_of
+from vffjax import backend
+from vffjax.cli import main as cli
+from vffjax.costs import memory, targets
+from vffjax.data.load import SIZES
 from vffjax.errors import UserError
-from vffjax.plan import make_plan
+from vffjax.training import scores as inference
+from vffjax.training import trainer
+from vffjax.training.checks import least_bytes
+from vffjax.training.plan import make_plan
+from vffjax.uses.early_exit import make_early_exit, votes_of
 
 REFUSED = {
     "JAX_PLATFORMS=cuda": ["JAX_PLATFORMS=cuda: JAX cannot use this platform here", "set JAX_PLATFORMS=cpu, or unset it"],
@@ -29,7 +33,7 @@ REFUSED = {
 @pytest.mark.parametrize("given", REFUSED)
 def test_an_environment_that_jax_refuses_is_one_line(given, tmp_path):
     name, _, value = given.partition("=")
-    code = f"import os, sys; os.environ[{name!r}] = {value!r}; from vffjax.cli import main; main(sys.argv[1:])"
+    code = f"import os, sys; os.environ[{name!r}] = {value!r}; from vffjax.cli.main import main; main(sys.argv[1:])"
     done = in_a_process("-c", code, "train", *TINY_FLAGS, f"--workdir={tmp_path / 'run'}")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert all(part in done.stderr for part in REFUSED[given]), done.stderr
@@ -98,7 +102,7 @@ def test_jax_that_stops_at_nan_is_one_line(fails, monkeypatch, tmp_path):
     def stop(*_):
         raise FloatingPointError("invalid value (nan) encountered in mul")
 
-    monkeypatch.setattr("vffjax.experiment.train", stop)
+    monkeypatch.setattr("vffjax.runs.experiment.train", stop)
     fails("train", *TINY_FLAGS, f"--workdir={tmp_path}", parts=["(nan) encountered in mul", "unset JAX_DEBUG_NANS", "config.learning_rate"])
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from oracles import CONV, assert_same, config_of, differs, small_run
-from vffjax import epochs, feature_cache, inference
-from vffjax.epochs import Epoch, pieces, segment_length
 from vffjax.hyperparameters import HyperParameters
-from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.trainer import Batch, augmented
+from vffjax.training import epochs, feature_cache
+from vffjax.training import scores as inference
+from vffjax.training.epochs import Epoch, pieces, segment_length
+from vffjax.training.plan import Images, init_states, make_plan, make_task
+from vffjax.training.trainer import Batch, augmented
 
 MLP = {"network": "mlp", "widths": (6, 5), "grouping": "layer"}  # two groups: each costs seconds of compiling
 AUGMENTED = {"flip": True, "alternating_flip": True, "crop_padding": 1}

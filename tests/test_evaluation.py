@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from runs import contents, copy_of, finished, summary_of
-from vffjax import data, evaluation, reproduction
-from vffjax.data import Split
+from vffjax.data import load as data
+from vffjax.data.load import Split
 from vffjax.errors import UserError
+from vffjax.uses import evaluation, reproduction
 
 
 def changed(change):

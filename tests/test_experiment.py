@@ -20,13 +20,16 @@ from PIL import Image
 import runs
 from oracles import traced_afresh
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tell_to_leave, tiny, train, untimed
-from vffjax import checkpoint, data, evaluation, experiment, loop, trainer
-from vffjax.checkpoint import Checkpoints
+from vffjax.data import load as data
 from vffjax.errors import UserError
-from vffjax.logbook import Logbook, read_metrics
-from vffjax.plan import init_states
-from vffjax.termination import Terminated
-from vffjax.workdir import load_run
+from vffjax.runs import checkpoint, experiment, loop
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.logbook import Logbook, read_metrics
+from vffjax.runs.termination import Terminated
+from vffjax.runs.workdir import load_run
+from vffjax.training import trainer
+from vffjax.training.plan import init_states
+from vffjax.uses import evaluation
 
 
 class Killed(BaseException):

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 import oracles
-from vffjax import normalisation, rules, trainer, winograd
-from vffjax.epochs import Epoch
 from vffjax.networks import layers
-from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.pooling import max_pool
-from vffjax.trainer import train_step
+from vffjax.ops import normalisation, winograd
+from vffjax.ops.pooling import max_pool
+from vffjax.rules import local as rules
+from vffjax.training import trainer
+from vffjax.training.epochs import Epoch
+from vffjax.training.plan import Images, init_states, make_plan, make_task
+from vffjax.training.trainer import train_step
 
 CONFIG = oracles.config_of(
     dataset="digits",
@@ -51,7 +53,7 @@ PLAIN = {
 
 @pytest.fixture(scope="module")
 def digits():
-    from vffjax import data
+    from vffjax.data import load as data
 
     return data.load(CONFIG)
 

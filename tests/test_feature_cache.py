@@ -8,12 +8,13 @@ import pytest
 
 import oracles
 import runs
-from vffjax import data as data_module
-from vffjax import experiment, feature_cache
-from vffjax.checkpoint import Checkpoints
-from vffjax.epochs import Epoch
-from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.trainer import before
+from vffjax.data import load as data_module
+from vffjax.runs import experiment
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.training import feature_cache
+from vffjax.training.epochs import Epoch
+from vffjax.training.plan import Images, init_states, make_plan, make_task
+from vffjax.training.trainer import before
 
 KINDS = {
     "conv": {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2), "train_examples": 120},

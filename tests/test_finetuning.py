@@ -13,13 +13,13 @@ import oracles
 from command_lines import ROOT
 from oracles import CONV, MLP, config_of, differs, quick_jit, small_run
 from runs import train
-from vffjax import locality
 from vffjax.config import for_group, make_config
 from vffjax.errors import UserError
-from vffjax.plan import make_task
-from vffjax.trainer import train_step
-from vffjax.weights import read_weights
-from vffjax.workdir import load_run
+from vffjax.proofs import locality
+from vffjax.runs.workdir import load_run
+from vffjax.training.plan import make_task
+from vffjax.training.trainer import train_step
+from vffjax.weights.weights import read_weights
 
 RESNET = {"network": "resnet18", "width_factor": 0.05, "grouping": "width"}
 FROZEN = {"norm_statistics": "frozen", "init_from": "weights.safetensors"}  # the file is read by the run, not by a step

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from runs import assert_same_bits, contents, copy_of, finished, summary_of, tiny, train, untimed
-from vffjax import checkpoint, data, epochs, evaluation, experiment, feature_cache, loop, saved_epoch, workdir
-from vffjax.checkpoint import Checkpoints
+from vffjax.data import load as data
 from vffjax.errors import UserError
-from vffjax.termination import Terminated
-from vffjax.workdir import load_run, read_config
+from vffjax.runs import checkpoint, experiment, loop, saved_epoch, workdir
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.termination import Terminated
+from vffjax.runs.workdir import load_run, read_config
+from vffjax.training import epochs, feature_cache
+from vffjax.uses import evaluation
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # What is read

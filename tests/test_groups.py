@@ -7,9 +7,9 @@ import pytest
 
 import oracles
 from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run, streams_of
-from vffjax import rules
-from vffjax.groups import cut, init_variables, make_groups
 from vffjax.networks import build
+from vffjax.networks.groups import cut, init_variables, make_groups
+from vffjax.rules import local as rules
 
 
 def cuts(widths, grouping):

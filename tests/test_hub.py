@@ -9,9 +9,9 @@ import pytest
 
 from image_sets import fails as refused
 from oracles import config_of, random_states
-from vffjax import hub, weights
-from vffjax.hub import Address
-from vffjax.plan import make_plan
+from vffjax.training.plan import make_plan
+from vffjax.weights import hub, weights
+from vffjax.weights.hub import Address
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -11,13 +11,15 @@ import pytest
 
 from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run
 from vffjax import config as config_module
-from vffjax import inference, memory, targets, trainer
 from vffjax.config import ARGUMENTS, FIELDS, Config
-from vffjax.data import SIZES
-from vffjax.early_exit import make_early_exit, votes_of
+from vffjax.costs import memory, targets
+from vffjax.data.load import SIZES
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch, learning_rate
-from vffjax.plan import make_plan
-from vffjax.trainer import train_step
+from vffjax.training import scores as inference
+from vffjax.training import trainer
+from vffjax.training.plan import make_plan
+from vffjax.training.trainer import train_step
+from vffjax.uses.early_exit import make_early_exit, votes_of
 
 STEPS = 5  # of an epoch
 

@@ -7,7 +7,7 @@ import pytest
 
 import oracles
 from oracles import CONV, MLP, config_of, quick_jit, small_run
-from vffjax.inference import choose_voting, ensemble, error_percent, make_scores
+from vffjax.training.scores import choose_voting, ensemble, error_percent, make_scores
 
 CASES = {
     "conv4": CONV,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from oracles import CONV, MLP, config_of, leaves, quick_jit, small_run, streams_of
-from vffjax import probes, rules, trainer
+from vffjax.proofs import probes
+from vffjax.rules import local as rules
+from vffjax.training import trainer
 
 RULES = {
     "shared": {},

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from oracles import config_of, small_run
-from vffjax import labelling, rules
+from vffjax.rules import local as rules
+from vffjax.rules import streams as labelling
 
 CLASSES, SHAPE = 5, (4, 6, 2)
 

@@ -14,11 +14,13 @@ import pytest
 
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of
-from vffjax import locality, rules, trainer
 from vffjax.architectures import PUBLISHED
+from vffjax.cli.flags import load_config_file
 from vffjax.config import make_config
 from vffjax.errors import UserError
-from vffjax.flags import load_config_file
+from vffjax.proofs import locality
+from vffjax.rules import local as rules
+from vffjax.training import trainer
 
 TWO = {"network": "mlp", "widths": (8, 6), "grouping": "layer"}  # two groups
 BP = {"rule": "head", "grouping": "all"}
@@ -500,7 +502,7 @@ def test_bad_input_of_the_command(arguments, parts, fails):
 
 
 def test_bad_input_is_refused_before_jax_is_there_and_help_needs_none():
-    run = "import sys; from vffjax.cli import main\ntry: main(['locality', *sys.argv[1:]])\n"
+    run = "import sys; from vffjax.cli.main import main\ntry: main(['locality', *sys.argv[1:]])\n"
     run += "except SystemExit as e: print('jax' in sys.modules, e.code)"
     assert in_a_process("-c", run, CONFIG, "--workdir=w").stdout == "False 2\n"
     done = in_a_process("-c", run, "--help")

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from vffjax import logbook
-from vffjax.logbook import Logbook, read_metrics, restore_metrics, write_json
+from vffjax.runs import logbook
+from vffjax.runs.logbook import Logbook, read_metrics, restore_metrics, write_json
 
 RECORD = {
     "epoch": 3,

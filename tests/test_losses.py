@@ -7,9 +7,10 @@ import pytest
 
 import oracles
 from oracles import config_of, numeric_gradient, quick_jit, small_run
-from vffjax import losses, rules
 from vffjax.hyperparameters import at_peak
-from vffjax.labelling import Streams
+from vffjax.rules import local as rules
+from vffjax.rules import similarity as losses
+from vffjax.rules.streams import Streams
 
 SIMILARITIES = ("position", "flat", "grid", "pooled")
 MARGIN, TAU = 0.2, 0.1

@@ -13,8 +13,9 @@ from PIL import Image
 
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import CONV, assert_close, config_of, differs, quick_jit, small_run
-from vffjax import ledger, memory, targets, trainer
 from vffjax.config import make_config
+from vffjax.costs import ledger, memory, targets
+from vffjax.training import trainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory as benchmark
@@ -64,7 +65,10 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
     # In a process of its own: libtpu reads its environment once, and must not meet the backend of the other tests.
     script = """
 import json, sys
-from vffjax import flags, ledger, memory, targets
+from vffjax.cli import flags
+from vffjax.costs import ledger
+from vffjax.costs import memory
+from vffjax.costs import targets
 case = ledger.cases(flags.parse_train(sys.argv[1:])[0], [], [])[0]
 print(json.dumps(memory.measure(case, targets.find("tpu"))))
 """
@@ -259,7 +263,7 @@ def test_bad_input_is_refused(flags, parts, fails):
 
 
 def test_bad_input_is_refused_before_jax_is_imported():
-    code = "import sys; from vffjax.cli import main\ntry: main(['memory', sys.argv[1], '--batches=6'])\nexcept SystemExit as e: "
+    code = "import sys; from vffjax.cli.main import main\ntry: main(['memory', sys.argv[1], '--batches=6'])\nexcept SystemExit as e: "
     done = in_a_process("-c", code + "print('jax' in sys.modules, e.code)", CONFIG)
     assert done.stdout == "False 2\n", done.stderr
     assert "--batches=6: not a multiple of 4" in done.stderr

@@ -9,13 +9,19 @@ import pytest
 
 from command_lines import ROOT
 from oracles import config_of
-from vffjax import checks, early_exit, groups, inference, losses, networks, rules, targets
 from vffjax import config as config_module
+from vffjax import networks
+from vffjax.costs import targets
 from vffjax.errors import UserError
 from vffjax.hyperparameters import at_peak
-from vffjax.networks import layers
-from vffjax.optimizers import make_optimizer
-from vffjax.plan import Plan, make_task
+from vffjax.networks import groups, layers
+from vffjax.rules import local as rules
+from vffjax.rules import similarity as losses
+from vffjax.training import checks
+from vffjax.training import scores as inference
+from vffjax.training.optimizers import make_optimizer
+from vffjax.training.plan import Plan, make_task
+from vffjax.uses import early_exit
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import contenders

@@ -9,7 +9,7 @@ import oracles
 from oracles import config_of, quick_jit, variables_of
 from vffjax.networks import build
 from vffjax.networks.layers import EPSILON, ConvLayer, DenseLayer, Norm, divide_by_rms
-from vffjax.pooling import max_pool, mean_pool_to_grid
+from vffjax.ops.pooling import max_pool, mean_pool_to_grid
 
 CLEAN, COPIES, SHAPE = 6, 5, (3, 4, 2)
 

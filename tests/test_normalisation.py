@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import oracles
-from vffjax import pooling
-from vffjax.normalisation import EPSILON, normalise
+from vffjax.ops import pooling
+from vffjax.ops.normalisation import EPSILON, normalise
 
 CLEAN, COPIES, CHANNELS = 3, 2, 4
 SCALE = np.array([1.5, -0.7, 0.0, 0.4])  # a negative slope turns maxima into minima

@@ -9,7 +9,7 @@ import pytest
 from oracles import CONV, assert_close, config_of, leaves, quick_jit, small_run
 from vffjax.config import of_program
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
-from vffjax.optimizers import make_optimizer
+from vffjax.training.optimizers import make_optimizer
 
 
 def updates_of(config, gradients, params, steps_per_epoch=5):

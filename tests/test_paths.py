@@ -8,12 +8,13 @@ import pytest
 from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
 from runs import compiled_once, copy_of, finished, tiny, train
-from vffjax import experiment, tfds_files
-from vffjax.config_file import split_variant
+from vffjax.cli.config_file import split_variant
+from vffjax.cli.flags import json_file, load_config_file, parse_train
+from vffjax.data import tfds_files
 from vffjax.errors import UserError
-from vffjax.flags import json_file, load_config_file, parse_train
 from vffjax.paths import check_run_folder, local
-from vffjax.workdir import claim_workdir, load_run
+from vffjax.runs import experiment
+from vffjax.runs.workdir import claim_workdir, load_run
 
 ADDRESSES = ["gs://bucket/run", "s3://bucket/run", "hdfs://host/run", "file:///tmp/run", "https://x/y", "gs:/bucket/run"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from vffjax import plots
-from vffjax.logbook import Logbook
+from vffjax.runs import plots
+from vffjax.runs.logbook import Logbook
 
 
 def pixels(path, least=(300, 600), most=(3000, 2000)):

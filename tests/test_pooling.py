@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 import oracles
-from vffjax.pooling import max_pool_overlapping
+from vffjax.ops.pooling import max_pool_overlapping
 
 SIZES = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (2, 3, 1)]  # window, stride, padding
 MAPS = [(8, 8), (7, 10), (5, 2)]

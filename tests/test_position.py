@@ -10,13 +10,16 @@ import pytest
 
 import runs
 from runs import assert_same_bits, contents, finished, summary_of, tell_to_leave, tiny, train, untimed
-from vffjax import epochs, evaluation, experiment, loop, run_state
-from vffjax.checkpoint import Checkpoints
 from vffjax.errors import UserError
-from vffjax.logbook import Logbook, read_metrics
-from vffjax.saved_epoch import sha256_of
-from vffjax.termination import Terminated
-from vffjax.workdir import load_run
+from vffjax.runs import experiment, loop
+from vffjax.runs import state as run_state
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.logbook import Logbook, read_metrics
+from vffjax.runs.saved_epoch import sha256_of
+from vffjax.runs.termination import Terminated
+from vffjax.runs.workdir import load_run
+from vffjax.training import epochs
+from vffjax.uses import evaluation
 
 
 def leave_at(epoch, step):

@@ -11,9 +11,11 @@ from PIL import Image
 
 from command_lines import ROOT
 from runs import compiled_once, finished, tiny
-from vffjax import data, prediction, trainer
-from vffjax.augment import normalise
-from vffjax.workdir import load_run
+from vffjax.data import load as data
+from vffjax.runs.workdir import load_run
+from vffjax.training import trainer
+from vffjax.training.augment import normalise
+from vffjax.uses import prediction
 
 
 @pytest.fixture

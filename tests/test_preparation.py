@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, as_set, fails, load, put_manual, tar_gz, tree
-from vffjax import data, tfds_files
 from vffjax.config import Config
+from vffjax.data import load as data
+from vffjax.data import tfds_files
 
 
 def test_mnist_prepared_offline_and_tensorflow_put_back(tmp_path, monkeypatch):

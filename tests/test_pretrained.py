@@ -22,11 +22,11 @@ from faults import mutations
 from image_sets import fails as refused
 from oracles import CONV, config_of, quick_jit
 from runs import assert_same_bits, scratch
-from vffjax import weights
 from vffjax.architectures import RESNET, residual_blocks, stem_width
 from vffjax.config import make_config
 from vffjax.errors import UserError
-from vffjax.plan import init_states, make_plan
+from vffjax.training.plan import init_states, make_plan
+from vffjax.weights import weights
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
 from torch import nn  # noqa: E402

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import strategies as st
 
 from oracles import leaves, quick_jit, small_run
-from vffjax import locality
-from vffjax.checks import check_against_data
 from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group, from_json, make_config
-from vffjax.data import SIZES, split_sizes
+from vffjax.data.load import SIZES, split_sizes
 from vffjax.errors import UserError
-from vffjax.groups import make_groups
-from vffjax.plan import make_plan
-from vffjax.trainer import train_step
+from vffjax.networks.groups import make_groups
+from vffjax.proofs import locality
+from vffjax.training.checks import check_against_data
+from vffjax.training.plan import make_plan
+from vffjax.training.trainer import train_step
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # no folder of its own in the checkout
 MORE = int(os.environ.get("VFFJAX_EXAMPLES", "1"))

@@ -9,13 +9,13 @@ import pytest
 
 import oracles
 from oracles import config_of, variables_of
-from vffjax import locality
 from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
-from vffjax.checks import layer_sizes
-from vffjax.groups import HEAD_INPUTS, fitting_grid, init_variables, make_groups
 from vffjax.networks import build
+from vffjax.networks.groups import HEAD_INPUTS, fitting_grid, init_variables, make_groups
 from vffjax.networks.layers import EPSILON, resized
 from vffjax.networks.resnet import ResidualBlock, Stem
+from vffjax.proofs import locality
+from vffjax.training.checks import layer_sizes
 
 CLEAN = 3
 # torchvision's ResNets without their classifier: 11,689,512, 21,797,672 and 25,557,032 less 1,000 classes.

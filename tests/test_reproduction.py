@@ -9,9 +9,10 @@ import pytest
 
 from command_lines import TINY_FLAGS, in_a_process
 from runs import compiled_once, contents, copy_of, finished, tell_to_leave, tiny, train
-from vffjax import experiment, reproduction, summary
-from vffjax.logbook import Logbook
-from vffjax.termination import Terminated
+from vffjax.runs import experiment, summary
+from vffjax.runs.logbook import Logbook
+from vffjax.runs.termination import Terminated
+from vffjax.uses import reproduction
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
 
 
 def test_summary_names_the_flags_that_can_change_numbers():
-    code = "from vffjax.config import Config; from vffjax.summary import origin; print(origin(Config())['flags'])"
+    code = "from vffjax.config import Config; from vffjax.runs.summary import origin; print(origin(Config())['flags'])"
     found = in_a_process("-c", code)
     assert "'JAX_PLATFORMS': 'cpu'" in found.stdout
     with mock.patch.dict(os.environ, {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false", "UNRELATED": "1"}):

@@ -17,8 +17,9 @@ from command_lines import CONFIG, ROOT
 from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, PER_BATCH, fake_cifar, load, put_manual
 from image_sets import fails as refused
 from runs import TINY, finished
-from vffjax import data, prediction
+from vffjax.data import load as data
 from vffjax.errors import printable
+from vffjax.uses import prediction
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # No pickle
@@ -34,7 +35,7 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 """
 WHOLE = """
-from vffjax.cli import main
+from vffjax.cli.main import main
 for line in [
     ["train", *{flags!r}, "--workdir={folder}/run"],
     ["evaluate", "--workdir={folder}/run"],

@@ -13,9 +13,10 @@ import pytest
 
 from command_lines import TINY_FLAGS
 from runs import finished, summary_of, tiny, untimed
-from vffjax import data, experiment, termination
-from vffjax.logbook import read_metrics
-from vffjax.termination import Terminated, deferred, interruptible
+from vffjax.data import load as data
+from vffjax.runs import experiment, termination
+from vffjax.runs.logbook import read_metrics
+from vffjax.runs.termination import Terminated, deferred, interruptible
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOST_SECONDS = 5.0
@@ -152,7 +153,7 @@ def test_sigterm_is_as_it_was_before_where_no_run_is():
 # Processes
 
 
-def start(*flags, code="from vffjax.cli import main; main()"):
+def start(*flags, code="from vffjax.cli.main import main; main()"):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it compiles, in every process
     command = [sys.executable, "-c", code, *flags]
@@ -202,9 +203,10 @@ def test_ctrl_c_before_it_trains_is_answered_too():
 
 KERNEL = """
 import os, signal, sys, threading
-from vffjax import experiment, logbook
+from vffjax.runs import experiment
+from vffjax.runs import logbook
 from vffjax.config import make_config
-from vffjax.flags import parse_train
+from vffjax.cli.flags import parse_train
 config, _, workdir = parse_train(sys.argv[1:])
 sound = logbook.Logbook.step
 def step(self, epoch, done, steps):

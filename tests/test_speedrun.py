@@ -13,7 +13,7 @@ import runs
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import speedrun
 from vffjax.errors import UserError
-from vffjax.plan import make_plan
+from vffjax.training.plan import make_plan
 
 
 @pytest.fixture

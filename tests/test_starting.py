@@ -6,13 +6,14 @@ import sys
 import pytest
 
 from command_lines import ROOT, in_a_process
-from vffjax import cli, config_file
-from vffjax.flags import load_config_file
+from vffjax.cli import config_file
+from vffjax.cli import main as cli
+from vffjax.cli.flags import load_config_file
 
 VERSION = f"vffjax {importlib.metadata.version('vffjax')}\n"
 
 
-@pytest.mark.parametrize("module", ["vffjax", "vffjax.cli"])
+@pytest.mark.parametrize("module", ["vffjax", "vffjax.cli.main"])
 def test_python_m_is_the_command(module):
     done = in_a_process("-m", module, "train")
     assert (done.returncode, done.stderr) == (0, "")

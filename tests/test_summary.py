@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from runs import TIMES, finished, summary_of, tiny, train
-from vffjax import evaluation, loop
-from vffjax.checkpoint import Checkpoints
-from vffjax.logbook import read_metrics
+from vffjax.runs import loop
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.logbook import read_metrics
+from vffjax.uses import evaluation
 
 
 def test_summary_holds_the_documented_fields():

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from image_sets import CIFAR_NAMES, PER_BATCH, as_set, fails, fake_cifar, load, tree
-from vffjax import data, tfds_files
 from vffjax.config import Config
+from vffjax.data import load as data
+from vffjax.data import tfds_files
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_reading_writes_nothing_to_the_terminal(cifar):
     code = """
 import sys
 from absl import logging
-from vffjax import data
+from vffjax.data import load as data
 from vffjax.config import Config
 logging.use_absl_handler()  # as absl.app does
 logging.set_verbosity(logging.INFO)

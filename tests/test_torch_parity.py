@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from oracles import CONV, MLP, assert_close, config_of, quick_jit, small_run
-from vffjax import losses, rules
-from vffjax.augment import normalise
 from vffjax.errors import UserError
-from vffjax.trainer import train_step
+from vffjax.rules import local as rules
+from vffjax.rules import similarity as losses
+from vffjax.training.augment import normalise
+from vffjax.training.trainer import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -16,7 +16,7 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, "benchmarks")
 import tpu_compile
-from vffjax.flags import parse_train
+from vffjax.cli.flags import parse_train
 target = tpu_compile.Target(parse_train(sys.argv[1:])[0])
 print(json.dumps(target.compile_segment() | target.compile_gather()))
 """

@@ -16,10 +16,10 @@ from runs import TINY, compiled_once
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import records
 import train_queue
-from vffjax import experiment
 from vffjax.errors import UserError
-from vffjax.logbook import Logbook
-from vffjax.termination import Terminated, interruptible
+from vffjax.runs import experiment
+from vffjax.runs.logbook import Logbook
+from vffjax.runs.termination import Terminated, interruptible
 
 DIGITS = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits.py")
 SET = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY.items() if key != "dataset"}

@@ -12,12 +12,13 @@ import optax
 import pytest
 
 from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run, traced_afresh
-from vffjax import rules, trainer
-from vffjax.augment import normalise
-from vffjax.epochs import Epoch, over_steps
 from vffjax.hyperparameters import HyperParameters
-from vffjax.plan import Images, init_states, make_plan, make_task
-from vffjax.trainer import train_step
+from vffjax.rules import local as rules
+from vffjax.training import trainer
+from vffjax.training.augment import normalise
+from vffjax.training.epochs import Epoch, over_steps
+from vffjax.training.plan import Images, init_states, make_plan, make_task
+from vffjax.training.trainer import train_step
 
 
 def copied(tree):

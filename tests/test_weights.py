@@ -13,10 +13,11 @@ from command_lines import CONFIG, TINY_FLAGS
 from image_sets import fails as refused
 from oracles import CONV, config_of, small_run
 from runs import TINY, assert_same_bits, compiled_once, contents, copy_of, finished, tiny, train
-from vffjax import experiment, weights
 from vffjax.config import make_config
-from vffjax.plan import init_states
-from vffjax.workdir import load_run
+from vffjax.runs import experiment
+from vffjax.runs.workdir import load_run
+from vffjax.training.plan import init_states
+from vffjax.weights import weights
 
 SHAPE = (8, 8, 2)
 ABOUT = {"class_names": ["a", "b", "c"], "image_shape": list(SHAPE)}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import oracles
-from vffjax import conv as conv_module
-from vffjax import winograd
+from vffjax.ops import conv as conv_module
+from vffjax.ops import winograd
 
 # In images of 4 x 6 positions with 2 and 3 channels.
 ELEMENTS_OF_AN_IMAGE = 4 * 6 * (2 + 3)

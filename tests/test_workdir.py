@@ -6,7 +6,7 @@ import pytest
 
 from runs import contents, copy_of, finished, tiny, train
 from vffjax.errors import UserError
-from vffjax.workdir import claim_workdir, locked, read_config
+from vffjax.runs.workdir import claim_workdir, locked, read_config
 
 
 def test_config_json_restores_the_configuration():

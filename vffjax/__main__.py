@@ -1,6 +1,6 @@
 """`python -m vffjax` is the command `vffjax`."""
 
-from vffjax.cli import main
+from vffjax.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -50,8 +50,8 @@ def networks():
     import jax
 
     from oracles import CONV, config_of, random_states
-    from vffjax import weights
-    from vffjax.plan import init_states, make_plan
+    from vffjax.training.plan import init_states, make_plan
+    from vffjax.weights import weights
 
     shape, found = (8, 8, 2), []
     for keys in (CONV, {"network": "resnet18", "width_factor": 0.01, "head_grid": 1}):
@@ -73,8 +73,9 @@ def make(seed, number):
 
 def read(path, kind, number):
     """What happened: read or refused. Raises what must not happen."""
-    from vffjax import prediction, weights
     from vffjax.errors import UserError
+    from vffjax.uses import prediction
+    from vffjax.weights import weights
 
     try:
         if kind == "safetensors":

@@ -121,7 +121,7 @@ def disturb(
 
 def judge(trial: dict[str, Any], reference: pathlib.Path, workdir: pathlib.Path, how: int) -> list[str]:
     """What is wrong with a trial, a line each."""
-    from vffjax import reproduction
+    from vffjax.uses import reproduction
 
     if trial["status"] != 0:
         return [f"the last process ended with status {trial['status']}: {workdir.with_suffix('.log').read_text()[-2000:]}"]

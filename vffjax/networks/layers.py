@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vffjax.config import Config
-from vffjax.conv import conv
 from vffjax.errors import chosen
-from vffjax.normalisation import EPSILON, affine, by_row, normalise
-from vffjax.pooling import max_pool
+from vffjax.ops.conv import conv
+from vffjax.ops.normalisation import EPSILON, affine, by_row, normalise
+from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
 

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from vffjax.architectures import STEMS, residual_blocks, stem_width
 from vffjax.config import Config
-from vffjax.conv import conv
 from vffjax.networks.layers import Layer, Norm, common, resized
-from vffjax.pooling import max_pool_overlapping
+from vffjax.ops.conv import conv
+from vffjax.ops.pooling import max_pool_overlapping
 
 
 class _Conv(nn.Module):

@@ -1,0 +1,102 @@
+"""The memory ledger: the bytes that one training step takes by the compiler's own plan, for VFF and for back-propagation.
+
+Counted are a step's arguments (states, batch, codebook), outputs, the part of the outputs that lies where arguments were, and
+temporaries: everything between. Nothing is run, and no data set is read. Not counted are the rest of the data set on the device, the
+scratch memory of the runtime and its libraries, and on a TPU what the compiler keeps in the chip's vector memory, 128 MiB on a v5e: there
+small networks seem to take nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
+from vffjax.costs.targets import Target
+from vffjax.data.load import SIZES, split_sizes
+from vffjax.networks.groups import GroupState
+from vffjax.rules import local as rules
+from vffjax.rules.local import Task
+from vffjax.runs.summary import executable_bytes
+from vffjax.training.optimizers import make_optimizer
+from vffjax.training.plan import Plan, init_states, make_plan, make_task
+from vffjax.training.trainer import Batch, abstract_batch, group_setting, step_streams, train_step
+
+BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
+
+
+def accumulated_step(
+    plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch
+) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+    """`train_step` of a single group, whose gradient is the mean over `MICRO_BATCHES` parts of the batch, one after the other.
+
+    One update. Batch statistics are those of each part. The batch must be a multiple of the parts. Metrics: `loss`, `accuracy`.
+    """
+    (group,), (state,) = plan.groups, states
+    own, hyper, _ = group_setting(plan, 0, batch)
+    gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
+
+    def part(carry: tuple[Any, Any], rows: tuple[Array, ...]) -> tuple[tuple[Any, Any], dict[str, Array]]:
+        total, stats = carry
+        images, labels, ids, key = rows
+        some = batch._replace(images=images, labels=labels, ids=ids, key=key)
+        streams = step_streams(plan, None, task, states, some)
+        (loss, (stats, _, metrics)), grads = gradient(state.params, own, group, hyper, stats, streams, group_setting(plan, 0, some)[2])
+        accuracy = jnp.mean(metrics["log_p"].argmax(-1) == labels)
+        return (jax.tree.map(jnp.add, total, grads), stats), {"loss": loss, "accuracy": accuracy}
+
+    parts = tuple(x.reshape(MICRO_BATCHES, -1, *x.shape[1:]) for x in (batch.images, batch.labels, batch.ids))
+    start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+    (total, stats), metrics = jax.lax.scan(part, start, (*parts, jax.random.split(batch.key, MICRO_BATCHES)))
+    mean = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
+    updates, opt_state = make_optimizer(own, hyper).update(mean, state.opt_state, state.params)
+    return (GroupState(optax.apply_updates(state.params, updates), stats, opt_state),), jax.tree.map(jnp.mean, metrics)
+
+
+def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
+    """A case's plan, and its step of `(task, states, batch)`; in the sequential schedule the last group trains."""
+    sizes = SIZES[case.config.dataset]
+    plan = make_plan(case.config, split_sizes(case.config, sizes.train_images)[0], sizes.classes)
+    if case.method == ACCUMULATED:
+        return plan, functools.partial(accumulated_step, plan.program)
+    return plan, functools.partial(train_step, plan.program, plan.active(plan.total_epochs - 1))
+
+
+def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
+    """What a step takes, abstract, on the target: task, states, and a batch."""
+    sizes, batch = SIZES[plan.config.dataset], plan.config.batch_size
+    channels = (0.5,) * sizes.image_shape[2]
+    task = jax.eval_shape(lambda: make_task(plan.config, sizes.classes, sizes.image_shape, channels, channels))
+    states = jax.eval_shape(lambda: init_states(plan, sizes.image_shape))
+    given = abstract_batch(batch, sizes.image_shape, len(plan.groups))
+    return target.place(task), target.place(states), target.place(given)
+
+
+def compile_step(case: Case, target: Target) -> jax.stages.Compiled | None:
+    """The step, its states donated; None if the compiler finds that it does not fit the device."""
+    plan, step = make_step(case)
+    try:
+        return jax.jit(step, donate_argnums=1).lower(*step_arguments(plan, target)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def measure(case: Case, target: Target) -> dict[str, Any]:
+    """The ledger's row of a case, see `row`."""
+    return row(case, target, compile_step(case, target))
+
+
+def row(case: Case, target: Target, compiled: jax.stages.Compiled | None) -> dict[str, Any]:
+    """`Case.about`, the device's kind, and the compiled step's `BYTES`; these are None, and `problem` says why, if there is no step."""
+    about = case.about | {"device": target.device.device_kind}
+    if compiled is None:
+        return about | dict.fromkeys(BYTES) | {"problem": "does not fit the device"}
+    found: Any = compiled.memory_analysis()
+    bytes_of = {f"{kind}_bytes": getattr(found, f"{kind}_size_in_bytes") for kind in ("argument", "output", "alias", "temp")}
+    return about | bytes_of | {"total_bytes": executable_bytes(compiled), "problem": ""}

@@ -1,0 +1,169 @@
+"""Layer grouping (LG): a network's layers cut into groups, each with an auxiliary head. Gradients stop at a group's border."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vffjax.config import Config
+from vffjax.errors import chosen
+from vffjax.networks import build
+from vffjax.networks.layers import Layer, divide_by_rms
+from vffjax.networks.resnet import Stem
+from vffjax.ops.pooling import mean_pool_to_grid
+from vffjax.ops.recompute import recomputed
+
+HEAD_INPUTS = 4096  # inputs of a head at the most, where the grid is left to us: about as many as the largest maps' heads have at 8x8x64
+
+
+class GroupState(NamedTuple):
+    """All that training changes in one group."""
+
+    params: Any  # {"layers_i": ..., "head": ...}, float32
+    batch_stats: Any  # running statistics of its normalisations; {} where there are none
+    opt_state: optax.OptState
+
+
+class _Module(nn.Module):
+    layers: tuple[Layer, ...]
+    classes: int
+    head_grid: int
+    normalise_head: bool
+
+    def setup(self) -> None:
+        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, precision=jax.lax.Precision.HIGHEST)
+
+    def features(self, x: Array, clean: int, train: bool, part: slice = slice(None)) -> Array:
+        for layer in self.layers[part]:
+            x = layer(x, clean, train)
+        return x
+
+    def logits(self, features: Array) -> Array:
+        z = features.astype(jnp.float32)
+        if z.ndim == 4:
+            z = mean_pool_to_grid(z, self.head_grid)
+        z = z.reshape(z.shape[0], -1)
+        return self.head(divide_by_rms(z) if self.normalise_head else z)
+
+    def __call__(self, x: Array) -> Array:
+        return self.logits(self.features(x, x.shape[0], False))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """One group: pure functions of its parameters. The head is linear on features mean-pooled to a grid; it starts at zero."""
+
+    name: str
+    module: _Module
+    rematerialise: bool = False
+    frozen: bool = False  # its layers stay as they start, statistics included; its head learns
+
+    @property
+    def width(self) -> int:
+        """Channels of the group's feature map."""
+        return self.module.layers[-1].width
+
+    @property
+    def head_grid(self) -> int:
+        """Side in cells of the grid to which its head mean-pools a feature map."""
+        return self.module.head_grid
+
+    def init(self, key: PRNGKeyArray, x: Float[Array | jax.ShapeDtypeStruct, "batch *feature"]) -> tuple[Any, Any]:
+        """Parameters and batch statistics for inputs shaped like `x`, of which nothing is computed."""
+        variables = self.module.lazy_init(key, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return variables["params"], variables.get("batch_stats", {})
+
+    def features(
+        self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: int, train: bool
+    ) -> tuple[Float[Array, "batch *out"], Any]:
+        """Feature map of `x`, whose first `clean` rows are clean and the rest labelled, and the new batch statistics."""
+        if self.frozen:
+            params, train = jax.lax.stop_gradient(params), False
+        if train and self.rematerialise:
+            return self._recomputed(params, batch_stats, x, clean)
+        return self._features(clean, train, slice(None), params, batch_stats, x)
+
+    def _features(self, clean: int, train: bool, part: slice, params: Any, batch_stats: Any, x: Array) -> tuple[Array, Any]:
+        """Through the layers of `part`; parameters and statistics of others need not be given."""
+        variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
+        if train and batch_stats:
+            out, new = self.module.apply(variables, x, clean, True, part, method="features", mutable=["batch_stats"])
+            return cast(Array, out), new["batch_stats"]
+        return cast(Array, self.module.apply(variables, x, clean, train, part, method="features")), batch_stats
+
+    def _recomputed(self, params: Any, batch_stats: Any, x: Array, clean: int) -> tuple[Array, Any]:
+        """`features` in training, whose gradient keeps the inputs of segments of layers and recomputes one segment at a time.
+
+        Of n layers about sqrt(n) make a segment: so the least is kept (Chen et al., 2016, arXiv:1604.06174), and each layer is
+        recomputed once in any case.
+        """
+        count = len(self.module.layers)
+        size = round(math.sqrt(count))
+        new_stats: dict[str, Any] = {}
+        for first in range(0, count, size):
+            names = [f"layers_{i}" for i in range(first, min(first + size, count))]
+            own_params, own_stats = ({name: tree[name] for name in names if name in tree} for tree in (params, batch_stats))
+            segment = functools.partial(self._features, clean, True, slice(first, first + size))
+            x, own_stats = recomputed(segment)(own_params, own_stats, x)
+            new_stats |= own_stats
+        return x, new_stats
+
+    def logits(self, params: Any, features: Float[Array, "batch *feature"]) -> Float[Array, "batch classes"]:
+        """The head's class scores, float32."""
+        return cast(Array, self.module.apply({"params": params}, features, method="logits"))
+
+
+def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ...]:
+    """Groups of consecutive layers: by `width`, maximal runs of equal width; by `block`, residual blocks and what is between two poolings;
+    each `layer` alone, of which a residual block is one; or `all` in one (back-propagation).
+
+    A ResNet's stem is no block: by width and by block it belongs to the group behind it.
+    """
+    if chosen("grouping", grouping, {"all": True, "width": False, "block": False, "layer": False}):
+        return (layers,)
+    groups: list[tuple[Layer, ...]] = []
+    for layer in layers:
+        before = groups[-1][-1] if groups else None
+        same = before is not None and (isinstance(before, Stem) or before.width == layer.width)
+        if before and ((grouping == "width" and same) or (grouping == "block" and not before.ends_block)):
+            groups[-1] += (layer,)
+        else:
+            groups.append((layer,))
+    return tuple(groups)
+
+
+def make_groups(config: Config, classes: int) -> tuple[LayerGroup, ...]:
+    """The groups of `config.network` under `config.grouping`, named group0, group1, ..."""
+    # Without a normalisation behind the linear map, features have any scale, and a linear head needs one.
+    free_scale = config.resolved_norm in ("input", "none")
+    groups = []
+    for i, layers in enumerate(cut(build(config), config.grouping)):
+        module = _Module(layers, classes, config.head_grid or fitting_grid(layers[-1].width), free_scale)
+        groups.append(LayerGroup(f"group{i}", module, config.rematerialise, i < config.frozen_groups))
+    return tuple(groups)
+
+
+def fitting_grid(width: int) -> int:
+    """Side in cells of a head's grid that suits a feature map: the largest power of two of which no more than `HEAD_INPUTS` are made."""
+    side = 1
+    while 4 * side * side * width <= HEAD_INPUTS:
+        side *= 2
+    return side
+
+
+def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:
+    """Parameters and statistics of every group, group `i` from `fold_in(key, i)`."""
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    out: list[tuple[Mapping, Mapping]] = []
+    for i, group in enumerate(groups):
+        params, stats = group.init(jax.random.fold_in(key, i), x)
+        out.append((params, stats))
+        x, _ = jax.eval_shape(functools.partial(group.features, clean=1, train=False), params, stats, x)
+    return tuple(out)

@@ -1,0 +1,275 @@
+"""Checkpoints: one Orbax step per saved epoch, with one item per group, the task's arrays, and the run's state as JSON.
+
+A run that is saved inside of an epoch leaves the same in `checkpoints/inside/STEPS/`, which goes when a whole epoch has been saved.
+
+A workdir's `checkpoints/EPOCH/` holds `group0`, `group1`, ... (parameters, batch statistics, optax state), `task` (codebook, pixel
+statistics) and `run` (see `run_state`). `checkpoints/EPOCH.sha256.json` beside it is written last and removed first: a step without it was
+interrupted and is not used; a file that differs from it is damaged and is named.
+"""
+
+import contextlib
+import errno
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from vffjax.config import Config
+from vffjax.errors import UserError
+from vffjax.networks.groups import GroupState
+from vffjax.rules.local import Task
+from vffjax.runs import state as run_state
+from vffjax.runs.logbook import sync, write_json
+from vffjax.runs.saved_epoch import SavedEpoch, check_readable, saved_files, sha256_of
+from vffjax.training.plan import Plan
+
+FOLDER, INSIDE = "checkpoints", "inside"
+
+
+class Checkpoints:
+    """The saved epochs of one workdir. Every failure to read names the file and raises `UserError`.
+
+    `opened` gives one of them as a value, in which each file is read once. The methods `run`, `fault`, `restore` and `restore_group`
+    read anew at each call.
+    """
+
+    def __init__(self, workdir: pathlib.Path, name: str = FOLDER):
+        self.folder = pathlib.Path(workdir).resolve() / name
+
+    @property
+    def inside(self) -> "Checkpoints":
+        """What was saved inside of an epoch: the same, by the number of all steps of the run so far."""
+        return Checkpoints(self.folder, INSIDE)
+
+    def epochs(self) -> list[int]:
+        """Completely saved epochs, in order."""
+        return sorted(epoch for epoch in self._folders() if self._digests(epoch).exists())
+
+    def missing(self) -> list[int]:
+        """Epochs that were saved and whose folder is gone."""
+        digests = (path.name.partition(".")[0] for path in self.folder.glob("*.sha256.json"))
+        return sorted(int(epoch) for epoch in digests if epoch.isdigit() and not (self.folder / epoch).is_dir())
+
+    def incomplete(self) -> list[int]:
+        """Epochs whose folder has no digests: one was being saved when the run was killed, or the digests are lost."""
+        deleted = {path.name for path in self.folder.glob("*.deleted")}
+        return sorted(epoch for epoch in set(self._folders()) - set(self.epochs()) if f"{epoch}.deleted" not in deleted)
+
+    def opened(self, epoch: int) -> SavedEpoch:
+        """A saved epoch, of which nothing has been read yet."""
+        return SavedEpoch(self.folder / str(epoch), self._digests(epoch))
+
+    def chosen(self, name: str) -> SavedEpoch:
+        """The saved epoch that is meant by `best`, by `latest`, or by its number.
+
+        The best has the least validation error, among equals it is the last; see `run_state.rank`. Only the states of the runs are read.
+        """
+        if name == "latest":
+            return self.opened(self._some_epochs()[-1])
+        if name == "best":
+            return max(map(self.opened, self._some_epochs()), key=lambda saved: (*run_state.rank(saved.run), saved.epoch))
+        epochs = self.epochs()
+        if not name.isdecimal() or int(name) not in epochs:
+            raise UserError(f"--epoch={name}: not saved; choose best, latest, or one of {', '.join(map(str, epochs)) or 'none'}")
+        return self.opened(int(name))
+
+    def best(self) -> int:
+        """The number of the best epoch."""
+        return self.chosen("best").epoch
+
+    def latest(self) -> int:
+        """The number of the newest epoch."""
+        return self.chosen("latest").epoch
+
+    def run(self, epoch: int) -> dict[str, Any]:
+        """The run's state in a saved epoch; see `run_state`."""
+        return self.opened(epoch).run
+
+    def fault(self, epoch: int, config: Config) -> str:
+        """What is wrong with a saved epoch of a run by `config`, in one line; empty if every file of it is as it was saved."""
+        return str(self.opened(epoch).fault(config) or "")
+
+    def restore(self, epoch: int, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
+        """All groups and the task of a saved epoch."""
+        return self.opened(epoch).restore(plan)
+
+    def restore_group(self, epoch: int, plan: Plan, group: int) -> GroupState:
+        """One group of a saved epoch; no file of another group is read."""
+        return self.opened(epoch).restore_group(plan, group)
+
+    def set_aside(self, epoch: int) -> pathlib.Path:
+        """Renames a saved epoch so that nothing uses it; returns where it is now. It goes when its epoch has been trained again."""
+        aside = self.folder / f"{epoch}.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        # The digests first: without them the step counts for nothing, whatever happens next.
+        self._digests(epoch).unlink(missing_ok=True)
+        (self.folder / str(epoch)).rename(aside)
+        return aside
+
+    def clear(self, keep: int = 0) -> None:
+        """Deletes everything here, but for one step."""
+        with contextlib.suppress(OSError):  # a network share may refuse; the next writer tries again
+            for path in self.folder.glob("*.sha256.json"):  # first: without them a step counts for nothing
+                if path != self._digests(keep):
+                    path.unlink()
+            for path in self.folder.glob("*"):
+                if path.is_dir() and path.name != str(keep):
+                    shutil.rmtree(path)
+            if not keep and self.folder.exists():
+                shutil.rmtree(self.folder)
+
+    def writer(self, known: Mapping[int, SavedEpoch] | None = None) -> "Writer":
+        """What saves further epochs; `known` are saved epochs that have been read already."""
+        return Writer(self, known)
+
+    def _folders(self) -> list[int]:
+        return [int(p.name) for p in self.folder.glob("*") if re.fullmatch("[1-9][0-9]{0,9}", p.name) and p.is_dir()]
+
+    def _some_epochs(self) -> list[int]:
+        epochs = self.epochs()
+        if not epochs and (incomplete := self.incomplete()):
+            problem = f"not completely saved, or {self._digests(incomplete[-1]).name} is lost"
+            raise UserError(
+                f"{self.folder / str(incomplete[-1])}: {problem}; restore that file, or train with --workdir {self.folder.parent}"
+            )
+        if not epochs:
+            raise UserError(f"{self.folder}: no complete checkpoint; train first, with --workdir {self.folder.parent}")
+        return epochs
+
+    def _digests(self, epoch: int) -> pathlib.Path:
+        return self.folder / f"{epoch}.sha256.json"
+
+
+def _save_without_fsync() -> Callable[[], None]:
+    """For a file system that cannot flush folders, where TensorStore would refuse to write. `Writer.save` flushes what can be flushed.
+
+    Orbax has no setting for it, only tables that its versions may rename; where they are not found, TensorStore says what it cannot do.
+    Returns what puts them back.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        contexts = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
+        before = [dict(context) for context in contexts]
+
+        def put_back() -> None:
+            for context, values in zip(contexts, before, strict=True):
+                context.clear()
+                context.update(values)
+
+        for context in contexts:
+            context["file_io_sync"] = False
+        return put_back
+    return lambda: None
+
+
+class Writer:
+    """Saves epochs into a workdir; keeps the two latest and the best. One writer at a time.
+
+    `known` are saved epochs that have been read already; the states of the others are read here.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, known: Mapping[int, SavedEpoch] | None = None):
+        self._checkpoints = checkpoints
+        folder, known = checkpoints.folder, known or {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._ranks = {epoch: run_state.rank((known.get(epoch) or checkpoints.opened(epoch)).run) for epoch in checkpoints.epochs()}
+        self._first = max(self._ranks, default=0)
+        self._remove_halves()
+        for path in folder.glob("*.deleted"):
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            if not path.with_suffix("").exists():
+                path.unlink()
+        # Orbax would not save over what is incomplete. Where only the digests are lost, it is still worth something to its owner.
+        for epoch in checkpoints.incomplete():
+            checkpoints.set_aside(epoch)
+        for epoch in checkpoints.missing():
+            checkpoints._digests(epoch).unlink()
+        self._flushing = None if sync(folder) else _save_without_fsync()
+        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
+        self._prune()  # for a run that was killed before it could
+
+    def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
+        """Saves all groups after `epoch` epochs, and reads something of each item back before the step counts as saved.
+
+        `run` is a state as in `run_state`; its `val_error` (percent or None), `trained_groups` and `scheduled` rank the step. Raises
+        `OSError` naming the step if the disk refuses, `UserError` if what is saved could not be read again; the earlier steps are then as
+        they were.
+        """
+        step = self._checkpoints.folder / str(epoch)
+        if wrong := run_state.problem(run):
+            raise UserError(f"{step}: not saved, because it could not be read again ({wrong} of the run's state is out of range)")
+        arrays = {f"group{i}": state for i, state in enumerate(states)} | {"task": task}
+        state = {"format": run_state.FORMAT} | run
+        items = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}, run=ocp.args.JsonSave(state))
+        # Orbax knows the steps that it has found or saved, and would write over one that came since.
+        if step.exists() or not self._write(epoch, items):
+            raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
+        try:
+            check_readable(step, arrays, state)
+        except UserError:
+            shutil.rmtree(step, ignore_errors=True)
+            raise
+        digests = {path.relative_to(step).as_posix(): sha256_of(path) for path in saved_files(step)}
+        # All on disk before the digests say so: else a power cut could leave digests of files that are empty.
+        for path in (*step.rglob("*"), step, self._checkpoints.folder):
+            sync(path)
+        write_json(self._checkpoints._digests(epoch), digests)
+        self._ranks[epoch] = run_state.rank(run)
+        self._prune()
+        self._checkpoints.inside.clear()
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest saved epoch, or 0."""
+        return max(self._ranks, default=0)
+
+    def close(self) -> None:
+        self._manager.close()
+        if self._flushing is not None:
+            self._flushing()
+
+    def _write(self, epoch: int, items: ocp.args.Composite) -> bool:
+        try:
+            saved = self._manager.save(epoch, args=items)
+            self._manager.wait_until_finished()
+            return saved
+        except OSError:
+            self._remove_halves()
+            raise
+        except ValueError as error:  # TensorStore's, whatever the system said
+            self._remove_halves()
+            reason = next((words for words in _SYSTEM_ERRORS if words in str(error)), "cannot be written")
+            raise OSError(_SYSTEM_ERRORS.get(reason, errno.EIO), reason, str(self._checkpoints.folder / str(epoch))) from error
+
+    def _remove_halves(self) -> None:
+        """What Orbax had not finished when it was killed or refused."""
+        for path in self._checkpoints.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        """Deletes what is no longer needed: all but the latest two and the best of the scheduled epochs, and the latest of all."""
+        scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank[0])
+        best = max(scheduled, key=lambda epoch: (self._ranks[epoch], epoch), default=None)
+        newest = max(self._ranks, default=0)
+        for epoch in self._ranks.keys() - {*scheduled[-2:], best, newest}:
+            # Under another name at once: what is deleted by halves is not taken for a step that was damaged, nor for one without digests.
+            self._checkpoints._digests(epoch).rename(self._checkpoints.folder / f"{epoch}.deleted")
+            del self._ranks[epoch]
+            # A network share may refuse to delete what somebody else still reads; the next writer tries again.
+            with contextlib.suppress(OSError):
+                self._manager.delete(epoch)
+                (self._checkpoints.folder / f"{epoch}.deleted").unlink()
+        for path in self._checkpoints.folder.glob("*.aside"):
+            name = path.name.removesuffix(".aside")
+            if name.isdigit() and self._first < int(name) <= newest:  # trained again, to the same bits
+                shutil.rmtree(path)
+
+
+_SYSTEM_ERRORS = {
+    os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+}

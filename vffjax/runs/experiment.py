@@ -1,0 +1,160 @@
+"""One run from configuration to summary: data, epochs, validation, checkpoints, record. Owns a workdir; all else is pure."""
+
+import contextlib
+import copy
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from vffjax.config import Config
+from vffjax.data import load as data_module
+from vffjax.data.load import Dataset
+from vffjax.errors import bad_key, notice, phase
+from vffjax.networks.groups import GroupState, make_groups
+from vffjax.paths import local
+from vffjax.rules.local import Task
+from vffjax.runs import state as run_state
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.logbook import restore_metrics
+from vffjax.runs.loop import Loop, on_device, what_is_saved
+from vffjax.runs.saved_epoch import sha256_of
+from vffjax.runs.summary import conclude, origin
+from vffjax.runs.termination import KEPT, Request, deferred, interruptible
+from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
+from vffjax.training import feature_cache
+from vffjax.training import scores as inference
+from vffjax.training.checks import check_against_data
+from vffjax.training.epochs import segment_length
+from vffjax.training.plan import Plan, init_states, make_plan, make_task
+from vffjax.training.scores import measure
+from vffjax.weights.weights import local_file, read_weights
+
+
+def plan_for(config: Config, dataset: Dataset) -> Plan:
+    """The plan of a run on this data, every check done before anything is compiled."""
+    groups = len(make_groups(config, dataset.num_classes))
+    check_against_data(config, len(dataset.train.labels), dataset.image_shape, dataset.num_classes, groups)
+    return make_plan(config, len(dataset.train.labels), dataset.num_classes)
+
+
+def describe(plan: Plan) -> str:
+    """The groups in words, and whether they are what the rule's name promises."""
+    shown = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
+    alone = len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1
+    note = " (one group: gradients cross all layers, back-propagation)" if alone else ""
+    frozen = plan.config.frozen_groups
+    note = f" (the first {frozen} frozen, their heads learn)" if frozen else note
+    return f"{len(plan.groups)} group(s) of widths {shown}{note}"
+
+
+def keep_compiled_programs() -> None:
+    """On GPU and TPU, the second start of a configuration compiles nothing: programs are kept in `$XDG_CACHE_HOME/vffjax`, or
+    `~/.cache/vffjax`. What JAX was told otherwise wins (`JAX_COMPILATION_CACHE_DIR`).
+
+    Not on CPU, where a program kept by one machine can be wrong for another that shares the home folder.
+    """
+    told = jax.config.values.get("jax_compilation_cache_dir")
+    if jax.default_backend() != "cpu" and not told:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "vffjax"))
+
+
+def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") -> dict[str, Any]:
+    """Trains, or goes on where the workdir's newest sound checkpoint is, to the end; returns what `summary.json` holds.
+
+    With a `data_sha256`, the data set must have it. Raises `UserError` for bad input, and `Terminated` if SIGTERM came while it trained,
+    once the run has been saved. Ctrl-C raises `KeyboardInterrupt` at once; the training ends behind it, at its next segment.
+    """
+    return interruptible(functools.partial(_train, config, local(workdir, "--workdir"), data_sha256))
+
+
+def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
+    claim_workdir(workdir, config)
+    keep_compiled_programs()
+    with contextlib.ExitStack() as held:
+        request = held.enter_context(deferred())
+        if (there := Checkpoints(workdir)).epochs() or there.inside.epochs():
+            request.saved = KEPT
+        used = (workdir / LOCK).exists()
+        if used:
+            held.enter_context(locked(workdir))  # while another run writes here, that is the answer, and no data are read for it
+        with phase("reading data"):
+            dataset = data_module.load(config)
+        if data_sha256:
+            check_same_data(config, dataset, data_sha256)
+        plan = plan_for(config, dataset)
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Not earlier: bad input leaves one line, and no folder.
+        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}")
+        if not used:
+            held.enter_context(locked(workdir))
+        claim_workdir(workdir, config)  # again, now that nobody else can have written here since
+        return _train_in(config, workdir, dataset, plan, request)
+
+
+def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
+    """Raises `UserError` if a data set is not the one with this digest."""
+    if dataset.sha256() != sha256:
+        key = "data_dir" if config.data_dir else "dataset"
+        raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
+
+
+def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: Request) -> dict[str, Any]:
+    checkpoints = Checkpoints(workdir)
+    sound, begun = sound_epochs(checkpoints, config)
+    if begun:
+        run = copy.deepcopy(begun.run) | {"config": config.to_dict()}
+        request.saved = what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
+        run["segment_steps"] = config.segment_steps or run["segment_steps"]
+        check_same_data(config, dataset, run["data_sha256"])
+    else:
+        file = local_file(config) if config.init_from else ""
+        about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
+        run = run_state.new_state(config, about | {"class_names": list(dataset.class_names)}, sha256_of(file) if file else None)
+        run["segment_steps"] = segment_length(
+            plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape, dataset.num_classes)
+        )
+    # What was saved inside of an epoch and is not gone on from would stand in the way of the next such save.
+    checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
+    for line in write_config(workdir, config):
+        notice(line)
+    trains = run["epoch"] < plan.total_epochs
+    _note_origin(run, origin(config), trains)
+    restore_metrics(workdir, run["history"])
+    with contextlib.closing(checkpoints.writer(sound)) as writer:
+        if trains:
+            states, task = begun.restore(plan) if begun else start(plan, dataset)
+            run = Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
+    request.saved, request.idle = what_is_saved(plan, plan.total_epochs, 0), True
+    best = check_best(checkpoints, run, sound)
+    assert best is not None  # the last epoch is always saved
+    states, task = best.restore(plan)
+    test = on_device(dataset.test)
+    found = np.asarray(inference.make_scores(plan, config.inference)(task, states, test.images))
+    measured = measure(found, test.labels, tuple(best.run["voting"]), "test")
+    return conclude(plan, dataset, states, task, best.run, measured, run, workdir)
+
+
+def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
+    """Adds `here` to the run's origins, if it trains here and something differs from the last origin, or if it is judged by other settings.
+
+    A finished run that is only judged again keeps the origin that trained it. Older versions wrote no settings; theirs count as equal.
+    """
+    last = [{"settings": here["settings"]} | origin for origin in run["origins"][-1:]]
+    other_settings = any(origin["settings"] != here["settings"] for origin in last)
+    if other_settings or (trains and last != [here]):
+        run["origins"].append(here)
+
+
+def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
+    """What a run begins with: groups from its seed or from config.init_from, codebook and pixel statistics."""
+    config, states = plan.config, init_states(plan, dataset.image_shape)
+    if config.init_from:
+        states, left_out = read_weights(local_file(config), plan, states)
+        for note in left_out:
+            notice(f"{config.init_from}: {note}")
+    return states, make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)

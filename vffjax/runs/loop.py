@@ -1,0 +1,257 @@
+"""The loop over the epochs of a run: training, validation, the record, and what is saved and when."""
+
+import contextlib
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vffjax.data.load import Dataset, Split
+from vffjax.errors import UserError
+from vffjax.networks.groups import GroupState
+from vffjax.rules.local import Task
+from vffjax.runs import state as run_state
+from vffjax.runs.checkpoint import Checkpoints, Writer
+from vffjax.runs.logbook import Logbook
+from vffjax.runs.summary import executable_bytes
+from vffjax.runs.termination import NOTHING, Request, Terminated
+from vffjax.training import feature_cache
+from vffjax.training import scores as inference
+from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
+from vffjax.training.plan import Images, Plan
+from vffjax.training.scores import validate
+from vffjax.training.trainer import all_finite
+
+# FLOP of an epoch that takes a second or less on two CPU cores.
+_SHORT_EPOCH = 2e10
+
+
+def on_device(split: Split) -> Images:
+    """A split's images and labels on JAX's first device."""
+    return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
+
+
+def training_images(split: Split) -> Images:
+    """A split's images, as rows, and labels on JAX's first device, for `Epoch` to gather from."""
+    rows = Images(split.images, split.labels).as_rows()  # on the host, where another shape costs nothing
+    return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
+
+
+class Loop:
+    """Trains what is left of a run, epoch by epoch.
+
+    Args:
+        plan, dataset, task: of the run.
+        run: its state (see `run_state`), new or as it was saved; the loop keeps it up to date.
+        checkpoints, writer: where whole epochs are saved by `writer`, and those inside of an epoch.
+        request: what SIGTERM and Ctrl-C ask; the loop looks at it between two segments, and tells it what is saved.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dataset: Dataset,
+        task: Task,
+        run: dict[str, Any],
+        checkpoints: Checkpoints,
+        writer: Writer,
+        request: Request,
+    ):
+        self._plan, self._config, self._task, self._run = plan, plan.config, task, run
+        self._checkpoints, self._writer, self._request = checkpoints, writer, request
+        self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
+        self._position = run.pop("inside", None)  # until its epoch goes on
+        self._epoch: Epoch | None = None
+        self._compiled_for: int | None = None
+        self._say_what_is_saved(run["epoch"], self._steps_done)
+
+    @property
+    def _steps_done(self) -> int:
+        """Of the epoch that goes on, if it has been saved inside."""
+        return self._position["step"] if self._position else 0
+
+    def train(self, states: tuple[GroupState, ...], workdir: pathlib.Path) -> dict[str, Any]:
+        """Trains from these states on, which are donated; returns the run's state at its end.
+
+        Raises `Terminated` when the run was told to leave and has saved, `UserError` if it has diverged.
+        """
+        done, total = self._run["epoch"], self._plan.total_epochs
+        with Logbook(workdir, total, done) as logbook:
+            logbook.phase("compiling")
+            self._compile_checks(states)
+            for epoch in range(done, total):
+                if self._epoch is None or self._plan.active(epoch) != self._compiled_for:
+                    logbook.phase("compiling")
+                    self._request.idle = self._saved_epoch == epoch
+                    self._compile_stage(states, epoch)
+                self._request.idle = False
+                if self._request.leave and self._saved_epoch == epoch:
+                    raise Terminated(self._request.saved)
+                logbook.phase("training")
+                states, means, checks, seconds = self._train_epoch(states, epoch, logbook)
+                logbook.phase("validating")
+                finite, found = jax.device_get(checks)
+                self._check_finite(means, finite, epoch)
+                validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch))
+                # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
+                record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
+                logbook.phase("saving")
+                self._finish_epoch(states, epoch, record, validated)
+        return self._run
+
+    def _compile_checks(self, states: tuple[GroupState, ...]) -> None:
+        """What follows each epoch, compiled before the first one is timed: whether each group is finite, and the validation scores."""
+        began = time.perf_counter()
+        images = self._validation.images
+        self._finite_groups = _finite_groups.lower(states).compile()
+        self._scores = None
+        if len(images):
+            self._scores = inference.compile_scores(self._plan, self._config.inference, self._task, states, images)
+        self._run["compile_seconds"] += time.perf_counter() - began
+
+    def _compile_stage(self, states: tuple[GroupState, ...], epoch: int) -> None:
+        """The programs of the group that trains now, apart from the epochs: no epoch's time holds them, and nothing is compiled again."""
+        began = time.perf_counter()
+        active = self._plan.active(epoch)
+        self._data = self._data._replace(features=None)  # those of the last stage go before the next ones are made
+        if active and self._config.feature_cache != "none":
+            self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
+        self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"]), active
+        largest = self._epoch.compile(self._task, states, self._data, self._steps_done)
+        if _is_short(self._plan, largest):
+            self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)
+        self._run["compile_seconds"] += time.perf_counter() - began
+        self._run["peak_bytes"] = max(self._run["peak_bytes"], executable_bytes(largest))
+
+    def _train_epoch(
+        self, states: tuple[GroupState, ...], epoch: int, logbook: Logbook
+    ) -> tuple[tuple[GroupState, ...], dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
+        """One epoch, or what is left of it.
+
+        Returns the new states; the metrics over all steps of the epoch; whether each group is finite with the validation scores, both
+        still on the device; and the seconds that training took.
+        """
+        assert self._epoch is not None
+        step, seconds, parts = self._steps_done, 0.0, list[Any]()
+        if self._position:
+            seconds, parts = self._position["seconds"], [run_state.metrics_of(self._position)]
+            self._position = None
+        began = time.perf_counter()
+        for part in self._epoch.segments(self._task, states, self._data, epoch, step):
+            states = part.states
+            parts.append(part.metrics)
+            logbook.step(epoch, part.done, self._plan.steps_per_epoch)
+            # An epoch that is trained and not validated yet can be saved too: validation may take long.
+            if self._request.leave or (part.done < self._plan.steps_per_epoch and self._save_is_due()):
+                metrics = joined(jax.device_get(parts))
+                seconds += time.perf_counter() - began
+                self._save_inside(states, epoch, part.done, seconds, metrics)
+                parts, began = [metrics], time.perf_counter()
+        # Queued behind the epoch, so that the device goes on while the host waits for the epoch's end.
+        images = self._validation.images
+        checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
+        jax.block_until_ready(parts)
+        seconds += time.perf_counter() - began
+        return states, over_steps(joined(jax.device_get(parts))), checks, seconds
+
+    def _save_is_due(self) -> bool:
+        every = self._config.checkpoint_seconds
+        return every > 0 and time.perf_counter() - self._saved_seconds > every
+
+    def _save_inside(self, states: tuple[GroupState, ...], epoch: int, step: int, seconds: float, metrics: Metrics) -> None:
+        """Saves inside of an epoch, and leaves if that was asked."""
+        if self._request.abandoned:
+            raise Terminated(self._request.saved)
+        self._check_finite(over_steps(metrics), jax.device_get(self._finite_groups(states)), epoch, step)
+        state = run_state.inside(self._run, epoch, step, self._plan.steps_per_epoch, seconds, metrics)
+        with contextlib.closing(self._checkpoints.inside.writer()) as writer:
+            writer.save(run_state.number(state), states, self._task, state)
+        self._say_what_is_saved(epoch, step)
+        if self._request.made:
+            raise Terminated(self._request.saved)
+
+    def _finish_epoch(self, states: tuple[GroupState, ...], epoch: int, record: dict[str, Any], validated: dict[str, Any]) -> None:
+        """Keeps the record, saves if a checkpoint is due or the run is told to leave, and leaves if it is."""
+        run = self._run
+        scheduled = self._config.checkpoint_due(epoch + 1)
+        run["history"].append(record)
+        run["due"] += [epoch + 1] if scheduled else []
+        run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": self._plan.trained_groups(epoch)}
+        if self._request.abandoned:
+            raise Terminated(self._request.saved)
+        if scheduled or self._request.made:
+            self._writer.save(epoch + 1, states, self._task, run)
+            self._say_what_is_saved(epoch + 1, 0)
+        if self._request.made and self._writer.newest == epoch + 1:  # else the signal came after the line above: the next segment saves
+            raise Terminated(self._request.saved)
+
+    def _say_what_is_saved(self, epochs: int, step: int) -> None:
+        self._saved_epoch, self._saved_seconds = epochs, time.perf_counter()
+        self._request.saved = what_is_saved(self._plan, epochs, step)
+
+    def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, step: int = 0) -> None:
+        """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only. `step`: inside of an epoch."""
+        plan, active = self._plan, self._plan.active(epoch)
+        groups, steps = range(len(plan.groups)) if active is None else [active], plan.steps_per_epoch
+        problems = []
+        for group, first, count in zip(groups, metrics["first_nonfinite"], metrics["nonfinite_steps"], strict=True):
+            if self._config.on_nonfinite == "stop" and first:
+                problems.append((int(first), f"step {first} of {steps}: the loss of group{group} is not finite"))
+            elif count == steps:
+                problems.append((steps, f"no step of group{group} was finite"))
+        after = f"after its step {step}" if step else "after its last step"
+        problems += [(steps, f"{after} a number of group{i}'s state is not finite") for i in np.flatnonzero(~finite)]
+        if problems:
+            kept = f"the checkpoint of epoch {self._writer.newest} is kept" if self._writer.newest else "there is no checkpoint yet"
+            fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"
+            raise UserError(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
+
+
+def what_is_saved(plan: Plan, epochs: int, step: int) -> str:
+    """In words, where a run goes on that was saved after so many epochs and so many steps of the next one."""
+    if not epochs and not step:
+        return NOTHING
+    of = f"of {plan.total_epochs}"
+    where = f"epoch {epochs + 1} {of}, step {step} of {plan.steps_per_epoch}," if step else f"epoch {epochs} {of}"
+    return f"{where} is saved; the same command goes on from there"
+
+
+@jax.jit
+def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
+    """Of each group, whether its whole state is finite: after the epoch's last step no loss has seen it."""
+    return jnp.stack([all_finite(state) for state in states])
+
+
+def _is_short(plan: Plan, compiled: jax.stages.Compiled) -> bool:
+    """Whether an epoch is so short that it is run once, for nothing, before the clock starts.
+
+    On CPU the libraries that XLA calls make their kernels when a program first runs, which takes some tenths of a second. In an epoch of
+    that length it would be most of what is measured.
+    """
+    costs = compiled.cost_analysis() or {}  # of a loop's body once, and None where the compiler does not say
+    return 0 < costs.get("flops", 0.0) * plan.steps_per_epoch < _SHORT_EPOCH
+
+
+def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, seconds: float) -> dict[str, Any]:
+    active = plan.active(epoch)
+
+    def per_group(values: np.ndarray) -> list[float | None]:
+        trained: list[float | None] = [float(value) for value in values]
+        return trained if active is None else [trained[0] if i == active else None for i in range(len(plan.groups))]
+
+    record: dict[str, Any] = {"epoch": epoch + 1} | ({} if active is None else {"group": active})
+    if plan.config.on_nonfinite == "skip":
+        record["skipped_steps_per_group"] = per_group(metrics["nonfinite_steps"])
+    return record | {
+        "loss": float(metrics["loss"].sum()),
+        "loss_per_group": per_group(metrics["loss"]),
+        "local_loss_per_group": per_group(metrics["local_loss"]),
+        "head_loss_per_group": per_group(metrics["head_loss"]),
+        "train_accuracy": float(metrics["ensemble_accuracy"]),
+        "train_accuracy_per_group": per_group(metrics["accuracy"]),
+        "images_per_second": plan.steps_per_epoch * plan.config.batch_size / seconds,
+        "seconds": seconds,
+    }

@@ -1,0 +1,248 @@
+"""One saved epoch, read from disk: its files against their SHA-256, the run's state, its groups and its task.
+
+Digests find damage, not forgery: whoever can write files can write digests.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import pathlib
+import stat
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vffjax import versions
+from vffjax.config import Config, from_json
+from vffjax.errors import UserError
+from vffjax.networks.groups import GroupState
+from vffjax.rules.local import Task
+from vffjax.runs import state as run_state
+from vffjax.runs.logbook import read_json
+from vffjax.training.plan import Plan, init_states
+
+OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
+AGAIN = "train with this --workdir again, which goes back to a sound checkpoint, or start in a new one"
+# Files and folders that operating systems, network shares, file managers and the like drop into any folder.
+_DROPPED = {
+    *(".ds_store", ".localized", ".appledouble", ".fseventsd", ".temporaryitems", ".spotlight-v100", ".trashes", "icon\r", "__macosx"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *(".directory", "lost+found", "@eadir", "#recycle", ".dropbox", ".dropbox.attr", ".sync", ".ipynb_checkpoints"),
+}
+_DROPPED_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".smbdelete", ".trash-", ".~lock.")
+
+
+class Fault(UserError):
+    """What is wrong with a saved epoch, and the smallest repair; the message is both."""
+
+    def __init__(self, problem: object, repair: str):
+        super().__init__(f"{problem}; {repair}")
+        self.problem, self.repair = str(problem), repair
+
+
+class SavedEpoch:
+    """An epoch of a run as it was found on disk. What has been read and verified once is remembered.
+
+    `folder` is its Orbax step, `digests` the file beside it. Everything that reads raises `UserError`, which names the file.
+    """
+
+    def __init__(self, folder: pathlib.Path, digests: pathlib.Path):
+        self.folder, self.epoch = folder, int(folder.name)
+        self._digests = digests
+        self._verified: set[str] = set()
+
+    @functools.cached_property
+    def run(self) -> dict[str, Any]:
+        """The run's state; see `run_state`."""
+        self.verify("run")
+        run = self._restore(run=ocp.args.JsonRestore())["run"]
+        if not isinstance(run, dict) or run.get("format") != run_state.FORMAT:
+            raise Fault(f"{self.folder}: {_other_format(run)}", "read it with that one (summary.json names its commit)")
+        if wrong := run_state.problem(run):
+            raise Fault(f"{self.folder / 'run'}: not the state of a run ({wrong})", AGAIN)
+        if run_state.number(run) != self.epoch:
+            raise Fault(f"{self.folder}: foreign checkpoint, of epoch {run['epoch']}", AGAIN)
+        return run
+
+    def fault(self, config: Config) -> Fault | None:
+        """What is wrong with this epoch of a run by `config`; None if every file of it is as it was saved."""
+        try:
+            self.verify()
+            self._check_config(config)
+        except Fault as fault:
+            return fault
+        except UserError as error:  # of the configuration that was saved
+            return Fault(error, OWN_CONFIG)
+        return None
+
+    def restore(self, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
+        """All groups and the task."""
+        self.verify()
+        self._check_config(plan.config)
+        wanted = {f"group{i}": state for i, state in enumerate(_abstract_states(plan, self.run))} | {"task": _abstract_task(self.run)}
+        saved = sum(name.startswith("group") for name in _roots(self._expected))
+        if saved != len(wanted) - 1:
+            raise Fault(f"{self.folder}: saved by another network ({saved} groups, not {len(wanted) - 1})", OWN_CONFIG)
+        restored = self._restore_arrays(wanted)
+        return tuple(restored[name] for name in wanted if name != "task"), restored["task"]
+
+    def restore_group(self, plan: Plan, group: int) -> GroupState:
+        """One group alone; no file of another group is read."""
+        name = f"group{group}"
+        self.verify(name)
+        self._check_config(plan.config)
+        return self._restore_arrays({name: _abstract_states(plan, self.run)[group]})[name]
+
+    def verify(self, item: str = "") -> None:
+        """Compares the files of one item and of the step itself, or of all items, with their SHA-256. Each file is read once."""
+        expected = self._expected
+        wanted = {name: digest for name, digest in expected.items() if not item or "/" not in name or name.startswith(f"{item}/")}
+        if not any("/" in name for name in wanted):
+            raise Fault(f"{self._digests}: damaged checkpoint digests", AGAIN)
+        try:
+            present = {path.relative_to(self.folder).as_posix(): path for path in saved_files(self.folder)}
+            for path in present.values():
+                if not stat.S_ISREG(path.lstat().st_mode):  # to read a pipe would wait for ever
+                    raise Fault(f"{path}: damaged checkpoint (not a file)", AGAIN)
+        except OSError as error:
+            raise Fault(f"{error.filename or self.folder}: damaged checkpoint ({error.strerror})", AGAIN) from None
+        for name, digest in wanted.items():
+            if name not in present:  # nor is a name that leads out of the step
+                raise Fault(f"{self.folder / name}: damaged checkpoint (no such file)", AGAIN)
+            if name in self._verified:
+                continue
+            try:
+                sound = sha256_of(present[name]) == digest
+            except OSError as error:
+                raise Fault(f"{self.folder / name}: damaged checkpoint ({error.strerror})", AGAIN) from None
+            if not sound:
+                raise Fault(f"{self.folder / name}: damaged checkpoint (SHA-256 differs)", AGAIN)
+            self._verified.add(name)
+        for name in sorted(present.keys() - expected.keys()):
+            if not item or name.startswith(f"{item}/") or "/" not in name:
+                where = self.folder / name.partition("/")[0] if name.partition("/")[0] not in _roots(expected) else self.folder / name
+                raise Fault(f"{where}: foreign file or folder in a checkpoint, not saved with it", "move it out of there, and start again")
+
+    @functools.cached_property
+    def _expected(self) -> dict[str, str]:
+        try:
+            expected = read_json(self._digests)
+            if not isinstance(expected, dict):
+                raise ValueError("no digests")
+        except (OSError, ValueError):
+            raise Fault(f"{self._digests}: damaged checkpoint digests", AGAIN) from None
+        return expected
+
+    def _check_config(self, config: Config) -> None:
+        written = {"vffjax": self.run["origins"][-1].get("versions", {}).get("vffjax", "another version")}
+        saved = from_json(written | self.run["config"], f"{self.folder}: foreign checkpoint").trained_by()
+        here = config.trained_by()
+        for key in saved:
+            if saved[key] != here[key]:
+                difference = f"config.{key} is {saved[key]!r} there, not {here[key]!r}"
+                raise Fault(f"{self.folder}: foreign checkpoint, saved by another run ({difference})", OWN_CONFIG)
+
+    def _restore_arrays(self, wanted: dict[str, Any]) -> Any:
+        for name, abstract in wanted.items():
+            with _readable(self.folder):
+                _check_fits(self.folder / name, abstract)
+        return self._restore(**{name: ocp.args.StandardRestore(abstract) for name, abstract in wanted.items()})
+
+    def _restore(self, **items: Any) -> Any:
+        with _readable(self.folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.folder, args=ocp.args.Composite(**items))
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path, fix: str = OWN_CONFIG) -> Iterator[None]:
+    """What Orbax and TensorStore raise on files that they cannot read becomes one line that names the step."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise Fault(f"{folder}: cannot be restored ({reason})", fix) from error
+
+
+def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All below a saved epoch's folder that is no folder, in order, but for what an operating system has dropped there."""
+    return sorted(path for path in folder.rglob("*") if not any(map(_dropped, path.relative_to(folder).parts)) and not path.is_dir())
+
+
+def _other_format(run: Any) -> str:
+    """What to say of a state that this version does not read: which version wrote it, as far as that can be told."""
+    here = f"this is vffjax {versions.own()}, which reads format {run_state.FORMAT}"
+    try:
+        return f"saved by vffjax {run['origins'][-1]['versions']['vffjax']} in format {run['format']}; {here}"
+    except (KeyError, TypeError, IndexError):
+        return f"saved by another version of vffjax; {here}"
+
+
+def _roots(names: Iterable[str]) -> set[str]:
+    """The items of a step, and the files beside them, of paths relative to it."""
+    return {name.partition("/")[0] for name in names}
+
+
+def _dropped(name: str) -> bool:
+    return name.lower() in _DROPPED or name.lower().startswith(_DROPPED_PREFIXES)
+
+
+def sha256_of(path: pathlib.Path | str) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_readable(folder: pathlib.Path, items: dict[str, Any], run: dict[str, Any]) -> None:
+    """Reads something of every item of a step through Orbax, before its digests say that it is complete.
+
+    `items` are the trees that were saved, by name. Names, shapes and types of all arrays are compared, and the bits of the smallest; and
+    the whole state of the `run`. Raises `UserError` naming the step: digests of files that nobody can read back would be worth nothing.
+    """
+    fix = "nothing of this epoch is kept; give a --workdir in another place"
+    with _readable(folder, fix), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        if checkpointer.restore(folder, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"] != json.loads(json.dumps(run)):
+            raise Fault(f"{folder / 'run'}: was read back with other values than were saved", "check the disk")
+        for name, tree in items.items():
+            _check_fits(folder / name, tree)
+            leaves, structure = jax.tree.flatten(tree)
+            smallest = min(range(len(leaves)), key=lambda i: leaves[i].size)
+            wanted = [_abstract(leaf) if i == smallest else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+            how = [ocp.ArrayRestoreArgs(sharding=_here()) for _ in leaves]
+            args = ocp.args.PyTreeRestore(jax.tree.unflatten(structure, wanted), restore_args=jax.tree.unflatten(structure, how))
+            found = jax.tree.leaves(checkpointer.restore(folder, args=ocp.args.Composite(**{name: args}))[name])[smallest]
+            if np.asarray(found).tobytes() != np.asarray(leaves[smallest]).tobytes():
+                raise Fault(f"{folder / name}: an array was read back with other bits than were saved", "check the disk")
+
+
+def _check_fits(folder: pathlib.Path, tree: Any) -> None:
+    """Compares names, shapes and types of arrays with the saved ones; Orbax casts some differences, and leaves threads behind on others."""
+    saved, here = ocp.StandardCheckpointHandler().metadata(folder).tree, ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+    found, wanted = ({name: f"{x.dtype}{list(x.shape)}" for name, x in ocp.tree.to_flat_dict(tree).items()} for tree in (saved, here))
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            difference = f"{'.'.join(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'missing')}"
+            raise Fault(f"{folder}: saved by another network or optimizer ({difference})", OWN_CONFIG)
+
+
+def _abstract_states(plan: Plan, run: dict[str, Any]) -> tuple[GroupState, ...]:
+    # Orbax restores optax states as plain dicts, unless it is given the tree that they had.
+    return jax.tree.map(_abstract, jax.eval_shape(lambda: init_states(plan, tuple(run["image_shape"]))))
+
+
+def _abstract_task(run: dict[str, Any]) -> Task:
+    h, w, c = run["image_shape"]
+    arrays: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((len(run["class_names"]), h, w, c), (c,), (c,))]
+    return jax.tree.map(_abstract, Task(*arrays))
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_here())
+
+
+def _here() -> jax.sharding.SingleDeviceSharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,0 +1,133 @@
+"""What a run leaves at its end: summary.json, curves.png, features.png."""
+
+import contextlib
+import functools
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vffjax import backend, versions
+from vffjax.config import CHANGEABLE, Config
+from vffjax.data.load import Dataset
+from vffjax.errors import aid
+from vffjax.networks.groups import GroupState
+from vffjax.rules.local import Task, prepare_clean, prepare_labelled
+from vffjax.runs.logbook import write_json
+from vffjax.runs.plots import plot_curves, plot_features
+from vffjax.training.augment import normalise
+from vffjax.training.plan import Plan
+
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def conclude(
+    plan: Plan,
+    dataset: Dataset,
+    states: tuple[GroupState, ...],
+    task: Task,
+    run: dict[str, Any],
+    measured: dict[str, Any],
+    last: dict[str, Any],
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    """Writes the summary and the figures of the chosen epoch; `run` is its checkpoint's state, `measured` its test error, `last` the state
+    of the run's last checkpoint.
+
+    `seconds` and `images_per_second` are those of training alone; compilation stands apart, validation and saving are not counted.
+    """
+    summary = measured | {
+        "val_error": run["val_error"],
+        "voting": run["voting"],
+        "epochs": plan.total_epochs,
+        "best_epoch": run["epoch"],
+        "images_per_second": float(np.median([m["images_per_second"] for m in last["history"]])),
+        "seconds": sum(m["seconds"] for m in last["history"]),
+        **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256", "init_from_sha256")},
+        **last["origins"][-1],
+        "earlier_origins": last["origins"][:-1],
+        "seed": plan.config.seed,
+    }
+    write_json(workdir / "summary.json", summary)
+    plot_curves(workdir)
+    with aid(f"{workdir / 'features.png'}"):
+        draw_features(workdir / "features.png", plan, dataset, states, task)
+    return summary
+
+
+def origin(config: Config) -> dict[str, Any]:
+    """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
+    return {
+        "versions": {"python": platform.python_version()}
+        | {"vffjax": versions.own()}
+        | {package: versions.installed(package) for package in _PACKAGES},
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "cores": backend.cores(),
+        "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
+        "settings": {key: getattr(config, key) for key in CHANGEABLE if key != "data_dir"},
+    }
+
+
+def executable_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak bytes of a compiled program by the compiler's own plan: arguments, outputs and temporaries. Exact, on every device."""
+    plan: Any = compiled.memory_analysis()
+    return int(plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
+
+
+def _commit() -> str | None:
+    """The commit of this code, `-dirty` if it was changed since; None where it does not run from its own checkout."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if pathlib.Path(git("rev-parse", "--show-toplevel")) == root:
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return None
+
+
+def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tuple[GroupState, ...], task: Task) -> None:
+    """`features.png`: codebook, first filters, and every group's maps of the three kinds of data, for three test images.
+
+    Rule head has no labelled images: its rows for them are left blank.
+    """
+    labels = dataset.test.labels[:3]
+    wrong = (labels + 1) % dataset.num_classes
+    images = dataset.test.images[:3]
+    x = normalise(jnp.asarray(images), task.mean, task.std)
+    kinds = [prepare_clean(plan.config, task, x)]
+    if plan.config.rule != "head":
+        for told in (labels, wrong):
+            pairs = zip(x[:, None], map(jnp.asarray, told), strict=True)
+            kinds.append(jnp.concatenate([prepare_labelled(plan.config, task, image, label) for image, label in pairs]))
+    streams = []
+    z, clean = jnp.concatenate(kinds), len(labels)
+    for group, state in zip(plan.groups, states, strict=True):
+        z, _ = jax.jit(functools.partial(group.features, clean=clean, train=False))(state.params, state.batch_stats, z)
+        shown = np.full((3, clean, *z.shape[1:]), np.nan, np.float32)
+        shown[: len(kinds)] = np.asarray(z, np.float32).reshape(len(kinds), clean, *z.shape[1:])
+        streams.append(shown)
+    plot_features(
+        path,
+        images=images / 255,
+        class_names=dataset.class_names,
+        labels=labels.tolist(),
+        wrong_labels=wrong.tolist(),
+        codebook=np.asarray(task.codebook) if plan.config.rule == "vff" else None,
+        streams=streams,
+        filters=np.asarray(_first_kernel(states)),
+    )
+
+
+def _first_kernel(states: tuple[GroupState, ...]) -> jax.Array:
+    """Of the network's first layer; a ResNet's stem keeps it under conv1."""
+    leaves = jax.tree_util.tree_leaves_with_path(states[0].params["layers_0"])
+    return next(leaf for path, leaf in leaves if path[-1].key == "kernel")

@@ -1,0 +1,208 @@
+"""A run's folder: whose it is, that one process writes it, where its run goes on, and what can be read back without the data."""
+
+import contextlib
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from vffjax.config import BITWISE, CHANGEABLE, Config, from_json, to_json
+from vffjax.errors import UserError, bad_key, notice
+from vffjax.networks.groups import GroupState
+from vffjax.paths import check_run_folder, local
+from vffjax.rules.local import Task
+from vffjax.runs import state as run_state
+from vffjax.runs.checkpoint import FOLDER, Checkpoints
+from vffjax.runs.lock import take
+from vffjax.runs.logbook import read_json, write_json
+from vffjax.runs.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
+from vffjax.training.plan import Plan, make_plan
+
+LOCK = ".lock"
+_Read = TypeVar("_Read")
+
+
+def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
+    """Refuses a workdir that holds another configuration's run, or whose checkpoints could not be found again."""
+    check_run_folder(workdir)
+    path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: not a folder; give a folder, new or of the same run")
+    _refuse_links(workdir)
+    if not path.exists():
+        if Checkpoints(workdir).epochs():
+            raise UserError(f"--workdir={workdir}: has checkpoints but no {path.name}; restore it, or give another --workdir")
+        return
+    wanted, found = config.trained_by(), read_config(workdir).trained_by()
+    for key in wanted:
+        if wanted[key] != found[key]:
+            raise bad_key(key, wanted[key], f"--workdir {workdir} holds a run with {found[key]!r}", "give another --workdir")
+
+
+def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
+    """Writes config.json of a run that begins, or that goes on with other settings; returns what has changed, a line for each key.
+
+    Where the data lie stays as the run began: they may lie elsewhere for one start alone.
+    """
+    path = workdir / "config.json"
+    before = read_config(workdir) if path.exists() else config
+    keys = [key for key in CHANGEABLE if key != "data_dir" and getattr(before, key) != getattr(config, key)]
+    if keys or not path.exists():
+        write_json(path, to_json(config) | {"data_dir": before.data_dir})
+    lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
+    rounds = [key for key in keys if key not in BITWISE]
+    return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
+
+
+def _refuse_links(workdir: pathlib.Path) -> None:
+    """What a run writes must lie in its workdir, also in one that somebody else has packed."""
+    root = os.path.realpath(workdir)
+    for path in itertools.chain(workdir.glob("*"), *((workdir / name).rglob("*") for name in (FOLDER, "tensorboard"))):
+        # Not resolve(), which raises where links lead round in a circle.
+        if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{path}: a link that leads out of --workdir {workdir}; remove it, or give another --workdir")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this process. A lock is the kernel's: it goes with its process, however that ends."""
+    with open(workdir / LOCK, "a") as file:
+        try:
+            free = take(file)
+        except OSError as error:
+            free = True
+            reason = error.strerror or error
+            notice(f"{workdir / LOCK}: this file system cannot lock ({reason}); see to it yourself that no other run writes here")
+        if not free:
+            raise UserError(f"--workdir={workdir}: another run is writing here; wait for it, or give another --workdir")
+        yield
+
+
+def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, SavedEpoch], SavedEpoch | None]:
+    """The saved epochs with no fault, by number, and where the run goes on: inside of an epoch, or at the newest of them, or None.
+
+    Epochs with a fault are set aside. Each file is read once.
+
+    stderr says what was found damaged, incomplete or missing. Raises `UserError` if there are saved epochs and all have a fault, or if the
+    best has, or is gone, and nothing that the run will train can take its place.
+    """
+    saved = {epoch: checkpoints.opened(epoch) for epoch in checkpoints.epochs()}
+    faults = {epoch: fault for epoch, step in saved.items() if (fault := step.fault(config))}
+    for fault in faults.values():
+        if fault.repair not in (AGAIN, OWN_CONFIG):  # such as a foreign file: a moment's work, and a whole epoch if it were set aside
+            raise fault
+    sound = {epoch: step for epoch, step in saved.items() if epoch not in faults}
+    newest = max(sound, default=0)
+    if saved and not newest:
+        raise _repair(checkpoints, faults[max(saved)], sound)
+    lost = {epoch: f"{checkpoints.folder / str(epoch)}: missing, though its digests are there" for epoch in checkpoints.missing()}
+    for epoch in checkpoints.incomplete():
+        lost[epoch] = f"{checkpoints.folder / str(epoch)}: not completely saved, or its digests are lost"
+    if newest and newest > max([*faults, *lost], default=0):
+        # Else something newer was there, for which an earlier best may have been deleted.
+        check_best(checkpoints, sound[newest].run, sound, faults | {epoch: Fault(problem, AGAIN) for epoch, problem in lost.items()})
+    for epoch, fault in faults.items():
+        lost[epoch] = f"{fault.problem}; now {checkpoints.set_aside(epoch)}"
+    for epoch in sorted(lost):
+        notice(lost[epoch])
+    if lost:
+        notice(f"going on from epoch {newest}")
+    inside = None if lost else _sound_inside(checkpoints, config, newest)
+    if inside is not None and run_state.best_epoch(inside.run) in {0, *sound}:
+        return sound, inside
+    return sound, sound.get(newest)  # also where the best epoch by a save inside of an epoch is gone: it will be trained again
+
+
+def _sound_inside(checkpoints: Checkpoints, config: Config, newest: int) -> SavedEpoch | None:
+    """The newest save inside of an epoch that is further than epoch `newest`, and has no fault; None if there is none."""
+    for number in reversed(checkpoints.inside.epochs()):
+        saved = checkpoints.inside.opened(number)
+        if fault := saved.fault(config):
+            notice(f"{fault.problem}; it was saved inside of an epoch, which is trained again from its start")
+        elif saved.run["epoch"] >= newest:
+            return saved
+    return None
+
+
+def check_best(
+    checkpoints: Checkpoints, run: dict[str, Any], sound: Mapping[int, SavedEpoch], faults: Mapping[int, Fault] | None = None
+) -> SavedEpoch | None:
+    """The best epoch of a run by its record, among the `sound` ones or those saved since; None before the first.
+
+    Raises `UserError` if it has a fault or is gone: another epoch would be taken for it.
+    """
+    best = run_state.best_epoch(run)
+    if not best:
+        return None
+    fault = (faults or {}).get(best)
+    if fault is None and best not in checkpoints.epochs():
+        fault = Fault(f"{checkpoints.folder / str(best)}: gone", AGAIN)
+    if fault is not None:
+        raise _repair(checkpoints, Fault(f"{fault.problem}, and it is the best epoch", fault.repair), sound)
+    return sound.get(best) or checkpoints.opened(best)
+
+
+def _repair(checkpoints: Checkpoints, fault: Fault, sound: Mapping[int, SavedEpoch]) -> UserError:
+    """The error for a saved epoch without which the run cannot go on; it advises the smallest repair, and nothing that destroys."""
+    if fault.repair != AGAIN:
+        return fault
+    others = f", or read epoch {max(sound)} with vffjax evaluate --epoch {max(sound)}" if sound else ""
+    repair = f"restore it from a copy, or move {checkpoints.folder} away to train again from the start{others}"
+    return UserError(f"{fault.problem}; {repair}")
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The configuration of the run in `workdir`."""
+    path = workdir / "config.json"
+    try:
+        return from_json(read_json(path), str(path))
+    except FileNotFoundError:
+        raise UserError(f"--workdir={workdir}: no run here ({path.name} is missing); give the folder of a run") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or start in a new --workdir") from None
+
+
+def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
+    """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch.
+
+    The run may be training meanwhile.
+    """
+
+    def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
+        return plan, *saved.restore(plan), saved.run
+
+    return _read_run(workdir, epoch, read)
+
+
+def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> tuple[Plan, GroupState, dict[str, Any]]:
+    """One group of a trained run, with its plan and run state. No file of another group is read, so that those may be damaged."""
+
+    def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, GroupState, dict[str, Any]]:
+        if group >= len(plan.groups):
+            raise UserError(f"--group={group}: the network has {len(plan.groups)} groups; give one from 0 to {len(plan.groups) - 1}")
+        return plan, saved.restore_group(plan, group), saved.run
+
+    return _read_run(workdir, epoch, read)
+
+
+def _read_run(workdir: pathlib.Path | str, epoch: str, read: Callable[[SavedEpoch, Plan], _Read]) -> _Read:
+    workdir = local(workdir, "--workdir")
+    check_run_folder(workdir)
+    config = read_config(workdir)
+
+    def with_plan(saved: SavedEpoch) -> _Read:
+        return read(saved, make_plan(config, saved.run["train_size"], len(saved.run["class_names"])))
+
+    return while_it_trains(Checkpoints(workdir), epoch, with_plan)
+
+
+def while_it_trains(checkpoints: Checkpoints, epoch: str, read: Callable[[SavedEpoch], _Read]) -> _Read:
+    """What `read` makes of the chosen epoch. A run that trains may delete that epoch meanwhile: then the choice is made again."""
+    while True:
+        listed = checkpoints.epochs()
+        try:
+            return read(checkpoints.chosen(epoch))
+        except UserError:
+            if checkpoints.epochs() == listed:
+                raise

@@ -1,0 +1,60 @@
+"""What frozen groups make of the training images, computed once: for the sequential schedule, where nothing augments the images.
+
+A group that trains behind frozen ones sees the same clean features in every epoch. They are kept on the device, or in the host's memory,
+from where a segment's worth at a time goes to the device. Labelled copies carry other noise in every step, and pass the frozen groups
+again.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from vffjax.networks.groups import GroupState
+from vffjax.ops.batching import map_batches
+from vffjax.rules.local import Task, prepare_clean
+from vffjax.training.plan import Images, Plan, init_states, make_task
+from vffjax.training.trainer import before, normalised
+
+# Batches of evaluation whose features the device computes before the host takes them.
+BATCHES_PER_FETCH = 16
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def clean_features(
+    plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
+) -> Float[Array, "n *feature"]:
+    """The input of group `active` for clean images: running statistics, in batches of `config.eval_batch_size`."""
+
+    def features(batch: Array) -> Array:
+        z = prepare_clean(plan.config, task, normalised(task, batch))
+        return before(plan, active, states, z, z.shape[0])
+
+    return map_batches(features, images, plan.config.eval_batch_size)
+
+
+def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> int:
+    """What the kept features of one image take at the most, over the stages of the run; 0 if none are kept."""
+    if plan.config.feature_cache == "none":
+        return 0
+    pixels = (0.5,) * image_shape[2]
+    task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
+    states = jax.eval_shape(lambda: init_states(plan, image_shape))
+    image: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    sizes = [clean_features.eval_shape(plan.program, active, task, states, image) for active in range(1, len(plan.groups))]
+    return max((size.size * size.dtype.itemsize for size in sizes), default=0)
+
+
+def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:
+    """`data` with the input of group `active` beside each image: a device's array, or NumPy's if `config.feature_cache` is host."""
+    images = data.images.reshape(-1, *data.image_shape)
+    if plan.config.feature_cache != "host":
+        return data._replace(features=clean_features(plan.program, active, task, states, images))
+    # Some batches at a time: all features together may be more than the device holds.
+    size = BATCHES_PER_FETCH * plan.config.eval_batch_size
+    starts = range(0, len(images), size)
+    pieces = [np.asarray(clean_features(plan.program, active, task, states, images[i : i + size])) for i in starts]
+    return data._replace(features=np.concatenate(pieces))

@@ -1,0 +1,111 @@
+"""Classifying with trained groups: an ensemble of heads on one clean pass, or a sweep over all labels that needs no head."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+
+from vffjax.errors import chosen
+from vffjax.networks.groups import GroupState
+from vffjax.ops.batching import map_batches
+from vffjax.rules import local as rules
+from vffjax.rules import similarity as losses
+from vffjax.rules.local import Task
+from vffjax.training.plan import Plan
+from vffjax.training.trainer import clean_log_p, normalised
+
+# With more groups than this, only runs of last groups are tried as voters, not every set.
+_EXHAUSTIVE_GROUPS = 6
+
+
+def sweep_scores(
+    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
+) -> Float[Array, "groups batch classes"]:
+    """How well each label fits, by each group, with no head: cosine of the clean and the labelled image, or goodness for rule ff."""
+    config = plan.config
+
+    def features(x: Array, clean: int) -> list[Array]:
+        out = []
+        for group, state in zip(plan.groups, states, strict=True):
+            x, _ = group.features(state.params, state.batch_stats, x, clean, False)
+            out.append(x)
+        return out
+
+    by_cosine = chosen("rule", config.rule, {"vff": True, "ff": False})  # rule head never sees a labelled image
+    anchors = [losses.embed(f, config.similarity) for f in features(x, x.shape[0])] if by_cosine else []
+
+    def score(label: Array) -> Array:
+        labelled = features(rules.prepare_labelled(config, task, x, label), 0)
+        if not by_cosine:
+            return jnp.stack([losses.goodness(f) for f in labelled])
+        copies = [losses.embed(f, config.similarity) for f in labelled]
+        return jnp.stack([jnp.sum(a * c, axis=1) for a, c in zip(anchors, copies, strict=True)])
+
+    return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def program_scores(
+    plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
+) -> Float[Array, "groups n classes"]:
+    """The program of `make_scores`. Its plan is a `Plan.program`, so that runs of other seeds and rates share it."""
+    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores})
+
+    def by_image(batch: Array) -> Array:
+        return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)
+
+    return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
+
+
+def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array, "groups n classes"]]:
+    """Jitted `(task, states, byte images [n, h, w, c])` to scores [groups, n, classes]; higher is likelier.
+
+    Images are taken in batches of `config.eval_batch_size`.
+    """
+    return functools.partial(program_scores, plan.program, inference)
+
+
+def compile_scores(plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: Any) -> jax.stages.Compiled:
+    """`make_scores`, compiled for such images; takes `(task, states, images)`."""
+    return program_scores.lower(plan.program, inference, task, states, images).compile()
+
+
+def ensemble(scores: Float[ArrayLike, "groups n classes"], voting: tuple[int, ...]) -> np.ndarray:
+    """Mean score over the voting groups; for heads the mean log-probability, that is their normalised geometric mean."""
+    return np.asarray(scores)[list(voting)].mean(axis=0)
+
+
+def error_percent(scores: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]) -> float:
+    """Share of images whose highest score is not their label, in percent."""
+    return 100 * float(np.mean(np.asarray(scores).argmax(-1) != np.asarray(labels)))
+
+
+def choose_voting(scores: Float[np.ndarray, "groups n classes"], labels: Int[ArrayLike, " n"]) -> tuple[int, ...]:
+    """The set of groups whose ensemble errs least on these (validation) images; among equals the larger, then the later set."""
+    groups = len(scores)
+    if groups <= _EXHAUSTIVE_GROUPS:
+        sets = [s for size in range(1, groups + 1) for s in itertools.combinations(range(groups), size)]
+    else:
+        sets = [tuple(range(first, groups)) for first in range(groups)]
+    return min(sets, key=lambda s: (error_percent(ensemble(scores, s), labels), -len(s), [-i for i in s]))
+
+
+def validate(scores: np.ndarray | None, labels: Int[ArrayLike, " n"], trained: int) -> dict[str, Any]:
+    """Errors in percent from scores [groups, n, classes] on validation data, and the groups that vote; without data all trained do."""
+    if scores is None:
+        return {"val_error": None, "val_error_per_group": None, "voting": list(range(trained))}
+    voting = choose_voting(scores[:trained], labels)
+    return measure(scores[:trained], labels, voting, "val") | {"voting": list(voting)}
+
+
+def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str) -> dict[str, Any]:
+    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent."""
+    return {
+        f"{split}_error": error_percent(ensemble(scores, voting), labels),
+        f"{split}_error_per_group": [error_percent(group, labels) for group in scores],
+    }

@@ -1,0 +1,207 @@
+"""Greedy training: one step of one group, all groups on a batch, and the scan over the steps of a segment. Pure functions."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from vffjax.config import Config, for_group
+from vffjax.errors import chosen
+from vffjax.hyperparameters import HyperParameters
+from vffjax.networks.groups import GroupState, LayerGroup
+from vffjax.ops.fence import as_branch
+from vffjax.rules import local as rules
+from vffjax.rules.local import Task
+from vffjax.rules.streams import Streams
+from vffjax.training.augment import augment, cut_out, normalise
+from vffjax.training.optimizers import make_optimizer
+from vffjax.training.plan import Plan
+
+
+class Batch(NamedTuple):
+    """What one step takes beside the states; for a segment the same of several steps, each array with one more axis in front."""
+
+    images: UInt8[Array, "*steps batch h w c"]
+    labels: Int[Array, "*steps batch"]
+    ids: Int[Array, "*steps batch"]  # the images' numbers in the training set
+    epoch: Int[Array, "*steps"]  # the number of the epoch, from 0
+    key: PRNGKeyArray  # [*steps], of the step
+    hyper: HyperParameters  # [*steps, groups]
+    features: Float[Array, "*feature"] | None = None  # [*steps, batch, *feature]: what frozen groups make of the images, if kept
+
+
+def abstract_batch(batch: int, image_shape: tuple[int, ...], groups: int, feature: Any = None, steps: tuple[int, ...] = ()) -> Batch:
+    """The shapes of a batch, or of a segment's; `feature` is the abstract kept features of any number of images."""
+
+    def shape(*sides: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((*steps, *sides), dtype)
+
+    hyper = HyperParameters(*(shape(groups, dtype=jnp.float32) for _ in HyperParameters._fields))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    features = None if feature is None else shape(batch, *feature.shape[1:], dtype=feature.dtype)
+    images = shape(batch, *image_shape, dtype=jnp.uint8)
+    return Batch(images, shape(batch), shape(batch), shape(), shape(dtype=key.dtype), hyper, features)
+
+
+def group_step(
+    config: Config,
+    group: LayerGroup,
+    hyper: HyperParameters,
+    state: GroupState,
+    streams: Streams,
+    key: PRNGKeyArray,
+    fence: bool = False,
+) -> tuple[GroupState, Streams, dict[str, Array]]:
+    """One update of one group on its own loss; its features, detached, are the next group's streams. Pure.
+
+    `hyper` are the group's numbers in this step.
+    With `fence`, nothing that takes the result begins before the gradient is done: one group's intermediate maps are alive at a time.
+    The metric `finite` says whether the loss is; if `config.on_nonfinite` is skip, whether the whole new state is too. If not, the
+    state then stays as it was.
+    """
+
+    def differentiate(params: Any, batch_stats: Any, streams: Streams, key: PRNGKeyArray) -> Any:
+        gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
+        return gradient(params, config, group, hyper, batch_stats, streams, key)
+
+    differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
+    (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, key)
+    updates, opt_state = make_optimizer(config, hyper, group.frozen).update(grads, state.opt_state, state.params)
+    new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
+    if chosen("on_nonfinite", config.on_nonfinite, {"stop": False, "skip": True}):
+        finite &= all_finite(new)
+        new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+    return new, streams, metrics | {"finite": finite}
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether there is neither infinity nor NaN in any leaf."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
+    """`function`, done with all that it computes before anything that takes its result begins.
+
+    A barrier says so to the compiler; on CPU `fence.as_branch` does, on any of the `labels`.
+    """
+    function = jax.jit(function, inline=True)  # traced once for both, which is most of what starting a deep network takes
+
+    def branch(*arguments: Any) -> Any:
+        return as_branch(function, labels[0], *arguments)
+
+    def barrier(*arguments: Any) -> Any:
+        return jax.lax.optimization_barrier(function(*arguments))
+
+    return functools.partial(jax.lax.platform_dependent, cpu=branch, default=barrier)
+
+
+def before(
+    plan: Plan,
+    active: int,
+    states: tuple[GroupState, ...],
+    rows: Float[Array, "rows *feature"],
+    clean: int,
+    labels: Int[Array, " batch"] | None = None,
+) -> Float[Array, "rows *out"]:
+    """The input of group `active` for rows of images, the first `clean` of them clean: frozen groups, running statistics, no gradient.
+
+    With any `labels` for the fence, one group's maps are alive at a time.
+    """
+    for group, state in list(zip(plan.groups, states, strict=True))[:active]:
+
+        def features(params: Any, batch_stats: Any, rows: Array, group: LayerGroup = group) -> Array:
+            return group.features(params, batch_stats, rows, clean, False)[0]
+
+        rows = (features if labels is None else _fenced(features, labels))(state.params, state.batch_stats, rows)
+    return jax.lax.stop_gradient(rows)
+
+
+def augmented(config: Config, task: Task, batch: Batch) -> Float[Array, "batch h w c"]:
+    """A batch's images as the first group takes them in training: flipped, cropped, normalised, cut out."""
+    key = jax.random.fold_in(batch.key, 0)
+    return cut_out(key, normalised(task, augment(key, batch.images, batch.ids, batch.epoch, config)), config.cutout)
+
+
+def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    """Images as the first group takes them, by the run's pixel statistics."""
+    return normalise(images, task.mean, task.std)
+
+
+def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None = None) -> Streams:
+    """The streams at the input of group `active`; `cached` clean rows are taken as they are, the copies pass the frozen groups."""
+    if cached is None:
+        return streams._replace(rows=before(plan, active, states, streams.rows, streams.labels.shape[0], streams.labels))
+    if streams.copies.shape[0] == 0:
+        return streams._replace(rows=cached)
+    copies = before(plan, active, states, streams.copies, 0, streams.labels)
+    return streams._replace(rows=jnp.concatenate([cached.astype(copies.dtype), copies]))
+
+
+def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch) -> Streams:
+    """What a step on this batch gives to the first group: the augmented images and their labelled copies.
+
+    The locality probes take their streams from here too, so that they examine the program that trains.
+    """
+    x = augmented(plan.config, task, batch)
+    # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
+    trained = len(plan.groups) if active is None else active + 1
+    logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
+    return rules.make_streams(plan.config, task, jax.random.fold_in(batch.key, 1), x, batch.labels, logits)
+
+
+def group_setting(plan: Plan, group: int, batch: Batch) -> tuple[Config, HyperParameters, PRNGKeyArray]:
+    """The configuration, the numbers and the key by which a group trains in the step on this batch."""
+    return for_group(plan.config, group), batch.hyper.of(group), jax.random.fold_in(jax.random.fold_in(batch.key, 2), group)
+
+
+def train_step(
+    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch
+) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+    """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors, whose
+    output for the clean images may be given as `batch.features`.
+
+    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`; and `ensemble_accuracy` of all heads.
+    """
+    streams = step_streams(plan, active, task, states, batch)
+    streams = streams if active is None else behind_frozen(plan, active, states, streams, batch.features)
+    new_states, metrics = list(states), []
+    training = range(len(plan.groups)) if active is None else [active]
+    for i in training:
+        own, hyper, key = group_setting(plan, i, batch)
+        new_states[i], streams, m = group_step(own, plan.groups[i], hyper, states[i], streams, key, fence=len(training) > 1)
+        metrics.append(m)
+    labels, log_p = batch.labels, jnp.stack([m.pop("log_p") for m in metrics])
+    out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
+    # Cast, because with JAX_ENABLE_X64 the numbers of classes are of 64 bits.
+    out["accuracy"] = jnp.mean(log_p.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
+    out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1).astype(labels.dtype) == labels)
+    return tuple(new_states), out
+
+
+def clean_log_p(
+    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
+) -> Float[Array, "groups batch classes"]:
+    """Log-probabilities of the `first` groups' heads (None: all) on normalised images, one clean pass, running statistics."""
+    z, out = rules.prepare_clean(plan.config, task, x), []
+    for group, state in list(zip(plan.groups, states, strict=True))[:first]:
+        z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
+        out.append(jax.nn.log_softmax(group.logits(state.params, z)))
+    return jnp.stack(out)
+
+
+def run_segment(
+    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batches: Batch
+) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+    """Some steps of an epoch, one after the other; the metrics of each step.
+
+    This is the program that trains: an epoch is a few calls of it (see `epochs`), wherever the batches come from.
+    """
+
+    def step(states: tuple[GroupState, ...], batch: Batch) -> Any:
+        return train_step(plan, active, task, states, batch)
+
+    return jax.lax.scan(step, states, batches)

@@ -1,0 +1,108 @@
+"""What a run is worth: validation and test error, of a trained run or of the weights that a configuration starts from."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vffjax.config import Config
+from vffjax.data import load as data_module
+from vffjax.data.load import Dataset
+from vffjax.errors import UserError, printable
+from vffjax.networks.groups import GroupState
+from vffjax.rules.local import Task
+from vffjax.runs.experiment import plan_for, start
+from vffjax.runs.loop import on_device
+from vffjax.runs.workdir import load_run
+from vffjax.training import scores as inference
+from vffjax.training.plan import Plan
+from vffjax.training.scores import measure, validate
+from vffjax.uses import early_exit
+
+
+def evaluate(
+    workdir: pathlib.Path | str,
+    inference_name: str = "",
+    epoch: str = "best",
+    data_dir: str = "",
+    test: bool = True,
+    early: early_exit.Wanted = early_exit.DEFAULT,
+    other_data: bool = False,
+) -> dict[str, Any]:
+    """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data.
+
+    `early` is of early exit alone, whose threshold is chosen on the validation data too if none is given. The data must be those that the
+    run has seen, or with `other_data` any images of the same shape and classes. Raises `UserError` if they are not.
+    """
+    plan, states, task, run = load_run(workdir, epoch)
+    dataset = data_module.load(dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir))
+    about = {"workdir": str(workdir), "epoch": run["epoch"], "own_data": _check_data(dataset, run, data_dir, other_data)}
+    return about | _judge(plan, states, task, dataset, run["trained_groups"], inference_name, test, early)
+
+
+def _check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool) -> bool:
+    """Whether the data are the run's own. Raises `UserError` if they do not fit the run, or are others and that was not asked for."""
+    where = f"--data_dir={data_dir}" if data_dir else f"config.dataset={dataset.name!r}"
+    if dataset.image_shape != tuple(run["image_shape"]):
+        here, there = ("x".join(map(str, shape)) for shape in (dataset.image_shape, run["image_shape"]))
+        raise UserError(f"{where}: its images are {here}, and those of the run were {there}; give the data that the run was trained on")
+    if list(dataset.class_names) != run["class_names"]:
+        here, there = (f"{len(names)} ({_some(names)})" for names in (dataset.class_names, run["class_names"]))
+        raise UserError(f"{where}: its classes are {here}, and those of the run were {there}; give the data that the run was trained on")
+    if dataset.sha256() == run["data_sha256"]:
+        return True
+    if not other_data:
+        fix = "give the run's own data, or add --other_data to judge the run by these"
+        raise UserError(f"{where}: other images or labels than the run was trained on; {fix}")
+    return False
+
+
+def _some(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:5]), 200) + ", ..." * (len(names) > 5)
+
+
+def evaluate_start(config: Config, inference_name: str = "", early: early_exit.Wanted = early_exit.DEFAULT) -> dict[str, Any]:
+    """As `evaluate`, of the weights that a run of `config` would start from: what config.init_from is worth as it is."""
+    dataset = data_module.load(config)
+    plan = plan_for(config, dataset)
+    states, task = start(plan, dataset)
+    if (inference_name or config.inference) != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
+        fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
+        raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and new ones know nothing; {fix}")
+    about = {"init_from": config.init_from, "epoch": 0}
+    return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, early)
+
+
+def _judge(
+    plan: Plan,
+    states: tuple[GroupState, ...],
+    task: Task,
+    dataset: Dataset,
+    trained: int,
+    inference_name: str,
+    test: bool,
+    early: early_exit.Wanted,
+) -> dict[str, Any]:
+    name = inference_name or plan.config.inference
+    if name == "sweep" and plan.config.rule == "head":
+        raise UserError("--inference=sweep: rule head never sees a labelled image; use --inference=heads")
+    scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
+    validation = on_device(dataset.validation)
+    seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
+    validated = validate(seen, validation.labels, trained)
+    header = {"inference": name} | validated
+    leaving = None
+    if name == "early_exit":
+        votes = early_exit.votes_of(tuple(validated["voting"]), early.exits, seen, validation.labels)
+        leaving = early_exit.EarlyExit(plan, task, states, votes, seen, validation.labels)
+        header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
+    if not test:
+        return header
+    unseen = on_device(dataset.test)
+    found = np.asarray(scores(task, states, unseen.images))[:trained]
+    header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
+    if leaving is not None:
+        header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
+    return header

@@ -1,0 +1,204 @@
+"""ResNets of torchvision, timm and transformers as ours, and ours as torchvision's: which tensor is which, and what does not fit.
+
+NumPy, no training. timm has torchvision's names, and those of transformers are first turned into them. torchvision and we both name a
+tensor by its layer and its place there (`layer2.0.conv1.weight`; `group1.params.layers_0.conv1.kernel`). Their one BatchNorm
+statistic fills both of our streams; of ours, theirs is that of clean images.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vffjax.architectures import RESNET, STEMS, residual_blocks, stem_width
+from vffjax.config import Config
+from vffjax.errors import UserError, bad_key, printable
+from vffjax.weights.tensor_files import FLOATS, Tensor
+
+SHOWN = 5  # tensors named in an error
+_FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_FC = ("fc.weight", "fc.bias")
+_OF_CHANNELS = {1: "mnist", 3: "cifar10"}  # a data set of such images
+
+
+def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A file's tensors by the names of `leaves`, of which only shapes are used, as float32; and what was left out, in words.
+
+    Raises `UserError` naming the file and its tensors: missing, of another network, misshapen, not floating point, not finite, or a
+    negative variance.
+    """
+    if config.resolved_norm == "layer":
+        raise bad_key("norm", config.norm, f"has no running statistics, which {printable(str(path), 200)} holds", "use norm=batch")
+    names = _names(config, leaves)
+    counts = "num_batches_tracked"
+    here = _from_transformers(path, {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] != counts})
+    notes = _left_out(config, leaves, here)
+    for name in _FC if notes else ():
+        del names[name]
+        here.pop(name, None)
+    wanted = {theirs: _their_shape(leaves[ours].shape, ours) for theirs, ours in names.items()}
+    problems = []
+    for name in dict.fromkeys([*wanted, *here]):
+        shown, tensor = printable(name, 80), here.get(name)
+        if tensor is None:
+            problems.append(f"{shown} is missing, not {list(wanted[name])}")
+        elif name not in wanted:
+            problems.append(f"{shown} is {printable(str(tensor), 80)}, not of this {config.network}")
+        elif tensor.shape != wanted[name] or tensor.dtype not in FLOATS:
+            problems.append(f"{shown} is {printable(str(tensor), 80)}, not {list(wanted[name])} of {', '.join(FLOATS)}")
+    if problems:
+        raise _unfit(path, config, wanted, here, problems)
+    arrays = {}
+    for theirs, ours in names.items():
+        array = here[theirs].read()
+        if not np.isfinite(array).all() or (theirs.endswith(".running_var") and (array < 0).any()):
+            raise UserError(f"{path}: tensor {theirs} holds infinity, NaN or a negative variance; give sound weights")
+        arrays[ours] = _to_ours(array, leaves[ours].shape)
+    return arrays, notes
+
+
+def _from_transformers(path: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of transformers' ResNetModel or ResNetForImageClassification by torchvision's names; others as they are."""
+    here: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        theirs = _torchvision_name(name)
+        if theirs in here:
+            raise UserError(f"{path}: two tensors for {printable(theirs, 80)}, one of them {printable(name, 80)}; give sound weights")
+        here[theirs] = tensor
+    return here
+
+
+def _torchvision_name(name: str) -> str:
+    """torchvision's name of a tensor that transformers names; any other name as it is."""
+    kinds = {"convolution": ("conv", "0"), "normalization": ("bn", "1")}
+    if match := re.fullmatch(r"(?:resnet\.)?embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
+        return f"{kinds[match[1]][0]}1.{match[2]}"
+    if match := re.fullmatch(r"classifier\.1\.(weight|bias)", name):
+        return f"fc.{match[1]}"
+    block = r"(?:resnet\.)?encoder\.stages\.(\d)\.layers\.(\d{1,3})\.(?:layer\.(\d)|shortcut)\.(convolution|normalization)\.(\w+)"
+    if not (match := re.fullmatch(block, name, re.ASCII)):
+        return name
+    stage, layer, step, kind, field = match.groups()
+    place = f"downsample.{kinds[kind][1]}" if step is None else f"{kinds[kind][0]}{int(step) + 1}"
+    return f"layer{int(stage) + 1}.{layer}.{place}.{field}"
+
+
+def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Our tensors by their names in their layout, and what was left out, in words. The last group's head is `fc` if it sees a mean."""
+    names, notes = _names(config, leaves), []
+    if not _sees_mean(config, leaves):
+        notes.append(f"fc is left out: {_other_inputs(config, leaves)}")
+        for name in _FC:
+            del names[name]
+    heads = len({name.partition(".")[0] for name in leaves}) - 1
+    lost = [f"the head(s) of the first {heads} group(s)"] * (heads > 0) + ["the labelled copies' statistics"] * (
+        config.resolved_norm == "batch"
+    )
+    if lost:
+        notes.append(f"{' and '.join(lost)} have no name there; --names=vffjax keeps all")
+    return {theirs: _to_theirs(np.asarray(leaves[ours], np.float32), ours) for theirs, ours in names.items()}, notes
+
+
+def _names(config: Config, leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Our name of each of their tensors, from input to output; `fc` is the last group's head."""
+    layers: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    last = max(int(name.partition(".")[0][5:]) for name in leaves)
+    for name in leaves:
+        group, _, layer, *rest = name.split(".")
+        if layer != "head":
+            theirs = f"{rest[0].replace('_', '.')}.{_FIELDS[rest[1]]}"
+            layers.setdefault((int(group[5:]), int(layer[7:])), []).append((theirs, name))
+    prefixes = ["", *(f"{block.name}." for block in residual_blocks(config.network, config.width_factor))]
+    found = {
+        f"{prefix}{theirs}": name for prefix, key in zip(prefixes, sorted(layers), strict=True) for theirs, name in sorted(layers[key])
+    }
+    return found | dict(zip(_FC, (f"group{last}.params.head.kernel", f"group{last}.params.head.bias"), strict=True))
+
+
+def _their_shape(shape: tuple[int, ...], ours: str) -> tuple[int, ...]:
+    if ours.endswith(".kernel"):
+        return (*shape[:-3:-1], *shape[:-2])
+    return shape[1:] if ".batch_stats." in ours else tuple(shape)
+
+
+def _to_theirs(array: np.ndarray, ours: str) -> np.ndarray:
+    if ours.endswith(".kernel"):
+        return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1))
+    return array[0].copy() if ".batch_stats." in ours else array
+
+
+def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.ndim > 1:
+        return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0))
+    return np.broadcast_to(array, shape).copy()  # the same statistics for every stream
+
+
+def _head(leaves: Mapping[str, Any]) -> tuple[int, int]:
+    """Inputs and classes of the last group's head."""
+    last = max(int(name.partition(".")[0][5:]) for name in leaves)
+    return tuple(leaves[f"group{last}.params.head.kernel"].shape)
+
+
+def _width(config: Config) -> int:
+    return residual_blocks(config.network, config.width_factor)[-1].width
+
+
+def _sees_mean(config: Config, leaves: Mapping[str, Any]) -> bool:
+    return _head(leaves)[0] == _width(config)
+
+
+def _other_inputs(config: Config, leaves: Mapping[str, Any]) -> str:
+    return f"the last head has {_head(leaves)[0]} inputs, not the {_width(config)} of a mean over all positions (config.head_grid=1)"
+
+
+def _left_out(config: Config, leaves: Mapping[str, Any], here: Mapping[str, Tensor]) -> list[str]:
+    """Why `fc` is not taken, if it is not; then every head stays as it starts."""
+    classes = here["fc.weight"].shape[:1] if "fc.weight" in here else ()
+    if not here.keys() & set(_FC):
+        why = "fc is not there"
+    elif not _sees_mean(config, leaves):
+        why = f"fc is left out: {_other_inputs(config, leaves)}"
+    elif classes and classes[0] != _head(leaves)[1]:
+        why = f"fc is left out: {classes[0]} classes, not {_head(leaves)[1]}"
+    else:
+        return []
+    return [f"{why}; heads start anew"]
+
+
+def _unfit(path: Any, config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[str, Tensor], problems: list[str]) -> UserError:
+    if not wanted.keys() & here.keys():
+        first = ", ".join(printable(name, 80) for name in list(here)[:SHOWN]) or "none at all"
+        return UserError(
+            f"{path}: not weights of a ResNet by the names of torchvision or transformers, nor by vffjax export's: its tensors are {first}"
+            f"{_more(len(here))}; give such weights, or set config.init_from=''"
+        )
+    set_keys = " and ".join(f"config.{key}={value}" for key, value in _hints(config, wanted, here).items())
+    fix = f"set {set_keys}, or" if set_keys else "give weights of this network, or set"
+    fix = f"{fix} config.init_from=''"
+    return UserError(f"{path}: {', '.join(problems[:SHOWN])}{_more(len(problems))}; {fix}")
+
+
+def _more(count: int) -> str:
+    return f" and {count - SHOWN} more" if count > SHOWN else ""
+
+
+def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The configuration that the file's names and its first kernel speak for, where it is another."""
+    found: dict[str, Any] = {}
+    names = {match[0] for name in here if (match := re.match(r"layer\d+\.\d+", name))}
+    bottleneck = any(name.endswith(".conv3.weight") for name in here)
+    for network in RESNET:
+        blocks = residual_blocks(network, 1.0)
+        if network != config.network and names == {block.name for block in blocks} and bottleneck == blocks[0].bottleneck:
+            found["network"] = network
+    first = here["conv1.weight"].shape if "conv1.weight" in here else ()
+    if len(first) == 4:
+        for stem, (side, _) in STEMS.items():
+            if side == first[2] and stem != config.stem:
+                found["stem"] = stem
+        if first[0] != stem_width(config.width_factor):
+            found["width_factor"] = f"{first[0] / stem_width(1.0):g}"
+        if first[1] != wanted["conv1.weight"][1] and first[1] in _OF_CHANNELS:
+            found["dataset"] = _OF_CHANNELS[first[1]]
+    return found
