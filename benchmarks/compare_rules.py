@@ -21,11 +21,12 @@ from typing import Any
 
 from keys import SEEDS, Only, read_config, refuse, refuse_other_groups
 from vffjax.cli.flags import a_path
-from vffjax.config import Config, make_config
+from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
+from vffjax.files import replace_file, write_json
 from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import replace_file, write_json
+from vffjax.training.checks import make_config
 from vffjax.uses import evaluation
 
 RULES: dict[str, dict[str, Any]] = {

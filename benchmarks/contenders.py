@@ -10,14 +10,14 @@ import numpy as np
 
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
 from rates import PRODUCTS
-from vffjax.config import Config, make_config
-from vffjax.data.load import SIZES, Split
+from vffjax.config import Config
+from vffjax.data.sets import SIZES, Split
 from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs.loop import training_images
-from vffjax.runs.summary import executable_bytes
-from vffjax.training.checks import check_against_data
+from vffjax.training.checks import check_against_data, make_config
+from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, segment_length
 from vffjax.training.plan import Images, Plan, init_states, make_plan, make_task
 

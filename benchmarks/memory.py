@@ -37,17 +37,18 @@ import numpy as np
 
 from keys import Only, read_config, refuse
 from vffjax.cli.flags import json_file, whole_numbers
-from vffjax.config import Config, make_config
+from vffjax.config import Config
 from vffjax.costs import ledger, targets
 from vffjax.costs.ledger import Case
 from vffjax.costs.memory import compile_step, make_step, row
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
+from vffjax.files import write_json
 from vffjax.hyperparameters import at_peak
 from vffjax.runs import drawing
-from vffjax.runs.logbook import write_json
+from vffjax.training.batch import Batch
+from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states, make_task
-from vffjax.training.trainer import Batch
 
 STYLES = {
     "bp": ("tab:red", "-"),

@@ -23,12 +23,13 @@ import jax
 from keys import JOINT, Only, read_config, refuse
 from vffjax.architectures import PUBLISHED, VGG
 from vffjax.cli.flags import a_path
-from vffjax.config import Config, make_config
+from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
+from vffjax.files import write_json
 from vffjax.proofs import locality
-from vffjax.runs.logbook import write_json
+from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")

@@ -13,10 +13,11 @@ import jax
 
 from rates import training_flops
 from vffjax.config import Config
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
-from vffjax.runs.logbook import read_json, read_metrics, write_json
-from vffjax.runs.summary import origin
+from vffjax.files import read_json, write_json
+from vffjax.runs.logbook import read_metrics
+from vffjax.runs.origin import origin
 from vffjax.training.plan import Plan, init_states
 
 FORMAT = 1

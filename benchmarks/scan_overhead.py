@@ -21,13 +21,14 @@ import numpy as np
 
 from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 from vffjax.config import Config
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
 from vffjax.hyperparameters import HyperParameters
+from vffjax.training.batch import Batch
 from vffjax.training.checks import check_against_data
 from vffjax.training.epochs import Epoch, segment_length
 from vffjax.training.plan import Images, init_states, make_plan, make_task
-from vffjax.training.trainer import Batch, train_step
+from vffjax.training.trainer import train_step
 
 STEPS, PAIRS = 24, 5
 

@@ -37,13 +37,14 @@ import numpy as np
 
 from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
 from vffjax.cli.flags import a_path
-from vffjax.config import Config, make_config
+from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.errors import UserError, bad_key
+from vffjax.files import write_json
 from vffjax.runs.experiment import plan_for
-from vffjax.runs.logbook import write_json
 from vffjax.runs.loop import on_device, training_images
 from vffjax.training import scores as inference
+from vffjax.training.checks import make_config
 from vffjax.training.epochs import Epoch, segment_length
 from vffjax.training.plan import Plan, init_states, make_task
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import records
 from vffjax.errors import UserError
-from vffjax.runs.logbook import replace_file
+from vffjax.files import replace_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- ledger: (?P<names>[^>]*?) columns: (?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end of ledger -->)", re.DOTALL)

@@ -51,8 +51,8 @@ from rates import jax_products, product_rate, training_flops
 from vffjax.cli.flags import a_path
 from vffjax.config import Config
 from vffjax.errors import UserError
+from vffjax.files import write_json
 from vffjax.runs import drawing
-from vffjax.runs.logbook import write_json
 
 # On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,
 # Intel's for 200. Without a pause a contender of JAX would share its cores with the spinning threads of the PyTorch contender before it.

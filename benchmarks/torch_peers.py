@@ -26,8 +26,8 @@ from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
-from vffjax.rules.local import Task
 from vffjax.rules.similarity import EPSILON as LEAST_SQUARED_NORM
+from vffjax.rules.streams import Task
 from vffjax.training.plan import Plan
 
 IMPLEMENTATIONS = ("fused", "foreach")  # of torch.optim; which is faster depends on the device and the network

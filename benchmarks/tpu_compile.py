@@ -27,12 +27,14 @@ from keys import JOINT, read_config, refuse
 from vffjax.config import Config
 from vffjax.costs import targets
 from vffjax.costs.memory import step_arguments
-from vffjax.data.load import SIZES, split_sizes
+from vffjax.data.load import split_sizes
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
+from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data
 from vffjax.training.epochs import gathered, pieces, segment, segment_length
 from vffjax.training.plan import make_plan
-from vffjax.training.trainer import abstract_batch, train_step
+from vffjax.training.trainer import train_step
 
 
 class Target:

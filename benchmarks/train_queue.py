@@ -34,11 +34,12 @@ from typing import Any, NamedTuple
 import records
 from vffjax import backend
 from vffjax.cli.flags import naming_files, parse_train
-from vffjax.config import Config, make_config
+from vffjax.config import Config
 from vffjax.data import load as data
 from vffjax.errors import UserError, notice, printable
 from vffjax.runs import experiment
 from vffjax.runs.termination import Terminated, interruptible
+from vffjax.training.checks import make_config
 
 # Other processes that may want a processor while a run still counts as quiet.
 _IDLE_LOAD = 0.5

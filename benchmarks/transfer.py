@@ -29,12 +29,13 @@ import compare_rules
 from keys import Only, refuse
 from networks import parameters
 from vffjax.cli.flags import a_path, parse_train
-from vffjax.config import Config, make_config
+from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
 from vffjax.errors import UserError
+from vffjax.files import replace_file, write_json
 from vffjax.runs import experiment
-from vffjax.runs.logbook import replace_file, write_json
 from vffjax.runs.workdir import load_run
+from vffjax.training.checks import make_config
 from vffjax.weights import weights
 
 RULES = ("vff", "bp")

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vffjax.config import default_config, make_config
+from vffjax.config import default_config
 from vffjax.hyperparameters import HyperParameters, at_peak
 from vffjax.proofs.probes import quick_jit as quick_jit
 from vffjax.proofs.probes import random_states, random_variables
 from vffjax.rules import local as rules
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.training.augment import normalise
+from vffjax.training.batch import Batch
+from vffjax.training.checks import make_config
 from vffjax.training.plan import Images, make_plan
-from vffjax.training.trainer import Batch, clean_log_p
+from vffjax.training.trainer import clean_log_p
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups

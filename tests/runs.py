@@ -17,9 +17,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 import oracles
-from vffjax.config import make_config
-from vffjax.runs import experiment, summary, termination
+from vffjax.runs import experiment, origin, summary, termination
 from vffjax.training import plan, trainer
+from vffjax.training.checks import make_config
 
 # Two groups, eleven steps an epoch, learnt well above chance in three epochs.
 TINY = {
@@ -77,7 +77,7 @@ def train(config, workdir, plots=False):
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled_once())
         # The checkout may be changed or committed while the tests run.
-        stack.enter_context(mock.patch.object(summary, "_commit", lambda: "0" * 40))
+        stack.enter_context(mock.patch.object(origin, "_commit", lambda: "0" * 40))
         if not plots:
             stack.enter_context(mock.patch.object(summary, "draw_features"))
             stack.enter_context(mock.patch.object(summary, "plot_curves"))

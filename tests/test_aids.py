@@ -16,9 +16,10 @@ import pytest
 
 from command_lines import ROOT, TINY_FLAGS
 from runs import compiled_once, copy_of, finished, summary_of, tiny, train, untimed
-from vffjax import errors
-from vffjax.runs import drawing, lock, logbook, plots, summary, tensorboard, workdir
-from vffjax.runs.logbook import Logbook, read_metrics, write_json
+from vffjax import errors, files
+from vffjax.files import write_json
+from vffjax.runs import drawing, lock, plots, summary, tensorboard, workdir
+from vffjax.runs.logbook import Logbook, read_metrics
 
 RECORDS = [{"epoch": 1, "loss": 1.0, "val_error": 10.0}, {"epoch": 2, "loss": 0.5, "val_error": 5.0}]
 
@@ -271,7 +272,7 @@ def test_where_there_is_no_flock_the_byte_lock_of_windows_is_taken(tmp_path, mon
 @pytest.fixture
 def no_flush(monkeypatch):
     """Makes `os.fsync` refuse: folders, or everything, with an error."""
-    monkeypatch.setattr(logbook, "_warned", set())
+    monkeypatch.setattr(files, "_warned", set())
     sound = os.fsync
 
     def prepare(code, files=False):
@@ -280,7 +281,7 @@ def no_flush(monkeypatch):
                 raise OSError(code, os.strerror(code))
             sound(descriptor)
 
-        monkeypatch.setattr(logbook.os, "fsync", fsync)
+        monkeypatch.setattr(files.os, "fsync", fsync)
 
     return prepare
 
@@ -291,7 +292,7 @@ def test_what_cannot_be_flushed_is_one_line_for_many_files(code, files, no_flush
     no_flush(code, files)
     for number in range(3):
         write_json(tmp_path / f"{number}.json", number)
-        logbook.sync(tmp_path)
+        files.sync(tmp_path)
     assert [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(3)] == [0, 1, 2]
     (line,) = lines(capsys)
     assert "this file system cannot flush it to disk" in line and os.strerror(code) in line
@@ -309,9 +310,9 @@ def test_a_folder_that_may_be_written_and_not_opened_is_one_line(tmp_path, monke
     def refuse(path, *rest):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(logbook, "_warned", set())
-    monkeypatch.setattr(logbook.os, "open", refuse)
-    logbook.sync(tmp_path)
+    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setattr(files.os, "open", refuse)
+    files.sync(tmp_path)
     assert len(lines(capsys)) == 1
 
 

@@ -18,8 +18,9 @@ import speedrun  # noqa: E402
 import tpu_compile  # noqa: E402
 import transfer  # noqa: E402
 from vffjax.cli.flags import parse_train  # noqa: E402
-from vffjax.config import default_config, make_config  # noqa: E402
+from vffjax.config import default_config  # noqa: E402
 from vffjax.errors import UserError  # noqa: E402
+from vffjax.training.checks import make_config  # noqa: E402
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py")]
 OVERRIDES = """

@@ -12,11 +12,11 @@ import pytest
 
 from vffjax import config as config_module
 from vffjax.cli.flags import load_config_file
-from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, from_json, make_config, of_program
-from vffjax.data import load as data
+from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, of_program
+from vffjax.data import sets
 from vffjax.errors import UserError
 from vffjax.networks.groups import init_variables, make_groups
-from vffjax.training.checks import check_against_data
+from vffjax.training.checks import check_against_data, from_json, make_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Image shape, classes and training images of each set, from the sets' own descriptions.
@@ -68,7 +68,7 @@ def test_there_are_configuration_files():
 
 def test_every_data_set_has_sizes_here_and_in_the_library():
     assert set(SIZES) == set(DATASETS)
-    assert {name: (s.image_shape, s.classes, s.train_images) for name, s in data.SIZES.items()} == SIZES
+    assert {name: (s.image_shape, s.classes, s.train_images) for name, s in sets.SIZES.items()} == SIZES
 
 
 def test_the_defaults_are_valid():

@@ -11,7 +11,7 @@ import pytest
 
 from command_lines import TINY_FLAGS
 from runs import assert_same_bits, compiled_once, contents, copy_of, finished, summary_of, untimed
-from vffjax.runs import checkpoint, summary, workdir
+from vffjax.runs import checkpoint, origin, summary, workdir
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.workdir import load_run
@@ -44,7 +44,7 @@ def fill(disk):
 @pytest.fixture
 def train(call):
     def run(folder):
-        with compiled_once(), mock.patch.object(summary, "_commit", lambda: "0" * 40):
+        with compiled_once(), mock.patch.object(origin, "_commit", lambda: "0" * 40):
             return call("train", *TINY_FLAGS, f"--workdir={folder}")
 
     return run

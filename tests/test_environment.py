@@ -15,10 +15,11 @@ from oracles import config_of
 from vffjax import backend
 from vffjax.cli import main as cli
 from vffjax.costs import memory, targets
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
 from vffjax.training import scores as inference
 from vffjax.training import trainer
+from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import least_bytes
 from vffjax.training.plan import make_plan
 from vffjax.uses.early_exit import make_early_exit, votes_of
@@ -126,7 +127,7 @@ def trace(changes):
     task, states, batch = memory.step_arguments(plan, targets.find("cpu"))
     shape = SIZES["synthetic"].image_shape
     images = jax.ShapeDtypeStruct((80, *shape), jnp.uint8)
-    batches = trainer.abstract_batch(8, shape, len(plan.groups), None, (3,))
+    batches = abstract_batch(8, shape, len(plan.groups), None, (3,))
     active = plan.active(plan.total_epochs - 1)
     step = functools.partial(trainer.train_step, plan.program, active)
     segment = functools.partial(trainer.run_segment, plan.program, active)

@@ -13,9 +13,10 @@ from oracles import CONV, assert_same, config_of, differs, small_run
 from vffjax.hyperparameters import HyperParameters
 from vffjax.training import epochs, feature_cache
 from vffjax.training import scores as inference
+from vffjax.training.augment import augmented
+from vffjax.training.batch import Batch
 from vffjax.training.epochs import Epoch, pieces, segment_length
 from vffjax.training.plan import Images, init_states, make_plan, make_task
-from vffjax.training.trainer import Batch, augmented
 
 MLP = {"network": "mlp", "widths": (6, 5), "grouping": "layer"}  # two groups: each costs seconds of compiling
 AUGMENTED = {"flip": True, "alternating_flip": True, "crop_padding": 1}

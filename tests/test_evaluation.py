@@ -8,7 +8,7 @@ import pytest
 
 from runs import contents, copy_of, finished, summary_of
 from vffjax.data import load as data
-from vffjax.data.load import Split
+from vffjax.data.sets import Split
 from vffjax.errors import UserError
 from vffjax.uses import evaluation, reproduction
 

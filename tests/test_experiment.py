@@ -27,7 +27,7 @@ from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import Logbook, read_metrics
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
-from vffjax.training import trainer
+from vffjax.training import augment
 from vffjax.training.plan import init_states
 from vffjax.uses import evaluation
 
@@ -402,7 +402,7 @@ def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
 def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
     """One image in the training data makes every network overflow: the steps without it train as ever."""
     config = tiny(epochs=2, on_nonfinite="skip")
-    poisoned, sound = [], trainer.normalised
+    poisoned, sound = [], augment.normalised
 
     def overflowing(task, images):
         # No byte image does this by itself; a pixel of value 77 at the corner is the mark.
@@ -418,7 +418,7 @@ def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
         return dataset
 
     load = data.load
-    patches = mock.patch.object(trainer, "normalised", overflowing), mock.patch.object(data, "load", marked)
+    patches = mock.patch.object(augment, "normalised", overflowing), mock.patch.object(data, "load", marked)
     with traced_afresh(), patches[0], patches[1]:
         train(config, tmp_path)
         with pytest.raises(UserError, match=r"epoch 1, step \d+ of 11: the loss of group0 is not finite"):

@@ -13,10 +13,11 @@ import oracles
 from command_lines import ROOT
 from oracles import CONV, MLP, config_of, differs, quick_jit, small_run
 from runs import train
-from vffjax.config import for_group, make_config
+from vffjax.config import for_group
 from vffjax.errors import UserError
 from vffjax.proofs import locality
 from vffjax.runs.workdir import load_run
+from vffjax.training.checks import make_config
 from vffjax.training.plan import make_task
 from vffjax.training.trainer import train_step
 from vffjax.weights.weights import read_weights

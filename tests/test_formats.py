@@ -9,12 +9,12 @@ import pytest
 
 from runs import copy_of, finished, tiny, train
 from vffjax import versions
-from vffjax.config import from_json
 from vffjax.errors import UserError
+from vffjax.files import sha256_of
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.saved_epoch import sha256_of
 from vffjax.runs.workdir import load_run, read_config
+from vffjax.training.checks import from_json
 from vffjax.uses import evaluation
 
 FIXTURES = sorted((pathlib.Path(__file__).parent / "fixtures").glob("run-*.tar.gz"))

@@ -13,10 +13,11 @@ from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, qu
 from vffjax import config as config_module
 from vffjax.config import ARGUMENTS, FIELDS, Config
 from vffjax.costs import memory, targets
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch, learning_rate
 from vffjax.training import scores as inference
 from vffjax.training import trainer
+from vffjax.training.batch import abstract_batch
 from vffjax.training.plan import make_plan
 from vffjax.training.trainer import train_step
 from vffjax.uses.early_exit import make_early_exit, votes_of
@@ -149,7 +150,7 @@ def test_no_program_reads_a_key_that_it_does_not_know(changes, monkeypatch, trac
     config = config_of(**CONV | {"dataset": "synthetic", "batch_size": 8} | changes)
     plan, shape = make_plan(config, 80, 10), SIZES["synthetic"].image_shape
     task, states, _ = memory.step_arguments(plan, targets.find("cpu"))
-    batches = trainer.abstract_batch(8, shape, len(plan.groups), None, (3,))
+    batches = abstract_batch(8, shape, len(plan.groups), None, (3,))
     images, program, read = jax.ShapeDtypeStruct((80, *shape), np.uint8), plan.program, set()
     hash(program)
     active = plan.active(plan.total_epochs - 1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from oracles import config_of, small_run
+from vffjax.rules import ff, vff
 from vffjax.rules import local as rules
 from vffjax.rules import streams as labelling
 
@@ -20,14 +21,14 @@ def batch():
 
 @pytest.fixture
 def codebook(key):
-    return labelling.make_codebook(key, CLASSES, SHAPE, 2.0)
+    return vff.make_codebook(key, CLASSES, SHAPE, 2.0)
 
 
 def test_the_codebook_is_fixed_by_its_key_and_has_the_scale_asked(key):
     shape = (8, 8, 3)
-    codebook = np.asarray(labelling.make_codebook(key, 50, shape, 3.0))
-    np.testing.assert_array_equal(codebook, labelling.make_codebook(key, 50, shape, 3.0))
-    assert (codebook != np.asarray(labelling.make_codebook(jax.random.key(8), 50, shape, 3.0))).mean() > 0.99
+    codebook = np.asarray(vff.make_codebook(key, 50, shape, 3.0))
+    np.testing.assert_array_equal(codebook, vff.make_codebook(key, 50, shape, 3.0))
+    assert (codebook != np.asarray(vff.make_codebook(jax.random.key(8), 50, shape, 3.0))).mean() > 0.99
     # 9,600 normal draws: mean within five standard errors, deviation within 4 percent (five of its standard errors).
     assert abs(codebook.mean()) < 5 * 3 / np.sqrt(codebook.size)
     assert abs(codebook.std() / 3 - 1) < 0.04
@@ -81,7 +82,7 @@ def test_lwnl_leaves_the_clean_stream_bitwise_untouched(rule, batch, key):
 def test_triplet_copies_are_the_images_with_right_then_wrong_noise(batch, codebook):
     images, labels = batch
     wrong = (labels + 2) % CLASSES
-    streams = labelling.lwnl_triplet(images, labels, wrong, codebook)
+    streams = vff.lwnl_triplet(images, labels, wrong, codebook)
     np.testing.assert_array_equal(streams.copy_labels, np.concatenate([labels, wrong]))
     noise = np.asarray(streams.copies) - np.tile(images, (2, 1, 1, 1))
     np.testing.assert_allclose(noise, np.asarray(codebook)[np.asarray(streams.copy_labels)], atol=1e-5)
@@ -90,7 +91,7 @@ def test_triplet_copies_are_the_images_with_right_then_wrong_noise(batch, codebo
 @pytest.mark.parametrize("copies_per_class", [1, 2, 4])
 def test_shared_copies_carry_every_class_equally_often_on_images_of_the_batch(copies_per_class, batch, codebook, key):
     images, labels = batch
-    streams = labelling.lwnl_shared(key, images, labels, codebook, copies_per_class)
+    streams = vff.lwnl_shared(key, images, labels, codebook, copies_per_class)
     carried = np.asarray(streams.copy_labels)
     np.testing.assert_array_equal(np.bincount(carried, minlength=CLASSES), copies_per_class)
     bare = np.asarray(streams.copies) - np.asarray(codebook)[carried]
@@ -102,9 +103,9 @@ def test_shared_copies_carry_every_class_equally_often_on_images_of_the_batch(co
 
 
 def test_shared_copies_are_of_images_drawn_by_the_key(batch, codebook):
-    draws = {np.asarray(labelling.lwnl_shared(jax.random.key(i), *batch, codebook, 1).copies).tobytes() for i in range(5)}
+    draws = {np.asarray(vff.lwnl_shared(jax.random.key(i), *batch, codebook, 1).copies).tobytes() for i in range(5)}
     assert len(draws) == 5
-    again = labelling.lwnl_shared(jax.random.key(0), *batch, codebook, 1).copies
+    again = vff.lwnl_shared(jax.random.key(0), *batch, codebook, 1).copies
     assert np.asarray(again).tobytes() in draws
 
 
@@ -114,7 +115,7 @@ LOW, HIGH = jnp.array([-1.5, -2.0]), jnp.array([2.5, 3.0])
 @pytest.mark.parametrize("classes", [5, 8], ids=["one row", "more than one row"])
 def test_the_overlay_writes_the_first_pixels_and_no_others(classes, batch):
     images, labels = batch
-    out = np.asarray(labelling.overlay(images, jax.nn.one_hot(labels, classes), LOW, HIGH)).reshape(13, 24, 2)
+    out = np.asarray(ff.overlay(images, jax.nn.one_hot(labels, classes), LOW, HIGH)).reshape(13, 24, 2)
     np.testing.assert_array_equal(out[:, classes:], np.asarray(images).reshape(13, 24, 2)[:, classes:])
     for row, label in zip(out, np.asarray(labels), strict=True):
         for pixel in range(classes):
@@ -124,14 +125,14 @@ def test_the_overlay_writes_the_first_pixels_and_no_others(classes, batch):
 def test_forward_forward_streams_are_neutral_right_and_wrong(batch):
     images, labels = batch
     wrong = (labels + 1) % CLASSES
-    streams = labelling.overlay_streams(images, labels, wrong, CLASSES, LOW, HIGH)
+    streams = ff.overlay_streams(images, labels, wrong, CLASSES, LOW, HIGH)
     clean = np.asarray(streams.clean).reshape(13, 24, 2)
     # The neutral label says nothing: the same pixels for all classes and all images, a fifth of the way from black to white.
     np.testing.assert_allclose(clean[:, :CLASSES], np.broadcast_to([-0.7, -1.0], (13, CLASSES, 2)), rtol=1e-5)
     np.testing.assert_array_equal(clean[:, CLASSES:], np.asarray(images).reshape(13, 24, 2)[:, CLASSES:])
     np.testing.assert_array_equal(streams.copy_labels, np.concatenate([labels, wrong]))
     for half, told in ((0, labels), (1, wrong)):
-        expected = labelling.overlay(images, jax.nn.one_hot(told, CLASSES), LOW, HIGH)
+        expected = ff.overlay(images, jax.nn.one_hot(told, CLASSES), LOW, HIGH)
         np.testing.assert_array_equal(streams.copies[13 * half : 13 * (half + 1)], expected)
 
 

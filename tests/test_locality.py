@@ -16,11 +16,11 @@ from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of
 from vffjax.architectures import PUBLISHED
 from vffjax.cli.flags import load_config_file
-from vffjax.config import make_config
 from vffjax.errors import UserError
 from vffjax.proofs import locality
 from vffjax.rules import local as rules
 from vffjax.training import trainer
+from vffjax.training.checks import make_config
 
 TWO = {"network": "mlp", "widths": (8, 6), "grouping": "layer"}  # two groups
 BP = {"rule": "head", "grouping": "all"}
@@ -354,7 +354,7 @@ def test_a_joint_step_of_back_propagation_is_found(monkeypatch, traces):
             rows = streams.rows
             for group, own, state in zip(plan.groups, (params, states[1].params), states, strict=True):
                 rows, _ = group.features(own, state.batch_stats, rows, labels.shape[0], True)
-            return -rules.losses.head_cross_entropy(plan.groups[1].logits(states[1].params, rows)[: labels.shape[0]], labels)
+            return -rules.head_cross_entropy(plan.groups[1].logits(states[1].params, rows)[: labels.shape[0]], labels)
 
         return jax.grad(loss)(states[0].params)
 

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from vffjax.runs import logbook
-from vffjax.runs.logbook import Logbook, read_metrics, restore_metrics, write_json
+from vffjax import files
+from vffjax.files import write_json
+from vffjax.runs.logbook import Logbook, read_metrics, restore_metrics
 
 RECORD = {
     "epoch": 3,
@@ -66,7 +67,7 @@ def test_one_line_per_epoch_reads_back(tmp_path, no_tensorboard):
 
 def test_each_line_is_synced(tmp_path, no_tensorboard, monkeypatch):
     synced = []
-    monkeypatch.setattr(logbook.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
     with Logbook(tmp_path, 2, 0, io.StringIO()) as book:
         book.epoch({"epoch": 1})
         book.epoch({"epoch": 2})
@@ -139,7 +140,7 @@ def test_failed_rewrite_keeps_the_old_file(tmp_path, write, monkeypatch):
     def fail(source, target):
         raise OSError("no")
 
-    monkeypatch.setattr(logbook.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="no"):
         write(2, 3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -188,7 +189,7 @@ def test_write_json_is_atomic(tmp_path, monkeypatch, broken):
         raise OSError("disk full")
 
     if broken == "disk":
-        monkeypatch.setattr(logbook.os, "fsync", full)
+        monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises((TypeError, OSError)):
         write_json(path, {"new": object() if broken == "value" else 2})
     assert json.loads(path.read_text()) == {"old": 1}

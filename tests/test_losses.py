@@ -8,6 +8,7 @@ import pytest
 import oracles
 from oracles import config_of, numeric_gradient, quick_jit, small_run
 from vffjax.hyperparameters import at_peak
+from vffjax.rules import ff, local, vff
 from vffjax.rules import local as rules
 from vffjax.rules import similarity as losses
 from vffjax.rules.streams import Streams
@@ -22,13 +23,13 @@ def maps(seed, *shape):
 
 def embedded_triplet(z, kind):
     """The loss as a function of the three maps, stacked."""
-    return losses.cscl_triplet(*losses.embed(z, kind), MARGIN, TAU)
+    return vff.cscl_triplet(*losses.embed(z, kind), MARGIN, TAU)
 
 
 def embedded_in_batch(z, kind, label, copy_labels):
     """The first map is the anchor, the others its copies."""
     e = losses.embed(z, kind)
-    return losses.cscl_in_batch(e[0], label, e[1:], copy_labels, MARGIN, TAU)
+    return vff.cscl_in_batch(e[0], label, e[1:], copy_labels, MARGIN, TAU)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 3), (1, 1, 3), (6,)], ids=str)
@@ -70,11 +71,11 @@ def test_vmapped_losses_equal_looped_ones(loss):
     labels = np.arange(6) % 3
     anchors, copies = (np.asarray(losses.embed(jnp.asarray(maps(seed, 6, 8)), "flat")) for seed in (3, 4))
     if loss == "triplet":
-        together = jax.vmap(losses.cscl_triplet, (0, 0, 0, None, None))(anchors, copies, copies[::-1], MARGIN, TAU)
-        apart = [losses.cscl_triplet(a, p, n, MARGIN, TAU) for a, p, n in zip(anchors, copies, copies[::-1], strict=True)]
+        together = jax.vmap(vff.cscl_triplet, (0, 0, 0, None, None))(anchors, copies, copies[::-1], MARGIN, TAU)
+        apart = [vff.cscl_triplet(a, p, n, MARGIN, TAU) for a, p, n in zip(anchors, copies, copies[::-1], strict=True)]
     else:
-        together = jax.vmap(losses.cscl_in_batch, (0, 0, None, None, None, None))(anchors, labels, copies, labels, MARGIN, TAU)
-        apart = [losses.cscl_in_batch(a, y, copies, labels, MARGIN, TAU) for a, y in zip(anchors, labels, strict=True)]
+        together = jax.vmap(vff.cscl_in_batch, (0, 0, None, None, None, None))(anchors, labels, copies, labels, MARGIN, TAU)
+        apart = [vff.cscl_in_batch(a, y, copies, labels, MARGIN, TAU) for a, y in zip(anchors, labels, strict=True)]
     np.testing.assert_allclose(together, apart, rtol=1e-5)
     assert together.shape == (6,)
 
@@ -118,9 +119,9 @@ def test_bf16_features_give_float32_cosines_within_one(kind):
 def test_margin_and_temperature_act_as_documented():
     a, p, n = (jnp.array(v) for v in ([1.0, 0.0], [0.6, 0.8], [0.0, 1.0]))
     # s(a, p) = 0.6, s(a, n) = 0: at the margin that equals their difference the loss is tau log 2.
-    np.testing.assert_allclose(losses.cscl_triplet(a, p, n, 0.6, 0.5), 0.5 * np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(vff.cscl_triplet(a, p, n, 0.6, 0.5), 0.5 * np.log(2), rtol=1e-5)
     copies, copy_labels = jnp.stack([p, n]), jnp.array([0, 1])
-    np.testing.assert_allclose(losses.cscl_in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(vff.cscl_in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, key):
     elif config.labelling == "triplet":
         rows = [oracles.triplet(a, copies[i], copies[4 + i], kind, MARGIN, TAU) for i, a in enumerate(clean)]
     else:
-        drawn = np.asarray(rules.labelling.wrong_labels(key, jnp.asarray(labels), classes))
+        drawn = np.asarray(streams.wrong_labels(key, jnp.asarray(labels), classes))
         mean = lambda a, y: np.mean([oracles.similarity(a, c, kind) for c, d in zip(copies, copy_labels, strict=True) if d == y])  # noqa: E731
         pairs = zip(clean, labels, drawn, strict=True)
         rows = [TAU * oracles.softplus((mean(a, w) - mean(a, y) + MARGIN) / TAU) for a, y, w in pairs]
@@ -152,14 +153,14 @@ def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, key):
 @pytest.mark.parametrize("shape", [(4, 3, 3, 5), (4, 6)], ids=str)
 def test_goodness_is_the_mean_square(shape):
     z = maps(11, *shape)
-    np.testing.assert_allclose(losses.goodness(jnp.asarray(z)), [np.mean(row**2) for row in z], rtol=1e-6)
+    np.testing.assert_allclose(ff.goodness(jnp.asarray(z)), [np.mean(row**2) for row in z], rtol=1e-6)
 
 
 @pytest.mark.parametrize("peer", [0.0, 0.7])
 @pytest.mark.parametrize("shape", [(4, 3, 3, 5), (4, 6)], ids=str)
 def test_forward_forward_loss_and_gradient_equal_the_definition(shape, peer):
     z, threshold = maps(12, 2, *shape), 0.8
-    f = quick_jit(jax.value_and_grad(lambda z: losses.forward_forward(z[0], z[1], threshold, peer or None)))
+    f = quick_jit(jax.value_and_grad(lambda z: ff.forward_forward(z[0], z[1], threshold, peer or None)))
     value, gradient = f(jnp.asarray(z))
     oracle = lambda z: oracles.forward_forward(z[0], z[1], threshold, peer)  # noqa: E731
     np.testing.assert_allclose(value, oracle(z), rtol=1e-5, atol=1e-6)
@@ -178,7 +179,7 @@ def test_the_forward_forward_rule_takes_right_labels_as_positive():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_head_cross_entropy_and_gradient_equal_the_definition(smoothing):
     logits, labels = 3 * maps(14, 5, 4), np.array([3, 0, 1, 1, 2])
-    f = quick_jit(jax.value_and_grad(lambda z: losses.head_cross_entropy(z, jnp.asarray(labels), smoothing)))
+    f = quick_jit(jax.value_and_grad(lambda z: local.head_cross_entropy(z, jnp.asarray(labels), smoothing)))
     value, gradient = f(jnp.asarray(logits))
     oracle = lambda z: oracles.cross_entropy(z, labels, smoothing)  # noqa: E731
     np.testing.assert_allclose(value, oracle(logits), rtol=1e-5)
@@ -201,7 +202,7 @@ def test_the_objective_of_a_group_is_the_sum_of_its_parts(key):
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
 def test_scale_gradient_keeps_the_value_and_scales_the_gradient(scale):
     x = jnp.array([1.0, -2.0])
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(losses.scale_gradient(x, scale) ** 2))(x)
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(local.scale_gradient(x, scale) ** 2))(x)
     assert value == 5
     np.testing.assert_allclose(gradient, scale * 2 * x, rtol=1e-6)
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import CONV, assert_close, config_of, differs, quick_jit, small_run
-from vffjax.config import make_config
 from vffjax.costs import ledger, memory, targets
 from vffjax.training import trainer
+from vffjax.training.checks import make_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory as benchmark

@@ -11,11 +11,11 @@ import pytest
 import runs
 from runs import assert_same_bits, contents, finished, summary_of, tell_to_leave, tiny, train, untimed
 from vffjax.errors import UserError
+from vffjax.files import sha256_of
 from vffjax.runs import experiment, loop
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import Logbook, read_metrics
-from vffjax.runs.saved_epoch import sha256_of
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
 from vffjax.training import epochs

@@ -23,8 +23,8 @@ from image_sets import fails as refused
 from oracles import CONV, config_of, quick_jit
 from runs import assert_same_bits, scratch
 from vffjax.architectures import RESNET, residual_blocks, stem_width
-from vffjax.config import make_config
 from vffjax.errors import UserError
+from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states, make_plan
 from vffjax.weights import weights
 

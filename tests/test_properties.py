@@ -15,12 +15,13 @@ import pytest
 from hypothesis import strategies as st
 
 from oracles import leaves, quick_jit, small_run
-from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group, from_json, make_config
-from vffjax.data.load import SIZES, split_sizes
+from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group
+from vffjax.data.load import split_sizes
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
 from vffjax.networks.groups import make_groups
 from vffjax.proofs import locality
-from vffjax.training.checks import check_against_data
+from vffjax.training.checks import check_against_data, from_json, make_config
 from vffjax.training.plan import make_plan
 from vffjax.training.trainer import train_step
 

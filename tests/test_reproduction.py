@@ -9,7 +9,7 @@ import pytest
 
 from command_lines import TINY_FLAGS, in_a_process
 from runs import compiled_once, contents, copy_of, finished, tell_to_leave, tiny, train
-from vffjax.runs import experiment, summary
+from vffjax.runs import experiment, origin, summary
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import Terminated
 from vffjax.uses import reproduction
@@ -120,7 +120,7 @@ def test_a_run_that_comes_out_differently_ends_with_status_1(reproduce, tmp_path
         task = sound(*arguments)
         return task._replace(codebook=task.codebook.at[0, 0, 0, 0].add(1e-6))
 
-    with mock.patch.object(experiment, "make_task", another_codebook), mock.patch.object(summary, "_commit", lambda: "1" * 40):
+    with mock.patch.object(experiment, "make_task", another_codebook), mock.patch.object(origin, "_commit", lambda: "1" * 40):
         status, out, _ = reproduce(finished())
     assert status == 1
     assert "task.codebook differs by up to " in out
@@ -144,6 +144,6 @@ def test_summary_names_the_flags_that_can_change_numbers():
     found = in_a_process("-c", code)
     assert "'JAX_PLATFORMS': 'cpu'" in found.stdout
     with mock.patch.dict(os.environ, {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false", "UNRELATED": "1"}):
-        flags = summary.origin(tiny())["flags"]
+        flags = origin.origin(tiny())["flags"]
     assert flags["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
     assert "UNRELATED" not in flags

@@ -205,7 +205,7 @@ KERNEL = """
 import os, signal, sys, threading
 from vffjax.runs import experiment
 from vffjax.runs import logbook
-from vffjax.config import make_config
+from vffjax.training.checks import make_config
 from vffjax.cli.flags import parse_train
 config, _, workdir = parse_train(sys.argv[1:])
 sound = logbook.Logbook.step

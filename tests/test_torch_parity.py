@@ -12,6 +12,7 @@ from oracles import CONV, MLP, assert_close, config_of, quick_jit, small_run
 from vffjax.errors import UserError
 from vffjax.rules import local as rules
 from vffjax.rules import similarity as losses
+from vffjax.rules import vff
 from vffjax.training.augment import normalise
 from vffjax.training.trainer import train_step
 
@@ -125,7 +126,7 @@ def test_triplet_cscl_of_given_features_and_its_gradient(similarity, shape):
 
     def loss(maps):
         embedded = [losses.embed(z, similarity) for z in maps]
-        return jax.vmap(losses.cscl_triplet, in_axes=(0, 0, 0, None, None))(*embedded, 0.3, 0.2).mean()
+        return jax.vmap(vff.cscl_triplet, in_axes=(0, 0, 0, None, None))(*embedded, 0.3, 0.2).mean()
 
     value, gradient = quick_jit(jax.value_and_grad(loss))(jnp.asarray(maps))
     theirs = [channels_first(z).requires_grad_() for z in maps]
@@ -149,9 +150,9 @@ def test_the_three_stream_step_moves_each_group_by_the_gradient_of_its_own_loss(
     def loss(params, group, stats, streams):
         features = [group.features(params, stats, z, len(z), True)[0] for z in streams]  # each by its own statistics
         embedded = [losses.embed(z, "grid") for z in features]
-        local = jax.vmap(losses.cscl_triplet, in_axes=(0, 0, 0, None, None))(*embedded, 0.1, 0.5).mean()
-        logits = group.logits(params, losses.scale_gradient(features[0], head_weight))
-        return local + losses.head_cross_entropy(logits, labels, 0.1), features
+        local = jax.vmap(vff.cscl_triplet, in_axes=(0, 0, 0, None, None))(*embedded, 0.1, 0.5).mean()
+        logits = group.logits(params, local.scale_gradient(features[0], head_weight))
+        return local + local.head_cross_entropy(logits, labels, 0.1), features
 
     before = [in_our_layout(group, lambda p: p) for group in peer.network]
     found = float(peer.step(*tensors(images, labels)))

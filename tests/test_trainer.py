@@ -16,6 +16,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.rules import local as rules
 from vffjax.training import trainer
 from vffjax.training.augment import normalise
+from vffjax.training.batch import abstract_batch
 from vffjax.training.epochs import Epoch, over_steps
 from vffjax.training.plan import Images, init_states, make_plan, make_task
 from vffjax.training.trainer import train_step
@@ -218,7 +219,7 @@ def conv():
 
 def segment_of(run, steps=2):
     """The shapes of a segment's batches."""
-    return trainer.abstract_batch(run.plan.config.batch_size, run.data.images.shape[1:], len(run.plan.groups), None, (steps,))
+    return abstract_batch(run.plan.config.batch_size, run.data.images.shape[1:], len(run.plan.groups), None, (steps,))
 
 
 def looped_epoch(run, step, states, epoch):

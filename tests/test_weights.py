@@ -13,9 +13,9 @@ from command_lines import CONFIG, TINY_FLAGS
 from image_sets import fails as refused
 from oracles import CONV, config_of, small_run
 from runs import TINY, assert_same_bits, compiled_once, contents, copy_of, finished, tiny, train
-from vffjax.config import make_config
 from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
+from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states
 from vffjax.weights import weights
 

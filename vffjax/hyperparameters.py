@@ -7,6 +7,8 @@ from jaxtyping import Array, Float
 
 from vffjax.config import Config, for_group
 
+Scalar = float | Float[Array, ""]  # one number of a loss, which a compiled step takes as an argument
+
 
 class HyperParameters(NamedTuple):
     """One value of each for every step and group, `[steps, groups]`; inside of a step `[groups]`, and for one group a scalar. float32.

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from vffjax.cli.config_file import MAX_DIGITS, MAX_FILE, load_config_file
-from vffjax.config import FIELDS, Config, make_config, nearest_key
+from vffjax.config import FIELDS, Config, nearest_key
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.paths import check_run_folder, local, problem_of
+from vffjax.training.checks import make_config
 
 # What export writes: the end of a file's name, and its default name.
 EXPORTS = {"safetensors": "weights", "stablehlo": "ensemble"}

@@ -16,10 +16,10 @@ from vffjax.cli import run_commands
 from vffjax.cli.flags import a_data_dir, describe_keys, json_file, naming_files, parse_train, parser_of, whole_numbers
 from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config
 from vffjax.costs import ledger
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import SafeStream, UserError, notice, printable
+from vffjax.files import write_json
 from vffjax.runs import termination
-from vffjax.runs.logbook import write_json
 from vffjax.runs.termination import Terminated
 from vffjax.training.checks import least_bytes
 from vffjax.weights import weights

@@ -26,8 +26,8 @@ from vffjax.cli.flags import (
 )
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key, notice, printable
+from vffjax.files import write_json
 from vffjax.paths import check_run_folder
-from vffjax.runs.logbook import write_json
 from vffjax.runs.termination import Terminated
 from vffjax.weights import weights
 

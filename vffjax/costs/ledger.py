@@ -7,10 +7,11 @@ import dataclasses
 from typing import Any
 
 from vffjax.architectures import PUBLISHED
-from vffjax.config import CONVOLUTIONAL, Config, make_config
-from vffjax.data.load import SIZES, split_sizes
+from vffjax.config import CONVOLUTIONAL, Config
+from vffjax.data.load import split_sizes
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
-from vffjax.training.checks import check_against_data, layer_sizes
+from vffjax.training.checks import check_against_data, layer_sizes, make_config
 
 TARGETS = ("here", "cpu", "tpu")
 MICRO_BATCHES = 4

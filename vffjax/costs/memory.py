@@ -17,14 +17,16 @@ from jaxtyping import Array
 
 from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
-from vffjax.data.load import SIZES, split_sizes
+from vffjax.data.load import split_sizes
+from vffjax.data.sets import SIZES
 from vffjax.networks.groups import GroupState
 from vffjax.rules import local as rules
-from vffjax.rules.local import Task
-from vffjax.runs.summary import executable_bytes
+from vffjax.rules.streams import Task
+from vffjax.training.batch import Batch, abstract_batch
+from vffjax.training.compiled import executable_bytes
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan, init_states, make_plan, make_task
-from vffjax.training.trainer import Batch, abstract_batch, group_setting, step_streams, train_step
+from vffjax.training.trainer import group_setting, step_streams, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from vffjax.config import Config
-from vffjax.data.load import SIZES, split_sizes
+from vffjax.data.load import split_sizes
+from vffjax.data.sets import SIZES
 from vffjax.proofs import dataflow
 from vffjax.proofs.probes import leaf_names, losses, probe
 from vffjax.rules.streams import DRAWN
 from vffjax.training import trainer
+from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data
 from vffjax.training.feature_cache import clean_features
 from vffjax.training.plan import Plan, init_states, make_plan, make_task
@@ -112,7 +114,7 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, image
     task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
     states = jax.eval_shape(lambda: init_states(plan, image_shape))
     program, groups = plan.program, len(plan.groups)
-    batch = trainer.abstract_batch(size, image_shape, groups)
+    batch = abstract_batch(size, image_shape, groups)
     steps, segments = [], []
     for active in [None] if plan.config.schedule == "joint" else range(plan.stages):
         trains = [group.name for group in plan.groups if active in (None, int(group.name[5:]))]
@@ -121,7 +123,7 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, image
             every_image = shape((images, *image_shape), jnp.uint8)
             cached = jax.eval_shape(lambda *a, active=active: clean_features(program, active, *a), task, states, every_image)
         step, segment = (functools.partial(f, program, active) for f in (trainer.train_step, trainer.run_segment))
-        one, some = (trainer.abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
+        one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))
         segments.append(_traced("segment", trains, segment, task, states, some))
 

@@ -16,11 +16,10 @@ from jaxtyping import Array, Float
 from vffjax.hyperparameters import at_peak
 from vffjax.networks.groups import GroupState
 from vffjax.rules import local as rules
-from vffjax.rules.local import Task
-from vffjax.rules.streams import Streams
+from vffjax.rules.streams import Streams, Task
 from vffjax.training import trainer
+from vffjax.training.batch import Batch
 from vffjax.training.plan import Plan, init_states, make_plan
-from vffjax.training.trainer import Batch
 
 IMAGES = 6  # of a probe's batch
 

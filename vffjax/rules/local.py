@@ -1,6 +1,6 @@
 """The local objective of one group, for each rule, and the streams that it needs. Nothing here sees another group."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,33 +8,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vffjax.config import Config
 from vffjax.errors import chosen
-from vffjax.hyperparameters import HyperParameters
+from vffjax.hyperparameters import HyperParameters, Scalar
 from vffjax.networks.groups import LayerGroup
 from vffjax.ops.pooling import mean_pool_to_grid
-from vffjax.rules import similarity as losses
+from vffjax.rules import ff, vff
 from vffjax.rules import streams as labelling
-from vffjax.rules.streams import Streams
-
-
-class Task(NamedTuple):
-    """What a run fixes once about its labels and pixels; arrays, passed to every jitted function as arguments."""
-
-    codebook: Float[Array, "classes h w c"]
-    mean: Float[Array, " c"]  # of pixels on the 0..1 scale, the training images' or ImageNet's
-    std: Float[Array, " c"]
-
-    @property
-    def black(self) -> Float[Array, " c"]:
-        return -self.mean / self.std
-
-    @property
-    def white(self) -> Float[Array, " c"]:
-        return (1 - self.mean) / self.std
-
-    @property
-    def classes(self) -> int:
-        return self.codebook.shape[0]
-
+from vffjax.rules.similarity import embed
+from vffjax.rules.streams import Streams, Task
 
 _KNOWN = {
     "rule": ("vff", "ff", "head"),
@@ -70,17 +50,17 @@ def make_streams(
     if config.rule == "head":
         return labelling.clean_only(images, labels)
     if config.rule == "vff" and config.labelling == "shared":
-        return labelling.lwnl_shared(key, images, labels, task.codebook, config.copies_per_class)
+        return vff.lwnl_shared(key, images, labels, task.codebook, config.copies_per_class)
     wrong = labelling.wrong_labels(key, labels, task.classes, logits)
     if config.rule == "ff":
-        return labelling.overlay_streams(images, labels, wrong, task.classes, task.black, task.white)
-    return labelling.lwnl_triplet(images, labels, wrong, task.codebook)
+        return ff.overlay_streams(images, labels, wrong, task.classes, task.black, task.white)
+    return vff.lwnl_triplet(images, labels, wrong, task.codebook)
 
 
 def prepare_clean(config: Config, task: Task, images: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
     """Images as the clean stream shows them to a head: untouched, but for the neutral label of rule ff."""
     check_names(config)
-    return labelling.neutral(images, task.classes, task.black, task.white) if config.rule == "ff" else images
+    return ff.neutral(images, task.classes, task.black, task.white) if config.rule == "ff" else images
 
 
 def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]) -> Float[Array, "batch h w c"]:
@@ -88,7 +68,7 @@ def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w
     check_names(config)
     if config.rule == "ff":
         weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes, dtype=jnp.float32), (images.shape[0], task.classes))
-        return labelling.overlay(images, weights, task.black, task.white)
+        return ff.overlay(images, weights, task.black, task.white)
     return images + task.codebook[label][None]
 
 
@@ -107,7 +87,7 @@ def local_loss(
 
     # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
     logits = group.logits(params, _read_by_head(config, group, hyper, seen))[:clean]
-    head_loss = losses.head_cross_entropy(logits, streams.labels, hyper.label_smoothing)
+    head_loss = head_cross_entropy(logits, streams.labels, hyper.label_smoothing)
 
     if config.rule == "head" or group.frozen:
         local = jnp.zeros((), jnp.float32)
@@ -123,7 +103,7 @@ def _read_by_head(config: Config, group: LayerGroup, hyper: HyperParameters, see
     """What the head reads, with the share of its gradient that trains the layers."""
     if group.frozen or config.rule == "ff" or (config.rule == "vff" and config.head_weight == 0):
         return jax.lax.stop_gradient(seen)
-    return seen if config.rule == "head" else losses.scale_gradient(seen, hyper.head_weight)
+    return seen if config.rule == "head" else scale_gradient(seen, hyper.head_weight)
 
 
 def _pooled(config: Config, head_grid: int, features: Array) -> Array:
@@ -143,17 +123,17 @@ def _forward_forward(config: Config, hyper: HyperParameters, streams: Streams) -
     half = streams.labels.shape[0]
     positive, negative = streams.copies[:half], streams.copies[half:]
     peer = None if config.peer_normalisation == 0 else hyper.peer_normalisation
-    return losses.forward_forward(positive, negative, hyper.goodness_threshold, peer)
+    return ff.forward_forward(positive, negative, hyper.goodness_threshold, peer)
 
 
 def _cscl(config: Config, hyper: HyperParameters, streams: Streams, key: PRNGKeyArray, logits: Array) -> Array:
-    embedded = streams._replace(rows=losses.embed(streams.rows, config.similarity))
+    embedded = streams._replace(rows=embed(streams.rows, config.similarity))
     anchors, copies = embedded.clean, embedded.copies
     margin, temperature = hyper.margin, hyper.temperature
     if config.resolved_contrast == "in_batch":
-        per_anchor = jax.vmap(losses.cscl_in_batch, in_axes=(0, 0, None, None, None, None))
+        per_anchor = jax.vmap(vff.cscl_in_batch, in_axes=(0, 0, None, None, None, None))
         return jnp.mean(per_anchor(anchors, streams.labels, copies, streams.copy_labels, margin, temperature))
-    triplet = jax.vmap(losses.cscl_triplet, in_axes=(0, 0, 0, None, None))
+    triplet = jax.vmap(vff.cscl_triplet, in_axes=(0, 0, 0, None, None))
     half = streams.labels.shape[0]
     if config.labelling == "triplet":
         return jnp.mean(triplet(anchors, copies[:half], copies[half:], margin, temperature))
@@ -162,3 +142,19 @@ def _cscl(config: Config, hyper: HyperParameters, streams: Streams, key: PRNGKey
     wrong = labelling.wrong_labels(key, streams.labels, logits.shape[1], hard)
     means = copies.reshape(config.copies_per_class, -1, copies.shape[1]).mean(axis=0)
     return jnp.mean(triplet(anchors, means[streams.labels], means[wrong], margin, temperature))
+
+
+def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Scalar = 0.0) -> Float[Array, ""]:
+    """Mean cross-entropy of one group's head, labels smoothed towards uniform by `smoothing`."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    right = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -jnp.mean((1 - smoothing) * right + smoothing * jnp.mean(log_p, axis=1))
+
+
+@jax.custom_vjp
+def scale_gradient(x: Array, scale: Scalar) -> Array:
+    """`x` itself, whose gradient is multiplied by `scale`. A gradient that must not pass at all is cut by `stop_gradient` instead."""
+    return x
+
+
+scale_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g * jnp.asarray(scale, g.dtype), None))

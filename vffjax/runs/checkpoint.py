@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 
 from vffjax.config import Config
 from vffjax.errors import UserError
+from vffjax.files import sha256_of, sync, write_json
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
-from vffjax.runs.logbook import sync, write_json
-from vffjax.runs.saved_epoch import SavedEpoch, check_readable, saved_files, sha256_of
+from vffjax.runs.saved_epoch import SavedEpoch, check_readable, saved_files
 from vffjax.training.plan import Plan
 
 FOLDER, INSIDE = "checkpoints", "inside"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vffjax.errors import aid
-from vffjax.runs.logbook import replace_file
+from vffjax.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import os
 import pathlib
 from typing import Any
 
@@ -12,22 +11,24 @@ import numpy as np
 
 from vffjax.config import Config
 from vffjax.data import load as data_module
-from vffjax.data.load import Dataset
+from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
+from vffjax.files import sha256_of
 from vffjax.networks.groups import GroupState, make_groups
 from vffjax.paths import local
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import restore_metrics
 from vffjax.runs.loop import Loop, on_device, what_is_saved
-from vffjax.runs.saved_epoch import sha256_of
-from vffjax.runs.summary import conclude, origin
+from vffjax.runs.origin import origin
+from vffjax.runs.summary import conclude
 from vffjax.runs.termination import KEPT, Request, deferred, interruptible
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 from vffjax.training import feature_cache
 from vffjax.training import scores as inference
 from vffjax.training.checks import check_against_data
+from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_plan, make_task
 from vffjax.training.scores import measure
@@ -49,18 +50,6 @@ def describe(plan: Plan) -> str:
     frozen = plan.config.frozen_groups
     note = f" (the first {frozen} frozen, their heads learn)" if frozen else note
     return f"{len(plan.groups)} group(s) of widths {shown}{note}"
-
-
-def keep_compiled_programs() -> None:
-    """On GPU and TPU, the second start of a configuration compiles nothing: programs are kept in `$XDG_CACHE_HOME/vffjax`, or
-    `~/.cache/vffjax`. What JAX was told otherwise wins (`JAX_COMPILATION_CACHE_DIR`).
-
-    Not on CPU, where a program kept by one machine can be wrong for another that shares the home folder.
-    """
-    told = jax.config.values.get("jax_compilation_cache_dir")
-    if jax.default_backend() != "cpu" and not told:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "vffjax"))
 
 
 def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") -> dict[str, Any]:

@@ -5,10 +5,8 @@ bar or of the terminal costs nothing but itself.
 """
 
 import contextlib
-import errno
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -16,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self, TextIO
 
 from vffjax.errors import SafeStream, notice
+from vffjax.files import _nulls, dumps, flush_to_disk, plain, replace_file
 from vffjax.runs.tensorboard import Events
 
 METRICS = "metrics.jsonl"
@@ -69,7 +68,7 @@ class Logbook:
 
     def epoch(self, record: dict[str, Any]) -> dict[str, Any]:
         """Records one finished epoch, and returns what its line holds. `record["epoch"]` is needed, all else may be missing or None."""
-        record = _plain(record)
+        record = plain(record)
         written = _nulls(record)
         # One write of a whole line: a killed run leaves at most one torn line, the last.
         self._metrics.write(_line(written))
@@ -138,115 +137,8 @@ def restore_metrics(workdir: pathlib.Path, history: Sequence[dict[str, Any]]) ->
         replace_file(path, wanted)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Strict JSON (NaN and infinity become null), keys in their order. A reader sees the old file or the new one."""
-    replace_file(path, _dumps(value, indent=2).encode() + b"\n")
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file holds. Raises `OSError`, also for what is no file (to read a pipe would wait for ever), or `ValueError`."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    try:
-        return json.loads(path.read_text())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Writes a temporary file in the same folder, then moves it over `path`."""
-    path = pathlib.Path(path)
-    # A fixed name, so that a killed run leaves one stray file at most.
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            flush_to_disk(file.fileno(), path)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException:
-        # The first error is the one to report.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-# How file systems say that they cannot do this at all. Others, such as EIO or ENOSPC, say that something has been lost.
-_CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
-
-
-def sync(path: pathlib.Path) -> bool:
-    """Returns when a file, or a folder's list of names, is on disk: True; False if the file system cannot say so, of which one line on
-    stderr tells. Raises `OSError` if something has been lost."""
-    folder = path.is_dir()
-    if folder and os.name == "nt":  # Windows opens no folders
-        return True
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if not folder or error.errno not in _CANNOT:
-            raise
-        _cannot_flush(path, error)
-        return False
-    try:
-        return flush_to_disk(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def flush_to_disk(descriptor: int, path: pathlib.Path | str) -> bool:
-    """`os.fsync`, for an open file of this path; returns and raises as `sync`."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _CANNOT:
-            raise
-        _cannot_flush(path, error)
-        return False
-    return True
-
-
-_warned: set[str] = set()  # of what one line in a process is enough
-
-
-def _cannot_flush(path: pathlib.Path | str, error: OSError) -> None:
-    if "flush" not in _warned:
-        _warned.add("flush")
-        notice(f"{path}: this file system cannot flush it to disk ({error.strerror}); a power cut may cost the last epochs")
-
-
 def _line(record: dict[str, Any]) -> bytes:
-    return _dumps(record).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """NumPy (and JAX) scalars and arrays as Python numbers and lists; NaN stays."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if isinstance(value, float):
-        return float(value)  # np.float64 is a float whose repr json does not use, but f-strings might
-    if hasattr(value, "tolist"):
-        plain = value.tolist()
-        # A type NumPy does not know, such as bfloat16, may come back as itself.
-        return _plain(plain) if type(plain) is not type(value) else float(plain)
-    return value
-
-
-def _nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _nulls(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_nulls(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_nulls(_plain(value)), indent=indent, allow_nan=False)
+    return dumps(record).encode() + b"\n"
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vffjax.data.load import Dataset, Split
+from vffjax.data.sets import Dataset, Split
 from vffjax.errors import UserError
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints, Writer
 from vffjax.runs.logbook import Logbook
-from vffjax.runs.summary import executable_bytes
 from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache
 from vffjax.training import scores as inference
+from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan
 from vffjax.training.scores import validate

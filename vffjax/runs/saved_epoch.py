@@ -5,7 +5,6 @@ Digests find damage, not forgery: whoever can write files can write digests.
 
 import contextlib
 import functools
-import hashlib
 import json
 import pathlib
 import stat
@@ -18,12 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vffjax import versions
-from vffjax.config import Config, from_json
+from vffjax.config import Config
 from vffjax.errors import UserError
+from vffjax.files import read_json, sha256_of
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
-from vffjax.runs.logbook import read_json
+from vffjax.training.checks import from_json
 from vffjax.training.plan import Plan, init_states
 
 OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
@@ -189,12 +189,6 @@ def _roots(names: Iterable[str]) -> set[str]:
 
 def _dropped(name: str) -> bool:
     return name.lower() in _DROPPED or name.lower().startswith(_DROPPED_PREFIXES)
-
-
-def sha256_of(path: pathlib.Path | str) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_readable(folder: pathlib.Path, items: dict[str, Any], run: dict[str, Any]) -> None:

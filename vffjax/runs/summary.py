@@ -1,30 +1,22 @@
 """What a run leaves at its end: summary.json, curves.png, features.png."""
 
-import contextlib
 import functools
-import os
 import pathlib
-import platform
-import subprocess
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vffjax import backend, versions
-from vffjax.config import CHANGEABLE, Config
-from vffjax.data.load import Dataset
+from vffjax.data.sets import Dataset
 from vffjax.errors import aid
+from vffjax.files import write_json
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task, prepare_clean, prepare_labelled
-from vffjax.runs.logbook import write_json
+from vffjax.rules.local import prepare_clean, prepare_labelled
+from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
 from vffjax.training.augment import normalise
 from vffjax.training.plan import Plan
-
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def conclude(
@@ -59,39 +51,6 @@ def conclude(
     with aid(f"{workdir / 'features.png'}"):
         draw_features(workdir / "features.png", plan, dataset, states, task)
     return summary
-
-
-def origin(config: Config) -> dict[str, Any]:
-    """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
-    return {
-        "versions": {"python": platform.python_version()}
-        | {"vffjax": versions.own()}
-        | {package: versions.installed(package) for package in _PACKAGES},
-        "commit": _commit(),
-        "device": jax.devices()[0].device_kind,
-        "cores": backend.cores(),
-        "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
-        "settings": {key: getattr(config, key) for key in CHANGEABLE if key != "data_dir"},
-    }
-
-
-def executable_bytes(compiled: jax.stages.Compiled) -> int:
-    """Peak bytes of a compiled program by the compiler's own plan: arguments, outputs and temporaries. Exact, on every device."""
-    plan: Any = compiled.memory_analysis()
-    return int(plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
-
-
-def _commit() -> str | None:
-    """The commit of this code, `-dirty` if it was changed since; None where it does not run from its own checkout."""
-    root = pathlib.Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if pathlib.Path(git("rev-parse", "--show-toplevel")) == root:
-            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return None
 
 
 def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tuple[GroupState, ...], task: Task) -> None:

@@ -7,16 +7,17 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from vffjax.config import BITWISE, CHANGEABLE, Config, from_json, to_json
+from vffjax.config import BITWISE, CHANGEABLE, Config, to_json
 from vffjax.errors import UserError, bad_key, notice
+from vffjax.files import read_json, write_json
 from vffjax.networks.groups import GroupState
 from vffjax.paths import check_run_folder, local
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import FOLDER, Checkpoints
 from vffjax.runs.lock import take
-from vffjax.runs.logbook import read_json, write_json
 from vffjax.runs.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
+from vffjax.training.checks import from_json
 from vffjax.training.plan import Plan, make_plan
 
 LOCK = ".lock"

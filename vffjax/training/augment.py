@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax.config import Config
+from vffjax.rules.streams import Task
+from vffjax.training.batch import Batch
 
 # Of red, green and blue on the scale where 255 is 1: what torchvision's and most of timm's weights were trained with.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,3 +62,14 @@ def _crop(key: PRNGKeyArray, images: Array, padding: int) -> Array:
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     starts = jax.random.randint(key, (n, 2), 0, 2 * padding + 1)
     return jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (start[0], start[1], 0), (h, w, c)))(padded, starts)
+
+
+def augmented(config: Config, task: Task, batch: Batch) -> Float[Array, "batch h w c"]:
+    """A batch's images as the first group takes them in training: flipped, cropped, normalised, cut out."""
+    key = jax.random.fold_in(batch.key, 0)
+    return cut_out(key, normalised(task, augment(key, batch.images, batch.ids, batch.epoch, config)), config.cutout)
+
+
+def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    """Images as the first group takes them, by the run's pixel statistics."""
+    return normalise(images, task.mean, task.std)

@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 from vffjax.backend import cores
 from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
+from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.checks import layer_sizes, rows_of_a_step
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
-from vffjax.training.trainer import Batch, abstract_batch, run_segment
+from vffjax.training.trainer import run_segment
 
 # What a segment aims at: long enough that its start costs nothing, short enough that a run which is told to leave can save in time.
 SECONDS, LARGEST_BYTES = 3.0, 2**26

@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, UInt8
 
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
-from vffjax.rules.local import Task, prepare_clean
+from vffjax.rules.local import prepare_clean
+from vffjax.rules.streams import Task
+from vffjax.training.augment import normalised
 from vffjax.training.plan import Images, Plan, init_states, make_task
-from vffjax.training.trainer import before, normalised
+from vffjax.training.trainer import before
 
 # Batches of evaluation whose features the device computes before the host takes them.
 BATCHES_PER_FETCH = 16

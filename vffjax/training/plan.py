@@ -13,8 +13,8 @@ from vffjax.config import Config, for_group, of_program
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.networks.groups import GroupState, LayerGroup, init_variables, make_groups
-from vffjax.rules.local import Task
-from vffjax.rules.streams import make_codebook
+from vffjax.rules.streams import Task
+from vffjax.rules.vff import make_codebook
 from vffjax.training.augment import IMAGENET_MEAN, IMAGENET_STD
 from vffjax.training.optimizers import make_optimizer
 

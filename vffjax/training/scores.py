@@ -14,10 +14,12 @@ from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules import local as rules
-from vffjax.rules import similarity as losses
-from vffjax.rules.local import Task
+from vffjax.rules.ff import goodness
+from vffjax.rules.similarity import embed
+from vffjax.rules.streams import Task
+from vffjax.training.augment import normalised
 from vffjax.training.plan import Plan
-from vffjax.training.trainer import clean_log_p, normalised
+from vffjax.training.trainer import clean_log_p
 
 # With more groups than this, only runs of last groups are tried as voters, not every set.
 _EXHAUSTIVE_GROUPS = 6
@@ -37,13 +39,13 @@ def sweep_scores(
         return out
 
     by_cosine = chosen("rule", config.rule, {"vff": True, "ff": False})  # rule head never sees a labelled image
-    anchors = [losses.embed(f, config.similarity) for f in features(x, x.shape[0])] if by_cosine else []
+    anchors = [embed(f, config.similarity) for f in features(x, x.shape[0])] if by_cosine else []
 
     def score(label: Array) -> Array:
         labelled = features(rules.prepare_labelled(config, task, x, label), 0)
         if not by_cosine:
-            return jnp.stack([losses.goodness(f) for f in labelled])
-        copies = [losses.embed(f, config.similarity) for f in labelled]
+            return jnp.stack([goodness(f) for f in labelled])
+        copies = [embed(f, config.similarity) for f in labelled]
         return jnp.stack([jnp.sum(a * c, axis=1) for a, c in zip(anchors, copies, strict=True)])
 
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vffjax.config import Config, for_group
 from vffjax.errors import chosen
@@ -15,36 +15,11 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.ops.fence import as_branch
 from vffjax.rules import local as rules
-from vffjax.rules.local import Task
-from vffjax.rules.streams import Streams
-from vffjax.training.augment import augment, cut_out, normalise
+from vffjax.rules.streams import Streams, Task
+from vffjax.training.augment import augmented
+from vffjax.training.batch import Batch
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan
-
-
-class Batch(NamedTuple):
-    """What one step takes beside the states; for a segment the same of several steps, each array with one more axis in front."""
-
-    images: UInt8[Array, "*steps batch h w c"]
-    labels: Int[Array, "*steps batch"]
-    ids: Int[Array, "*steps batch"]  # the images' numbers in the training set
-    epoch: Int[Array, "*steps"]  # the number of the epoch, from 0
-    key: PRNGKeyArray  # [*steps], of the step
-    hyper: HyperParameters  # [*steps, groups]
-    features: Float[Array, "*feature"] | None = None  # [*steps, batch, *feature]: what frozen groups make of the images, if kept
-
-
-def abstract_batch(batch: int, image_shape: tuple[int, ...], groups: int, feature: Any = None, steps: tuple[int, ...] = ()) -> Batch:
-    """The shapes of a batch, or of a segment's; `feature` is the abstract kept features of any number of images."""
-
-    def shape(*sides: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((*steps, *sides), dtype)
-
-    hyper = HyperParameters(*(shape(groups, dtype=jnp.float32) for _ in HyperParameters._fields))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    features = None if feature is None else shape(batch, *feature.shape[1:], dtype=feature.dtype)
-    images = shape(batch, *image_shape, dtype=jnp.uint8)
-    return Batch(images, shape(batch), shape(batch), shape(), shape(dtype=key.dtype), hyper, features)
 
 
 def group_step(
@@ -118,17 +93,6 @@ def before(
 
         rows = (features if labels is None else _fenced(features, labels))(state.params, state.batch_stats, rows)
     return jax.lax.stop_gradient(rows)
-
-
-def augmented(config: Config, task: Task, batch: Batch) -> Float[Array, "batch h w c"]:
-    """A batch's images as the first group takes them in training: flipped, cropped, normalised, cut out."""
-    key = jax.random.fold_in(batch.key, 0)
-    return cut_out(key, normalised(task, augment(key, batch.images, batch.ids, batch.epoch, config)), config.cutout)
-
-
-def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-    """Images as the first group takes them, by the run's pixel statistics."""
-    return normalise(images, task.mean, task.std)
 
 
 def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None = None) -> Streams:

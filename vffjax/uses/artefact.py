@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from vffjax.errors import UserError
+from vffjax.files import read_json, replace_file, write_json
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
-from vffjax.runs.logbook import read_json, replace_file, write_json
+from vffjax.rules.streams import Task
+from vffjax.training.augment import normalised
 from vffjax.training.plan import Plan
-from vffjax.training.trainer import clean_log_p, normalised
+from vffjax.training.trainer import clean_log_p
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -19,10 +19,11 @@ from vffjax.errors import UserError, chosen
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules import local as rules
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
+from vffjax.training.augment import normalised
 from vffjax.training.plan import Images, Plan
 from vffjax.training.scores import choose_voting, ensemble, error_percent
-from vffjax.training.trainer import clean_log_p, normalised
+from vffjax.training.trainer import clean_log_p
 
 # A group computes whole batches of the images that are left, `eval_batch_size` divided by this: in each chunk half a batch is lost ...
 _PARTS = 8

@@ -9,10 +9,10 @@ import numpy as np
 
 from vffjax.config import Config
 from vffjax.data import load as data_module
-from vffjax.data.load import Dataset
+from vffjax.data.sets import Dataset
 from vffjax.errors import UserError, printable
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import Task
+from vffjax.rules.streams import Task
 from vffjax.runs.experiment import plan_for, start
 from vffjax.runs.loop import on_device
 from vffjax.runs.workdir import load_run

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from vffjax.errors import UserError
+from vffjax.files import read_json
 from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import read_json, read_metrics
+from vffjax.runs.logbook import read_metrics
 from vffjax.runs.workdir import load_run, read_config
 
 # They say how fast and where it ran, not what came out.

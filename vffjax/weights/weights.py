@@ -18,10 +18,10 @@ import safetensors.numpy
 from vffjax import backend
 from vffjax.architectures import RESNET, VGG
 from vffjax.config import HUB, WEIGHT_FILES, Config
-from vffjax.data.load import SIZES
+from vffjax.data.sets import SIZES
 from vffjax.errors import UserError, bad_key, printable
+from vffjax.files import replace_file
 from vffjax.paths import local
-from vffjax.runs.logbook import replace_file
 from vffjax.training.checks import layer_sizes
 from vffjax.weights import hub
 from vffjax.weights.formats import opened

@@ -1,0 +1,77 @@
+"""What a set of images is: its sizes, its splits, and a set as one run uses it."""
+
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+TFDS_NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+
+
+class Sizes(NamedTuple):
+    """What there is to know of a set without reading it."""
+
+    train_images: int  # validation images included
+    image_shape: tuple[int, int, int]  # height, width, channels
+    classes: int
+
+
+SIZES = {
+    "digits": Sizes(1_437, (8, 8, 1), 10),
+    "synthetic": Sizes(2_000, (16, 16, 3), 10),
+    "mnist": Sizes(60_000, (28, 28, 1), 10),
+    "fashion_mnist": Sizes(60_000, (28, 28, 1), 10),
+    "cifar10": Sizes(50_000, (32, 32, 3), 10),
+    "cifar100": Sizes(50_000, (32, 32, 3), 100),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Images uint8 [n, h, w, c], where c is 1 or 3, and labels int32 [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A set as one run uses it. `validation` has no images if config.val_fraction is 0.
+
+    `mean` and `std` are per channel, of the pixels of `train`, on the scale where 255 is 1; `std` is at least 1e-3.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        _, height, width, channels = self.train.images.shape
+        return height, width, channels
+
+    def sha256(self) -> str:
+        """Of all images, labels and class names: runs of one configuration with the same digest have seen the same."""
+        digest = hashlib.sha256(repr((self.class_names, self.image_shape)).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(len(split).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels).astype("<i4").data)
+        return digest.hexdigest()
+
+
+def take(split: Split, index: np.ndarray) -> Split:
+    return Split(split.images[index], split.labels[index])

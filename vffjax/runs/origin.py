@@ -1,0 +1,45 @@
+"""What trains here and now, as far as it can change numbers."""
+
+import contextlib
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+from vffjax import backend, versions
+from vffjax.config import CHANGEABLE, Config
+
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def origin(config: Config) -> dict[str, Any]:
+    """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
+    return {
+        "versions": {"python": platform.python_version()}
+        | {"vffjax": versions.own()}
+        | {package: versions.installed(package) for package in _PACKAGES},
+        "commit": _commit(),
+        "device": jax.devices()[0].device_kind,
+        "cores": backend.cores(),
+        "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
+        "settings": {key: getattr(config, key) for key in CHANGEABLE if key != "data_dir"},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, `-dirty` if it was changed since; None where it does not run from its own checkout."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if pathlib.Path(git("rev-parse", "--show-toplevel")) == root:
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return None

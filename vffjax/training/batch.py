@@ -1,0 +1,34 @@
+"""What one training step takes beside the states."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from vffjax.hyperparameters import HyperParameters
+
+
+class Batch(NamedTuple):
+    """What one step takes beside the states; for a segment the same of several steps, each array with one more axis in front."""
+
+    images: UInt8[Array, "*steps batch h w c"]
+    labels: Int[Array, "*steps batch"]
+    ids: Int[Array, "*steps batch"]  # the images' numbers in the training set
+    epoch: Int[Array, "*steps"]  # the number of the epoch, from 0
+    key: PRNGKeyArray  # [*steps], of the step
+    hyper: HyperParameters  # [*steps, groups]
+    features: Float[Array, "*feature"] | None = None  # [*steps, batch, *feature]: what frozen groups make of the images, if kept
+
+
+def abstract_batch(batch: int, image_shape: tuple[int, ...], groups: int, feature: Any = None, steps: tuple[int, ...] = ()) -> Batch:
+    """The shapes of a batch, or of a segment's; `feature` is the abstract kept features of any number of images."""
+
+    def shape(*sides: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((*steps, *sides), dtype)
+
+    hyper = HyperParameters(*(shape(groups, dtype=jnp.float32) for _ in HyperParameters._fields))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    features = None if feature is None else shape(batch, *feature.shape[1:], dtype=feature.dtype)
+    images = shape(batch, *image_shape, dtype=jnp.uint8)
+    return Batch(images, shape(batch), shape(batch), shape(), shape(dtype=key.dtype), hyper, features)
