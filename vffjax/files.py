@@ -90,12 +90,12 @@ def _cannot_flush(path: pathlib.Path | str, error: OSError) -> None:
         notice(f"{path}: this file system cannot flush it to disk ({error.strerror}); a power cut may cost the last epochs")
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """NumPy (and JAX) scalars and arrays as Python numbers and lists; NaN stays."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [as_json(v) for v in value]
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if isinstance(value, float):
@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         plain = value.tolist()
         # A type NumPy does not know, such as bfloat16, may come back as itself.
-        return plain(plain) if type(plain) is not type(value) else float(plain)
+        return as_json(plain) if type(plain) is not type(value) else float(plain)
     return value
 
 
@@ -116,7 +116,7 @@ def _nulls(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_nulls(plain(value)), indent=indent, allow_nan=False)
+    return json.dumps(_nulls(as_json(value)), indent=indent, allow_nan=False)
 
 
 def sha256_of(path: pathlib.Path | str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self, TextIO
 
 from vffjax.errors import SafeStream, notice
-from vffjax.files import _nulls, dumps, flush_to_disk, plain, replace_file
+from vffjax.files import _nulls, as_json, dumps, flush_to_disk, replace_file
 from vffjax.runs.tensorboard import Events
 
 METRICS = "metrics.jsonl"
@@ -68,7 +68,7 @@ class Logbook:
 
     def epoch(self, record: dict[str, Any]) -> dict[str, Any]:
         """Records one finished epoch, and returns what its line holds. `record["epoch"]` is needed, all else may be missing or None."""
-        record = plain(record)
+        record = as_json(record)
         written = _nulls(record)
         # One write of a whole line: a killed run leaves at most one torn line, the last.
         self._metrics.write(_line(written))
