@@ -38,6 +38,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 # Keys whose values the comparison sets itself.
+SWEPT = ("ff",)  # rows whose own inference is the sweep
 SET_HERE = {"rule": Only(("vff",), "every row of the table has a rule of its own", "leave it at vff and choose by --rules"), "seed": SEEDS}
 
 
@@ -52,15 +53,15 @@ def check_keys(config: Config, variants: dict[str, dict[str, Any]], flag: str = 
     refuse_other_groups(config, {rule: changes.get("grouping", config.grouping) for rule, changes in own.items()}, flag)
 
 
-def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """One trained and tested run; the figures that the table needs."""
+def run(config: Config, workdir: pathlib.Path, sweep_too: bool = False) -> dict[str, Any]:
+    """One trained and tested run; the figures that the table needs. With `sweep_too`, validation images choose between heads and sweep."""
     summary = experiment.train(config, workdir)
     chosen = {"inference": config.inference} | {
         k: summary[k] for k in ("val_error", "test_error", "test_error_per_group", "voting", "best_epoch")
     }
-    if config.rule == "ff":
-        # Its own inference is the sweep; every saved epoch has its chance, not only that which was best for the heads. The test
-        # images are swept only if the sweep is chosen: with 100 classes they cost 100 passes each.
+    if sweep_too:
+        # Every saved epoch has its chance, not only that which was best for the heads. The test images are swept only if the sweep is
+        # chosen: with 100 classes they cost 100 passes each.
         tried = [evaluation.evaluate(workdir, "sweep", str(epoch), test=False) for epoch in Checkpoints(workdir).epochs()]
         best = min(tried, key=lambda found: found["val_error"])
         if best["val_error"] < chosen["val_error"]:
@@ -146,7 +147,7 @@ def main() -> None:
             for rule in rules:
                 print(f"== {name} {rule} seed {seed}", file=sys.stderr, flush=True)
                 one = make_config(config.to_dict() | {"seed": seed} | variants[rule])
-                runs.setdefault(rule, []).append(run(one, own.out / "runs" / f"{rule}-{seed}"))
+                runs.setdefault(rule, []).append(run(one, own.out / "runs" / f"{rule}-{seed}", rule in SWEPT))
     except UserError as error:
         print("compare_rules: error:", error, file=sys.stderr)
         sys.exit(2)

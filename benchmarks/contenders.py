@@ -11,7 +11,8 @@ import numpy as np
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
 from rates import PRODUCTS
 from vffjax.config import Config
-from vffjax.data.sets import SIZES, Split
+from vffjax.data import sizes_of
+from vffjax.data.sets import Split
 from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState
 from vffjax.rules.streams import Task
@@ -75,7 +76,7 @@ class Workload:
     """Random images of the data set's size and random labels, as many as make `steps` steps."""
 
     def __init__(self, config: Config, steps: int):
-        _, self.shape, self.classes = SIZES[config.dataset]
+        _, self.shape, self.classes = sizes_of(config)
         self.examples = steps * config.batch_size
         rng = np.random.default_rng(config.seed)
         self._images = rng.integers(0, 256, (self.examples, *self.shape), np.uint8)
@@ -107,8 +108,7 @@ class Workload:
 
     def check(self, config: Config) -> None:
         """Raises `UserError` where a contender's configuration does not fit the images."""
-        groups = len(make_plan(config, self.examples, self.classes).groups)
-        check_against_data(config, self.examples, self.shape, self.classes, groups)
+        check_against_data(make_plan(config, self.examples, self.classes), self.examples, self.shape)
 
 
 class JaxContender:

@@ -9,10 +9,12 @@ benchmarks hand the configuration to the trainer, which obeys every key; they li
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vffjax import rules
 from vffjax.cli.flags import parse_train
 from vffjax.config import FIELDS, Config
 from vffjax.errors import UserError, bad_key
-from vffjax.rules.local import needs_predictions
+from vffjax.networks.layers import ConvLayer, DenseLayer
+from vffjax.training.plan import groups_of
 
 
 class Only(NamedTuple):
@@ -82,7 +84,20 @@ def read_config(arguments: Sequence[str], instead: str) -> tuple[Config, str]:
 JOINT = Only(("joint",), "groups that train one after the other are several programs, not one", "use schedule=joint")
 SEEDS = Only((0,), "every run takes its seed from --seeds", "leave it at 0 and give the seed to --seeds")
 RANDOM_WEIGHTS = Only(("",), "every contender starts from random weights", "leave it empty")
-NO_RESNET = ("mlp", "conv4", "conv", "vgg8b", "vgg11b")
+
+
+def _has_other_layers(config: Config) -> bool:
+    """Whether the network has layers that are neither plain convolutions nor dense."""
+    return not all(isinstance(layer, (ConvLayer, DenseLayer)) for group in groups_of(config, 2) for layer in group.module.layers)
+
+
+def _owns_parameters(config: Config) -> bool:
+    return rules.find(config).parameters is not None
+
+
+def _predicts(config: Config) -> bool:
+    return rules.find(config).predicts(config)
+
 
 PEER = Known(
     "the PyTorch contenders",
@@ -104,7 +119,7 @@ PEER = Known(
         ),  # nothing is classified, nothing is saved
     ),
     only={
-        "network": Only(NO_RESNET, "the PyTorch contenders have no residual blocks", "use conv4 or vgg8b"),
+        "network": Only((), "the PyTorch contenders have plain layers alone", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
@@ -112,7 +127,8 @@ PEER = Known(
         "norm_statistics": Only(("batch",), "the PyTorch contenders train by the batch's statistics alone", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
-        "rule": Only(("vff", "head"), "the PyTorch contenders have no goodness", "use rule=vff or rule=head"),
+        "rule": Only(("vff", "head"), "the PyTorch contenders have no such rule", "use rule=vff or rule=head"),
+        "rule_options": Only(({},), "the PyTorch contenders know no options of a rule", "leave it empty"),
         "grouping": Only(
             ("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", lambda c: c.rule == "head"
         ),
@@ -120,7 +136,7 @@ PEER = Known(
             ("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", lambda c: c.rule == "vff"
         ),
         "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", lambda c: c.rule == "vff"),
-        "negatives": Only(("uniform",), "the PyTorch contenders draw wrong labels uniformly", "use negatives=uniform", needs_predictions),
+        "negatives": Only(("uniform",), "the PyTorch contenders draw wrong labels uniformly", "use negatives=uniform", _predicts),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the PyTorch contenders keep no features", "use feature_cache=none"),
         "on_nonfinite": Only(("stop",), "the PyTorch contenders skip no step", "use on_nonfinite=stop"),
@@ -131,7 +147,7 @@ PEER = Known(
 FLOPS = Known(
     "the counted FLOPs",
     obeyed=(
-        *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule", "labelling"),
+        *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule_options", "labelling"),
         *("copies_per_class", "negatives", "head_weight", "batch_size"),
     ),
     immaterial=(
@@ -151,9 +167,10 @@ FLOPS = Known(
         *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),  # not of training
     ),
     only={
-        "network": Only(NO_RESNET, "the count of FLOPs has no residual blocks", "use conv4 or vgg8b"),
+        "network": Only((), "the count of FLOPs knows plain layers alone", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the count of FLOPs has no ResNet", "use cifar"),
         "image_size": Only((0,), "the count of FLOPs does not resize images", "use image_size=0"),
+        "rule": Only((), "the count of FLOPs knows no parameters that a rule owns", "use another rule", _owns_parameters),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the count of FLOPs is of groups that train together", "use feature_cache=none"),
     },

@@ -41,7 +41,7 @@ from vffjax.config import Config
 from vffjax.costs import ledger, targets
 from vffjax.costs.ledger import Case
 from vffjax.costs.memory import compile_step, make_step, row
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.hyperparameters import at_peak
@@ -105,7 +105,7 @@ def measured_row(case: Case, target: str) -> dict[str, Any]:
 
 def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
     """Some steps on random images, from fresh states; the last states and metrics."""
-    sizes, (plan, _) = SIZES[case.config.dataset], make_step(case)
+    sizes, (plan, _) = sizes_of(case.config), make_step(case)
     rng, channels = np.random.default_rng(0), sizes.image_shape[2]
     images = jnp.asarray(rng.integers(0, 256, (plan.config.batch_size, *sizes.image_shape), np.uint8))
     labels = jnp.asarray(rng.integers(0, sizes.classes, plan.config.batch_size), jnp.int32)

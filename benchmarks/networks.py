@@ -21,14 +21,14 @@ from typing import Any
 import jax
 
 from keys import JOINT, Only, read_config, refuse
-from vffjax.architectures import PUBLISHED, VGG
 from vffjax.cli.flags import a_path
 from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.proofs import locality
+from vffjax.registry import NETWORKS
 from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states, make_plan
 
@@ -58,7 +58,7 @@ def certificates(config: Config) -> dict[str, Any]:
 
 def parameters(config: Config) -> dict[str, int]:
     """Entries of all parameters, and those of the heads among them."""
-    sizes = SIZES[config.dataset]
+    sizes = sizes_of(config)
     plan = make_plan(config, sizes.train_images, sizes.classes)
     trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, sizes.image_shape))]
     return {
@@ -76,14 +76,14 @@ def steps(config: Config) -> list[ledger.Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=a_path, required=True, metavar="FILE.json")
-    parser.add_argument("--networks", default=",".join(PUBLISHED), help="comma-separated")
+    parser.add_argument("--networks", default="vgg8b,vgg11b,resnet18,resnet34,resnet50", help="comma-separated")
     parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
     own, rest = parser.parse_known_args()
     found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     try:
         for network in own.networks.split(","):
-            file = "configs/vgg8b.py" if network in VGG else "configs/resnet18.py"
+            file = "configs/resnet18.py" if NETWORKS.find(network).blocks else "configs/vgg8b.py"
             given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
             config = read_config(given, "use --out")[0]
             refuse(config, {"network": Only((network,), "the networks are those of --networks", "leave it out")} | SET_HERE)

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from keys import FLOPS
+from vffjax import rules
 from vffjax.config import Config
 from vffjax.errors import chosen
-from vffjax.networks.groups import make_groups
+from vffjax.hyperparameters import at_peak
 from vffjax.networks.layers import ConvLayer
-from vffjax.rules.local import needs_predictions
+from vffjax.training.plan import groups_of
 
 KERNEL = 3  # side of every convolution's kernel, in positions
 PRODUCTS, TRIALS = 8, 5
@@ -35,7 +36,7 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
     """The multiplications of each group for images (h, w, c)."""
     shape: tuple[int, ...] = image_shape
     work = []
-    for group in make_groups(config, classes):
+    for group in groups_of(config, classes):
         layers = []
         for layer in group.module.layers:
             if isinstance(layer, ConvLayer):
@@ -49,12 +50,6 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
     return tuple(work)
 
 
-def copies_per_step(config: Config, classes: int) -> int:
-    """Labelled rows that pass through the layers beside the batch."""
-    vff = chosen("labelling", config.labelling, {"shared": config.copies_per_class * classes, "triplet": 2 * config.batch_size})
-    return chosen("rule", config.rule, {"vff": vff, "ff": 2 * config.batch_size, "head": 0})
-
-
 def training_flops(config: Config, image_shape: tuple[int, int, int], classes: int) -> int:
     """Model FLOPs of one training step of all groups, two for each multiplication.
 
@@ -64,14 +59,15 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     """
     FLOPS.check(config)
     batch = config.batch_size
-    rows = batch + copies_per_step(config, classes)
-    enters = {"head": 1.0, "ff": 0.0, "vff": config.head_weight}[config.rule] > 0
+    rule = rules.find(config)
+    rows = batch + rule.labelled_rows(config, classes)
+    enters = float(rule.head_share(config, at_peak(config, 1).of(0))) > 0
     total = 0
     for group, (layers, head) in enumerate(forward_work(config, image_shape, classes)):
         frozen = group < config.frozen_groups
         total += rows * (sum(layers) if frozen else 3 * sum(layers) - layers[0])
         total += batch * head * (3 if enters and not frozen else 2)
-        if needs_predictions(config):  # one more clean pass, forward alone
+        if rule.predicts(config):  # one more clean pass, forward alone
             total += batch * (sum(layers) + head)
     return 2 * total
 

@@ -13,7 +13,7 @@ import jax
 
 from rates import training_flops
 from vffjax.config import Config
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import read_json, write_json
 from vffjax.runs.logbook import read_metrics
@@ -74,7 +74,7 @@ def failed(name: str, config_name: str, changes: dict[str, Any], config: Config,
 
 def model_flop(plan: Plan) -> int | None:
     """Floating-point operations of the whole training as `rates` counts them; None for what it does not count."""
-    sizes = SIZES[plan.config.dataset]
+    sizes = sizes_of(plan.config)
     try:
         return training_flops(plan.config, sizes.image_shape, sizes.classes) * plan.steps_per_epoch * plan.config.epochs
     except UserError:
@@ -83,7 +83,7 @@ def model_flop(plan: Plan) -> int | None:
 
 def parameters(plan: Plan) -> dict[str, int]:
     """How many numbers the layers have, and the heads."""
-    trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, SIZES[plan.config.dataset].image_shape))]
+    trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, sizes_of(plan.config).image_shape))]
     count = {"layers": 0, "heads": 0}
     for tree in trees:
         for part, leaves in tree.items():

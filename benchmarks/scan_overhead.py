@@ -21,7 +21,7 @@ import numpy as np
 
 from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
 from vffjax.config import Config
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.hyperparameters import HyperParameters
 from vffjax.training.batch import Batch
@@ -36,13 +36,13 @@ STEPS, PAIRS = 24, 5
 def measure(config: Config) -> dict[str, Any]:
     """Seconds of an epoch of `STEPS` steps both ways, and their ratio, scan over loop. Raises `UserError` for what it would not obey."""
     refuse(config, {"schedule": JOINT, "init_from": RANDOM_WEIGHTS})
-    _, shape, classes = SIZES[config.dataset]
+    _, shape, classes = sizes_of(config)
     n = STEPS * config.batch_size
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (n, *shape), np.uint8))
     data = Images(images, jnp.asarray(rng.integers(0, classes, n), jnp.int32))
     plan = make_plan(config, n, classes)
-    check_against_data(config, n, shape, classes, len(plan.groups))
+    check_against_data(plan, n, shape)
     task = make_task(config, classes, shape, (0.5,) * shape[2], (0.25,) * shape[2])
 
     start = time.perf_counter()

@@ -52,6 +52,7 @@ from vffjax.cli.flags import a_path
 from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import write_json
+from vffjax.rules.vff import in_batch
 from vffjax.runs import drawing
 
 # On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,
@@ -192,7 +193,7 @@ def comparisons(rounds: list[dict[str, float]], variants: dict[str, Config]) -> 
 
 
 def _algorithm(config: Config) -> dict[str, Any]:
-    return config.to_dict() | {"contrast": config.resolved_contrast}
+    return config.to_dict() | {"contrast": in_batch(config)}
 
 
 def comparison_table(found: list[dict[str, Any]]) -> list[str]:

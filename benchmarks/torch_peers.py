@@ -266,9 +266,12 @@ class Peer:
         self._codebook = codebook.permute(0, 3, 1, 2)  # channels_last memory, as the images
         self._whole_loss = None
         if compile_mode is not None:
-            whole = self._back_propagated_loss if plan.config.rule == "head" else self._sum_of_losses
-            self._whole_loss = torch.compile(whole, mode=compile_mode)
+            self._whole_loss = torch.compile(self._whole(), mode=compile_mode)
         self.use_optimizers(IMPLEMENTATIONS[0])
+
+    def _whole(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of all groups as one graph. `PEER` lets no other rule in."""
+        return {"head": self._back_propagated_loss, "vff": self._sum_of_losses}[self._config.rule]
 
     def use_optimizers(self, implementation: str) -> None:
         """Fresh optimizers, one per group, of one of `IMPLEMENTATIONS`."""
@@ -292,7 +295,7 @@ class Peer:
 
         A compiled peer may overwrite the result at its next step.
         """
-        if self._whole_loss is None and self._config.rule != "head":
+        if self._whole_loss is None and self._whole() != self._back_propagated_loss:
             return self._three_stream_step(images, labels)
         loss = (self._whole_loss or self._back_propagated_loss)(images, labels)
         loss.backward()

@@ -27,8 +27,8 @@ from keys import JOINT, read_config, refuse
 from vffjax.config import Config
 from vffjax.costs import targets
 from vffjax.costs.memory import step_arguments
+from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
-from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
 from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data
@@ -45,10 +45,10 @@ class Target:
 
     def __init__(self, config: Config):
         refuse(config, {"schedule": JOINT})
-        sizes = SIZES[config.dataset]
+        sizes = sizes_of(config)
         n = split_sizes(config, sizes.train_images)[0]
         self.plan = make_plan(config, n, sizes.classes)
-        check_against_data(config, n, sizes.image_shape, sizes.classes, len(self.plan.groups))
+        check_against_data(self.plan, n, sizes.image_shape)
         self.tpu = targets.find("tpu")
         self.task, self.states, self.batch = step_arguments(self.plan, self.tpu)
         self.length = len(pieces(self.plan.steps_per_epoch, segment_length(self.plan, sizes.image_shape, backend="tpu"))[0])
@@ -72,7 +72,7 @@ class Target:
 
     def compile_gather(self) -> dict[str, Any]:
         """Memory in bytes of what gathers the images of a segment, and how often the compiler copies the whole set there."""
-        sizes = SIZES[self.plan.config.dataset]
+        sizes = sizes_of(self.plan.config)
         n, row = split_sizes(self.plan.config, sizes.train_images)[0], math.prod(sizes.image_shape)
         images, ids = self.tpu.array(n, row, dtype=jnp.uint8), self.tpu.array(self.length, self.plan.config.batch_size)
         gather = gathered.lower(sizes.image_shape, images, ids).compile()

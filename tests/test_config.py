@@ -15,8 +15,9 @@ from vffjax.cli.flags import load_config_file
 from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, of_program
 from vffjax.data import sets
 from vffjax.errors import UserError
-from vffjax.networks.groups import init_variables, make_groups
+from vffjax.networks.groups import init_variables
 from vffjax.training.checks import check_against_data, from_json, make_config
+from vffjax.training.plan import groups_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Image shape, classes and training images of each set, from the sets' own descriptions.
@@ -51,8 +52,8 @@ def refused(raw, *parts):
 @pytest.mark.parametrize("given", FILES, ids=lambda given: pathlib.Path(given).name)
 def test_every_configuration_file_is_valid_and_builds_its_groups(given):
     config = make_config(load_config_file(given)[0])
-    shape, classes, images = SIZES[config.dataset]
-    groups = make_groups(config, classes)
+    shape, classes, images = sizes_of(config)
+    groups = groups_of(config, classes)
     images = config.train_examples or images
     check_against_data(config, images - round(config.val_fraction * images), shape, classes, len(groups))
     # Traced, not run: a model of a hundred megabytes costs nothing here.

@@ -15,7 +15,7 @@ from oracles import config_of
 from vffjax import backend
 from vffjax.cli import main as cli
 from vffjax.costs import memory, targets
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.training import scores as inference
 from vffjax.training import trainer
@@ -125,7 +125,7 @@ def trace(changes):
     config = config_of(dataset="synthetic", network="conv", widths=(4, 6), pools=(2, 1), batch_size=8, epochs=2, **changes)
     plan = make_plan(config, 80, 10)
     task, states, batch = memory.step_arguments(plan, targets.find("cpu"))
-    shape = SIZES["synthetic"].image_shape
+    shape = sizes_of(Config(dataset="synthetic")).image_shape
     images = jax.ShapeDtypeStruct((80, *shape), jnp.uint8)
     batches = abstract_batch(8, shape, len(plan.groups), None, (3,))
     active = plan.active(plan.total_epochs - 1)
@@ -185,7 +185,7 @@ def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypat
 
 def test_several_devices_do_not_make_one_larger(monkeypatch):
     config = config_of(widths=(64, 64))
-    half = least_bytes(config, SIZES[config.dataset].image_shape, 10) // 2
+    half = least_bytes(config, sizes_of(config).image_shape, 10) // 2
     monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": half})] * 8)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):

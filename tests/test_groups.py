@@ -8,8 +8,9 @@ import pytest
 import oracles
 from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run, streams_of
 from vffjax.networks import build
-from vffjax.networks.groups import cut, init_variables, make_groups
+from vffjax.networks.groups import cut, init_variables
 from vffjax.rules import local as rules
+from vffjax.training.plan import groups_of
 
 
 def cuts(widths, grouping):
@@ -45,14 +46,14 @@ def test_layer_cuts_everywhere_and_all_nowhere(widths):
     ids=["conv4", "conv4 all", "mlp"],
 )
 def test_groups_are_numbered_and_know_their_width(changes, widths, sizes):
-    groups = make_groups(config_of(**changes), 3)
+    groups = groups_of(config_of(**changes), 3)
     assert [group.name for group in groups] == [f"group{i}" for i in range(len(widths))]
     assert [group.width for group in groups] == widths
     assert [len(group.module.layers) for group in groups] == sizes
 
 
 def test_every_group_is_initialised_by_its_own_key():
-    groups = make_groups(config_of(network="mlp", widths=(8, 8, 8), grouping="layer"), 3)
+    groups = groups_of(config_of(network="mlp", widths=(8, 8, 8), grouping="layer"), 3)
     init = jax.jit(lambda key: init_variables(groups, key, (2, 2, 2)))
     one, again, other = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
     oracles.assert_same(one, again)
@@ -124,7 +125,7 @@ def test_recomputed_features_have_the_same_gradient_in_their_input():
 
 def test_parameters_are_those_of_a_forward_pass_and_no_layer_is_computed(key):
     """Flax's own `init` computes the network; ours must give the same bits without it, whatever the images' size."""
-    (group,) = make_groups(config_of(**CONV, grouping="all", head_grid=1), 10)
+    (group,) = groups_of(config_of(**CONV, grouping="all", head_grid=1), 10)
     found = group.init(key, jax.ShapeDtypeStruct((1, 2**20, 2**20, 3), jnp.float32))  # 13 TB as an array
     wanted = jax.device_get(group.module.init(key, jnp.zeros((1, 8, 8, 3))))
     assert_same(found, (wanted["params"], wanted["batch_stats"]))

@@ -13,7 +13,7 @@ from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, qu
 from vffjax import config as config_module
 from vffjax.config import ARGUMENTS, FIELDS, Config
 from vffjax.costs import memory, targets
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch, learning_rate
 from vffjax.training import scores as inference
 from vffjax.training import trainer
@@ -148,7 +148,7 @@ PROGRAMS = [
 def test_no_program_reads_a_key_that_it_does_not_know(changes, monkeypatch, traces):
     """`of_program` sets such keys to NaN or to their defaults: a program that read one would train by these."""
     config = config_of(**CONV | {"dataset": "synthetic", "batch_size": 8} | changes)
-    plan, shape = make_plan(config, 80, 10), SIZES["synthetic"].image_shape
+    plan, shape = make_plan(config, 80, 10), sizes_of(Config(dataset="synthetic")).image_shape
     task, states, _ = memory.step_arguments(plan, targets.find("cpu"))
     batches = abstract_batch(8, shape, len(plan.groups), None, (3,))
     images, program, read = jax.ShapeDtypeStruct((80, *shape), np.uint8), plan.program, set()

@@ -47,7 +47,7 @@ USES = {
     "schedule of stages": lambda c: plan_of(c).stages,
     "pixel_statistics": lambda c: make_task(c, 10, (8, 8, 1), (0.5,), (0.5,)),
     "network": networks.build,
-    "grouping": lambda c: groups.make_groups(c, 10),
+    "grouping": lambda c: groups.groups_of(c, 10),
     "precision": layers.common,
     "norm_statistics": layers.common,
     "rule": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 
 from oracles import leaves, quick_jit, small_run
 from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group
+from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
-from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
-from vffjax.networks.groups import make_groups
 from vffjax.proofs import locality
 from vffjax.training.checks import check_against_data, from_json, make_config
-from vffjax.training.plan import make_plan
+from vffjax.training.plan import groups_of, make_plan
 from vffjax.training.trainer import train_step
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # no folder of its own in the checkout
@@ -111,7 +110,7 @@ def valid(draw):
     if raw["feature_cache"] != "none":
         raw |= {"flip": False, "crop_padding": 0, "cutout": 0}
     raw["alternating_flip"] &= raw["flip"]
-    groups = len(make_groups(make_config(raw), CLASSES))
+    groups = len(groups_of(make_config(raw), CLASSES))
     names = st.sampled_from([f"group{i}" for i in range(groups)])
     strategies = {key: FREE[key] for key in OVERRIDABLE if key in FREE} | {"optimizer": st.sampled_from(["adamw", "sgd"])}
     raw["overrides"] = draw(st.dictionaries(names, st.fixed_dictionaries({}, optional=strategies), max_size=2))
@@ -128,7 +127,7 @@ def test_a_valid_configuration_is_accepted_survives_json_and_builds(raw):
     config = make_config(raw)
     assert all(getattr(config, key) == raw[key] for key in FIELDS)
     assert from_json(json.loads(json.dumps(config.to_dict())), "config.json") == config
-    sizes = SIZES[config.dataset]
+    sizes = sizes_of(config)
     plan = make_plan(config, split_sizes(config, sizes.train_images)[0], sizes.classes)
     check_against_data(config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, len(plan.groups))
     assert tuple(layer.width for group in plan.groups for layer in group.module.layers) == config.widths

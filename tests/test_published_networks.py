@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
 
 import oracles
 from oracles import config_of, variables_of
-from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
 from vffjax.networks import build
-from vffjax.networks.groups import HEAD_INPUTS, fitting_grid, init_variables, make_groups
+from vffjax.networks.groups import HEAD_INPUTS, fitting_grid, init_variables
 from vffjax.networks.layers import EPSILON, resized
 from vffjax.networks.resnet import ResidualBlock, Stem
 from vffjax.proofs import locality
 from vffjax.training.checks import layer_sizes
+from vffjax.training.plan import groups_of
 
 CLEAN = 3
 # torchvision's ResNets without their classifier: 11,689,512, 21,797,672 and 25,557,032 less 1,000 classes.
@@ -24,7 +25,7 @@ OF_TORCHVISION = {"resnet18": 11_689_512 - 513_000, "resnet34": 21_797_672 - 513
 
 def of(network, shape=(32, 32, 3), classes=10, **changes):
     """The groups of a network, and the abstract (parameters, statistics) of each."""
-    groups = make_groups(config_of(network=network, **changes), classes)
+    groups = groups_of(config_of(network=network, **changes), classes)
     return groups, jax.eval_shape(lambda: init_variables(groups, jax.random.key(0), shape))
 
 
@@ -226,7 +227,7 @@ def test_a_network_sees_its_images_resized(network):
     """The first group of images at twice the size is that of images given at twice the size; label noise is resized with its image."""
     changes = {"network": network, "width_factor": 0.05} if network != "conv4" else {"network": network, "widths": (4, 4, 6, 6)}
     shape = (16, 16, 3)
-    small, large = (make_groups(config_of(**changes, image_size=side), 3)[0] for side in (32, 0))
+    small, large = (groups_of(config_of(**changes, image_size=side), 3)[0] for side in (32, 0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, *shape)), jnp.float32)
     params, stats = small.init(jax.random.key(0), x)
     out = [group.features(params, stats, rows, CLEAN, False)[0] for group, rows in ((small, x), (large, resized(x, 32)))]

@@ -9,7 +9,6 @@ import difflib
 import functools
 import math
 import re
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +16,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from vffjax import versions
-from vffjax.architectures import PUBLISHED, STEMS
 from vffjax.errors import UserError, bad_key, printable
+from vffjax.keys import default_of, fields_of, key, value_of
+from vffjax.registry import ROOMS
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "synthetic")
-CONVOLUTIONAL = ("conv4", "conv")
-NETWORKS = ("mlp", *CONVOLUTIONAL, *PUBLISHED)
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
 # Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
@@ -46,76 +43,71 @@ _OUTSIDE = (
 OVERRIDABLE = ("optimizer", "warmup_epochs", *ARGUMENTS)
 
 
-def _field(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
-    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment. The documentation of each field is printed by `python train.py --help`."""
 
     # fmt: off
-    seed: int = _field(0, "seed of everything random: split, initialisation, codebook, order, augmentation", low=0, high=2**31 - 1)
-    dataset: str = _field("digits", "what to learn", DATASETS)
-    data_dir: str = _field("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    train_examples: int = _field(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
-    val_fraction: float = _field(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
-    flip: bool = _field(False, "mirror training images left to right with probability 1/2")
-    alternating_flip: bool = _field(False, "flip: mirror each image in every other epoch instead, half of the images in each")
-    crop_padding: int = _field(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
-    cutout: int = _field(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
-    pixel_statistics: str = _field("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
+    seed: int = key(0, "seed of everything random: split, initialisation, codebook, order, augmentation", low=0, high=2**31 - 1)
+    dataset: str = key("digits", "what to learn")
+    data_dir: str = key("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    train_examples: int = key(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
+    val_fraction: float = key(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
+    flip: bool = key(False, "mirror training images left to right with probability 1/2")
+    alternating_flip: bool = key(False, "flip: mirror each image in every other epoch instead, half of the images in each")
+    crop_padding: int = key(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
+    cutout: int = key(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
+    pixel_statistics: str = key("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
 
-    network: str = _field("mlp", "layers to train; conv: as conv4, with any number of layers", NETWORKS)
-    widths: tuple[int, ...] = _field((512, 512, 512), "mlp, conv4, conv: output units or channels of each layer")
-    pools: tuple[int, ...] = _field((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
-    width_factor: float = _field(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
-    stem: str = _field("cifar", "resnet: first layers: 3x3 (cifar), or 7x7 and max-pooling, each with stride 2 (imagenet)", tuple(STEMS))
-    image_size: int = _field(0, "conv, vgg, resnet: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
-    norm: str = _field("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
-    norm_statistics: str = _field("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
-    head_grid: int = _field(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
-    grouping: str = _field("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))
-    frozen_groups: int = _field(0, "first groups whose layers stay as they start; their heads learn", low=0, high=MAX_LAYERS)
-    init_from: str = _field("", "weights to start from: by vffjax, torchvision, timm or transformers, or hf://OWNER/NAME; empty: random")
+    network: str = key("mlp", "layers to train; or MODULE:NETWORK, of a file beside the configuration")
+    widths: tuple[int, ...] = key((512, 512, 512), "mlp, conv4, conv: output units or channels of each layer")
+    pools: tuple[int, ...] = key((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
+    width_factor: float = key(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
+    stem: str = key("cifar", "resnet: first layers: 3x3, or 7x7 and max-pooling of stride 2 each (imagenet)", ("cifar", "imagenet"))
+    image_size: int = key(0, "conv, vgg, resnet: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
+    norm: str = key("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
+    norm_statistics: str = key("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
+    head_grid: int = key(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
+    grouping: str = key("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))
+    frozen_groups: int = key(0, "first groups whose layers stay as they start; their heads learn", low=0, high=MAX_LAYERS)
+    init_from: str = key("", "weights to start from: by vffjax, torchvision, timm or transformers, or hf://OWNER/NAME; empty: random")
 
-    rule: str = _field("vff", "local objective of a group: CSCL (+ head), forward-forward goodness, head loss alone", ("vff", "ff", "head"))
-    labelling: str = _field("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
-    noise_scale: float = _field(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
-    copies_per_class: int = _field(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
-    negatives: str = _field("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
-    contrast: str = _field("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
-    similarity: str = _field("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))
-    margin: float = _field(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
-    temperature: float = _field(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4, high=_LARGE)
-    head_weight: float = _field(0.0, "share of the head's gradient that trains the group; 0: the head only reads", low=0.0, high=_LARGE)
-    label_smoothing: float = _field(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
-    goodness_threshold: float = _field(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
-    peer_normalisation: float = _field(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0, high=_LARGE)
+    rule: str = key("vff", "local objective of a group; or MODULE:RULE, of a file beside the configuration")
+    rule_options: Mapping[str, Any] = key({}, "keys of the rule's own, as its file documents them: {'weight': 0.5}")
+    labelling: str = key("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
+    noise_scale: float = key(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
+    copies_per_class: int = key(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
+    negatives: str = key("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
+    contrast: str = key("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
+    similarity: str = key("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))
+    margin: float = key(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
+    temperature: float = key(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4, high=_LARGE)
+    head_weight: float = key(0.0, "share of the head's gradient that trains the group; 0: the head only reads", low=0.0, high=_LARGE)
+    label_smoothing: float = key(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
+    goodness_threshold: float = key(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
+    peer_normalisation: float = key(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0, high=_LARGE)
 
-    schedule: str = _field("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"))
-    feature_cache: str = _field("none", "sequential: keep the frozen groups' features of the training images", ("none", "device", "host"))
-    epochs: int = _field(10, "passes over the training images (sequential: for each group)", low=1, high=1_000_000)
-    batch_size: int = _field(128, "images in a step", low=1, high=2**20)
-    optimizer: str = _field("adamw", "optax optimizer of each group", ("adamw", "sgd"))
-    learning_rate: float = _field(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0, high=_LARGE)
-    group_decay: float = _field(1.0, "learning rate of a group, as a multiple of the next one's; overrides win", low=0.0, high=1.0)
-    weight_decay: float = _field(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0, high=_LARGE)
-    momentum: float = _field(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
-    warmup_epochs: float = _field(0.0, "linear warm-up, in epochs", low=0.0, high=_LARGE)
-    clip_norm: float = _field(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
-    overrides: Mapping[str, Mapping[str, Any]] = _field({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
-    on_nonfinite: str = _field("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))
-    precision: str = _field("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
-    rematerialise: bool = _field(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
+    schedule: str = key("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"))
+    feature_cache: str = key("none", "sequential: keep the frozen groups' features of the training images", ("none", "device", "host"))
+    epochs: int = key(10, "passes over the training images (sequential: for each group)", low=1, high=1_000_000)
+    batch_size: int = key(128, "images in a step", low=1, high=2**20)
+    optimizer: str = key("adamw", "optax optimizer of each group", ("adamw", "sgd"))
+    learning_rate: float = key(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0, high=_LARGE)
+    group_decay: float = key(1.0, "learning rate of a group, as a multiple of the next one's; overrides win", low=0.0, high=1.0)
+    weight_decay: float = key(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0, high=_LARGE)
+    momentum: float = key(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
+    warmup_epochs: float = key(0.0, "linear warm-up, in epochs", low=0.0, high=_LARGE)
+    clip_norm: float = key(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
+    overrides: Mapping[str, Mapping[str, Any]] = key({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
+    on_nonfinite: str = key("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))
+    precision: str = key("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
+    rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
-    inference: str = _field("heads", "how the final error is measured: head ensemble, or sweep over all labels", ("heads", "sweep"))
-    eval_batch_size: int = _field(500, "images in a step of evaluation", low=1, high=2**20)
-    checkpoint_every: int = _field(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
-    checkpoint_seconds: float = _field(0.0, "seconds after which a long epoch is saved before its end; 0: never", low=0.0, high=_LARGE)
-    segment_steps: int = _field(0, "steps that the device runs in one call; 0: as many as take a few seconds", low=0, high=_MOST)
+    inference: str = key("heads", "how classes are scored: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"))
+    eval_batch_size: int = key(500, "images in a step of evaluation", low=1, high=2**20)
+    checkpoint_every: int = key(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
+    checkpoint_seconds: float = key(0.0, "seconds after which a long epoch is saved before its end; 0: never", low=0.0, high=_LARGE)
+    segment_steps: int = key(0, "steps that the device runs in one call; 0: as many as take a few seconds", low=0, high=_MOST)
     # fmt: on
 
     @functools.cached_property
@@ -127,14 +119,6 @@ class Config:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self._text == other._text  # here NaN equals NaN: see `of_program`
-
-    @property
-    def resolved_norm(self) -> str:
-        return ("input" if self.rule == "ff" else "batch") if self.norm == "auto" else self.norm
-
-    @property
-    def resolved_contrast(self) -> str:
-        return ("in_batch" if self.labelling == "shared" else "triplet") if self.contrast == "auto" else self.contrast
 
     def trained_by(self) -> dict[str, Any]:
         """What makes two runs the same: all keys that are not `CHANGEABLE`. Plain JSON types, tuples as lists."""
@@ -148,16 +132,20 @@ class Config:
         """Plain JSON types, tuples as lists."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["overrides"] = {group: dict(override) for group, override in self.overrides.items()}
+        plain["rule_options"] = dict(self.rule_options)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+FIELDS = fields_of(Config)
 
 
 def default_config() -> ml_collections.ConfigDict:
     """All keys with their defaults, locked: a config file that sets an unknown key fails there."""
-    config = ml_collections.ConfigDict(Config().to_dict() | {"widths": Config().widths, "pools": Config().pools})
-    return config.lock()
+    config = ml_collections.ConfigDict({name: default_of(field) for name, field in FIELDS.items()}).lock()
+    for name, field in FIELDS.items():
+        if isinstance(default_of(field), dict):  # of which the keys are not known here
+            config[name].unlock()
+    return config
 
 
 def converted(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -171,71 +159,36 @@ def converted(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
         raise UserError(
             f"config: cannot be read ({type(error).__name__}: {printable(str(error), 200)}); give each key a plain value"
         ) from None
-    for key in plain:
-        if key not in FIELDS:
-            raise bad_key(printable(str(key), 100), plain[key], "no such key", nearest_key(str(key)))
-    values = {key: _convert(key, value, type(FIELDS[key].default if key != "overrides" else {})) for key, value in plain.items()}
-    values["overrides"] = _convert_overrides(values.get("overrides", {}))
-    config = Config(**values)
-    for key in FIELDS:
-        _check_range(key, getattr(config, key))
+    for name in plain:
+        if name not in FIELDS:
+            raise bad_key(printable(str(name), 100), plain[name], "no such key", nearest_key(str(name)))
+    values = {name: value_of(FIELDS[name], value, name) for name, value in plain.items()}
+    config = Config(**values | {"overrides": _overrides(values.get("overrides", {}))})
+    for room in ROOMS:
+        room.check(getattr(config, room.key))
     return config
 
 
-def nearest_key(key: str) -> str:
+def nearest_key(name: str) -> str:
     """What to do about a key that does not exist."""
-    near = difflib.get_close_matches(key, FIELDS, n=1)
+    near = difflib.get_close_matches(name, FIELDS, n=1)
     return f"did you mean config.{near[0]}?" if near else "see python train.py --help for the keys"
 
 
-def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _overrides(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A copy, its values converted and in range."""
     out: dict[str, dict[str, Any]] = {}
-    for name, override in overrides.items():
-        if not isinstance(name, str) or not re.fullmatch("group(0|[1-9][0-9]{0,3})", name):
-            raise bad_key(f"overrides.{printable(str(name), 100)}", override, "not a group", "name groups group0, group1, ...")
+    for group, override in given.items():
+        if not isinstance(group, str) or not re.fullmatch("group(0|[1-9][0-9]{0,3})", group):
+            raise bad_key(f"overrides.{printable(str(group), 100)}", override, "not a group", "name groups group0, group1, ...")
         if not isinstance(override, Mapping):
-            raise bad_key(f"overrides.{name}", override, "not a dictionary", "give for example {'learning_rate': 1e-4}")
-        out[name] = {}
-        for key, value in override.items():
-            if key not in OVERRIDABLE:
-                raise bad_key(
-                    f"overrides.{name}.{printable(str(key), 100)}", value, "cannot be overridden", f"use one of {', '.join(OVERRIDABLE)}"
-                )
-            out[name][key] = _convert(f"overrides.{name}.{key}", value, type(FIELDS[key].default))
-            _check_range(key, out[name][key], f"overrides.{name}.{key}")
+            raise bad_key(f"overrides.{group}", override, "not a dictionary", "give for example {'learning_rate': 1e-4}")
+        for name, value in override.items():
+            if name not in OVERRIDABLE:
+                shown, known = f"overrides.{group}.{printable(str(name), 100)}", ", ".join(OVERRIDABLE)
+                raise bad_key(shown, value, "cannot be overridden", f"use one of {known}")
+        out[group] = {name: value_of(FIELDS[name], value, f"overrides.{group}.{name}") for name, value in override.items()}
     return out
-
-
-def _convert(key: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 10**300:  # float() would raise
-            raise bad_key(key, value, "too large", "give a number of common size")
-        value = float(value)
-    if kind is tuple:
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            return tuple(value)
-        raise bad_key(key, value, "not a tuple of whole numbers", f"give for example --config.{key}='{FIELDS[key].default}'")
-    if (kind is int and isinstance(value, bool)) or not isinstance(value, kind):
-        raise bad_key(key, value, f"has type {type(value).__name__}", f"give a value of type {kind.__name__}")
-    return value
-
-
-def _check_range(key: str, value: Any, shown: str = "") -> None:
-    """Checks a value against the choices and limits of `key`; errors name `shown` if it is given."""
-    meta, key = FIELDS[key].metadata, shown or key
-    if meta["choices"] and value not in meta["choices"]:
-        near = difflib.get_close_matches(str(value), meta["choices"], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise bad_key(key, value, "not known", f"{hint}choose one of {', '.join(meta['choices'])}")
-    if isinstance(value, str) and any(unicodedata.category(c) == "Cc" for c in value):
-        raise bad_key(key, value, "holds a control character", "remove it; a path with one has to be renamed")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise bad_key(key, value, "not a finite number", "give a finite number")
-    if meta["low"] is not None and value < meta["low"]:
-        raise bad_key(key, value, "too small", f"the least is {meta['low']}")
-    if meta["high"] is not None and value > meta["high"]:
-        raise bad_key(key, value, "too large", f"the most is {meta['high']}")
 
 
 def for_group(config: Config, group: int, later: int = 0) -> Config:
@@ -259,7 +212,7 @@ def of_program(config: Config) -> Config:
     def number(key: str, value: float) -> float:
         return 0.0 if key in _SWITCHES and value == 0 else math.nan
 
-    defaults = {key: FIELDS[key].default for key in _OUTSIDE}
+    defaults = {name: default_of(FIELDS[name]) for name in _OUTSIDE}
     numbers = {key: number(key, getattr(config, key)) for key in ARGUMENTS}
     overrides = {}
     for group, override in sorted(config.overrides.items()):

@@ -16,12 +16,10 @@ from vffjax.cli import run_commands
 from vffjax.cli.flags import a_data_dir, describe_keys, json_file, naming_files, parse_train, parser_of, whole_numbers
 from vffjax.config import CHANGEABLE, FIELDS, MAX_LAYERS, Config
 from vffjax.costs import ledger
-from vffjax.data.sets import SIZES
 from vffjax.errors import SafeStream, UserError, notice, printable
 from vffjax.files import write_json
 from vffjax.runs import termination
 from vffjax.runs.termination import Terminated
-from vffjax.training.checks import least_bytes
 from vffjax.weights import weights
 
 USAGE = """usage: vffjax COMMAND [OPTION ...]
@@ -231,8 +229,10 @@ def _check_memory(config: Config) -> None:
     """Refuses at once what cannot fit: XLA would end the process, or the kernel would."""
     import jax
 
-    device, sizes = jax.devices()[0], SIZES[config.dataset]
-    here, least = _bytes_of(device), least_bytes(config, sizes.image_shape, sizes.classes)
+    from vffjax.costs.memory import least_bytes
+
+    device = jax.devices()[0]
+    here, least = _bytes_of(device), least_bytes(config)
     if here is not None and least > here:  # one device trains, however many there are
         shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
         raise UserError(f"{shown}: needs {least / 1e9:,.1f} GB at the least, and {device.device_kind} has {here / 1e9:,.1f}; lower them")

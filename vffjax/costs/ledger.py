@@ -1,17 +1,18 @@
 """The memory ledger on paper: which training steps are compared, at which depths and batches, and the table of what they take.
 
-Needs no JAX, so that bad input is refused at once; `memory.py` compiles the steps.
+`memory.py` compiles the steps.
 """
 
 import dataclasses
 from typing import Any
 
-from vffjax.architectures import PUBLISHED
-from vffjax.config import CONVOLUTIONAL, Config
+from vffjax.config import Config
+from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
-from vffjax.data.sets import SIZES
 from vffjax.errors import UserError
-from vffjax.training.checks import check_against_data, layer_sizes, make_config
+from vffjax.networks import find
+from vffjax.training.checks import check_against_data, make_config
+from vffjax.training.plan import groups_of, make_plan
 
 TARGETS = ("here", "cpu", "tpu")
 MICRO_BATCHES = 4
@@ -39,15 +40,14 @@ class Case:
     @property
     def depth(self) -> int:
         """Layers, of which a residual block is one."""
-        return len(layer_sizes(self.config, SIZES[self.config.dataset].image_shape))
+        return sum(len(group.module.layers) for group in groups_of(self.config, 2))
 
     @property
     def about(self) -> dict[str, Any]:
         """What the row says of itself."""
         c = self.config
         named = {"depth": self.depth, "batch": c.batch_size, "method": self.method, "grouping": c.grouping}
-        wide = {"width_factor": c.width_factor} if c.network in PUBLISHED else {"widths": list(c.widths)}
-        return named | {"network": c.network, "precision": c.precision, **wide}
+        return named | {"network": c.network, "precision": c.precision, **_size(c)}
 
 
 def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
@@ -58,7 +58,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     is its own group. Overrides and frozen groups name groups, which methods do not share, and are dropped. Raises `UserError` for a batch
     that does not fit.
     """
-    if depths and config.network in PUBLISHED:
+    if depths and find(config).deepened is None:
         raise UserError(f"--depths: {config.network} has its own depth; leave it out, or use --config.network=conv")
     networks = [deepened(config, depth) for depth in depths] or [config]
     found = []
@@ -73,35 +73,40 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
                 "feature_cache": "none",
             }
             found += [Case(method, make_config(common | changes)) for method, changes in methods(config.rule).items()]
-    sizes = SIZES[config.dataset]
+    sizes = sizes_of(config)
+    images = split_sizes(config, sizes.train_images)[0]
     for case in found:
-        check_against_data(case.config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, 1)
+        check_against_data(make_plan(case.config, images, sizes.classes), images, sizes.image_shape)
     return found
 
 
 def deepened(config: Config, depth: int) -> Config:
     """The configuration's kind of network with `depth` layers of its first width, no pooling, each layer a group."""
-    changes: dict[str, Any] = {"widths": config.widths[:1] * depth, "grouping": "layer"}
-    if config.network in CONVOLUTIONAL:
-        changes |= {"network": "conv", "pools": (1,) * depth}
-    return dataclasses.replace(config, **changes)
+    changes = find(config).deepened
+    assert changes is not None  # `cases` has asked
+    return dataclasses.replace(config, **{**changes(config, depth), "grouping": "layer"})
+
+
+def _size(config: Config) -> dict[str, Any]:
+    """The keys that say how wide the network is, as JSON has them."""
+    wide = {key: getattr(config, key) for key in ("widths", "width_factor") if key in find(config).keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in wide.items()}
 
 
 def network_of(config: Config, depths: list[int]) -> dict[str, Any]:
     """Which network the rows are of: `own`, whether it is the configuration's, and `measured`, in words."""
-    wide = f"width_factor {config.width_factor:g}" if config.network in PUBLISHED else f"widths {' '.join(map(str, config.widths))}"
-    mine = f"{config.network}, {wide}, grouping {config.grouping}"
+    wide = [f"{key} {' '.join(map(str, value)) if isinstance(value, list) else f'{value:g}'}" for key, value in _size(config).items()]
+    mine = ", ".join([config.network, *wide, f"grouping {config.grouping}"])
     if not depths:
         left_out = [f"config.{key}" for key in ("overrides", "frozen_groups") if getattr(config, key)]
         return {"own": not left_out, "measured": mine + (f", without {' and '.join(left_out)}" if left_out else "")}
     deep = deepened(config, depths[0])
-    unit = "channels each, without pooling" if deep.network in CONVOLUTIONAL else "units each"
-    layers = f"{deep.network} with {', '.join(map(str, depths))} layers of {deep.widths[0]} {unit}, each layer a group"
+    layers = f"{deep.network} with {', '.join(map(str, depths))} layers of width {deep.widths[0]}, without pooling, each layer a group"
     return {"own": False, "measured": f"{layers}; not the configuration's own network ({mine})"}
 
 
 def _check_batch(config: Config, batch: int, shown: str) -> None:
-    images = split_sizes(config, SIZES[config.dataset].train_images)[0]
+    images = split_sizes(config, sizes_of(config).train_images)[0]
     if batch > images:
         raise UserError(f"{shown}: larger than the {images} training images; use at most {images}")
     if batch % MICRO_BATCHES:

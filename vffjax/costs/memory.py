@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from vffjax.config import Config
 from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
+from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
-from vffjax.data.sets import SIZES
-from vffjax.networks.groups import GroupState
-from vffjax.rules import local as rules
+from vffjax.networks.groups import GroupState, layer_sizes
+from vffjax.rules import local
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan, init_states, make_plan, make_task
-from vffjax.training.trainer import group_setting, step_streams, train_step
+from vffjax.training.trainer import step_streams, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
@@ -39,15 +40,15 @@ def accumulated_step(
     One update. Batch statistics are those of each part. The batch must be a multiple of the parts. Metrics: `loss`, `accuracy`.
     """
     (group,), (state,) = plan.groups, states
-    own, hyper, _ = group_setting(plan, 0, batch)
-    gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
+    setting = plan.setting(0, batch.hyper, batch.key)
+    gradient = jax.value_and_grad(local.local_loss, has_aux=True)
 
     def part(carry: tuple[Any, Any], rows: tuple[Array, ...]) -> tuple[tuple[Any, Any], dict[str, Array]]:
         total, stats = carry
         images, labels, ids, key = rows
         some = batch._replace(images=images, labels=labels, ids=ids, key=key)
         streams = step_streams(plan, None, task, states, some)
-        (loss, (stats, _, metrics)), grads = gradient(state.params, own, group, hyper, stats, streams, group_setting(plan, 0, some)[2])
+        (loss, (stats, _, metrics)), grads = gradient(state.params, plan.setting(0, some.hyper, key), group, stats, streams)
         accuracy = jnp.mean(metrics["log_p"].argmax(-1) == labels)
         return (jax.tree.map(jnp.add, total, grads), stats), {"loss": loss, "accuracy": accuracy}
 
@@ -55,13 +56,23 @@ def accumulated_step(
     start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
     (total, stats), metrics = jax.lax.scan(part, start, (*parts, jax.random.split(batch.key, MICRO_BATCHES)))
     mean = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
-    updates, opt_state = make_optimizer(own, hyper).update(mean, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(setting.config, setting.hyper).update(mean, state.opt_state, state.params)
     return (GroupState(optax.apply_updates(state.params, updates), stats, opt_state),), jax.tree.map(jnp.mean, metrics)
+
+
+def least_bytes(config: Config) -> int:
+    """What training takes at the very least: parameters with their optimizer's states, and the largest feature map of a step once."""
+    sizes = sizes_of(config)
+    plan = make_plan(config, sizes.train_images, sizes.classes)
+    states = jax.tree.leaves(jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
+    largest = max(area for _, area in layer_sizes(plan.groups, sizes.image_shape))
+    itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in states) + plan.rows_of_a_step * largest * itemsize
 
 
 def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
     """A case's plan, and its step of `(task, states, batch)`; in the sequential schedule the last group trains."""
-    sizes = SIZES[case.config.dataset]
+    sizes = sizes_of(case.config)
     plan = make_plan(case.config, split_sizes(case.config, sizes.train_images)[0], sizes.classes)
     if case.method == ACCUMULATED:
         return plan, functools.partial(accumulated_step, plan.program)
@@ -70,7 +81,7 @@ def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
 
 def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
     """What a step takes, abstract, on the target: task, states, and a batch."""
-    sizes, batch = SIZES[plan.config.dataset], plan.config.batch_size
+    sizes, batch = sizes_of(plan.config), plan.config.batch_size
     channels = (0.5,) * sizes.image_shape[2]
     task = jax.eval_shape(lambda: make_task(plan.config, sizes.classes, sizes.image_shape, channels, channels))
     states = jax.eval_shape(lambda: init_states(plan, sizes.image_shape))

@@ -1,0 +1,19 @@
+"""Sources of images, one module each. `config.dataset` is the module's name, or `my_module:SOURCE` of a file beside the configuration."""
+
+from vffjax.config import Config
+from vffjax.data.sets import Sizes, Source
+from vffjax.errors import bad_key
+from vffjax.registry import SOURCES
+
+
+def find(config: Config) -> Source:
+    """The source of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is none."""
+    source = SOURCES.find(config.dataset)
+    if not isinstance(source, Source):
+        raise bad_key("dataset", config.dataset, f"is {type(source).__name__}, not a source", "make it a vffjax.data.sets.Source")
+    return source
+
+
+def sizes_of(config: Config) -> Sizes:
+    """What there is to know of a configuration's set without reading it."""
+    return find(config).sizes

@@ -4,13 +4,11 @@ import pathlib
 
 import numpy as np
 
-from vffjax.config import DATASETS, Config
-from vffjax.data import tfds_files
-from vffjax.data.digits import digits
-from vffjax.data.sets import TFDS_NAMES, Dataset, Split, take
-from vffjax.data.synthetic import synthetic
-from vffjax.data.tfds import tfds
+from vffjax.config import Config
+from vffjax.data import find
+from vffjax.data.sets import Dataset, Split, take
 from vffjax.errors import bad_key
+from vffjax.registry import SOURCES
 
 SPLIT_STREAM = 0x5EED  # keeps the split apart from the other uses of the seed
 
@@ -21,14 +19,7 @@ def load(config: Config) -> Dataset:
     A set of tensorflow-datasets that is not prepared is downloaded and prepared first. Raises `UserError` if the data cannot be
     had or is damaged, or if config.train_examples or config.val_fraction does not fit it.
     """
-    if config.dataset == "digits":
-        train, test, names = digits()
-    elif config.dataset == "synthetic":
-        train, test, names = synthetic()
-    elif config.dataset in TFDS_NAMES:
-        train, test, names = tfds(config)
-    else:
-        raise bad_key("dataset", config.dataset, "not known", f"choose one of {', '.join(DATASETS)}")
+    train, test, names = find(config).read(config)
     train, validation = _cut(train, config)
     mean, std = _moments(train.images)
     return Dataset(config.dataset, train, validation, test, names, mean, std)
@@ -39,12 +30,13 @@ def prepare(name: str, data_dir: str) -> pathlib.Path:
 
     An empty `data_dir` means $TFDS_DATA_DIR, else ~/tensorflow_datasets. A set that is there already, in any version or format, is
     left as it is. TensorFlow is not needed. Archives in DATA_DIR/downloads/manual are used instead of a download. Raises
-    `UserError`, and leaves no half-made folder, if the set is not one of `TFDS_NAMES` or cannot be downloaded or written.
+    `UserError`, and leaves no half-made folder, if the set needs no preparation or cannot be downloaded or written.
     """
-    if name not in TFDS_NAMES:
-        known = name in DATASETS
-        raise bad_key("dataset", name, "needs no preparation" if known else "not known", f"prepare one of {', '.join(TFDS_NAMES)}")
-    return tfds_files.prepare(name, tfds_files.data_root(data_dir))
+    SOURCES.check(name)
+    can = {known: source.prepare for known in SOURCES.names if (source := SOURCES.find(known)).prepare}
+    if name not in can:
+        raise bad_key("dataset", name, "needs no preparation", f"prepare one of {', '.join(can)}")
+    return can[name](data_dir)
 
 
 def split_sizes(config: Config, images: int) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-TFDS_NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+from vffjax.config import Config
 
 
 class Sizes(NamedTuple):
@@ -15,16 +17,6 @@ class Sizes(NamedTuple):
     train_images: int  # validation images included
     image_shape: tuple[int, int, int]  # height, width, channels
     classes: int
-
-
-SIZES = {
-    "digits": Sizes(1_437, (8, 8, 1), 10),
-    "synthetic": Sizes(2_000, (16, 16, 3), 10),
-    "mnist": Sizes(60_000, (28, 28, 1), 10),
-    "fashion_mnist": Sizes(60_000, (28, 28, 1), 10),
-    "cifar10": Sizes(50_000, (32, 32, 3), 10),
-    "cifar100": Sizes(50_000, (32, 32, 3), 100),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,3 +67,20 @@ class Dataset:
 
 def take(split: Split, index: np.ndarray) -> Split:
     return Split(split.images[index], split.labels[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the images of a set come from.
+
+    Attributes:
+        sizes: what there is to know without reading the set.
+        read: the training images (validation images among them), the test images, and the names of the classes. Raises `UserError` if the
+            data cannot be had or are damaged.
+        prepare: brings the set to this machine, under a data directory ('' for the usual one), and returns its folder; None: there is
+            nothing to bring.
+    """
+
+    sizes: Sizes
+    read: Callable[[Config], tuple[Split, Split, tuple[str, ...]]]
+    prepare: Callable[[str], pathlib.Path] | None = None

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from vffjax.data.sets import Split, take
+from vffjax.config import Config
+from vffjax.data.sets import Sizes, Source, Split, take
 
 
-def synthetic() -> tuple[Split, Split, tuple[str, ...]]:
+def read(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
     """Ten smooth colour patterns; each image has its own shift, contrast, smooth disturbance and pixel noise.
 
     A linear classifier makes 9 % errors on the test images.
@@ -26,3 +27,6 @@ def synthetic() -> tuple[Split, Split, tuple[str, ...]]:
     images = np.clip(np.rint(128 + 40 * pixels), 0, 255).astype(np.uint8)
     parts = np.split(np.arange(n), [sizes[0]])
     return take(Split(images, labels), parts[0]), take(Split(images, labels), parts[1]), tuple(f"pattern{k}" for k in range(classes))
+
+
+SOURCE = Source(Sizes(train_images=2_000, image_shape=(16, 16, 3), classes=10), read)

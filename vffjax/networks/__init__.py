@@ -1,17 +1,14 @@
-"""Networks as plain sequences of layers with declared widths. They know nothing of labels, groups or training."""
+"""Networks, one module each. `config.network` is the module's name, or `my_module:NETWORK` of a file beside the configuration."""
 
-from vffjax.architectures import RESNET, VGG
 from vffjax.config import Config
-from vffjax.errors import chosen
-from vffjax.networks.convolutional import convolutional
-from vffjax.networks.layers import Layer
-from vffjax.networks.mlp import mlp
-from vffjax.networks.resnet import resnet
-from vffjax.networks.vgg import vgg
-
-_BUILDERS = {"mlp": mlp, "conv4": convolutional, "conv": convolutional} | dict.fromkeys(VGG, vgg) | dict.fromkeys(RESNET, resnet)
+from vffjax.errors import bad_key
+from vffjax.networks.network import Network
+from vffjax.registry import NETWORKS
 
 
-def build(config: Config) -> tuple[Layer, ...]:
-    """The layers of `config.network`, from input to output."""
-    return chosen("network", config.network, _BUILDERS)(config)
+def find(config: Config) -> Network:
+    """The network of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is none."""
+    network = NETWORKS.find(config.network)
+    if not isinstance(network, Network):
+        raise bad_key("network", config.network, f"is {type(network).__name__}, not a network", "make it a vffjax.networks.network.Network")
+    return network

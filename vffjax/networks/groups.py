@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vffjax.config import Config
 from vffjax.errors import chosen
-from vffjax.networks import build
+from vffjax.networks import find
 from vffjax.networks.layers import Layer, divide_by_rms
-from vffjax.networks.resnet import Stem
 from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.ops.recompute import recomputed
 
@@ -60,10 +59,14 @@ class _Module(nn.Module):
 class LayerGroup:
     """One group: pure functions of its parameters. The head is linear on features mean-pooled to a grid; it starts at zero."""
 
-    name: str
+    index: int  # from 0 at the input
     module: _Module
     rematerialise: bool = False
     frozen: bool = False  # its layers stay as they start, statistics included; its head learns
+
+    @property
+    def name(self) -> str:
+        return f"group{self.index}"
 
     @property
     def width(self) -> int:
@@ -121,33 +124,48 @@ class LayerGroup:
 
 
 def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ...]:
-    """Groups of consecutive layers: by `width`, maximal runs of equal width; by `block`, residual blocks and what is between two poolings;
-    each `layer` alone, of which a residual block is one; or `all` in one (back-propagation).
+    """Groups of consecutive layers.
 
-    A ResNet's stem is no block: by width and by block it belongs to the group behind it.
+    Args:
+        layers: of a network, from input to output.
+        grouping: `width`, maximal runs of equal width; `block`, the blocks that the network declares; `layer`, each layer alone, of which
+            a residual block is one; or `all` in one group (back-propagation).
+
+    A stem belongs to the group behind it, except where each layer is a group.
     """
     if chosen("grouping", grouping, {"all": True, "width": False, "block": False, "layer": False}):
         return (layers,)
     groups: list[tuple[Layer, ...]] = []
     for layer in layers:
         before = groups[-1][-1] if groups else None
-        same = before is not None and (isinstance(before, Stem) or before.width == layer.width)
-        if before and ((grouping == "width" and same) or (grouping == "block" and not before.ends_block)):
+        joins = {"width": before is not None and before.width == layer.width, "block": before is not None and not before.ends_block}
+        if before is not None and grouping != "layer" and (joins[grouping] or before.joins_next):
             groups[-1] += (layer,)
         else:
             groups.append((layer,))
     return tuple(groups)
 
 
-def make_groups(config: Config, classes: int) -> tuple[LayerGroup, ...]:
-    """The groups of `config.network` under `config.grouping`, named group0, group1, ..."""
+def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ...]:
+    """The groups of `config.network` under `config.grouping`, with a kind of normalisation and heads of so many classes."""
     # Without a normalisation behind the linear map, features have any scale, and a linear head needs one.
-    free_scale = config.resolved_norm in ("input", "none")
+    free_scale = norm in ("input", "none")
     groups = []
-    for i, layers in enumerate(cut(build(config), config.grouping)):
+    for i, layers in enumerate(cut(find(config).layers(config, norm), config.grouping)):
         module = _Module(layers, classes, config.head_grid or fitting_grid(layers[-1].width), free_scale)
-        groups.append(LayerGroup(f"group{i}", module, config.rematerialise, i < config.frozen_groups))
+        groups.append(LayerGroup(i, module, config.rematerialise, i < config.frozen_groups))
     return tuple(groups)
+
+
+def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Of each layer, from input to output, the entries of its kernels together, and of its feature map of one image
+    before pooling. Nothing is computed."""
+    x, found = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), []
+    for layer in (layer for group in groups for layer in group.module.layers):
+        x, variables = jax.eval_shape(functools.partial(layer.init_with_output, clean=1, train=False), jax.random.key(0), x)
+        kernels = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1)
+        found.append((kernels, x.size * getattr(layer, "pool", 1) ** 2))
+    return found
 
 
 def fitting_grid(width: int) -> int:

@@ -20,22 +20,27 @@ from vffjax.ops.pooling import max_pool
 MOMENTUM = 0.9
 
 
-def common(config: Config) -> dict[str, Any]:
-    """What every layer of a network takes from the configuration."""
+def scaled(channels: int, factor: float) -> int:
+    """Channels of a narrower or wider network, at least 1."""
+    return max(1, round(channels * factor))
+
+
+def common(config: Config, norm: str) -> dict[str, Any]:
+    """What every layer of a network takes from the configuration, and the kind of normalisation."""
     dtype = chosen("precision", config.precision, {"bf16": jnp.bfloat16, "f32": jnp.float32})
     frozen = chosen("norm_statistics", config.norm_statistics, {"frozen": True, "batch": False})
-    return {"norm": config.resolved_norm, "dtype": dtype, "frozen": frozen}
+    return {"norm": norm, "dtype": dtype, "frozen": frozen}
 
 
 class Layer(nn.Module):
-    """What a network is made of: `__call__(x, clean, train)`, with `width` output channels."""
+    """What a network is made of: `__call__(x, clean, train)`, with `width` output channels.
+
+    The network says where its blocks end, for groups that are blocks, and which layer is a stem that joins the group behind it.
+    """
 
     width: int
-
-    @property
-    def ends_block(self) -> bool:
-        """Whether a group that is a block of the network ends behind it."""
-        return True
+    ends_block: bool = True
+    joins_next: bool = False
 
 
 def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *feature"]:
@@ -129,10 +134,6 @@ class ConvLayer(_Affine):
 
     pool: int = 1
     resize: int = 0
-
-    @property
-    def ends_block(self) -> bool:
-        return self.pool > 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:

@@ -1,6 +1,7 @@
-"""ResNet-18, -34 and -50 as torchvision has them, and with a stem for 32x32 images; the classifier is the last group's head.
+"""ResNets (He et al., 2016, arXiv:1512.03385) as torchvision has them, and with a stem for 32x32 images.
 
-Parameters are named as torchvision names them, with `_` for `.`, so that `pretrained` needs no table.
+The classifier is the last group's head. In a bottleneck the 3x3 convolution has the stride (torchvision's "v1.5"). Parameters are named
+as torchvision names them, with `_` for `.`, so that `weights.torchvision` needs no table.
 """
 
 from typing import Any
@@ -9,11 +10,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vffjax.architectures import STEMS, residual_blocks, stem_width
 from vffjax.config import Config
-from vffjax.networks.layers import Layer, Norm, common, resized
+from vffjax.errors import bad_key, chosen
+from vffjax.networks.layers import Layer, Norm, common, resized, scaled
+from vffjax.networks.network import Block, Network
 from vffjax.ops.conv import conv
 from vffjax.ops.pooling import max_pool_overlapping
+
+_STAGES = (64, 128, 256, 512)  # channels of each stage
+# Side and stride of the first convolution. The imagenet stem has 3x3 max-pooling of stride 2 behind it.
+STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}
 
 
 class _Conv(nn.Module):
@@ -34,15 +40,11 @@ class _Conv(nn.Module):
 class Stem(Layer):
     """First convolution, normalisation, ReLU; `imagenet`: 7x7 with stride 2, then 3x3 max-pooling with stride 2; `cifar`: 3x3."""
 
-    kind: str
-    norm: str
-    dtype: Any
-    frozen: bool
+    kind: str = "cifar"
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    frozen: bool = False
     resize: int = 0
-
-    @property
-    def ends_block(self) -> bool:
-        return False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:
@@ -57,12 +59,12 @@ class ResidualBlock(Layer):
     Where the shape changes, the input passes a 1x1 convolution and a normalisation of its own.
     """
 
-    inner: int
-    stride: int
-    bottleneck: bool
-    norm: str
-    dtype: Any
-    frozen: bool
+    inner: int = 64
+    stride: int = 1
+    bottleneck: bool = False
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:
@@ -79,9 +81,37 @@ class ResidualBlock(Layer):
         return nn.relu(out + x.astype(out.dtype))
 
 
-def resnet(config: Config) -> tuple[Layer, ...]:
-    """Stem and residual blocks of `config.network`, each `config.width_factor` times as wide as published."""
-    given = common(config)
-    stem = Stem(stem_width(config.width_factor), kind=config.stem, resize=config.image_size, **given)
-    blocks = residual_blocks(config.network, config.width_factor)
-    return stem, *(ResidualBlock(b.width, b.inner, b.stride, b.bottleneck, **given) for b in blocks)
+def stem_shape(config: Config) -> tuple[int, int]:
+    """Side and stride of the first convolution."""
+    return chosen("stem", config.stem, STEMS)
+
+
+def stem_width(config: Config) -> int:
+    """Channels of the first convolution."""
+    return scaled(_STAGES[0], config.width_factor)
+
+
+def resnet(counts: tuple[int, ...], bottleneck: bool = False) -> Network:
+    """A ResNet with so many residual blocks in each stage, its channels `config.width_factor` times the published ones."""
+
+    def layers(config: Config, norm: str) -> tuple[Layer, ...]:
+        given = common(config, norm)
+        stem = Stem(stem_width(config), kind=config.stem, resize=config.image_size, joins_next=True, **given)
+        return stem, *(ResidualBlock(b.width, inner=b.inner, stride=b.stride, bottleneck=b.bottleneck, **given) for b in blocks(config))
+
+    def blocks(config: Config) -> list[Block]:
+        found = []
+        for stage, count in enumerate(counts):
+            inner = scaled(_STAGES[stage], config.width_factor)
+            for i in range(count):
+                stride, width = 2 if stage and not i else 1, 4 * inner if bottleneck else inner
+                found.append(Block(f"layer{stage + 1}.{i}", width, inner, stride, bottleneck))
+        return found
+
+    return Network(layers, keys=("width_factor", "stem", "image_size"), check=_check, blocks=blocks)
+
+
+def _check(config: Config, norm: str) -> None:
+    if norm in ("input", "none"):
+        because = f" (which norm=auto means under rule {config.rule})" if config.norm == "auto" else ""
+        raise bad_key("network", config.network, f"residual sums need a normalisation, not norm={norm}{because}", "use vgg8b or conv")

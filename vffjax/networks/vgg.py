@@ -1,15 +1,29 @@
-"""vgg8b and vgg11b (Nokland and Eidnes, 2019): 3x3 convolutions, then a dense layer; the classifier behind it is the last group's head.
+"""The VGG networks of work on local losses (Nokland and Eidnes, 2019, arXiv:1901.06656): 3x3 convolutions, then a dense layer.
 
-Ours differ from the published ones in the activation, ReLU for leaky ReLU, and in having no dropout.
+The classifier behind it is the last group's head. Ours differ from the published ones in the activation, ReLU for leaky ReLU, and in
+having no dropout.
 """
 
-from vffjax.architectures import VGG, VGG_HIDDEN, scaled
 from vffjax.config import Config
-from vffjax.networks.convolutional import convolutions
-from vffjax.networks.layers import DenseLayer, Layer, common
+from vffjax.networks.conv import check_side, convolutions
+from vffjax.networks.layers import DenseLayer, Layer, common, scaled
+from vffjax.networks.network import Network
+
+HIDDEN = 1024  # units of the dense layer
 
 
-def vgg(config: Config) -> tuple[Layer, ...]:
-    """The layers of `config.network`, each `config.width_factor` times as wide as published."""
-    sizes = ((scaled(width, config.width_factor), pool) for width, pool in VGG[config.network])
-    return (*convolutions(config, sizes), DenseLayer(scaled(VGG_HIDDEN, config.width_factor), **common(config)))
+def vgg(convolutional: tuple[tuple[int, int], ...]) -> Network:
+    """A network of 3x3 convolutions of given channels, each with the window of the max-pooling behind it (1: none), and a dense layer.
+
+    Its channels and units are `config.width_factor` times the published ones.
+    """
+
+    def layers(config: Config, norm: str) -> tuple[Layer, ...]:
+        sizes = ((scaled(width, config.width_factor), pool) for width, pool in convolutional)
+        dense = DenseLayer(scaled(HIDDEN, config.width_factor), **common(config, norm))
+        return (*convolutions(config, norm, sizes), dense)
+
+    def check_images(config: Config, image_shape: tuple[int, int, int]) -> None:
+        check_side(config, "network", (pool for _, pool in convolutional), image_shape, "set config.image_size=32")
+
+    return Network(layers, keys=("width_factor", "image_size"), check_images=check_images)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from vffjax.config import Config
+from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
-from vffjax.data.sets import SIZES
 from vffjax.proofs import dataflow
 from vffjax.proofs.probes import leaf_names, losses, probe
 from vffjax.rules.streams import DRAWN
@@ -32,10 +32,10 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     came `to` which. With `numeric`, gradients are computed as well, on random inputs. Raises `UserError` if the configuration does not fit
     its data set.
     """
-    sizes = SIZES[config.dataset]
+    sizes = sizes_of(config)
     images = split_sizes(config, sizes.train_images)[0]
     plan = make_plan(config, images, sizes.classes)
-    check_against_data(config, images, sizes.image_shape, sizes.classes, len(plan.groups))
+    check_against_data(plan, images, sizes.image_shape)
     layers = {group.name: len(group.module.layers) for group in plan.groups}
     numbers = probe(plan, sizes.image_shape, sizes.classes) if numeric else None
 
@@ -80,7 +80,11 @@ def _verdict(local: bool, layers: dict[str, int], violations: list[dict[str, Any
         return "no gradient crosses a border between groups"
     if len(layers) == 1 and "backward" in kinds:
         (count,) = layers.values()
-        crossed = {(v["from_part"], v["to_part"]) for v in violations if v["kind"] == "backward" and "/head" not in v["from_part"]}
+        crossed = {
+            (v["from_part"], v["to_part"])
+            for v in violations
+            if v["kind"] == "backward" and not v["from_part"].endswith(("/head", "/rule"))
+        }
         return f"gradients cross {'every layer' if len(crossed) == count * (count - 1) // 2 else 'layers'}: this is back-propagation"
     return f"found: {', '.join(sorted(kinds))}"
 
@@ -117,7 +121,7 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, image
     batch = abstract_batch(size, image_shape, groups)
     steps, segments = [], []
     for active in [None] if plan.config.schedule == "joint" else range(plan.stages):
-        trains = [group.name for group in plan.groups if active in (None, int(group.name[5:]))]
+        trains = [group.name for group in plan.groups if active in (None, group.index)]
         cached = None
         if active and plan.config.feature_cache != "none":
             every_image = shape((images, *image_shape), jnp.uint8)
@@ -155,11 +159,11 @@ def _params(program: _Program, group: str) -> list[str]:
 
 
 def _layers(program: _Program, group: str) -> dict[str, list[str]]:
-    """The leaves of each layer of a group, its head last."""
+    """The leaves of each layer of a group; its head and what its rule owns come last."""
     parts: dict[str, list[str]] = {}
     for name in _params(program, group):
         parts.setdefault("/".join(name.split("/")[:2]), []).append(name)
-    return {part: parts[part] for part in sorted(parts, key=lambda p: (p.endswith("/head"), len(p), p))}
+    return {part: parts[part] for part in sorted(parts, key=lambda p: (p.endswith(("/head", "/rule")), len(p), p))}
 
 
 def _crossings(program: _Program, parts: dict[str, list[str]], kinds: Sequence[str]) -> list[dict[str, Any]]:
@@ -221,7 +225,7 @@ def _sees(program: _Program, group: int, groups: list[str]) -> dict[str, Any]:
         found = {name: [s for s in by if s.startswith(f"{name}/{kind}")] for name in others}
         return {name: "floating point" if set(of) & set(by_real) else "whole numbers" for name, of in found.items() if of}
 
-    layers = [name for name in _params(program, own) if not name.startswith(f"{own}/head/")]
+    layers = [name for name in _params(program, own) if name.startswith(f"{own}/layers_")]
     of_layers = [program.reaching(layers, path) for path in ("value", "real")]
     others = [name for name in groups if name != own]
     return {
@@ -232,6 +236,7 @@ def _sees(program: _Program, group: int, groups: list[str]) -> dict[str, Any]:
         "class_noise": "task/codebook" in value,
         "pixel_statistics": "task/mean" in value,
         "own_head": how("head/", [own], *of_layers).get(own, "no"),
+        "own_rule": how("rule/", [own], *of_layers).get(own, "no"),
         "own_optimizer_state": bool(how("opt_state/", [own])),
         "running_statistics": list(how("batch_stats/", groups)),
         "heads_of_others": how("head/", others),
@@ -291,6 +296,7 @@ def _seen(seen: dict[str, Any], images: dict[str, Any] | None) -> list[str]:
     lines += ["its optimizer's state"] if seen["own_optimizer_state"] else []
     head = {"floating point": "by gradient", "whole numbers": "by whole numbers alone", "no": "not at all"}[seen["own_head"]]
     lines.append(f"its head, which reaches the layers {head}")
+    lines += ["its rule's own parameters, which reach the layers by gradient"] if seen["own_rule"] != "no" else []
     for name, how in seen["heads_of_others"].items():
         drawn = "as drawn labels" if how == "whole numbers" else "as floating-point numbers"
         lines.append(f"predictions of {name}'s head, {drawn}")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from vffjax.hyperparameters import at_peak
 from vffjax.networks.groups import GroupState
-from vffjax.rules import local as rules
+from vffjax.rules import local
 from vffjax.rules.streams import Streams, Task
 from vffjax.training import trainer
 from vffjax.training.batch import Batch
@@ -34,8 +34,8 @@ def losses(
     for i, (group, state) in enumerate(zip(plan.groups, known, strict=True)):
         if plan.config.schedule == "sequential":
             given = trainer.behind_frozen(plan, i, known, streams)
-        own, hyper, key = trainer.group_setting(plan, i, batch)
-        loss, (_, given, _) = rules.local_loss(state.params, own, group, hyper, state.batch_stats, given, key)
+        setting = plan.setting(i, batch.hyper, batch.key)
+        loss, (_, given, _) = local.local_loss(state.params, setting, group, state.batch_stats, given)
         found.append(loss)
         rows.append(given.rows)
     return found, rows
@@ -123,7 +123,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[s
 
 def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """By the jitted `train_step`; in the sequential schedule that of the last stage behind which a group is left."""
-    if rules.needs_predictions(plan.config):
+    if plan.rule.predicts(plan.config):
         return {"skipped": "wrong labels are drawn from the predictions of all heads, later ones among them"}, []
     if len(plan.groups) == 1:
         return {"skipped": "there is one group"}, []

@@ -1,0 +1,19 @@
+"""Local rules, one module each. `config.rule` is the module's name, or `my_module:RULE` of a file beside the configuration."""
+
+from vffjax.config import Config
+from vffjax.errors import bad_key
+from vffjax.registry import RULES
+from vffjax.rules.local import Rule
+
+
+def find(config: Config) -> Rule:
+    """The rule of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is no rule."""
+    rule = RULES.find(config.rule)
+    if not isinstance(rule, Rule):
+        raise bad_key("rule", config.rule, f"is {type(rule).__name__}, not a rule", "make it a vffjax.rules.local.Rule")
+    return rule
+
+
+def norm_of(config: Config) -> str:
+    """The normalisation of a configuration's layers, `auto` resolved by its rule."""
+    return find(config).norm if config.norm == "auto" else config.norm

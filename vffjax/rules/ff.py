@@ -1,11 +1,51 @@
-"""Forward-forward (Hinton, 2022, arXiv:2212.13345): labels in the first pixels, goodness of activity."""
+"""FF, the forward-forward rule (Hinton, 2022, arXiv:2212.13345): labels in the first pixels, goodness of activity."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vffjax.config import Config
+from vffjax.errors import bad_key, chosen
 from vffjax.hyperparameters import Scalar
-from vffjax.rules.streams import Streams
+from vffjax.rules.local import Metrics, Rule, Seen
+from vffjax.rules.streams import Step, Streams, Task, wrong_labels
+
+
+def streams(step: Step) -> Streams:
+    """Clean: the neutral label. Copies: all images with the right label, then all with a wrong one."""
+    wrong = wrong_labels(step.key, step.labels, step.task.classes, step.logits)
+    return overlay_streams(step.images, step.labels, wrong, step.task.classes, step.task.black, step.task.white)
+
+
+def loss(seen: Seen) -> tuple[Scalar, Metrics]:
+    """Hinton's objective on the group's features. It has no metrics of its own."""
+    half = seen.made.labels.shape[0]
+    positive, negative = seen.made.copies[:half], seen.made.copies[half:]
+    peer = None if seen.config.peer_normalisation == 0 else seen.hyper.peer_normalisation
+    return forward_forward(positive, negative, seen.hyper.goodness_threshold, peer), {}
+
+
+def shown(task: Task, images: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    """Images with the neutral label in the pixels that a label overwrites."""
+    return neutral(images, task.classes, task.black, task.white)
+
+
+def told(task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]) -> Float[Array, "batch h w c"]:
+    """Images that all carry one label in their first pixels."""
+    weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes, dtype=jnp.float32), (images.shape[0], task.classes))
+    return overlay(images, weights, task.black, task.white)
+
+
+def check_data(config: Config, image_shape: tuple[int, int, int], classes: int) -> None:
+    """Raises `UserError` if the label's pixels take more than half of the image, which would leave little to see."""
+    if classes > image_shape[0] * image_shape[1] // 2:
+        raise bad_key("rule", config.rule, f"{classes} label pixels do not fit {image_shape[:2]} images", "use another rule")
+
+
+def _check(config: Config) -> None:
+    if config.norm not in ("auto", RULE.norm):
+        problem = f"rule {config.rule} measures goodness on features that no statistic has rescaled"
+        raise bad_key("norm", config.norm, problem, f"use norm=auto or norm={RULE.norm}")
 
 
 def goodness(features: Float[Array, "batch *feature"]) -> Float[Array, " batch"]:
@@ -68,3 +108,17 @@ def neutral(
 ) -> Float[Array, "batch h w c"]:
     """The overlay that says nothing: every class with weight 1 / classes."""
     return overlay(images, jnp.full((images.shape[0], classes), 1 / classes, jnp.float32), low, high)
+
+
+RULE = Rule(
+    streams=streams,
+    loss=loss,
+    labelled_rows=lambda config, classes: 2 * config.batch_size,
+    predicts=lambda config: chosen("negatives", config.negatives, {"hard": True, "uniform": False}),
+    shown=shown,
+    told=told,
+    fits=lambda config, clean, told: goodness(told),
+    norm="input",
+    check=_check,
+    check_data=check_data,
+)

@@ -1,147 +1,155 @@
-"""The local objective of one group, for each rule, and the streams that it needs. Nothing here sees another group."""
+"""What all local rules share: the record that a rule is, and the loss of one group. Nothing here sees another group."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from vffjax.config import Config
-from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, Scalar
 from vffjax.networks.groups import LayerGroup
 from vffjax.ops.pooling import mean_pool_to_grid
-from vffjax.rules import ff, vff
-from vffjax.rules import streams as labelling
-from vffjax.rules.similarity import embed
-from vffjax.rules.streams import Streams, Task
+from vffjax.rules.streams import Step, Streams, Task, clean_only
 
-_KNOWN = {
-    "rule": ("vff", "ff", "head"),
-    "labelling": ("shared", "triplet"),
-    "negatives": ("uniform", "hard"),
-    "resolved_contrast": ("in_batch", "triplet"),
-}
+Metrics = dict[str, Array]
 
 
-def check_names(config: Config) -> None:
-    """Raises `UserError` for a name that this module would otherwise take for another."""
-    for key, known in _KNOWN.items():
-        chosen(key.removeprefix("resolved_"), getattr(config, key), dict.fromkeys(known))
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a rule that has no configuration keys of its own."""
 
 
-def needs_predictions(config: Config) -> bool:
-    """Whether `make_streams` draws wrong labels from the heads' prediction, which costs one more clean pass."""
-    check_names(config)
-    labelled_wrongly = config.rule == "ff" or (config.rule == "vff" and config.labelling == "triplet")
-    return labelled_wrongly and config.negatives == "hard"
+class Seen(NamedTuple):
+    """What a rule's loss may look at: one group in one step."""
+
+    config: Config  # as this group has it: overrides are applied
+    options: Any  # the rule's own keys, an instance of `Rule.options`
+    hyper: HyperParameters  # the group's numbers in this step, scalars
+    group: int  # its index, from 0 at the input
+    given: Streams  # the group's input
+    made: Streams  # its output, on which the loss is a gradient; mean-pooled where `Rule.cells` allows
+    logits: Float[Array, "batch classes"]  # the head's scores of the clean rows
+    params: Any  # the rule's own parameters in this group, or {}
+    key: Any  # for what the loss draws
 
 
-def make_streams(
-    config: Config,
-    task: Task,
-    key: PRNGKeyArray,
-    images: Float[Array, "batch h w c"],
-    labels: Int[Array, " batch"],
-    logits: Float[Array, "batch classes"] | None = None,
-) -> Streams:
-    """The streams of a step under `config.rule`; `logits` are the ensemble's, where `needs_predictions`."""
-    check_names(config)
-    if config.rule == "head":
-        return labelling.clean_only(images, labels)
-    if config.rule == "vff" and config.labelling == "shared":
-        return vff.lwnl_shared(key, images, labels, task.codebook, config.copies_per_class)
-    wrong = labelling.wrong_labels(key, labels, task.classes, logits)
-    if config.rule == "ff":
-        return ff.overlay_streams(images, labels, wrong, task.classes, task.black, task.white)
-    return vff.lwnl_triplet(images, labels, wrong, task.codebook)
+class Setting(NamedTuple):
+    """By what one group trains in one step."""
+
+    rule: "Rule"
+    config: Config  # as the group has it
+    hyper: HyperParameters  # scalars
+    key: Any
 
 
-def prepare_clean(config: Config, task: Task, images: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-    """Images as the clean stream shows them to a head: untouched, but for the neutral label of rule ff."""
-    check_names(config)
-    return ff.neutral(images, task.classes, task.black, task.white) if config.rule == "ff" else images
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A local rule: how images are told their labels, and what one group learns from them. All functions are pure.
 
+    The head of a group learns from its cross-entropy under every rule. The rule says what else there is, and whether the head's gradient
+    trains the layers too.
 
-def prepare_labelled(config: Config, task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]) -> Float[Array, "batch h w c"]:
-    """Images that all carry one label, for the sweep."""
-    check_names(config)
-    if config.rule == "ff":
-        weights = jnp.broadcast_to(jax.nn.one_hot(label, task.classes, dtype=jnp.float32), (images.shape[0], task.classes))
-        return ff.overlay(images, weights, task.black, task.white)
-    return images + task.codebook[label][None]
+    Attributes:
+        streams: makes a step's clean and labelled rows.
+        loss: the local loss of a group, and metrics of the rule's own, scalars by name; None: the head's loss alone.
+        head_share: the share of the head's gradient that trains the layers. A Python 0 cuts it, which the locality certificate can see;
+            a Python 1 leaves it as it is.
+        cells: the side in cells of the grid to which the loss pools a feature map by itself; None: the loss reads the map. It is then given
+            means over the head's cells where these are made of whole ones, and gets the same numbers.
+        labelled_rows: how many labelled rows a step has, for a configuration and a number of classes.
+        predicts: whether `streams` needs the heads' predictions, which cost one more clean pass.
+        shown: an image as the clean stream shows it to a head.
+        told: images that all carry one label, for the sweep and for pictures; None: the rule has no such images.
+        fits: how well a label fits, from features of the clean images and of the same images told the label; None: there is no sweep.
+        scores: the rule's own class scores, from the clean features of a group and the rule's parameters there; None: it has none.
+        parameters: the rule's own parameters in a group, from the options, the shape of one row of features, the classes and a key.
+        options: a frozen dataclass of the rule's own keys, `config.rule_options.KEY`, declared by `keys.key`.
+        norm: what `config.norm = "auto"` means.
+        codebook: whether labels are told by the class noise of the codebook, which pictures then show.
+        check: raises `UserError` if the configuration does not suit the rule.
+        check_data: the same for the shape of an image and the number of classes.
+    """
+
+    streams: Callable[[Step], Streams] = clean_only
+    loss: Callable[[Seen], tuple[Scalar, Metrics]] | None = None
+    head_share: Callable[[Config, HyperParameters], Scalar] = lambda config, hyper: 0
+    cells: Callable[[Config], int | None] = lambda config: None
+    labelled_rows: Callable[[Config, int], int] = lambda config, classes: 0
+    predicts: Callable[[Config], bool] = lambda config: False
+    shown: Callable[[Task, Array], Array] = lambda task, images: images
+    told: Callable[[Task, Array, Int[Array, ""]], Array] | None = None
+    fits: Callable[[Config, Array, Array], Float[Array, " batch"]] | None = None
+    scores: Callable[[Any, Array, Any, int], Float[Array, "batch classes"]] | None = None
+    parameters: Callable[[Any, tuple[int, ...], int, Any], Any] | None = None
+    options: type = NoOptions
+    norm: str = "batch"
+    codebook: bool = False
+    check: Callable[[Config], None] = lambda config: None
+    check_data: Callable[[Config, tuple[int, int, int], int], None] = lambda config, image_shape, classes: None
+
+    def options_of(self, config: Config) -> Any:
+        """The rule's own keys as a configuration that was checked has them."""
+        return self.options(**config.rule_options)
 
 
 def local_loss(
-    params: Any, config: Config, group: LayerGroup, hyper: HyperParameters, batch_stats: Any, streams: Streams, key: PRNGKeyArray
-) -> tuple[Float[Array, ""], tuple[Any, Streams, dict[str, Array]]]:
-    """Loss of one group on its input streams; new statistics, detached output streams and metrics as auxiliary output.
+    params: Any, setting: Setting, group: LayerGroup, batch_stats: Any, streams: Streams
+) -> tuple[Float[Array, ""], tuple[Any, Streams, Metrics]]:
+    """The loss of one group on its input streams.
 
-    `hyper` are the group's numbers in this step. The configuration says which parts there are: see `config.of_program`.
+    Args:
+        params: the group's own parameters, in which the loss is differentiated.
+        setting: the rule, and the group's configuration, numbers and key.
+        group: the group's functions.
+        batch_stats: its running statistics.
+        streams: its input.
+
+    Returns:
+        The loss; and as auxiliary output the new statistics, the output streams and the metrics, both detached.
     """
-    check_names(config)
+    rule, config, hyper, key = setting
     clean = streams.labels.shape[0]
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
-    out = streams._replace(rows=features)
-    seen = _pooled(config, group.head_grid, features)
+    seen = _pooled(rule.cells(config), group.head_grid, features)
 
     # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
-    logits = group.logits(params, _read_by_head(config, group, hyper, seen))[:clean]
+    share = 0 if group.frozen else rule.head_share(config, hyper)
+    logits = group.logits(params, _with_share(seen, share))[:clean]
     head_loss = head_cross_entropy(logits, streams.labels, hyper.label_smoothing)
 
-    if config.rule == "head" or group.frozen:
-        local = jnp.zeros((), jnp.float32)
-    else:
-        own = streams._replace(rows=seen)
-        local = _forward_forward(config, hyper, out) if config.rule == "ff" else _cscl(config, hyper, own, key, logits)
-    metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)}
-    out, metrics = jax.lax.stop_gradient((out, metrics))
+    local: Any = jnp.zeros((), jnp.float32)
+    own: Metrics = {}
+    if rule.loss is not None:
+        made, options = streams._replace(rows=seen), rule.options_of(config)
+        given = Seen(config, options, hyper, group.index, streams, made, logits, params.get("rule", {}), key)
+        if group.frozen:
+            own = {name: jnp.zeros(metric.shape, metric.dtype) for name, metric in jax.eval_shape(rule.loss, given)[1].items()}
+        else:
+            local, own = rule.loss(given)
+    metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)} | own
+    out, metrics = jax.lax.stop_gradient((streams._replace(rows=features), metrics))
     return local + head_loss, (batch_stats, out, metrics)
 
 
-def _read_by_head(config: Config, group: LayerGroup, hyper: HyperParameters, seen: Array) -> Array:
-    """What the head reads, with the share of its gradient that trains the layers."""
-    if group.frozen or config.rule == "ff" or (config.rule == "vff" and config.head_weight == 0):
-        return jax.lax.stop_gradient(seen)
-    return seen if config.rule == "head" else scale_gradient(seen, hyper.head_weight)
+def _with_share(seen: Array, share: Scalar) -> Array:
+    if isinstance(share, (int, float)) and share in (0, 1):
+        return seen if share else jax.lax.stop_gradient(seen)
+    return scale_gradient(seen, share)
 
 
-def _pooled(config: Config, head_grid: int, features: Array) -> Array:
-    """What the head and the cosine read: means over the head's cells, where the cosine's cells are made of whole ones; else the map.
+def _pooled(cells: int | None, head_grid: int, features: Array) -> Array:
+    """What the head and the loss read: means over the head's cells, where the loss's `cells` are made of whole ones; else the map.
 
     Both pool further by themselves and get the same numbers, and the feature map is read, and its gradient written, once.
     """
-    cells = chosen("similarity", config.similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
-    if config.rule != "vff" or features.ndim != 4 or not cells or head_grid % cells:
+    if features.ndim != 4 or not cells or head_grid % cells:
         return features
     if any(side % head_grid for side in features.shape[1:3]):
         return features
     return mean_pool_to_grid(features.astype(jnp.float32), head_grid)
-
-
-def _forward_forward(config: Config, hyper: HyperParameters, streams: Streams) -> Array:
-    half = streams.labels.shape[0]
-    positive, negative = streams.copies[:half], streams.copies[half:]
-    peer = None if config.peer_normalisation == 0 else hyper.peer_normalisation
-    return ff.forward_forward(positive, negative, hyper.goodness_threshold, peer)
-
-
-def _cscl(config: Config, hyper: HyperParameters, streams: Streams, key: PRNGKeyArray, logits: Array) -> Array:
-    embedded = streams._replace(rows=embed(streams.rows, config.similarity))
-    anchors, copies = embedded.clean, embedded.copies
-    margin, temperature = hyper.margin, hyper.temperature
-    if config.resolved_contrast == "in_batch":
-        per_anchor = jax.vmap(vff.cscl_in_batch, in_axes=(0, 0, None, None, None, None))
-        return jnp.mean(per_anchor(anchors, streams.labels, copies, streams.copy_labels, margin, temperature))
-    triplet = jax.vmap(vff.cscl_triplet, in_axes=(0, 0, 0, None, None))
-    half = streams.labels.shape[0]
-    if config.labelling == "triplet":
-        return jnp.mean(triplet(anchors, copies[:half], copies[half:], margin, temperature))
-    # Shared copies: the mean embedding of a class's copies stands for its copy, since cosines are linear in it.
-    hard = jax.lax.stop_gradient(logits) if config.negatives == "hard" else None
-    wrong = labelling.wrong_labels(key, streams.labels, logits.shape[1], hard)
-    means = copies.reshape(config.copies_per_class, -1, copies.shape[1]).mean(axis=0)
-    return jnp.mean(triplet(anchors, means[streams.labels], means[wrong], margin, temperature))
 
 
 def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Scalar = 0.0) -> Float[Array, ""]:

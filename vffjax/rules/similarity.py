@@ -11,6 +11,11 @@ from vffjax.ops.pooling import mean_pool_to_grid
 EPSILON = 1e-12
 
 
+def cells_of(similarity: str) -> int | None:
+    """The side in cells of the grid to which a similarity mean-pools a feature map; None: it reads the map."""
+    return chosen("similarity", similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
+
+
 def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Array, "batch d"]:
     """Vectors whose dot product is the cosine similarity of two feature maps.
 
@@ -18,7 +23,7 @@ def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Ar
     the map mean-pooled to 2x2 cells, flattened. `pooled`: of the mean over positions. Maps without positions are all alike.
     """
     z = features.astype(jnp.float32)
-    cells = chosen("similarity", similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
+    cells = cells_of(similarity)
     if z.ndim == 4:
         if cells:
             z = mean_pool_to_grid(z, cells)

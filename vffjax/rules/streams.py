@@ -4,12 +4,14 @@ A step's images come as `Streams`: the clean images, and labelled copies of some
 forward-forward, which needs a neutral label in the pixels that it overwrites.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vffjax.config import Config
 
 # What wrong labels that were drawn from predictions are called in a traced program, for the locality certificate to know them by.
 DRAWN = "drawn labels"
@@ -33,6 +35,23 @@ class Task(NamedTuple):
     @property
     def classes(self) -> int:
         return self.codebook.shape[0]
+
+
+def make_codebook(key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float) -> Float[Array, "classes h w c"]:
+    """One fixed noise image per class, `N(0, 1) * scale`, in units of normalised pixels."""
+    return scale * jax.random.normal(key, (classes, *shape), jnp.float32)
+
+
+class Step(NamedTuple):
+    """What a rule makes its streams from."""
+
+    config: Config
+    options: Any  # the rule's own keys
+    task: Task
+    key: PRNGKeyArray  # for what is drawn
+    images: Float[Array, "batch h w c"]  # augmented and normalised
+    labels: Int[Array, " batch"]
+    logits: Float[Array, "batch classes"] | None = None  # the ensemble's predictions, where the rule needs them
 
 
 class Streams(NamedTuple):
@@ -62,6 +81,6 @@ def wrong_labels(
     return checkpoint_name(drawn, DRAWN)
 
 
-def clean_only(images: Float[Array, "batch h w c"], labels: Int[Array, " batch"]) -> Streams:
-    """The streams of rule head: no copies."""
-    return Streams(images, labels, labels[:0])
+def clean_only(step: Step) -> Streams:
+    """The images as they are, and no copies."""
+    return Streams(step.images, step.labels, step.labels[:0])

@@ -1,15 +1,89 @@
-"""Label-wise noise labelling (LWNL) and the cosine-similarity contrastive loss (CSCL).
+"""VFF: label-wise noise labelling (LWNL) and the cosine-similarity contrastive loss (CSCL), with a share of the head's loss.
 
-The paper (Lee, Shin, Kim, Neural Networks 190:107697, 2025) publishes the idea of CSCL but no formula; the forms here are our reading.
+Labels are told by class noise that is added to copies of the images; a clean image's features are drawn towards those of the copies that
+carry its label. The paper (Lee, Shin, Kim, Neural Networks 190:107697, 2025) publishes these ideas but no formula; the forms here are our
+reading.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vffjax.hyperparameters import Scalar
-from vffjax.rules.similarity import dot
-from vffjax.rules.streams import Streams
+from vffjax.config import Config
+from vffjax.errors import bad_key, chosen
+from vffjax.hyperparameters import HyperParameters, Scalar
+from vffjax.rules.local import Metrics, Rule, Seen
+from vffjax.rules.similarity import cells_of, dot, embed
+from vffjax.rules.streams import Step, Streams, Task, wrong_labels
+
+
+def streams(step: Step) -> Streams:
+    """The clean images, and copies that are told a label: shared by all anchors, or a right and a wrong one of each image."""
+    if _is_shared(step.config):
+        return lwnl_shared(step.key, step.images, step.labels, step.task.codebook, step.config.copies_per_class)
+    wrong = wrong_labels(step.key, step.labels, step.task.classes, step.logits)
+    return lwnl_triplet(step.images, step.labels, wrong, step.task.codebook)
+
+
+def loss(seen: Seen) -> tuple[Scalar, Metrics]:
+    """CSCL of the group's features. It has no metrics of its own."""
+    config, made = seen.config, seen.made
+    embedded = made._replace(rows=embed(made.rows, config.similarity))
+    anchors, copies = embedded.clean, embedded.copies
+    margin, temperature = seen.hyper.margin, seen.hyper.temperature
+    if in_batch(config):
+        per_anchor = jax.vmap(cscl_in_batch, in_axes=(0, 0, None, None, None, None))
+        return jnp.mean(per_anchor(anchors, made.labels, copies, made.copy_labels, margin, temperature)), {}
+    triplet = jax.vmap(cscl_triplet, in_axes=(0, 0, 0, None, None))
+    half = made.labels.shape[0]
+    if not _is_shared(config):
+        return jnp.mean(triplet(anchors, copies[:half], copies[half:], margin, temperature)), {}
+    # Shared copies: the mean embedding of a class's copies stands for its copy, since cosines are linear in it.
+    hard = jax.lax.stop_gradient(seen.logits) if _negatives_are_hard(config) else None
+    wrong = wrong_labels(seen.key, made.labels, seen.logits.shape[1], hard)
+    means = copies.reshape(config.copies_per_class, -1, copies.shape[1]).mean(axis=0)
+    return jnp.mean(triplet(anchors, means[made.labels], means[wrong], margin, temperature)), {}
+
+
+def _is_shared(config: Config) -> bool:
+    return chosen("labelling", config.labelling, {"shared": True, "triplet": False})
+
+
+def _negatives_are_hard(config: Config) -> bool:
+    return chosen("negatives", config.negatives, {"hard": True, "uniform": False})
+
+
+def in_batch(config: Config) -> bool:
+    """Whether CSCL compares an anchor with all copies of the batch; else with one right and one wrong copy."""
+    return chosen("contrast", config.contrast, {"auto": _is_shared(config), "in_batch": True, "triplet": False})
+
+
+def _head_share(config: Config, hyper: HyperParameters) -> Scalar:
+    return 0 if config.head_weight == 0 else hyper.head_weight
+
+
+def _predicts(config: Config) -> bool:
+    return _negatives_are_hard(config) and not _is_shared(config)
+
+
+def _told(task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]) -> Float[Array, "batch h w c"]:
+    return images + task.codebook[label][None]
+
+
+def _fits(config: Config, clean: Array, told: Array) -> Float[Array, " batch"]:
+    return jnp.sum(embed(clean, config.similarity) * embed(told, config.similarity), axis=1)
+
+
+def _labelled_rows(config: Config, classes: int) -> int:
+    return config.copies_per_class * classes if _is_shared(config) else 2 * config.batch_size
+
+
+def _check(config: Config) -> None:
+    if _negatives_are_hard(config) and _is_shared(config) and in_batch(config):
+        fix = "use labelling=triplet or contrast=triplet"
+        raise bad_key(
+            "negatives", config.negatives, "every class is a negative already where shared copies are contrasted in the batch", fix
+        )
 
 
 def cscl_triplet(
@@ -36,11 +110,6 @@ def cscl_in_batch(
     scores = (dot(copies, anchor) - margin * match.astype(copies.dtype)) / temperature
     right = jax.nn.logsumexp(jnp.where(match, scores, -jnp.inf))
     return jax.nn.logsumexp(scores) - right
-
-
-def make_codebook(key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float) -> Float[Array, "classes h w c"]:
-    """One fixed noise image per class, `N(0, 1) * scale`, in units of normalised pixels."""
-    return scale * jax.random.normal(key, (classes, *shape), jnp.float32)
 
 
 def lwnl_triplet(
@@ -72,3 +141,17 @@ def lwnl_shared(
     rows = jnp.resize(jax.random.permutation(key, images.shape[0]), copy_labels.shape)
     copies = images[rows] + jnp.tile(codebook, (copies_per_class, 1, 1, 1))
     return Streams(jnp.concatenate([images, copies]), labels, copy_labels)
+
+
+RULE = Rule(
+    streams=streams,
+    loss=loss,
+    head_share=_head_share,
+    cells=lambda config: cells_of(config.similarity),
+    labelled_rows=_labelled_rows,
+    predicts=_predicts,
+    told=_told,
+    fits=_fits,
+    codebook=True,
+    check=_check,
+)

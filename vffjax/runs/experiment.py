@@ -14,7 +14,7 @@ from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
 from vffjax.files import sha256_of
-from vffjax.networks.groups import GroupState, make_groups
+from vffjax.networks.groups import GroupState
 from vffjax.paths import local
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
@@ -37,9 +37,9 @@ from vffjax.weights.weights import local_file, read_weights
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
     """The plan of a run on this data, every check done before anything is compiled."""
-    groups = len(make_groups(config, dataset.num_classes))
-    check_against_data(config, len(dataset.train.labels), dataset.image_shape, dataset.num_classes, groups)
-    return make_plan(config, len(dataset.train.labels), dataset.num_classes)
+    plan = make_plan(config, len(dataset.train), dataset.num_classes)
+    check_against_data(plan, len(dataset.train), dataset.image_shape)
+    return plan
 
 
 def describe(plan: Plan) -> str:

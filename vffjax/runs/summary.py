@@ -12,7 +12,6 @@ from vffjax.data.sets import Dataset
 from vffjax.errors import aid
 from vffjax.files import write_json
 from vffjax.networks.groups import GroupState
-from vffjax.rules.local import prepare_clean, prepare_labelled
 from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
 from vffjax.training.augment import normalise
@@ -56,17 +55,17 @@ def conclude(
 def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tuple[GroupState, ...], task: Task) -> None:
     """`features.png`: codebook, first filters, and every group's maps of the three kinds of data, for three test images.
 
-    Rule head has no labelled images: its rows for them are left blank.
+    Under a rule without labelled images their rows are left blank.
     """
     labels = dataset.test.labels[:3]
     wrong = (labels + 1) % dataset.num_classes
     images = dataset.test.images[:3]
     x = normalise(jnp.asarray(images), task.mean, task.std)
-    kinds = [prepare_clean(plan.config, task, x)]
-    if plan.config.rule != "head":
+    kinds = [plan.rule.shown(task, x)]
+    if plan.rule.told is not None:
         for told in (labels, wrong):
             pairs = zip(x[:, None], map(jnp.asarray, told), strict=True)
-            kinds.append(jnp.concatenate([prepare_labelled(plan.config, task, image, label) for image, label in pairs]))
+            kinds.append(jnp.concatenate([plan.rule.told(task, image, label) for image, label in pairs]))
     streams = []
     z, clean = jnp.concatenate(kinds), len(labels)
     for group, state in zip(plan.groups, states, strict=True):
@@ -80,7 +79,7 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tupl
         class_names=dataset.class_names,
         labels=labels.tolist(),
         wrong_labels=wrong.tolist(),
-        codebook=np.asarray(task.codebook) if plan.config.rule == "vff" else None,
+        codebook=np.asarray(task.codebook) if plan.rule.codebook else None,
         streams=streams,
         filters=np.asarray(_first_kernel(states)),
     )

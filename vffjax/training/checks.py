@@ -1,21 +1,43 @@
-"""Whether a configuration fits its data, and what it takes at the least: sizes on paper, before anything is compiled."""
+"""Whether the keys of a configuration fit together, and whether they fit the data: everything that is said before anything is compiled."""
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from vffjax import file_kinds, versions
-from vffjax.architectures import PUBLISHED, RESNET, VGG, VGG_HIDDEN, resnet_sizes, scaled
-from vffjax.config import CONVOLUTIONAL, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
-from vffjax.errors import UserError, bad_key, chosen, printable
+from vffjax import file_kinds, rules, versions
+from vffjax.config import FIELDS, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
+from vffjax.errors import UserError, bad_key, printable
+from vffjax.keys import default_of, options
+from vffjax.networks import find as find_network
+from vffjax.networks.groups import layer_sizes
+from vffjax.training.plan import Plan
 
 
 def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """Converts and checks. Raises `UserError` naming `config.KEY`, the value and the fix."""
-    config = converted(raw)
+    """A checked configuration from plain values. Raises `UserError` naming `config.KEY`, the value and the fix."""
+    return check(converted(raw))
+
+
+def check(config: Config) -> Config:
+    """The configuration with the rule's own keys complete, if its keys fit together; a rule and a network are asked themselves.
+
+    Raises `UserError` naming `config.KEY`, the value and the fix.
+    """
+    rule, network = rules.find(config), find_network(config)
+    own = options(rule.options, config.rule_options, "rule_options")
+    config = dataclasses.replace(config, rule_options=dataclasses.asdict(own))
     _check_together(config)
+    for key in ("image_size", "width_factor", "stem"):
+        if key not in network.keys and getattr(config, key) != (usual := default_of(FIELDS[key])):
+            raise bad_key(key, getattr(config, key), f"means nothing to network={config.network}", f"leave it at {usual!r}")
+    if config.inference == "sweep" and (rule.told is None or rule.fits is None):
+        raise bad_key("inference", config.inference, f"rule {config.rule} never sees a labelled image", "use inference=heads")
+    if config.inference == "rule" and rule.scores is None:
+        raise bad_key("inference", config.inference, f"rule {config.rule} has no scores of its own", "use inference=heads")
+    rule.check(config)
+    network.check(config, rules.norm_of(config))
     return config
 
 
@@ -45,25 +67,8 @@ def _check_together(c: Config) -> None:
         raise bad_key("init_from", c.init_from, problem, f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME")
     if c.norm_statistics == "frozen" and not c.init_from:
         raise bad_key("norm_statistics", c.norm_statistics, "random weights have no statistics", "set config.init_from, or use batch")
-    if c.norm_statistics == "frozen" and c.resolved_norm not in ("batch", "anchor"):
-        raise bad_key("norm_statistics", c.norm_statistics, f"norm={c.resolved_norm} has no running statistics", "use batch")
-    if c.image_size and c.network == "mlp":
-        raise bad_key("image_size", c.image_size, "mlp takes images as they are", "use 0, or a convolutional network")
-    if c.width_factor != 1 and c.network not in PUBLISHED:
-        raise bad_key("width_factor", c.width_factor, f"{c.network} has no published widths", "set config.widths")
-    if c.stem != "cifar" and c.network not in RESNET:
-        raise bad_key("stem", c.stem, f"{c.network} has no stem", "use a resnet, or leave it at cifar")
-    if c.network in RESNET and c.resolved_norm in ("input", "none"):
-        because = " (rule ff needs norm=input)" if c.rule == "ff" else ""
-        raise bad_key("network", c.network, f"residual sums need a normalisation, not norm={c.resolved_norm}{because}", "use vgg8b or conv")
-    if c.network in CONVOLUTIONAL:
-        layers = len(c.widths)
-        if c.network == "conv4" and layers != 4:
-            fix = "give 4 widths, such as (48, 48, 96, 96), or use network=conv"
-            raise bad_key("widths", c.widths, f"conv4 has 4 layers, not {layers}", fix)
-        if len(c.pools) != layers or any(p < 1 for p in c.pools):
-            problem = f"{c.network} with {layers} widths needs {layers} windows of at least 1"
-            raise bad_key("pools", c.pools, problem, f"give for example {(1, 2, *[1] * layers)[:layers]}")
+    if c.norm_statistics == "frozen" and (norm := rules.norm_of(c)) not in ("batch", "anchor"):
+        raise bad_key("norm_statistics", c.norm_statistics, f"norm={norm} has no running statistics", "use batch")
     if c.feature_cache != "none" and c.schedule != "sequential":
         raise bad_key("feature_cache", c.feature_cache, "no group is frozen where all train together", "use schedule=sequential")
     if c.feature_cache != "none" and (c.flip or c.crop_padding or c.cutout):
@@ -73,85 +78,46 @@ def _check_together(c: Config) -> None:
         raise bad_key("alternating_flip", c.alternating_flip, "says when images are flipped, and flip=False", "set flip=True too")
     if c.warmup_epochs > c.epochs:
         raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
-    if c.rule == "ff" and c.resolved_norm != "input":
-        raise bad_key("norm", c.norm, "rule ff measures goodness on features that no statistic has rescaled", "use norm=auto or norm=input")
-    if c.rule == "vff" and c.negatives == "hard" and c.labelling == "shared" and c.resolved_contrast == "in_batch":
-        fix = "use labelling=triplet or contrast=triplet"
-        raise bad_key("negatives", c.negatives, "every class is a negative already where shared copies are contrasted in the batch", fix)
-    if c.inference == "sweep" and c.rule == "head":
-        raise bad_key("inference", c.inference, "rule head never sees a labelled image", "use inference=heads, or rule=vff or ff")
     for name, override in c.overrides.items():
         if override.get("warmup_epochs", 0) > c.epochs:
             shown = f"overrides.{name}.warmup_epochs"
             raise bad_key(shown, override["warmup_epochs"], f"longer than the {c.epochs} epochs of the run", "lower it")
 
 
-def check_against_data(c: Config, train_size: int, image_shape: tuple[int, int, int], num_classes: int, num_groups: int) -> None:
-    """Checks that need the data's sizes; `train_size` excludes the validation images."""
+def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int, int]) -> None:
+    """Checks a plan against the data.
+
+    Args:
+        plan: of a checked configuration.
+        train_size: training images, without those of validation.
+        image_shape: height, width and channels of an image.
+
+    Raises `UserError` naming `config.KEY`, the value and the fix.
+    """
+    c, groups, classes = plan.config, plan.groups, plan.classes
     if c.batch_size > train_size:
         raise bad_key("batch_size", c.batch_size, f"larger than the {train_size} training images", f"use at most {train_size}")
-    if num_classes < 2:
+    if classes < 2:
         raise bad_key("dataset", c.dataset, "has one class, so that there is nothing to learn", "use a set of two classes or more")
     if max(image_shape[:2]) > MAX_SIDE:
         raise bad_key("dataset", c.dataset, f"has images of {image_shape[0]}x{image_shape[1]} pixels", f"use sides up to {MAX_SIDE}")
-    side = min(image_shape[:2])
-    seen = c.image_size or side
-    if c.network in CONVOLUTIONAL and math.prod(c.pools) > seen:
-        raise bad_key("pools", c.pools, f"pools {seen}x{seen} images to nothing", "use smaller windows")
-    if c.network in VGG and math.prod(pool for _, pool in VGG[c.network]) > seen:
-        raise bad_key("network", c.network, f"pools {seen}x{seen} images to nothing", "set config.image_size=32")
+    find_network(c).check_images(c, image_shape)
+    plan.rule.check_data(c, image_shape, classes)
     if c.pixel_statistics == "imagenet" and image_shape[2] != 3:
         raise bad_key("pixel_statistics", c.pixel_statistics, "ImageNet's are those of colour images", "use data")
+    side = min(image_shape[:2])
     for key, pixels in (("cutout", c.cutout), ("crop_padding", c.crop_padding)):
         if pixels > side:
             raise bad_key(key, pixels, f"larger than the {side}-pixel images", f"use at most {side}")
     if c.epochs * (train_size // c.batch_size) > MAX_ENTRIES:  # optax counts in 32 bits
         raise bad_key("epochs", c.epochs, f"more than {MAX_ENTRIES} steps", "use fewer epochs or a larger batch_size")
-    for layer, (kernel, _) in enumerate(layer_sizes(c, image_shape)):
+    if c.frozen_groups > len(groups):
+        raise bad_key("frozen_groups", c.frozen_groups, f"the network has {len(groups)} groups", f"use at most {len(groups)}")
+    for name in c.overrides.keys() - {group.name for group in groups}:
+        problem = f"the network has {len(groups)} groups"
+        raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to {groups[-1].name}")
+    for layer, (kernel, _) in enumerate(layer_sizes(groups, image_shape)):
         if kernel > MAX_ENTRIES:
-            key = "width_factor" if c.network in PUBLISHED else "widths"
+            key = next(key for key in ("widths", "width_factor") if key in (*find_network(c).keys, "width_factor"))
             problem = f"layer {layer} would have {kernel} parameters"
             raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")
-    if c.rule == "ff" and num_classes > image_shape[0] * image_shape[1] // 2:
-        # The overlay writes one pixel per class, row by row; more than half of the image would leave little to see.
-        raise bad_key("rule", c.rule, f"{num_classes} label pixels do not fit {image_shape[:2]} images", "use rule=vff")
-    if c.frozen_groups > num_groups:
-        raise bad_key("frozen_groups", c.frozen_groups, f"the network has {num_groups} groups", f"use at most {num_groups}")
-    for name in c.overrides:
-        if int(name[5:]) >= num_groups:
-            problem = f"the network has {num_groups} groups"
-            raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to group{num_groups - 1}")
-
-
-def layer_sizes(c: Config, image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Of each layer the entries of its kernels and of its largest feature map of one image, before pooling."""
-    height, width, channels = (c.image_size or image_shape[0], c.image_size or image_shape[1], image_shape[2])
-    if c.network in RESNET:
-        return resnet_sizes(c.network, c.width_factor, c.stem, (height, width, channels))
-    pools = c.pools if c.network in CONVOLUTIONAL else (0,) * len(c.widths)  # a window of 0: a dense layer
-    layers = list(zip(c.widths, pools, strict=True))
-    if c.network in VGG:
-        layers = [(scaled(units, c.width_factor), pool) for units, pool in (*VGG[c.network], (VGG_HIDDEN, 0))]
-    found = []
-    for units, pool in layers:
-        if pool:
-            found.append((9 * channels * units, height * width * units))
-            height, width = height // pool, width // pool
-        else:
-            found.append((height * width * channels * units, units))
-            height = width = 1
-        channels = units
-    return found
-
-
-def rows_of_a_step(c: Config, num_classes: int) -> int:
-    """Images of a batch and their labelled copies: all that passes through the layers in a step."""
-    vff = chosen("labelling", c.labelling, {"shared": c.copies_per_class * num_classes, "triplet": 2 * c.batch_size})
-    return c.batch_size + chosen("rule", c.rule, {"vff": vff, "ff": 2 * c.batch_size, "head": 0})
-
-
-def least_bytes(c: Config, image_shape: tuple[int, int, int], num_classes: int) -> int:
-    """What training takes at the very least: parameters with their optimizer's states, and the largest feature map once."""
-    sizes, rows = layer_sizes(c, image_shape), rows_of_a_step(c, num_classes)
-    states = sum(kernel for kernel, _ in sizes) * 4 * chosen("optimizer", c.optimizer, {"adamw": 3, "sgd": 2})
-    return states + rows * max(area for _, area in sizes) * chosen("precision", c.precision, {"bf16": 2, "f32": 4})

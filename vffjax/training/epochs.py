@@ -18,10 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from vffjax.backend import cores
 from vffjax.hyperparameters import HyperParameters
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, layer_sizes
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
-from vffjax.training.checks import layer_sizes, rows_of_a_step
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
 from vffjax.training.trainer import run_segment
 
@@ -145,10 +144,9 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
     if plan.config.segment_steps:
         return plan.config.segment_steps
     widths = [layer.width for group in plan.groups for layer in group.module.layers]
-    sizes = zip(layer_sizes(plan.config, image_shape), widths, strict=True)
+    sizes = zip(layer_sizes(plan.groups, image_shape), widths, strict=True)
     # Forward, gradient of inputs, gradient of kernels; two for each multiplication.
-    rows = rows_of_a_step(plan.config, plan.groups[0].module.classes)
-    flop = 6 * rows * sum(kernel * max(1, area // width) for (kernel, area), width in sizes)
+    flop = 6 * plan.rows_of_a_step * sum(kernel * max(1, area // width) for (kernel, area), width in sizes)
     speed = _CORE * cores() if (backend or jax.default_backend()) == "cpu" else _ACCELERATOR
     most = LARGEST_BYTES // (plan.config.batch_size * (math.prod(image_shape) + feature_bytes))
     return max(2, min(round(SECONDS * speed / flop), most))

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, UInt8
 
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
-from vffjax.rules.local import prepare_clean
 from vffjax.rules.streams import Task
 from vffjax.training.augment import normalised
 from vffjax.training.plan import Images, Plan, init_states, make_task
@@ -32,7 +31,7 @@ def clean_features(
     """The input of group `active` for clean images: running statistics, in batches of `config.eval_batch_size`."""
 
     def features(batch: Array) -> Array:
-        z = prepare_clean(plan.config, task, normalised(task, batch))
+        z = plan.rule.shown(task, normalised(task, batch))
         return before(plan, active, states, z, z.shape[0])
 
     return map_batches(features, images, plan.config.eval_batch_size)

@@ -2,24 +2,26 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from vffjax import rules
 from vffjax.config import Config, for_group, of_program
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.networks.groups import GroupState, LayerGroup, init_variables, make_groups
-from vffjax.rules.streams import Task
-from vffjax.rules.vff import make_codebook
+from vffjax.rules.local import Rule, Setting
+from vffjax.rules.streams import Task, make_codebook
 from vffjax.training.augment import IMAGENET_MEAN, IMAGENET_STD
 from vffjax.training.optimizers import make_optimizer
 
 # What a run's seed is folded with, so that no two uses share a key.
-INITIALISATION, CODEBOOK, EPOCH = range(3)
+INITIALISATION, CODEBOOK, EPOCH, RULE = range(4)
 
 
 class Images(NamedTuple):
@@ -48,18 +50,28 @@ class Plan:
     """All that is static in a run. Plans can be hashed: jitted functions take `Plan.program` as a static argument."""
 
     config: Config
+    rule: Rule
     groups: tuple[LayerGroup, ...]
     steps_per_epoch: int
 
     @functools.cached_property
     def program(self) -> "Plan":
         """This plan as far as compiled programs depend on it; equal plans have the same programs. See `config.of_program`."""
-        return Plan(of_program(self.config), self.groups, 0)
+        return Plan(of_program(self.config), self.rule, self.groups, 0)
 
     @property
     def stages(self) -> int:
         """Runs of `config.epochs` epochs: one if all groups train together, else one per group."""
         return chosen("schedule", self.config.schedule, {"joint": 1, "sequential": len(self.groups)})
+
+    @property
+    def classes(self) -> int:
+        return self.groups[0].module.classes
+
+    @property
+    def rows_of_a_step(self) -> int:
+        """Images of a batch and their labelled copies: all that passes through the layers in a step."""
+        return self.config.batch_size + self.rule.labelled_rows(self.config, self.classes)
 
     @property
     def total_epochs(self) -> int:
@@ -74,6 +86,11 @@ class Plan:
         active = self.active(epoch)
         return len(self.groups) if active is None else active + 1
 
+    def setting(self, group: int, hyper: HyperParameters, key: PRNGKeyArray) -> Setting:
+        """By what a group trains in a step with these numbers, `[groups]`, and this key."""
+        key = jax.random.fold_in(jax.random.fold_in(key, 2), group)
+        return Setting(self.rule, for_group(self.config, group), hyper.of(group), key)
+
     def hyperparameters(self, epoch: int) -> HyperParameters:
         """The numbers of each step of an epoch (from 0), `[steps, groups]`; in the sequential schedule each stage begins anew."""
         return in_epoch(self.config, len(self.groups), self.steps_per_epoch, epoch % self.config.epochs)
@@ -81,7 +98,12 @@ class Plan:
 
 def make_plan(config: Config, train_size: int, classes: int) -> Plan:
     """The groups of a run on `train_size` training images; the last, smaller batch of an epoch is left out."""
-    return Plan(config, make_groups(config, classes), train_size // config.batch_size)
+    return Plan(config, rules.find(config), groups_of(config, classes), train_size // config.batch_size)
+
+
+def groups_of(config: Config, classes: int) -> tuple[LayerGroup, ...]:
+    """The groups of a configuration, with heads of so many classes."""
+    return make_groups(config, rules.norm_of(config), classes)
 
 
 def run_key(config: Config, purpose: int) -> PRNGKeyArray:
@@ -100,7 +122,22 @@ def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupSta
     """Fresh groups from the run's seed."""
     variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape)
     hyper, states = at_peak(plan.config, len(plan.groups)), []
+    own = _own_parameters(plan, variables, image_shape)
     for i, (group, (params, stats)) in enumerate(zip(plan.groups, variables, strict=True)):
+        params |= own[i]
         optimizer = make_optimizer(for_group(plan.config, i), hyper.of(i), group.frozen)
         states.append(GroupState(params, stats, optimizer.init(params)))
     return tuple(states)
+
+
+def _own_parameters(plan: Plan, variables: Sequence[tuple[Any, Any]], image_shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Of each group the parameters that the rule owns there, under `rule`; nothing where it has none."""
+    if plan.rule.parameters is None:
+        return [{} for _ in plan.groups]
+    options, own = plan.rule.options_of(plan.config), []
+    x: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    for group, (params, stats) in zip(plan.groups, variables, strict=True):
+        x, _ = jax.eval_shape(functools.partial(group.features, clean=1, train=False), params, stats, x)
+        key = jax.random.fold_in(run_key(plan.config, RULE), group.index)
+        own.append({"rule": plan.rule.parameters(options, x.shape[1:], plan.classes, key)})
+    return own

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
-from vffjax.errors import chosen
+from vffjax.errors import UserError, chosen
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
-from vffjax.rules import local as rules
-from vffjax.rules.ff import goodness
-from vffjax.rules.similarity import embed
 from vffjax.rules.streams import Task
 from vffjax.training.augment import normalised
 from vffjax.training.plan import Plan
@@ -28,8 +25,10 @@ _EXHAUSTIVE_GROUPS = 6
 def sweep_scores(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
 ) -> Float[Array, "groups batch classes"]:
-    """How well each label fits, by each group, with no head: cosine of the clean and the labelled image, or goodness for rule ff."""
-    config = plan.config
+    """How well each label fits, by each group, with no head, as the rule measures it on clean images and on images told the label."""
+    rule, told, fits = plan.rule, plan.rule.told, plan.rule.fits
+    if told is None or fits is None:
+        raise UserError(f"inference=sweep: rule {plan.config.rule} never sees a labelled image; use inference=heads")
 
     def features(x: Array, clean: int) -> list[Array]:
         out = []
@@ -38,17 +37,27 @@ def sweep_scores(
             out.append(x)
         return out
 
-    by_cosine = chosen("rule", config.rule, {"vff": True, "ff": False})  # rule head never sees a labelled image
-    anchors = [embed(f, config.similarity) for f in features(x, x.shape[0])] if by_cosine else []
+    clean = features(rule.shown(task, x), x.shape[0])
 
     def score(label: Array) -> Array:
-        labelled = features(rules.prepare_labelled(config, task, x, label), 0)
-        if not by_cosine:
-            return jnp.stack([goodness(f) for f in labelled])
-        copies = [embed(f, config.similarity) for f in labelled]
-        return jnp.stack([jnp.sum(a * c, axis=1) for a, c in zip(anchors, copies, strict=True)])
+        labelled = features(told(task, x, label), 0)
+        return jnp.stack([fits(plan.config, one, other) for one, other in zip(clean, labelled, strict=True)])
 
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
+
+
+def own_scores(
+    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
+) -> Float[Array, "groups batch classes"]:
+    """The rule's own class scores of every group, on one clean pass."""
+    rule, out = plan.rule, []
+    if rule.scores is None:
+        raise UserError(f"inference=rule: rule {plan.config.rule} has no scores of its own; use inference=heads")
+    options, z = rule.options_of(plan.config), rule.shown(task, x)
+    for group, state in zip(plan.groups, states, strict=True):
+        z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
+        out.append(rule.scores(options, z, state.params.get("rule", {}), plan.classes))
+    return jnp.stack(out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -56,7 +65,7 @@ def program_scores(
     plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "groups n classes"]:
     """The program of `make_scores`. Its plan is a `Plan.program`, so that runs of other seeds and rates share it."""
-    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores})
+    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores})
 
     def by_image(batch: Array) -> Array:
         return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vffjax.config import Config, for_group
 from vffjax.errors import chosen
-from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.ops.fence import as_branch
-from vffjax.rules import local as rules
-from vffjax.rules.streams import Streams, Task
+from vffjax.rules import local
+from vffjax.rules.local import Setting
+from vffjax.rules.streams import Step, Streams, Task
 from vffjax.training.augment import augmented
 from vffjax.training.batch import Batch
 from vffjax.training.optimizers import make_optimizer
@@ -23,31 +22,24 @@ from vffjax.training.plan import Plan
 
 
 def group_step(
-    config: Config,
-    group: LayerGroup,
-    hyper: HyperParameters,
-    state: GroupState,
-    streams: Streams,
-    key: PRNGKeyArray,
-    fence: bool = False,
+    setting: Setting, group: LayerGroup, state: GroupState, streams: Streams, fence: bool = False
 ) -> tuple[GroupState, Streams, dict[str, Array]]:
     """One update of one group on its own loss; its features, detached, are the next group's streams. Pure.
 
-    `hyper` are the group's numbers in this step.
     With `fence`, nothing that takes the result begins before the gradient is done: one group's intermediate maps are alive at a time.
     The metric `finite` says whether the loss is; if `config.on_nonfinite` is skip, whether the whole new state is too. If not, the
     state then stays as it was.
     """
 
     def differentiate(params: Any, batch_stats: Any, streams: Streams, key: PRNGKeyArray) -> Any:
-        gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
-        return gradient(params, config, group, hyper, batch_stats, streams, key)
+        gradient = jax.value_and_grad(local.local_loss, has_aux=True)
+        return gradient(params, setting._replace(key=key), group, batch_stats, streams)
 
     differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
-    (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, key)
-    updates, opt_state = make_optimizer(config, hyper, group.frozen).update(grads, state.opt_state, state.params)
+    (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, setting.key)
+    updates, opt_state = make_optimizer(setting.config, setting.hyper, group.frozen).update(grads, state.opt_state, state.params)
     new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
-    if chosen("on_nonfinite", config.on_nonfinite, {"stop": False, "skip": True}):
+    if chosen("on_nonfinite", setting.config.on_nonfinite, {"stop": False, "skip": True}):
         finite &= all_finite(new)
         new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
     return new, streams, metrics | {"finite": finite}
@@ -113,13 +105,9 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[Group
     x = augmented(plan.config, task, batch)
     # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
-    logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if rules.needs_predictions(plan.config) else None
-    return rules.make_streams(plan.config, task, jax.random.fold_in(batch.key, 1), x, batch.labels, logits)
-
-
-def group_setting(plan: Plan, group: int, batch: Batch) -> tuple[Config, HyperParameters, PRNGKeyArray]:
-    """The configuration, the numbers and the key by which a group trains in the step on this batch."""
-    return for_group(plan.config, group), batch.hyper.of(group), jax.random.fold_in(jax.random.fold_in(batch.key, 2), group)
+    logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if plan.rule.predicts(plan.config) else None
+    options, key = plan.rule.options_of(plan.config), jax.random.fold_in(batch.key, 1)
+    return plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits))
 
 
 def train_step(
@@ -128,15 +116,16 @@ def train_step(
     """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors, whose
     output for the clean images may be given as `batch.features`.
 
-    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`; and `ensemble_accuracy` of all heads.
+    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`, and the rule's own; and
+    `ensemble_accuracy` of all heads.
     """
     streams = step_streams(plan, active, task, states, batch)
     streams = streams if active is None else behind_frozen(plan, active, states, streams, batch.features)
     new_states, metrics = list(states), []
     training = range(len(plan.groups)) if active is None else [active]
     for i in training:
-        own, hyper, key = group_setting(plan, i, batch)
-        new_states[i], streams, m = group_step(own, plan.groups[i], hyper, states[i], streams, key, fence=len(training) > 1)
+        setting = plan.setting(i, batch.hyper, batch.key)
+        new_states[i], streams, m = group_step(setting, plan.groups[i], states[i], streams, fence=len(training) > 1)
         metrics.append(m)
     labels, log_p = batch.labels, jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
@@ -150,7 +139,7 @@ def clean_log_p(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
     """Log-probabilities of the `first` groups' heads (None: all) on normalised images, one clean pass, running statistics."""
-    z, out = rules.prepare_clean(plan.config, task, x), []
+    z, out = plan.rule.shown(task, x), []
     for group, state in list(zip(plan.groups, states, strict=True))[:first]:
         z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
         out.append(jax.nn.log_softmax(group.logits(state.params, z)))

@@ -18,7 +18,6 @@ from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 from vffjax.errors import UserError, chosen
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
-from vffjax.rules import local as rules
 from vffjax.rules.streams import Task
 from vffjax.training.augment import normalised
 from vffjax.training.plan import Images, Plan
@@ -130,7 +129,7 @@ def _over_those_left(
     """
 
     def compute(x: Array) -> tuple[Array | None, Array | None]:
-        x = x if g else rules.prepare_clean(plan.config, task, normalised(task, x))
+        x = x if g else plan.rule.shown(task, normalised(task, x))
         z, log_p = _group(plan, votes, g, state, x)
         return (z if g + 1 < len(votes) else None), log_p
 

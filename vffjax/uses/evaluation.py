@@ -86,8 +86,8 @@ def _judge(
     early: early_exit.Wanted,
 ) -> dict[str, Any]:
     name = inference_name or plan.config.inference
-    if name == "sweep" and plan.config.rule == "head":
-        raise UserError("--inference=sweep: rule head never sees a labelled image; use --inference=heads")
+    if name == "sweep" and plan.rule.fits is None:
+        raise UserError(f"--inference=sweep: rule {plan.config.rule} never sees a labelled image; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None

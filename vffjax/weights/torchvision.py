@@ -5,21 +5,24 @@ tensor by its layer and its place there (`layer2.0.conv1.weight`; `group1.params
 statistic fills both of our streams; of ours, theirs is that of clean images.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vffjax.architectures import RESNET, STEMS, residual_blocks, stem_width
+from vffjax import networks, rules
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key, printable
+from vffjax.networks.network import Block
+from vffjax.networks.resnet import STEMS, stem_width
+from vffjax.registry import NETWORKS, SOURCES
 from vffjax.weights.tensor_files import FLOATS, Tensor
 
 SHOWN = 5  # tensors named in an error
 _FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _FC = ("fc.weight", "fc.bias")
-_OF_CHANNELS = {1: "mnist", 3: "cifar10"}  # a data set of such images
 
 
 def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -28,7 +31,7 @@ def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mappin
     Raises `UserError` naming the file and its tensors: missing, of another network, misshapen, not floating point, not finite, or a
     negative variance.
     """
-    if config.resolved_norm == "layer":
+    if config.norm == "layer":
         raise bad_key("norm", config.norm, f"has no running statistics, which {printable(str(path), 200)} holds", "use norm=batch")
     names = _names(config, leaves)
     counts = "num_batches_tracked"
@@ -93,7 +96,7 @@ def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.nd
             del names[name]
     heads = len({name.partition(".")[0] for name in leaves}) - 1
     lost = [f"the head(s) of the first {heads} group(s)"] * (heads > 0) + ["the labelled copies' statistics"] * (
-        config.resolved_norm == "batch"
+        rules.norm_of(config) == "batch"
     )
     if lost:
         notes.append(f"{' and '.join(lost)} have no name there; --names=vffjax keeps all")
@@ -109,7 +112,7 @@ def _names(config: Config, leaves: Mapping[str, Any]) -> dict[str, str]:
         if layer != "head":
             theirs = f"{rest[0].replace('_', '.')}.{_FIELDS[rest[1]]}"
             layers.setdefault((int(group[5:]), int(layer[7:])), []).append((theirs, name))
-    prefixes = ["", *(f"{block.name}." for block in residual_blocks(config.network, config.width_factor))]
+    prefixes = ["", *(f"{block.name}." for block in _blocks(config))]
     found = {
         f"{prefix}{theirs}": name for prefix, key in zip(prefixes, sorted(layers), strict=True) for theirs, name in sorted(layers[key])
     }
@@ -140,8 +143,14 @@ def _head(leaves: Mapping[str, Any]) -> tuple[int, int]:
     return tuple(leaves[f"group{last}.params.head.kernel"].shape)
 
 
+def _blocks(config: Config) -> list[Block]:
+    blocks = networks.find(config).blocks
+    assert blocks is not None  # who comes here has asked
+    return blocks(config)
+
+
 def _width(config: Config) -> int:
-    return residual_blocks(config.network, config.width_factor)[-1].width
+    return _blocks(config)[-1].width
 
 
 def _sees_mean(config: Config, leaves: Mapping[str, Any]) -> bool:
@@ -188,17 +197,18 @@ def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[
     found: dict[str, Any] = {}
     names = {match[0] for name in here if (match := re.match(r"layer\d+\.\d+", name))}
     bottleneck = any(name.endswith(".conv3.weight") for name in here)
-    for network in RESNET:
-        blocks = residual_blocks(network, 1.0)
-        if network != config.network and names == {block.name for block in blocks} and bottleneck == blocks[0].bottleneck:
+    for network, record in ((name, NETWORKS.find(name)) for name in NETWORKS.names):
+        blocks = record.blocks(config) if record.blocks else []
+        if blocks and network != config.network and names == {block.name for block in blocks} and bottleneck == blocks[0].bottleneck:
             found["network"] = network
     first = here["conv1.weight"].shape if "conv1.weight" in here else ()
     if len(first) == 4:
         for stem, (side, _) in STEMS.items():
             if side == first[2] and stem != config.stem:
                 found["stem"] = stem
-        if first[0] != stem_width(config.width_factor):
-            found["width_factor"] = f"{first[0] / stem_width(1.0):g}"
-        if first[1] != wanted["conv1.weight"][1] and first[1] in _OF_CHANNELS:
-            found["dataset"] = _OF_CHANNELS[first[1]]
+        if first[0] != stem_width(config):
+            found["width_factor"] = f"{first[0] / stem_width(dataclasses.replace(config, width_factor=1.0)):g}"
+        channels = {SOURCES.find(name).sizes.image_shape[2]: name for name in SOURCES.names}
+        if first[1] != wanted["conv1.weight"][1] and first[1] in channels:
+            found["dataset"] = channels[first[1]]
     return found

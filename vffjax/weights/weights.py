@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from vffjax import backend
-from vffjax.architectures import RESNET, VGG
+from vffjax import backend, networks
 from vffjax.config import HUB, WEIGHT_FILES, Config
-from vffjax.data.sets import SIZES
+from vffjax.data import sizes_of
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.files import replace_file
+from vffjax.networks.groups import layer_sizes
 from vffjax.paths import local
-from vffjax.training.checks import layer_sizes
+from vffjax.training.plan import groups_of
 from vffjax.weights import hub
 from vffjax.weights.formats import opened
 from vffjax.weights.tensor_files import AGAIN, Tensor
@@ -48,8 +48,8 @@ def write_weights(
     from vffjax.weights import torchvision as pretrained  # not above, for the sake of JAX
 
     config = plan.config
-    nameless = f"there is no {config.network}" if config.network not in RESNET else ""
-    nameless = nameless or ("no norm=layer" if config.resolved_norm == "layer" else "")
+    nameless = f"there is no {config.network}" if networks.find(config).blocks is None else ""
+    nameless = nameless or ("no norm=layer" if config.norm == "layer" else "")
     if names == "torchvision" and nameless:
         raise UserError(f"--names=torchvision: {nameless} in torchvision; use --names=vffjax")
     theirs = names != "vffjax" and not nameless
@@ -66,10 +66,7 @@ def write_group(path: pathlib.Path | str, plan: "Plan", group: int, state: "Grou
 
 
 def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarray], names: str, about: Mapping[str, Any]) -> None:
-    published = (
-        ("width_factor", "stem") if config.network in RESNET else ("width_factor",) if config.network in VGG else ("widths", "pools")
-    )
-    network = {key: getattr(config, key) for key in ("network", *published, "norm", "grouping")}
+    network = {key: getattr(config, key) for key in ("network", *networks.find(config).keys, "norm", "grouping")}
     described = {"format": FORMAT, "names": names, "network": network, **about}
     # One entry, because safetensors writes several in random order.
     replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
@@ -89,7 +86,7 @@ def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupSta
 
     leaves, config = _named(states), plan.config
     with _opened(path, config) as found:
-        if config.network in RESNET and not any(re.match(r"group\d+\.", name) for name in found):
+        if networks.find(config).blocks and not any(re.match(r"group\d+\.", name) for name in found):
             arrays, notes = pretrained.imported(path, config, leaves, found)
         else:
             arrays, notes = _own(path, config, leaves, found)
@@ -135,7 +132,7 @@ def check_start(config: Config) -> None:
 
         from vffjax.training.plan import init_states, make_plan
 
-        sizes = SIZES[config.dataset]
+        sizes = sizes_of(config)
         plan = make_plan(config, sizes.train_images, sizes.classes)
         read_weights(path, plan, jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
 
@@ -149,12 +146,15 @@ def local_file(config: Config) -> str:
 
 def _most_bytes(config: Config) -> int:
     """What a file of this network's weights may take, in float64 and with a classifier of any classes."""
-    return 8 * sum(kernel for kernel, _ in layer_sizes(config, SIZES[config.dataset].image_shape)) + 2**28
+    sizes = sizes_of(config)
+    return 8 * sum(kernel for kernel, _ in layer_sizes(groups_of(config, sizes.classes), sizes.image_shape)) + 2**28
 
 
 def _opened(path: pathlib.Path | str, config: Config) -> Any:
-    if str(path).endswith(WEIGHT_FILES[1:]) and config.network not in RESNET:
-        raise UserError(f"{path}: PyTorch's files are read for {', '.join(RESNET)}; give a {WEIGHT_FILES[0]} file by vffjax export")
+    if str(path).endswith(WEIGHT_FILES[1:]) and networks.find(config).blocks is None:
+        raise UserError(
+            f"{path}: PyTorch's files are read for residual networks such as resnet18; give a {WEIGHT_FILES[0]} file by vffjax export"
+        )
     return opened(path, _most_bytes(config))
 
 
