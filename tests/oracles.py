@@ -12,8 +12,7 @@ from vffjax.config import default_config
 from vffjax.hyperparameters import HyperParameters, at_peak
 from vffjax.proofs.probes import quick_jit as quick_jit
 from vffjax.proofs.probes import random_states, random_variables
-from vffjax.rules import local as rules
-from vffjax.rules.streams import Task
+from vffjax.rules.streams import Step, Task
 from vffjax.training.augment import normalise
 from vffjax.training.batch import Batch
 from vffjax.training.checks import make_config
@@ -92,9 +91,20 @@ def streams_of(run, key):
     """The streams that `train_step` makes of the first batch, without augmentation."""
     images, labels, *_ = run.batch()
     x = normalise(images, run.task.mean, run.task.std)
-    hard = rules.needs_predictions(run.plan.config)
+    hard = run.plan.rule.predicts(run.plan.config)
     logits = clean_log_p(run.plan, run.task, run.states, x).mean(axis=0) if hard else None
-    return rules.make_streams(run.plan.config, run.task, jax.random.fold_in(key, 1), x, labels, logits)
+    return streams_from(run, jax.random.fold_in(key, 1), x, labels, logits)
+
+
+def streams_from(run, key, images, labels, logits=None):
+    """The streams that a run's rule makes of normalised images."""
+    plan = run.plan
+    return plan.rule.streams(Step(plan.config, plan.rule.options_of(plan.config), run.task, key, images, labels, logits))
+
+
+def setting_of(run, group, key):
+    """By what a group of a run trains, with the very key that is given."""
+    return run.plan.setting(group, run.hyper, key)._replace(key=key)
 
 
 def leaves(tree):

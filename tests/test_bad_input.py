@@ -782,11 +782,12 @@ def test_any_other_error_is_a_bug_and_keeps_its_traceback(call, monkeypatch, tmp
 def test_more_steps_than_can_be_counted_are_refused():
     from vffjax.errors import UserError
     from vffjax.training.checks import check_against_data
+    from vffjax.training.plan import make_plan
 
     many = tiny(epochs=100_000, batch_size=1)
-    check_against_data(many, 21_474, (8, 8, 1), 10, 2)
+    check_against_data(make_plan(many, 21_474, 10), 21_474, (8, 8, 1))
     with pytest.raises(UserError, match=r"config\.epochs=100000: more than 2147483647 steps; use fewer"):
-        check_against_data(many, 21_475, (8, 8, 1), 10, 2)
+        check_against_data(make_plan(many, 21_475, 10), 21_475, (8, 8, 1))
 
 
 def test_a_sweep_for_rule_head_is_refused(fails, tmp_path):

@@ -11,13 +11,16 @@ import ml_collections
 import pytest
 
 from vffjax import config as config_module
+from vffjax import rules
 from vffjax.cli.flags import load_config_file
-from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, of_program
-from vffjax.data import sets
+from vffjax.config import ARGUMENTS, FIELDS, Config, default_config, for_group, of_program
 from vffjax.errors import UserError
+from vffjax.keys import value_of
 from vffjax.networks.groups import init_variables
+from vffjax.registry import SOURCES
+from vffjax.rules import vff
 from vffjax.training.checks import check_against_data, from_json, make_config
-from vffjax.training.plan import groups_of
+from vffjax.training.plan import make_plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Image shape, classes and training images of each set, from the sets' own descriptions.
@@ -52,12 +55,12 @@ def refused(raw, *parts):
 @pytest.mark.parametrize("given", FILES, ids=lambda given: pathlib.Path(given).name)
 def test_every_configuration_file_is_valid_and_builds_its_groups(given):
     config = make_config(load_config_file(given)[0])
-    shape, classes, images = sizes_of(config)
-    groups = groups_of(config, classes)
+    shape, classes, images = SIZES[config.dataset]
     images = config.train_examples or images
-    check_against_data(config, images - round(config.val_fraction * images), shape, classes, len(groups))
+    plan = make_plan(config, images, classes)
+    check_against_data(plan, images - round(config.val_fraction * images), shape)
     # Traced, not run: a model of a hundred megabytes costs nothing here.
-    for params, _ in jax.eval_shape(lambda: init_variables(groups, jax.random.key(0), shape)):
+    for params, _ in jax.eval_shape(lambda: init_variables(plan.groups, jax.random.key(0), shape)):
         assert params["head"]["kernel"].shape[1] == classes
 
 
@@ -68,8 +71,8 @@ def test_there_are_configuration_files():
 
 
 def test_every_data_set_has_sizes_here_and_in_the_library():
-    assert set(SIZES) == set(DATASETS)
-    assert {name: (s.image_shape, s.classes, s.train_images) for name, s in sets.SIZES.items()} == SIZES
+    known = {name: SOURCES.find(name).sizes for name in SOURCES.names}
+    assert {name: (s.image_shape, s.classes, s.train_images) for name, s in known.items()} == SIZES
 
 
 def test_the_defaults_are_valid():
@@ -106,7 +109,7 @@ def test_every_limit_is_kept_and_named(key, limit):
     beyond = kind(value + (step if limit == "high" else -step))
     refused({key: beyond}, f"config.{key}={beyond!r}", str(value), "too large" if limit == "high" else "too small")
     # The limit itself is allowed, as far as this check goes.
-    config_module._check_range(key, kind(value))
+    assert value_of(FIELDS[key], kind(value), key) == value
 
 
 @pytest.mark.parametrize("key", [key for key in FIELDS if FIELDS[key].metadata["choices"]])
@@ -206,14 +209,15 @@ AGAINST_DATA = {
 @pytest.mark.parametrize(("raw", "named", "fix"), AGAINST_DATA.values(), ids=AGAINST_DATA.keys())
 def test_what_does_not_fit_the_data_is_refused(raw, named, fix):
     with pytest.raises(UserError) as caught:
-        check_against_data(make_config({"batch_size": 100} | raw), 100, (8, 8, 1), 33 if raw.get("rule") == "ff" else 10, 3)
+        plan = make_plan(make_config({"batch_size": 100, "grouping": "layer"} | raw), 100, 33 if raw.get("rule") == "ff" else 10)
+        check_against_data(plan, 100, (8, 8, 1))
     assert named in str(caught.value)
     assert fix in str(caught.value)
 
 
 def test_what_just_fits_the_data_is_allowed():
     raw = CONV | {"pools": (2, 2, 2, 1), "batch_size": 100, "cutout": 8, "rule": "ff", "overrides": {"group2": {}}}
-    check_against_data(make_config(raw), 100, (8, 8, 1), 32, 3)
+    check_against_data(make_plan(make_config(raw | {"grouping": "layer"}), 100, 32), 100, (8, 8, 1))
 
 
 def test_overrides_change_their_group_alone():
@@ -255,7 +259,7 @@ def test_a_config_dict_and_a_dictionary_make_the_same():
 )
 def test_auto_means_what_its_documentation_says(raw, norm, contrast):
     config = make_config(raw)
-    assert (config.resolved_norm, config.resolved_contrast) == (norm, contrast)
+    assert (rules.norm_of(config), vff.in_batch(config)) == (norm, contrast == "in_batch")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

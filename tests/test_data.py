@@ -10,7 +10,7 @@ import pytest
 from image_sets import as_set, fails
 from vffjax.config import Config
 from vffjax.data import load as data
-from vffjax.data import sets, synthetic
+from vffjax.data import sizes_of, synthetic
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_shapes_types_and_determinism(name, shape, sizes):
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_the_table_of_sizes_is_right(name):
-    made, sizes = data.load(Config(dataset=name)), sets.SIZES[name]
+    made, sizes = data.load(Config(dataset=name)), sizes_of(Config(dataset=name))
     assert (len(made.train) + len(made.validation), made.image_shape, made.num_classes) == sizes
     assert data.split_sizes(Config(dataset=name), sizes.train_images) == (len(made.train), len(made.validation))
 
@@ -88,7 +88,7 @@ def test_train_examples_is_drawn_before_the_validation_images():
     assert none.validation.images.shape == (0, 16, 16, 3) and none.validation.labels.shape == (0,)
     assert sorted(as_set(few.train) + as_set(few.validation)) == as_set(none.train)
     order = np.random.default_rng([0, 0x5EED]).permutation(2000)  # as documented
-    made = synthetic.synthetic()[0]
+    made = synthetic.read(Config())[0]
     np.testing.assert_array_equal(few.validation.images, made.images[order[:25]])
     np.testing.assert_array_equal(few.train.labels, made.labels[order[25:100]])
     assert len(whole.train) == 2000

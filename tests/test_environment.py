@@ -14,13 +14,14 @@ from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
 from vffjax import backend
 from vffjax.cli import main as cli
+from vffjax.config import Config
 from vffjax.costs import memory, targets
+from vffjax.costs.memory import least_bytes
 from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.training import scores as inference
 from vffjax.training import trainer
 from vffjax.training.batch import abstract_batch
-from vffjax.training.checks import least_bytes
 from vffjax.training.plan import make_plan
 from vffjax.uses.early_exit import make_early_exit, votes_of
 
@@ -185,7 +186,7 @@ def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypat
 
 def test_several_devices_do_not_make_one_larger(monkeypatch):
     config = config_of(widths=(64, 64))
-    half = least_bytes(config, sizes_of(config).image_shape, 10) // 2
+    half = least_bytes(config) // 2
     monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": half})] * 8)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 import oracles
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run, streams_of
-from vffjax.networks import build
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, setting_of, small_run, streams_of
+from vffjax.networks import find
 from vffjax.networks.groups import cut, init_variables
 from vffjax.rules import local as rules
 from vffjax.training.plan import groups_of
 
 
 def cuts(widths, grouping):
-    layers = build(config_of(network="mlp", widths=widths))
+    layers = find(config_of(network="mlp", widths=widths)).layers(config_of(network="mlp", widths=widths), "batch")
     groups = cut(layers, grouping)
     assert sum(groups, ()) == layers  # nothing lost, nothing moved
     return [tuple(layer.width for layer in group) for group in groups]
@@ -99,9 +99,9 @@ def test_recomputed_groups_learn_the_same(changes, key):
     results = []
     for rematerialise in (False, True):
         run = small_run(config_of(**changes | {"grouping": "all"}, rematerialise=rematerialise))
-        state, of_group = run.states[0], (run.plan.config, run.plan.groups[0], run.hyper.of(0))
+        state, of_group = run.states[0], (setting_of(run, 0, key), run.plan.groups[0])
         gradient = jax.value_and_grad(rules.local_loss, has_aux=True)
-        step = quick_jit(lambda params, stats, streams, g=gradient, own=of_group: g(params, *own, stats, streams, key))
+        step = quick_jit(lambda params, stats, streams, g=gradient, own=of_group: g(params, *own, stats, streams))
         results.append(step(state.params, state.batch_stats, streams_of(run, key)))
     (plain, plain_grads), (again, again_grads) = results
     assert_close(again_grads, plain_grads, rtol=1e-3, atol=1e-5)

@@ -1,5 +1,6 @@
 """No gradient crosses a group's border: each loss depends on its own group's parameters and on no other's, in either direction."""
 
+import dataclasses
 import functools
 import types
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import CONV, MLP, config_of, leaves, quick_jit, small_run, streams_of
+from oracles import CONV, MLP, config_of, leaves, quick_jit, setting_of, small_run, streams_of
 from vffjax.proofs import probes
 from vffjax.rules import local as rules
+from vffjax.rules import vff
 from vffjax.training import trainer
 
 RULES = {
@@ -78,12 +80,12 @@ def test_the_check_finds_a_leak_where_streams_are_not_detached(network, rule, ke
 @pytest.fixture
 def head_gradient(key, monkeypatch, traces):
     """Gradient of the first group's head loss alone, for a head weight."""
-    monkeypatch.setattr(rules, "_cscl", lambda *_: jnp.zeros(()))
+    monkeypatch.setattr(vff, "RULE", dataclasses.replace(vff.RULE, loss=lambda seen: (jnp.zeros(()), {})))
 
     def gradient(weight):
         run = small_run(config_of(**MLP, head_weight=weight))
         group, state = run.plan.groups[0], run.states[0]
-        loss = lambda p: rules.local_loss(p, run.plan.config, group, run.hyper.of(0), state.batch_stats, streams_of(run, key), key)[0]  # noqa: E731
+        loss = lambda p: rules.local_loss(p, setting_of(run, 0, key), group, state.batch_stats, streams_of(run, key))[0]  # noqa: E731
         grads = dict(quick_jit(jax.grad(loss))(state.params))
         return grads.pop("head"), grads
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import config_of, small_run
+from oracles import config_of, small_run, streams_from
 from vffjax.rules import ff, vff
-from vffjax.rules import local as rules
 from vffjax.rules import streams as labelling
 
 CLASSES, SHAPE = 5, (4, 6, 2)
@@ -21,14 +20,14 @@ def batch():
 
 @pytest.fixture
 def codebook(key):
-    return vff.make_codebook(key, CLASSES, SHAPE, 2.0)
+    return labelling.make_codebook(key, CLASSES, SHAPE, 2.0)
 
 
 def test_the_codebook_is_fixed_by_its_key_and_has_the_scale_asked(key):
     shape = (8, 8, 3)
-    codebook = np.asarray(vff.make_codebook(key, 50, shape, 3.0))
-    np.testing.assert_array_equal(codebook, vff.make_codebook(key, 50, shape, 3.0))
-    assert (codebook != np.asarray(vff.make_codebook(jax.random.key(8), 50, shape, 3.0))).mean() > 0.99
+    codebook = np.asarray(labelling.make_codebook(key, 50, shape, 3.0))
+    np.testing.assert_array_equal(codebook, labelling.make_codebook(key, 50, shape, 3.0))
+    assert (codebook != np.asarray(labelling.make_codebook(jax.random.key(8), 50, shape, 3.0))).mean() > 0.99
     # 9,600 normal draws: mean within five standard errors, deviation within 4 percent (five of its standard errors).
     assert abs(codebook.mean()) < 5 * 3 / np.sqrt(codebook.size)
     assert abs(codebook.std() / 3 - 1) < 0.04
@@ -73,7 +72,7 @@ def test_hard_wrong_labels_are_drawn_from_each_rows_own_prediction(key):
 def test_lwnl_leaves_the_clean_stream_bitwise_untouched(rule, batch, key):
     images, labels = batch
     run = small_run(config_of(network="mlp", widths=(4,), **rule), classes=CLASSES, shape=SHAPE)
-    streams = rules.make_streams(run.plan.config, run.task, key, images, labels, jnp.zeros((13, CLASSES)))
+    streams = streams_from(run, key, images, labels, jnp.zeros((13, CLASSES)))
     np.testing.assert_array_equal(streams.clean, images)
     np.testing.assert_array_equal(streams.labels, labels)
     assert len(streams.copies) == len(streams.copy_labels) == (0 if "rule" in rule else 2 * CLASSES if not rule else 26)
@@ -139,7 +138,7 @@ def test_forward_forward_streams_are_neutral_right_and_wrong(batch):
 def test_overlay_pixels_are_black_and_white_of_the_data_set(batch, key):
     """In bytes, the written pixels are 0 and 255."""
     run = small_run(config_of(network="mlp", widths=(4,), rule="ff"), classes=CLASSES, shape=SHAPE)
-    streams = rules.make_streams(run.plan.config, run.task, key, *batch)
+    streams = streams_from(run, key, *batch)
     written = np.asarray(streams.copies).reshape(26, 24, 2)[:, :CLASSES]
     byte = 255 * (written * np.asarray(run.task.std) + np.asarray(run.task.mean))
     assert set(np.round(byte, 2).ravel() + 0.0) == {0.0, 255.0}
@@ -149,8 +148,8 @@ def test_overlay_pixels_are_black_and_white_of_the_data_set(batch, key):
 def test_a_sweep_tells_labels_as_training_does(rule, batch):
     images, labels = batch
     run = small_run(config_of(network="mlp", widths=(4,), rule=rule, labelling="triplet"), classes=CLASSES, shape=SHAPE)
-    streams = rules.make_streams(run.plan.config, run.task, jax.random.key(0), images, labels)
+    streams = streams_from(run, jax.random.key(0), images, labels)
     for row in range(3):
-        told = rules.prepare_labelled(run.plan.config, run.task, images[row : row + 1], labels[row])
+        told = run.plan.rule.told(run.task, images[row : row + 1], labels[row])
         np.testing.assert_allclose(told[0], streams.copies[row], rtol=1e-6)
-    np.testing.assert_array_equal(rules.prepare_clean(run.plan.config, run.task, images), streams.clean)
+    np.testing.assert_array_equal(run.plan.rule.shown(run.task, images), streams.clean)

@@ -14,9 +14,9 @@ import pytest
 
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of
-from vffjax.architectures import PUBLISHED
 from vffjax.cli.flags import load_config_file
 from vffjax.errors import UserError
+from vffjax.networks import find
 from vffjax.proofs import locality
 from vffjax.rules import local as rules
 from vffjax.training import trainer
@@ -74,7 +74,7 @@ ONE_OF_EACH = ["vgg8b.py", "finetune_resnet18_cifar10.py", "finetune.py", "finet
 def test_every_configuration_is_local_by_numbers(given):
     """Published networks narrow and on smaller images: as they are, a ResNet-50 at 224 pixels takes 8 GB and many minutes."""
     config = of_file(given)
-    if config.network in PUBLISHED:
+    if "width_factor" in find(config).keys:
         config = dataclasses.replace(config, width_factor=0.05, image_size=config.image_size and 64)
     _check_numbers(locality.certify(config))
 
@@ -228,8 +228,8 @@ def plant_in_loss(monkeypatch, change):
     """`change(params, group, batch_stats, rows)` are the rows that a group passes on."""
     honest = rules.local_loss
 
-    def planted(params, config, group, *others):
-        loss, (stats, out, metrics) = honest(params, config, group, *others)
+    def planted(params, setting, group, *others):
+        loss, (stats, out, metrics) = honest(params, setting, group, *others)
         return loss, (stats, out._replace(rows=change(params, group, stats, out.rows)), metrics)
 
     monkeypatch.setattr(rules, "local_loss", planted)
@@ -394,8 +394,8 @@ def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch, traces):
         smuggled.clear()
         return found
 
-    def loss(params, config, group, *rest):
-        value, others = honest_loss(params, config, group, *rest)
+    def loss(params, setting, group, *rest):
+        value, others = honest_loss(params, setting, group, *rest)
         return scaled(value, smuggled[0]) if smuggled and group.name == "group0" else value, others
 
     monkeypatch.setattr(trainer, "train_step", step)

@@ -9,9 +9,8 @@ import oracles
 from oracles import config_of, numeric_gradient, quick_jit, small_run
 from vffjax.hyperparameters import at_peak
 from vffjax.rules import ff, local, vff
-from vffjax.rules import local as rules
 from vffjax.rules import similarity as losses
-from vffjax.rules.streams import Streams
+from vffjax.rules.streams import Streams, wrong_labels
 
 SIMILARITIES = ("position", "flat", "grid", "pooled")
 MARGIN, TAU = 0.2, 0.1
@@ -124,6 +123,11 @@ def test_margin_and_temperature_act_as_documented():
     np.testing.assert_allclose(vff.cscl_in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
 
 
+def seen_of(config, made, key, logits):
+    """What a rule's loss may look at, of one group whose features are `made`."""
+    return local.Seen(config, None, at_peak(config, 1).of(0), 0, made, made, logits, {}, key)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"labelling": "triplet"}, {"labelling": "triplet", "contrast": "in_batch"}, {"contrast": "triplet", "copies_per_class": 3}],
@@ -136,14 +140,14 @@ def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, key):
     wrong = np.array([0, 1, 2, 2])
     copy_labels = np.concatenate([labels, wrong]) if config.labelling == "triplet" else np.tile(np.arange(classes), config.copies_per_class)
     clean, copies = maps(9, 4, 4, 4, 2), maps(10, len(copy_labels), 4, 4, 2)
-    streams = Streams(*(jnp.asarray(a) for a in (np.concatenate([clean, copies]), labels, copy_labels)))
-    value = quick_jit(lambda s: rules._cscl(config, at_peak(config, 1).of(0), s, key, jnp.zeros((4, classes))))(streams)
-    if config.resolved_contrast == "in_batch":
+    made = Streams(*(jnp.asarray(a) for a in (np.concatenate([clean, copies]), labels, copy_labels)))
+    value = quick_jit(lambda made: vff.loss(seen_of(config, made, key, jnp.zeros((4, classes))))[0])(made)
+    if vff.in_batch(config):
         rows = [oracles.in_batch(a, y, copies, copy_labels, kind, MARGIN, TAU) for a, y in zip(clean, labels, strict=True)]
     elif config.labelling == "triplet":
         rows = [oracles.triplet(a, copies[i], copies[4 + i], kind, MARGIN, TAU) for i, a in enumerate(clean)]
     else:
-        drawn = np.asarray(streams.wrong_labels(key, jnp.asarray(labels), classes))
+        drawn = np.asarray(wrong_labels(key, jnp.asarray(labels), classes))
         mean = lambda a, y: np.mean([oracles.similarity(a, c, kind) for c, d in zip(copies, copy_labels, strict=True) if d == y])  # noqa: E731
         pairs = zip(clean, labels, drawn, strict=True)
         rows = [TAU * oracles.softplus((mean(a, w) - mean(a, y) + MARGIN) / TAU) for a, y, w in pairs]
@@ -171,8 +175,8 @@ def test_the_forward_forward_rule_takes_right_labels_as_positive():
     config = config_of(rule="ff", goodness_threshold=0.5)
     copies = maps(13, 8, 3, 3, 2) * np.array([2.0] * 4 + [0.1] * 4).reshape(-1, 1, 1, 1)
     labels = np.zeros(4, np.int32)
-    streams = Streams(*(jnp.asarray(a) for a in (np.concatenate([copies[:4], copies]), labels, np.tile(labels, 2))))
-    value = rules._forward_forward(config, at_peak(config, 1).of(0), streams)
+    made = Streams(*(jnp.asarray(a) for a in (np.concatenate([copies[:4], copies]), labels, np.tile(labels, 2))))
+    value, _ = ff.loss(seen_of(config, made, None, None))
     np.testing.assert_allclose(value, oracles.forward_forward(copies[:4], copies[4:], 0.5, 0.0), rtol=1e-5)
 
 
@@ -189,11 +193,11 @@ def test_head_cross_entropy_and_gradient_equal_the_definition(smoothing):
 def test_the_objective_of_a_group_is_the_sum_of_its_parts(key):
     """Loss, and the head's loss on the clean rows only, under label smoothing."""
     run = small_run(config_of(network="mlp", widths=(7,), label_smoothing=0.2))
-    streams, group, state = oracles.streams_of(run, key), run.plan.groups[0], run.states[0]
-    f = quick_jit(lambda params: rules.local_loss(params, run.plan.config, group, run.hyper.of(0), state.batch_stats, streams, key))
+    made, group, state = oracles.streams_of(run, key), run.plan.groups[0], run.states[0]
+    f = quick_jit(lambda params: local.local_loss(params, oracles.setting_of(run, 0, key), group, state.batch_stats, made))
     loss, (_, out, metrics) = f(state.params)
     np.testing.assert_allclose(loss, metrics["local_loss"] + metrics["head_loss"], rtol=1e-6)
-    expected = oracles.cross_entropy(group.logits(state.params, out.clean), streams.labels, 0.2)
+    expected = oracles.cross_entropy(group.logits(state.params, out.clean), made.labels, 0.2)
     np.testing.assert_allclose(metrics["head_loss"], expected, rtol=1e-5)
     assert out.clean.shape == (12, 7)
     assert out.copies.shape == (6, 7)
@@ -213,6 +217,7 @@ def test_a_head_that_only_reads_cuts_even_what_is_not_finite(rule, frozen):
     """A gradient that must not pass is no product with 0, which would be NaN. Under rule head a head trains its layers."""
     run = small_run(config_of(rule=rule, network="mlp", widths=(7,), head_weight=0.0, frozen_groups=frozen))
     group, config = run.plan.groups[0], run.plan.program.config
-    _, pull = jax.vjp(lambda seen: rules._read_by_head(config, group, run.hyper.of(0), seen), jnp.ones(2))
+    share = 0 if group.frozen else run.plan.rule.head_share(config, run.hyper.of(0))
+    _, pull = jax.vjp(lambda seen: local._with_share(seen, share), jnp.ones(2))
     (gradient,) = pull(jnp.array([jnp.inf, jnp.nan]))
     assert (gradient == 0).all() == (rule != "head" or frozen == 1)

@@ -10,17 +10,17 @@ import pytest
 from command_lines import ROOT
 from oracles import config_of
 from vffjax import config as config_module
-from vffjax import networks
-from vffjax.costs import targets
+from vffjax import data as sources
+from vffjax import networks, rules
+from vffjax.costs import memory, targets
 from vffjax.errors import UserError
 from vffjax.hyperparameters import at_peak
-from vffjax.networks import groups, layers
-from vffjax.rules import local as rules
-from vffjax.rules import similarity as losses
-from vffjax.training import checks
+from vffjax.networks import layers
+from vffjax.rules import ff, similarity, vff
+from vffjax.rules.streams import Step
 from vffjax.training import scores as inference
 from vffjax.training.optimizers import make_optimizer
-from vffjax.training.plan import Plan, make_task
+from vffjax.training.plan import Plan, groups_of, make_plan, make_task
 from vffjax.uses import early_exit
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -37,7 +37,7 @@ def other(**changes):
 
 
 def plan_of(config):
-    return Plan(config, (), 1)
+    return Plan(config, vff.RULE, (), 1)
 
 
 IMAGES = jnp.zeros((2, 8, 8, 1))
@@ -46,34 +46,31 @@ USES = {
     "schedule": lambda c: plan_of(c).active(0),
     "schedule of stages": lambda c: plan_of(c).stages,
     "pixel_statistics": lambda c: make_task(c, 10, (8, 8, 1), (0.5,), (0.5,)),
-    "network": networks.build,
-    "grouping": lambda c: groups.groups_of(c, 10),
-    "precision": layers.common,
-    "norm_statistics": layers.common,
-    "rule": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),
-    "rule of clean images": lambda c: rules.prepare_clean(c, None, IMAGES),
-    "rule of a sweep": lambda c: rules.prepare_labelled(c, None, IMAGES, 0),
-    "rule of a loss": lambda c: rules.local_loss({}, c, None, None, {}, None, None),
-    "rule of predictions": rules.needs_predictions,
-    "rule of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
-    "rule of floating-point operations": lambda c: rates.copies_per_step(c, 10),
-    "labelling": lambda c: rules.make_streams(c, None, None, IMAGES, jnp.zeros(2, int)),
-    "labelling of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
-    "labelling of floating-point operations": lambda c: rates.copies_per_step(c, 10),
-    "negatives": rules.needs_predictions,
-    "contrast": rules.needs_predictions,
-    "similarity": lambda c: losses.embed(IMAGES, c.similarity),
-    "similarity of what is pooled": lambda c: rules._pooled(c, 2, IMAGES),
+    "network": networks.find,
+    "dataset": sources.find,
+    "grouping": lambda c: groups_of(c, 10),
+    "precision": lambda c: layers.common(c, "batch"),
+    "norm_statistics": lambda c: layers.common(c, "batch"),
+    "rule": rules.find,
+    "rule of a plan": lambda c: make_plan(c, 12, 10),
+    "rule of memory": memory.least_bytes,
+    "labelling": lambda c: vff.streams(Step(c, None, None, None, IMAGES, jnp.zeros(2, int))),
+    "labelling of memory": memory.least_bytes,
+    "labelling of floating-point operations": lambda c: rates.training_flops(c, (8, 8, 1), 10),
+    "negatives": lambda c: vff.RULE.predicts(c),
+    "negatives of goodness": lambda c: ff.RULE.predicts(c),
+    "contrast": vff.in_batch,
+    "similarity": lambda c: similarity.embed(IMAGES, c.similarity),
+    "similarity of what is pooled": lambda c: vff.RULE.cells(c),
     "inference": lambda c: inference.make_scores(plan_of(c), c.inference)(None, (), IMAGES),
-    "optimizer of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
-    "precision of memory": lambda c: checks.least_bytes(c, (8, 8, 1), 10),
+    "optimizer of memory": memory.least_bytes,
 }
 
 
 @pytest.mark.parametrize("use", USES)
 def test_an_unknown_name_is_an_error_that_names_the_key(use):
     key = use.split()[0]
-    with pytest.raises(UserError, match=rf"config\.{key}='brand_new': not known here; choose one of "):
+    with pytest.raises(UserError, match=rf"config\.{key}='brand_new': not known( here)?; choose one of "):
         USES[use](other(**{key: "brand_new"}))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import oracles
 from oracles import config_of, quick_jit, variables_of
-from vffjax.networks import build
+from vffjax.networks import find
 from vffjax.networks.layers import EPSILON, ConvLayer, DenseLayer, Norm, divide_by_rms
 from vffjax.ops.pooling import max_pool, mean_pool_to_grid
 
@@ -174,7 +174,7 @@ def test_bf16_layers_keep_float32_variables(cls, kind, streams):
 )
 def test_layers_have_the_widths_and_sizes_they_declare(network, image):
     config = config_of(**network)
-    layers, shape = build(config), (2, *image)
+    layers, shape = find(config).layers(config, "batch"), (2, *image)
     assert tuple(layer.width for layer in layers) == config.widths
     for i, layer in enumerate(layers):
         variables = jax.eval_shape(lambda la=layer, s=shape: la.init(jax.random.key(0), jnp.zeros(s), 1, False))
@@ -188,7 +188,8 @@ def test_layers_have_the_widths_and_sizes_they_declare(network, image):
 
 def test_conv_of_four_layers_is_conv4():
     sizes = {"widths": (3, 5, 5, 2), "pools": (1, 2, 1, 2)}
-    assert build(config_of(network="conv", **sizes)) == build(config_of(network="conv4", **sizes))
+    one, other = (config_of(network=network, **sizes) for network in ("conv", "conv4"))
+    assert find(one).layers(one, "batch") == find(other).layers(other, "batch")
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])

@@ -22,8 +22,10 @@ from faults import mutations
 from image_sets import fails as refused
 from oracles import CONV, config_of, quick_jit
 from runs import assert_same_bits, scratch
-from vffjax.architectures import RESNET, residual_blocks, stem_width
+from vffjax.config import Config
 from vffjax.errors import UserError
+from vffjax.networks.resnet import stem_width
+from vffjax.registry import NETWORKS
 from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states, make_plan
 from vffjax.weights import weights
@@ -70,11 +72,11 @@ class ResNet(nn.Module):
 
     def __init__(self, network, factor=1.0, stem="imagenet", classes=CLASSES):
         super().__init__()
-        width = stem_width(factor)
+        width = stem_width(Config(width_factor=factor))
         self.conv1, self.bn1 = conv_norm(3, width, *((7, 2) if stem == "imagenet" else (3, 1)))
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         stages = collections.defaultdict(list)
-        for block in residual_blocks(network, factor):
+        for block in blocks_of(network, factor):
             stages[block.name.partition(".")[0]].append(Block(width, block.width, block.inner, block.stride, block.bottleneck))
             width = block.width
         for name, blocks in stages.items():
@@ -158,6 +160,13 @@ def images(side):
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
+RESNET = ("resnet18", "resnet34", "resnet50")
+
+
+def blocks_of(network, factor):
+    return NETWORKS.find(network).blocks(Config(width_factor=factor))
+
+
 networks = pytest.mark.parametrize("network", RESNET)
 
 
@@ -197,11 +206,11 @@ def hugging_name(name):
 def hugging_peer(network, factor=1.0):
     """transformers' model with the same weights."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[parity]'")
-    blocks = residual_blocks(network, factor)
+    blocks = blocks_of(network, factor)
     config = transformers.ResNetConfig(
-        embedding_size=stem_width(factor),
+        embedding_size=stem_width(Config(width_factor=factor)),
         hidden_sizes=sorted({block.width for block in blocks}),
-        depths=list(RESNET[network]),
+        depths=[sum(b.name.startswith(f"layer{stage}.") for b in blocks) for stage in (1, 2, 3, 4)],
         layer_type="bottleneck" if blocks[0].bottleneck else "basic",
         downsample_in_bottleneck=False,  # the 3x3 convolution has the stride
         num_labels=CLASSES,

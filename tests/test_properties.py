@@ -3,6 +3,7 @@
 The same examples in every run. VFFJAX_EXAMPLES=10 makes ten times as many.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,11 +16,12 @@ import pytest
 from hypothesis import strategies as st
 
 from oracles import leaves, quick_jit, small_run
-from vffjax.config import DATASETS, FIELDS, OVERRIDABLE, Config, for_group
+from vffjax.config import FIELDS, OVERRIDABLE, Config, for_group
 from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
 from vffjax.errors import UserError
 from vffjax.proofs import locality
+from vffjax.registry import RULES, SOURCES
 from vffjax.training.checks import check_against_data, from_json, make_config
 from vffjax.training.plan import groups_of, make_plan
 from vffjax.training.trainer import train_step
@@ -71,7 +73,7 @@ FREE = {
     "checkpoint_every": st.integers(1, 100),
     "segment_steps": st.integers(0, 100),
     "checkpoint_seconds": st.sampled_from([0.0, 0.5, 1e3]),
-    "dataset": st.sampled_from(DATASETS),
+    "dataset": st.sampled_from(SOURCES.names),
 }
 
 
@@ -98,12 +100,15 @@ def valid(draw):
     pools = st.tuples(*[st.integers(1, 3)] * count).filter(lambda pools: np.prod(pools) <= 8)
     raw["pools"] = draw(pools) if raw["network"] != "mlp" else (1, 2, 1, 2)
     raw["warmup_epochs"] = draw(between(0, raw["epochs"]))
-    if raw["rule"] == "ff":
-        raw["norm"] = draw(st.sampled_from(["auto", "input"]))
-    if raw["rule"] == "head":
-        raw["inference"] = "heads"
+    raw["rule"] = draw(st.sampled_from(RULES.names))
+    rule = RULES.find(raw["rule"])
+    raw["rule_options"] = dataclasses.asdict(rule.options())
+    if rule.norm != "batch":
+        raw["norm"] = draw(st.sampled_from(["auto", rule.norm]))
+    ways = ["heads"] + ["sweep"] * (rule.fits is not None) + ["rule"] * (rule.scores is not None)
+    raw["inference"] = draw(st.sampled_from(ways))
     contrast = raw["contrast"] if raw["contrast"] != "auto" else {"shared": "in_batch", "triplet": "triplet"}[raw["labelling"]]
-    if raw["rule"] == "vff" and raw["labelling"] == "shared" and contrast == "in_batch":
+    if raw["labelling"] == "shared" and contrast == "in_batch":
         raw["negatives"] = "uniform"
     if raw["schedule"] == "joint":
         raw["feature_cache"] = "none"
@@ -129,7 +134,7 @@ def test_a_valid_configuration_is_accepted_survives_json_and_builds(raw):
     assert from_json(json.loads(json.dumps(config.to_dict())), "config.json") == config
     sizes = sizes_of(config)
     plan = make_plan(config, split_sizes(config, sizes.train_images)[0], sizes.classes)
-    check_against_data(config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes, len(plan.groups))
+    check_against_data(plan, split_sizes(config, sizes.train_images)[0], sizes.image_shape)
     assert tuple(layer.width for group in plan.groups for layer in group.module.layers) == config.widths
     assert config.grouping in ("width", "block") or len(plan.groups) == (1 if config.grouping == "all" else len(config.widths))
     for group, override in config.overrides.items():

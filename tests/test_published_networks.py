@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vffjax.architectures import PUBLISHED, RESNET, VGG, residual_blocks
 
 import oracles
 from oracles import config_of, variables_of
-from vffjax.networks import build
-from vffjax.networks.groups import HEAD_INPUTS, fitting_grid, init_variables
+from vffjax.networks.groups import HEAD_INPUTS, fitting_grid, init_variables, layer_sizes
 from vffjax.networks.layers import EPSILON, resized
 from vffjax.networks.resnet import ResidualBlock, Stem
 from vffjax.proofs import locality
-from vffjax.training.checks import layer_sizes
+from vffjax.registry import NETWORKS
 from vffjax.training.plan import groups_of
 
+RESNET, VGG = ("resnet18", "resnet34", "resnet50"), ("vgg8b", "vgg11b")
+PUBLISHED = (*VGG, *RESNET)
 CLEAN = 3
 # torchvision's ResNets without their classifier: 11,689,512, 21,797,672 and 25,557,032 less 1,000 classes.
 OF_TORCHVISION = {"resnet18": 11_689_512 - 513_000, "resnet34": 21_797_672 - 513_000, "resnet50": 25_557_032 - 2_049_000}
@@ -59,8 +59,9 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
     """Kernels layer by layer, and that no feature map which a layer gives is larger than was said. Narrow, and of odd sides."""
     config = config_of(network=network, stem=stem, width_factor=0.1)
     shape = (36, 37, 3)
-    sizes, x = layer_sizes(config, shape), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    layers = build(config)
+    groups = groups_of(config, 10)
+    sizes, x = layer_sizes(groups, shape), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    layers = [layer for group in groups for layer in group.module.layers]
     assert len(sizes) == len(layers)
     for layer, (kernels, area) in zip(layers, sizes, strict=True):
         variables = jax.eval_shape(lambda x, layer=layer: layer.init(jax.random.key(0), x, 1, False), x)
@@ -91,7 +92,7 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
 def test_groups_are_cut_by_width_by_block_and_by_layer(network, grouping, expected):
     groups, _ = of(network, grouping=grouping)
     assert [len(group.module.layers) for group in groups] == expected
-    assert sum((group.module.layers for group in groups), ()) == build(config_of(network=network))
+    assert sum((group.module.layers for group in groups), ()) == NETWORKS.find(network).layers(config_of(network=network), "batch")
 
 
 @pytest.mark.parametrize(("width", "grid"), [(1, 64), (64, 8), (65, 4), (256, 4), (512, 2), (1024, 2), (2048, 1), (65_536, 1)])
@@ -188,8 +189,11 @@ def test_a_stem_is_convolution_normalisation_and_pooling(kind):
 
 
 def test_blocks_have_torchvisions_names():
-    assert [block.name for block in residual_blocks("resnet18", 1.0)] == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
-    assert [(b.width, b.inner, b.stride) for b in residual_blocks("resnet50", 0.5)][:4] == [(128, 32, 1)] * 3 + [(256, 64, 2)]
+    def blocks(network, factor=1.0):
+        return NETWORKS.find(network).blocks(config_of(network=network, width_factor=factor))
+
+    assert [block.name for block in blocks("resnet18")] == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert [(b.width, b.inner, b.stride) for b in blocks("resnet50", 0.5)][:4] == [(128, 32, 1)] * 3 + [(256, 64, 2)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

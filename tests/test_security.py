@@ -18,7 +18,7 @@ from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, PER_BATCH, fake_cifar, l
 from image_sets import fails as refused
 from runs import TINY, finished
 from vffjax.data import load as data
-from vffjax.errors import printable
+from vffjax.errors import UserError, printable
 from vffjax.uses import prediction
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, monkeypatch):
     put_manual(monkeypatch, cifar.Cifar10, data_dir, {CIFAR_URL: evil_archive(outside)})
     try:
         data.prepare("cifar10", str(data_dir))
-    except data.tfds_files.UserError as error:  # to refuse such an archive whole is as good
+    except UserError as error:  # to refuse such an archive whole is as good
         assert "preparing it failed" in str(error)
     else:
         assert len(load(data_dir).test) == PER_BATCH

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import CONV, MLP, assert_close, config_of, quick_jit, small_run
+from oracles import CONV, MLP, assert_close, config_of, quick_jit, setting_of, small_run, streams_from
 from vffjax.errors import UserError
 from vffjax.rules import local as rules
 from vffjax.rules import similarity as losses
@@ -101,12 +101,10 @@ def _factors(plan, group, i):
 def test_back_propagation_has_our_gradient_of_every_parameter(network):
     run, peer = both(network, label_smoothing=0.1, **BP)
     images, labels, *_ = run.batch()
-    streams = rules.make_streams(run.plan.config, run.task, jax.random.key(0), normalise(images, run.task.mean, run.task.std), labels)
+    streams = streams_from(run, jax.random.key(0), normalise(images, run.task.mean, run.task.std), labels)
 
     def loss(params):
-        return rules.local_loss(
-            params, run.plan.config, run.plan.groups[0], run.hyper.of(0), run.states[0].batch_stats, streams, jax.random.key(0)
-        )[0]
+        return rules.local_loss(params, setting_of(run, 0, jax.random.key(0)), run.plan.groups[0], run.states[0].batch_stats, streams)[0]
 
     value, gradient = quick_jit(jax.value_and_grad(loss))(run.states[0].params)
     peer_images, peer_labels = tensors(images, labels)
@@ -151,8 +149,8 @@ def test_the_three_stream_step_moves_each_group_by_the_gradient_of_its_own_loss(
         features = [group.features(params, stats, z, len(z), True)[0] for z in streams]  # each by its own statistics
         embedded = [losses.embed(z, "grid") for z in features]
         local = jax.vmap(vff.cscl_triplet, in_axes=(0, 0, 0, None, None))(*embedded, 0.1, 0.5).mean()
-        logits = group.logits(params, local.scale_gradient(features[0], head_weight))
-        return local + local.head_cross_entropy(logits, labels, 0.1), features
+        logits = group.logits(params, rules.scale_gradient(features[0], head_weight))
+        return local + rules.head_cross_entropy(logits, labels, 0.1), features
 
     before = [in_our_layout(group, lambda p: p) for group in peer.network]
     found = float(peer.step(*tensors(images, labels)))

@@ -11,7 +11,20 @@ import numpy as np
 import optax
 import pytest
 
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, leaves, quick_jit, random_states, small_run, traced_afresh
+from oracles import (
+    CONV,
+    MLP,
+    assert_close,
+    assert_same,
+    config_of,
+    differs,
+    leaves,
+    quick_jit,
+    random_states,
+    small_run,
+    streams_from,
+    traced_afresh,
+)
 from vffjax.hyperparameters import HyperParameters
 from vffjax.rules import local as rules
 from vffjax.training import trainer
@@ -106,11 +119,10 @@ def test_each_group_steps_as_if_alone_on_the_features_of_its_predecessors(mlp):
     @quick_jit
     def alone(states):
         x = normalise(batch.images, run.task.mean, run.task.std)
-        streams = rules.make_streams(plan.config, run.task, jax.random.fold_in(key, 1), x, batch.labels)
+        streams = streams_from(run, jax.random.fold_in(key, 1), x, batch.labels)
         out = []
         for i, group in enumerate(plan.groups):
-            own, hyper, group_key = trainer.group_setting(plan, i, batch)
-            new, _, m = trainer.group_step(own, group, hyper, states[i], streams, group_key)
+            new, _, m = trainer.group_step(plan.setting(i, batch.hyper, key), group, states[i], streams)
             out.append((new, m["loss"]))
             # The next group sees what this one computed before its update.
             features, _ = group.features(states[i].params, states[i].batch_stats, streams.rows, len(batch.labels), True)
@@ -182,7 +194,7 @@ def test_a_frozen_group_passes_on_what_evaluation_would_see(key):
     """Running statistics, each stream its own."""
     run = small_run(config_of(**MLP))
     group, state = run.plan.groups[0], run.states[0]
-    streams = rules.make_streams(run.plan.config, run.task, key, normalise(run.batch()[0], run.task.mean, run.task.std), run.batch()[1])
+    streams = streams_from(run, key, normalise(run.batch()[0], run.task.mean, run.task.std), run.batch()[1])
     out = trainer.behind_frozen(run.plan, 1, run.states, streams)
     clean, _ = group.features(state.params, state.batch_stats, streams.clean, 12, False)
     copies, _ = group.features(state.params, state.batch_stats, streams.copies, 0, False)
@@ -287,7 +299,7 @@ def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind
     traced = []
     original = rules.local_loss
     monkeypatch.setattr(
-        rules, "local_loss", lambda params, config, group, *rest: traced.append(group.name) or original(params, config, group, *rest)
+        rules, "local_loss", lambda params, setting, group, *rest: traced.append(group.name) or original(params, setting, group, *rest)
     )
     jax.make_jaxpr(functools.partial(trainer.run_segment, run.plan.program, None))(run.task, run.states, segment_of(run))
     assert traced == [group.name for group in run.plan.groups]
