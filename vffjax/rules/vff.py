@@ -96,7 +96,7 @@ def cscl_triplet(
 
 def cscl_in_batch(
     anchor: Float[Array, " d"],
-    label: Int[Array, ""],
+    label: int | Int[Array, ""],
     copies: Float[Array, "copies d"],
     copy_labels: Int[Array, " copies"],
     margin: Scalar,
