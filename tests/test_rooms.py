@@ -1,4 +1,4 @@
-"""The rooms of the package, by its syntax trees: no import goes up or in a circle, modules stay short, docs/architecture.md names them all."""
+"""The rooms of the package: no import goes up or in a circle, modules are short, and docs/architecture.md names them all."""
 
 import ast
 import graphlib

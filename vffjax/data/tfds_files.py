@@ -21,12 +21,12 @@ from unittest import mock
 
 import numpy as np
 
+from vffjax.data.tfrecord import bad_checksums
 from vffjax.errors import SafeStream, UserError, bad_key, printable
 from vffjax.paths import local
 
 CHUNK = 5_000  # records held at a time: bounds the memory, and is enough for the checksum to run over many at once
 REACH_SECONDS = 3.0
-CRC_MASK = 0xA282EAD8  # what the TFRecord format adds to every rotated checksum
 
 
 def one_line(error: BaseException) -> str:
@@ -142,31 +142,6 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def crc32c(strings: list[bytes]) -> np.ndarray:
-    """CRC-32C (Castagnoli) of each string, uint32 [n]; each at least 4 bytes. The loop runs over positions, not over strings."""
-    width = max(map(len, strings), default=0)
-    width += width % 2
-    # Right-aligned: a register of zeros stays zero over leading zeros. Its true start, all ones, is then inverting the first four bytes.
-    block = np.zeros((len(strings), width), np.uint8)
-    for row, string in zip(block, strings, strict=True):
-        start = width - len(string)
-        row[start:] = np.frombuffer(string, np.uint8)
-        row[start : start + 4] ^= 0xFF
-    table: np.ndarray = np.arange(1 << 16, dtype=np.uint32)
-    for _ in range(16):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
-    crc: np.ndarray = np.zeros(len(strings), np.uint32)
-    for pair in np.ascontiguousarray(block.view("<u2").T):
-        crc = table[(crc ^ pair) & 0xFFFF] ^ (crc >> 16)
-    return ~crc
-
-
-def masked_crc32c(strings: list[bytes]) -> np.ndarray:
-    """The checksums as TFRecord files store them, uint32 [n]."""
-    crc = crc32c(strings)
-    return ((crc >> 15) | (crc << 17)) + np.uint32(CRC_MASK)
-
-
 def _import_tfds(name: str) -> Any:
     try:
         import PIL  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -266,18 +241,11 @@ def _tfrecords(info: Any, name: str) -> Iterator[list[bytes]]:
         # Lengths first: with a wrong one, the records behind it are not records.
         for parts in (heads, records):
             for start in range(0, len(parts), CHUNK):
-                bad = _bad_checksums(parts[start : start + CHUNK])
+                bad = bad_checksums(parts[start : start + CHUNK])
                 if bad.size:
                     raise _damaged(path, f"the checksum of record {start + bad[0]} does not match", name)
         for start in range(0, len(records), CHUNK):
             yield [record[:-4] for record in records[start : start + CHUNK]]
-
-
-def _bad_checksums(parts: list[bytes]) -> np.ndarray:
-    """Which strings, each ending in its stored checksum, are damaged."""
-    if min(map(len, parts)) < 8:  # too short for an image, and for `crc32c`
-        return np.flatnonzero([len(part) < 8 for part in parts])
-    return np.flatnonzero(masked_crc32c([part[:-4] for part in parts]) != np.frombuffer(b"".join(part[-4:] for part in parts), "<u4"))
 
 
 def _decode(record: bytes, out: np.ndarray) -> int:
