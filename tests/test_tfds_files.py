@@ -270,7 +270,7 @@ def test_other_formats_are_not_read(copy):
     [
         ({"label": 10}, "record 1 of split 'train' has label 10, outside 0..9"),
         ({"label": -1}, "record 1 of split 'train' has label -1, outside 0..9"),
-        ({"label": None}, "not one image and one label"),
+        ({"label": None}, "does not hold one image and one label"),
         ({"size": (32, 31)}, "31x32 RGB, not 32x32x3"),
         ({"mode": "L"}, "32x32 L, not 32x32x3"),
         ({"image": b"not a picture"}, "record 1 of split 'train' cannot be used"),
