@@ -190,7 +190,7 @@ def joined(parts: list[Metrics]) -> Metrics:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*groups"] | np.number]:
+def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*groups"]]:
     """Of each group, the mean of each metric over its `finite` steps, summed in float64; `nonfinite_steps`, how many others there were,
     and `first_nonfinite`, the first of them from 1, or 0.
 
@@ -198,10 +198,10 @@ def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*groups"] | np
     """
     finite: Bool[np.ndarray, "steps groups"] = metrics["finite"]
 
-    def mean(values: np.ndarray) -> np.ndarray | np.number:
+    def mean(values: np.ndarray) -> np.ndarray:
         counted = finite if values.ndim == 2 else finite.all(axis=1)
         with np.errstate(invalid="ignore"):
-            return np.where(counted, values, 0).sum(axis=0, dtype=np.float64) / counted.sum(axis=0)
+            return np.asarray(np.where(counted, values, 0).sum(axis=0, dtype=np.float64) / counted.sum(axis=0))
 
     means = {name: mean(values) for name, values in metrics.items() if name != "finite"}
     first = np.where(finite.all(axis=0), 0, 1 + np.argmin(finite, axis=0))
