@@ -11,7 +11,7 @@ from vffjax.hyperparameters import at_peak
 from vffjax.rules import ff, local, vff
 from vffjax.rules import local as rules
 from vffjax.rules import similarity as losses
-from vffjax.rules.streams import Streams
+from vffjax.rules.streams import Streams, wrong_labels
 
 SIMILARITIES = ("position", "flat", "grid", "pooled")
 MARGIN, TAU = 0.2, 0.1
@@ -143,7 +143,7 @@ def test_the_vff_objective_pairs_anchors_and_copies_by_label(changes, key):
     elif config.labelling == "triplet":
         rows = [oracles.triplet(a, copies[i], copies[4 + i], kind, MARGIN, TAU) for i, a in enumerate(clean)]
     else:
-        drawn = np.asarray(streams.wrong_labels(key, jnp.asarray(labels), classes))
+        drawn = np.asarray(wrong_labels(key, jnp.asarray(labels), classes))
         mean = lambda a, y: np.mean([oracles.similarity(a, c, kind) for c, d in zip(copies, copy_labels, strict=True) if d == y])  # noqa: E731
         pairs = zip(clean, labels, drawn, strict=True)
         rows = [TAU * oracles.softplus((mean(a, w) - mean(a, y) + MARGIN) / TAU) for a, y, w in pairs]

@@ -8,6 +8,7 @@ once. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxtyping import Array, Float
 from vffjax.ops.pooling import max_pool, max_pool_gradient
 
 EPSILON = 1e-5
+
+Rows = int | Any  # a number of rows: an int, or a symbol in an exported program that takes any number of images
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -94,7 +97,7 @@ def affine(
     return gain, bias[None] - mean * gain
 
 
-def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature"], clean: int) -> Float[Array, "#batch *#feature"]:
+def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature"], clean: Rows) -> Float[Array, "#batch *#feature"]:
     """The values that apply to each row of `like`, in a shape that broadcasts over its positions.
 
     With two sources, the first applies to the `clean` first rows and the second to the rest. With one source, it applies to all rows.

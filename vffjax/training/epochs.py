@@ -31,7 +31,7 @@ _CORE, _ACCELERATOR = 5e10, 2e13
 
 segment = jax.jit(run_segment, static_argnums=(0, 1), donate_argnums=3)
 
-Metrics = dict[str, Shaped[np.ndarray, "steps *groups"]]
+Metrics = dict[str, Shaped[np.ndarray, "_steps *_groups"]]
 
 
 class Segment(NamedTuple):
@@ -190,7 +190,7 @@ def joined(parts: list[Metrics]) -> Metrics:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*groups"]]:
+def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*_groups"]]:
     """Of each group, the mean of each metric over its `finite` steps, summed in float64; `nonfinite_steps`, how many others there were,
     and `first_nonfinite`, the first of them from 1, or 0.
 
