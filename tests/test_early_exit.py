@@ -207,8 +207,8 @@ def test_flops_are_those_of_the_layers_as_defined():
 
 
 def test_costs_are_shares_of_the_pass_that_computes_voting_heads_alone():
-    run = run_of()
-    one, all_ = (EarlyExit(run.plan, run.task, run.states, votes, None, []).costs for votes in (((), (1,)), ((0,), (1,))))
+    run, nothing = run_of(), np.zeros(0, np.int32)
+    one, all_ = (EarlyExit(run.plan, run.task, run.states, votes, None, nothing).costs for votes in (((), (1,)), ((0,), (1,))))
     assert one[-1] == 1.0
     assert 0 < one[0] < all_[0] < 1 < all_[1]
 
@@ -241,9 +241,9 @@ def test_the_choice_is_the_cheapest_that_errs_no_more(seed):
 
 def test_of_thresholds_that_do_the_same_the_highest_is_chosen():
     scores = np.log(np.array([[[0.9, 0.1]] * 4, [[0.6, 0.4]] * 4, [[0.6, 0.4]] * 4]))
-    assert exits_of(0, np.zeros(4), scores=scores).choose(None)["threshold"] == 0.9
+    assert exits_of(0, np.zeros(4, np.int32), scores=scores).choose(None)["threshold"] == 0.9
     # Where nobody gains, all stay.
-    assert exits_of(0, np.zeros(4), votes=((), (), (2,)), scores=scores).choose(None)["threshold"] == 1.0
+    assert exits_of(0, np.zeros(4, np.int32), votes=((), (), (2,)), scores=scores).choose(None)["threshold"] == 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

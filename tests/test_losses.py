@@ -67,8 +67,8 @@ def test_in_batch_loss_and_gradient_equal_the_definition(kind):
 
 @pytest.mark.parametrize("loss", ["triplet", "in_batch"])
 def test_vmapped_losses_equal_looped_ones(loss):
-    labels = np.arange(6) % 3
-    anchors, copies = (np.asarray(losses.embed(jnp.asarray(maps(seed, 6, 8)), "flat")) for seed in (3, 4))
+    labels = jnp.arange(6) % 3
+    anchors, copies = (losses.embed(jnp.asarray(maps(seed, 6, 8)), "flat") for seed in (3, 4))
     if loss == "triplet":
         together = jax.vmap(vff.cscl_triplet, (0, 0, 0, None, None))(anchors, copies, copies[::-1], MARGIN, TAU)
         apart = [vff.cscl_triplet(a, p, n, MARGIN, TAU) for a, p, n in zip(anchors, copies, copies[::-1], strict=True)]

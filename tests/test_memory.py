@@ -181,11 +181,12 @@ def test_only_a_lack_of_memory_is_taken_for_one(message, expected, monkeypatch):
 
     monkeypatch.setattr(memory, "make_step", lambda case: (None, lambda task, states: None))
     monkeypatch.setattr(memory, "step_arguments", fail)
+    case, target = ledger.cases(config_of(widths=(4,)), [], [8])[0], targets.find("cpu")
     if expected is None:
-        assert memory.compile_step(None, None) is None
+        assert memory.compile_step(case, target) is None
     else:
         with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-            memory.compile_step(None, None)
+            memory.compile_step(case, target)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

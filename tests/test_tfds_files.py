@@ -16,7 +16,7 @@ from PIL import Image
 from image_sets import CIFAR_NAMES, PER_BATCH, as_set, fails, fake_cifar, load, tree
 from vffjax.config import Config
 from vffjax.data import load as data
-from vffjax.data import tfds_files
+from vffjax.data import tfds_files, tfrecord
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_tfrecord_gives_the_same_as_array_record(cifar, copy, shards):
 def test_crc32c():
     rng = np.random.default_rng(0)
     strings = [b"123456789", *(rng.bytes(n) for n in (4, 5, 100, 33))]
-    assert tfds_files.crc32c(strings).tolist() == [0xE3069283, *map(slow_crc32c, strings[1:])]
+    assert tfrecord.crc32c(strings).tolist() == [0xE3069283, *map(slow_crc32c, strings[1:])]
 
 
 # Unfit folders
@@ -270,7 +270,7 @@ def test_other_formats_are_not_read(copy):
     [
         ({"label": 10}, "record 1 of split 'train' has label 10, outside 0..9"),
         ({"label": -1}, "record 1 of split 'train' has label -1, outside 0..9"),
-        ({"label": None}, "not one image and one label"),
+        ({"label": None}, "does not hold one image and one label"),
         ({"size": (32, 31)}, "31x32 RGB, not 32x32x3"),
         ({"mode": "L"}, "32x32 L, not 32x32x3"),
         ({"image": b"not a picture"}, "record 1 of split 'train' cannot be used"),

@@ -63,12 +63,13 @@ def test_it_applies_to_even_maps_and_enough_channels(x, kernel, expected):
 def test_rounding_errors_are_those_of_the_plain_sum(part):
     """Root mean square error against float64, at most twice the plain convolution's."""
     x, kernel, g = random(0, 2, 8, 8, 48), random(1, 3, 3, 48, 32), random(2, 2, 8, 8, 32)
-    plain = lambda x, kernel: conv_module._plain(x, kernel)  # noqa: E731
-    dx, dkernel = jax.vjp(plain, x, kernel)[1](g)
+    on_device = tuple(map(jnp.asarray, (x, kernel, g)))
+    value, backward = jax.vjp(conv_module._plain, *on_device[:2])
+    dx, dkernel = backward(on_device[2])
     ours, theirs, exact = {
-        "value": (winograd.convolve(x, kernel), plain(x, kernel), oracles.conv(x, kernel)),
-        "input gradient": (winograd.input_gradient(kernel, g), dx, oracles.conv_gradients(x, kernel, g)[0]),
-        "kernel gradient": (winograd.kernel_gradient(x, g), dkernel, oracles.conv_gradients(x, kernel, g)[1]),
+        "value": (winograd.convolve(*on_device[:2]), value, oracles.conv(x, kernel)),
+        "input gradient": (winograd.input_gradient(*on_device[1:]), dx, oracles.conv_gradients(x, kernel, g)[0]),
+        "kernel gradient": (winograd.kernel_gradient(*on_device[::2]), dkernel, oracles.conv_gradients(x, kernel, g)[1]),
     }[part]
     error, base = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact) ** 2)) for a in (ours, theirs))
     assert error <= 2 * base

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from vffjax.config import Config, for_group
 
-Scalar = float | Float[Array, ""]  # one number of a loss, which a compiled step takes as an argument
+Scalar = float | Float[Array | np.ndarray, ""]  # one number of a loss, which a compiled step takes as an argument
 
 
 class HyperParameters(NamedTuple):
@@ -17,16 +17,16 @@ class HyperParameters(NamedTuple):
     `config.ARGUMENTS`.
     """
 
-    learning_rate: Float[Array, "*steps groups"]
-    weight_decay: Float[Array, "*steps groups"]
-    momentum: Float[Array, "*steps groups"]
-    clip_norm: Float[Array, "*steps groups"]
-    temperature: Float[Array, "*steps groups"]
-    margin: Float[Array, "*steps groups"]
-    head_weight: Float[Array, "*steps groups"]
-    label_smoothing: Float[Array, "*steps groups"]
-    goodness_threshold: Float[Array, "*steps groups"]
-    peer_normalisation: Float[Array, "*steps groups"]
+    learning_rate: Float[Array | np.ndarray, "*steps groups"]
+    weight_decay: Float[Array | np.ndarray, "*steps groups"]
+    momentum: Float[Array | np.ndarray, "*steps groups"]
+    clip_norm: Float[Array | np.ndarray, "*steps groups"]
+    temperature: Float[Array | np.ndarray, "*steps groups"]
+    margin: Float[Array | np.ndarray, "*steps groups"]
+    head_weight: Float[Array | np.ndarray, "*steps groups"]
+    label_smoothing: Float[Array | np.ndarray, "*steps groups"]
+    goodness_threshold: Float[Array | np.ndarray, "*steps groups"]
+    peer_normalisation: Float[Array | np.ndarray, "*steps groups"]
 
     def of(self, group: int) -> "HyperParameters":
         """Those of one group."""

@@ -1,7 +1,7 @@
 """Image sets of tensorflow-datasets (TFDS), read and prepared without TensorFlow.
 
-TFDS reads array_record itself, and its feature decoding is not needed: the examples are parsed with its own protocol-buffer
-classes and the images decoded with Pillow. For tfrecord, which TFDS leaves to TensorFlow, the framing is read here.
+TFDS reads array_record files itself; it needs TensorFlow for tfrecord files, which `tfrecord` reads instead. Examples are parsed with the
+protocol-buffer classes of TFDS, and Pillow decodes the images, so the feature decoding of TFDS is not needed.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import io
 import os
 import pathlib
 import re
-import struct
 import sys
 import tempfile
 import threading
@@ -20,29 +19,36 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
+from vffjax.data import tfrecord
 from vffjax.errors import SafeStream, UserError, bad_key, printable
 from vffjax.paths import local
 
-CHUNK = 5_000  # records held at a time: bounds the memory, and is enough for the checksum to run over many at once
-REACH_SECONDS = 3.0
-CRC_MASK = 0xA282EAD8  # what the TFRecord format adds to every rotated checksum
+CHUNK = 5_000  # records of an array_record file that are held in memory at once
+REACH_SECONDS = 3.0  # how long a server may take to answer before it counts as unreachable
+
+ArraysOfSplit = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]  # images and labels
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of another library, shortened, on one line."""
+    """The message of another library's error, on one line of at most 300 characters."""
     text = printable(str(error)) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 def data_root(data_dir: str) -> pathlib.Path:
-    """The folder of prepared sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets. It need not exist.
+    """The folder that holds the prepared sets. It need not exist.
 
-    Raises `UserError` if it is not a folder.
+    Args:
+        data_dir: the folder; if empty, the environment variable TFDS_DATA_DIR, and if that is not set, ~/tensorflow_datasets.
+
+    Raises:
+        UserError: it exists and is not a folder.
     """
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = local(given, "config.data_dir" if data_dir else "TFDS_DATA_DIR")
-    # os.path, here and below, because a Path raises where a folder may not be read.
+    # os.path, here and below, because the methods of a Path raise an error if a folder may not be read.
     if os.path.exists(root) and not os.path.isdir(root):
         if data_dir:
             raise bad_key("data_dir", data_dir, "a file, not a folder", "give the folder that holds the prepared sets")
@@ -51,9 +57,13 @@ def data_root(data_dir: str) -> pathlib.Path:
 
 
 def find(name: str, root: pathlib.Path) -> pathlib.Path | None:
-    """The folder ROOT/NAME/VERSION of the newest prepared version, in whatever format; None if there is none.
+    """Finds the newest prepared version of a set, in any file format.
 
-    Raises `UserError` if there are only folders without their json files.
+    Returns:
+        The folder ROOT/NAME/VERSION, or None if there is none.
+
+    Raises:
+        UserError: there are folders of versions, but none has its JSON files.
     """
     folders = [p for p in (root / name).glob("*") if os.path.isdir(p) and re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
     folders.sort(key=lambda p: [int(part) for part in p.name.split(".")], reverse=True)
@@ -65,15 +75,24 @@ def find(name: str, root: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def read(name: str, folder: pathlib.Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
-    """Reads the splits train and test of a prepared folder, and the class names.
+def read(name: str, folder: pathlib.Path) -> tuple[dict[str, ArraysOfSplit], tuple[str, ...]]:
+    """Reads the splits "train" and "test" of a prepared folder.
 
-    Each split is (images uint8 [n, h, w, c], labels int32 [n]), in the order of the files. Raises `UserError` naming the file.
+    Args:
+        name: the set's name in TFDS.
+        folder: a folder that `find` or `prepare` has returned.
+
+    Returns:
+        The images and labels of each split, in the order of the files; and the names of the classes.
+
+    Raises:
+        UserError: the folder is damaged or holds another set, or a library is missing. The message names the file.
     """
     tfds = _import_tfds(name)
     with _quiet():
         try:
-            # Else TFDS imports whatever module a features.json names: a folder from elsewhere is data, not a program.
+            # TFDS would import any module that features.json names. A folder may come from anywhere and must not run code, so only the
+            # features that TFDS has registered itself are found.
             known = tfds.features.FeatureConnector._registered_features
             with mock.patch.object(tfds.features.FeatureConnector, "cls_from_name", known.__getitem__):
                 builder = tfds.builder_from_directory(folder)
@@ -87,17 +106,24 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, tuple[np.ndarray, n
             raise _not_installed(name, error) from None
         except KeyError as error:
             raise _damaged(
-                folder / "features.json", f"lacks an entry or names a class not of tensorflow-datasets ({one_line(error)})", name
+                folder / "features.json",
+                f"lacks an entry or names a class that tensorflow-datasets lacks ({one_line(error)})",
+                name,
             ) from None
-        except Exception as error:  # json, protobuf and array_record raise all kinds, RuntimeError among them
+        except Exception as error:  # json, protobuf and array_record raise many types of errors, RuntimeError among them
             raise _damaged(folder, one_line(error), name) from error
 
 
 def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
-    """Downloads a set and writes it below `root` as array_record; returns its folder. An existing one is returned as it is.
+    """Downloads a set and writes it below `root` as array_record files. A set that is prepared already is left as it is.
 
-    Archives found in ROOT/downloads/manual are used instead of a download. On failure nothing is left behind, and `UserError` is
-    raised; without network, after at most `REACH_SECONDS`.
+    Archives in ROOT/downloads/manual are used instead of a download.
+
+    Returns:
+        The folder of the prepared set.
+
+    Raises:
+        UserError: the set could not be prepared. Nothing is left behind. If there is no network, this takes at most `REACH_SECONDS`.
     """
     folder = find(name, root)
     if folder:
@@ -108,7 +134,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     manual = root / "downloads" / "manual"
     try:
         with _quiet():
-            import array_record.python.array_record_module  # noqa: F401  # fails before the download, not after it
+            import array_record.python.array_record_module  # noqa: F401  # if it is missing, say so before the download
 
             builder = tfds.builder(name, data_dir=root, file_format="array_record")
         files = builder.url_infos or {}
@@ -117,9 +143,9 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
             if problem:
                 raise bad_key("dataset", name, f"not prepared in {root} and the download failed ({problem})", fix)
         root.mkdir(parents=True, exist_ok=True)
-        # A download folder of our own: it can be removed without harm to another process that prepares another set.
+        # A download folder of our own can be removed without harm to another process that prepares another set.
         downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
-        # What TFDS prints goes where its progress bars go: to a terminal, else nowhere, so that a failure is one line.
+        # TFDS may print to a terminal, where its progress bars are wanted. Elsewhere its output is dropped, so that a failure is one line.
         shown: Any = SafeStream(sys.stderr) if SafeStream(sys.stderr).isatty() else io.StringIO()
         with downloads_at as downloads, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _without_tensorflow():
             builder.download_and_prepare(download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual))
@@ -127,7 +153,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
         raise
     except ImportError as error:
         raise _not_installed(name, error) from None
-    except Exception as error:  # requests, TFDS and the file system raise all kinds
+    except Exception as error:  # requests, TFDS and the file system raise many types of errors
         folder = find(name, root)
         if folder:  # another process was faster
             return folder
@@ -135,36 +161,11 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     finally:
         for path in missing:
             with contextlib.suppress(OSError):
-                path.rmdir()  # only succeeds on the empty folders that a failure leaves
+                path.rmdir()  # removes only empty folders, which a failure leaves
     folder = find(name, root)
     if folder is None:
-        raise bad_key("dataset", name, f"preparing it left nothing in {root / name}", fix)
+        raise bad_key("dataset", name, f"it was prepared, but {root / name} holds no prepared version", fix)
     return folder
-
-
-def crc32c(strings: list[bytes]) -> np.ndarray:
-    """CRC-32C (Castagnoli) of each string, uint32 [n]; each at least 4 bytes. The loop runs over positions, not over strings."""
-    width = max(map(len, strings), default=0)
-    width += width % 2
-    # Right-aligned: a register of zeros stays zero over leading zeros. Its true start, all ones, is then inverting the first four bytes.
-    block = np.zeros((len(strings), width), np.uint8)
-    for row, string in zip(block, strings, strict=True):
-        start = width - len(string)
-        row[start:] = np.frombuffer(string, np.uint8)
-        row[start : start + 4] ^= 0xFF
-    table: np.ndarray = np.arange(1 << 16, dtype=np.uint32)
-    for _ in range(16):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
-    crc: np.ndarray = np.zeros(len(strings), np.uint32)
-    for pair in np.ascontiguousarray(block.view("<u2").T):
-        crc = table[(crc ^ pair) & 0xFFFF] ^ (crc >> 16)
-    return ~crc
-
-
-def masked_crc32c(strings: list[bytes]) -> np.ndarray:
-    """The checksums as TFRecord files store them, uint32 [n]."""
-    crc = crc32c(strings)
-    return ((crc >> 15) | (crc << 17)) + np.uint32(CRC_MASK)
 
 
 def _import_tfds(name: str) -> Any:
@@ -188,7 +189,7 @@ def _damaged(path: pathlib.Path, problem: str, name: str) -> UserError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines of TFDS below an error."""
+    """Hides log lines of TFDS below the level of an error."""
     from absl import logging
 
     before = logging.get_verbosity()
@@ -200,15 +201,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _features(features: Any) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Height, width and channels of the images, and the names of the classes, from the features of a TFDS set."""
     shape = tuple(features["image"].shape)
     if len(shape) != 3 or None in shape or shape[2] not in (1, 3) or features["image"].np_dtype != np.uint8:
         raise ValueError(f"features.json has images {shape} of {features['image'].np_dtype}, not uint8 of one size with 1 or 3 channels")
     return (shape[0], shape[1], shape[2]), tuple(features["label"].names)
 
 
-def _read_split(
-    builder: Any, split: str, shape: tuple[int, int, int], classes: int, folder: pathlib.Path, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: int, folder: pathlib.Path, name: str) -> ArraysOfSplit:
+    """The images and labels of one split; raises `UserError` if a file is missing or damaged, or a label is no class."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if split not in builder.info.splits or not builder.info.splits[split].num_examples:
@@ -217,27 +218,41 @@ def _read_split(
     kind = builder.info.file_format.value if builder.info.file_format else "tfrecord"
     if kind not in ("array_record", "tfrecord"):
         raise UserError(f"{folder}: holds {kind} files, not array_record or tfrecord; set config.data_dir to another folder")
-    for path, expected in zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True):
+    shards = list(zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True))
+    for path, expected in shards:
         if path.parent != folder or not path.is_file():
             problem = "missing" if path.parent == folder else "named by dataset_info.json, and outside its folder"
             raise _damaged(folder / path.name, problem, name)
-        if kind == "array_record":  # TFDS reads fewer than there are without a word
+        if kind == "array_record":  # TFDS would silently read fewer records
             with contextlib.closing(ArrayRecordReader(os.fspath(path))) as reader:
-                if reader.num_records() != expected:
-                    raise _damaged(path, f"holds {reader.num_records()} records, not the {expected} of dataset_info.json", name)
-    chunks = _array_records(builder, split) if kind == "array_record" else _tfrecords(info, name)
+                _check_count(reader.num_records(), expected, path, name)
+    chunks = _array_records(builder, split) if kind == "array_record" else (_tfrecords(path, expected, name) for path, expected in shards)
     images, labels, n = np.empty((info.num_examples, *shape), np.uint8), np.empty(info.num_examples, np.int64), 0
     for chunk in chunks:
         for record in chunk:
             try:
                 labels[n] = _decode(record, images[n])
-            except Exception as error:  # Pillow and protobuf raise all kinds, SyntaxError among them
+            except Exception as error:  # Pillow and protobuf raise many types of errors, SyntaxError among them
                 raise _damaged(folder, f"record {n} of split {split!r} cannot be used ({one_line(error)})", name) from error
             n += 1
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:
         raise _damaged(folder, f"record {wrong[0]} of split {split!r} has label {labels[wrong[0]]}, outside 0..{classes - 1}", name)
     return images, labels.astype(np.int32)
+
+
+def _check_count(found: int, expected: int, path: pathlib.Path, name: str) -> None:
+    if found != expected:
+        raise _damaged(path, f"holds {found} records, not the {expected} of dataset_info.json", name)
+
+
+def _tfrecords(path: pathlib.Path, expected: int, name: str) -> list[memoryview]:
+    try:
+        records = tfrecord.records(path)
+    except ValueError as error:
+        raise _damaged(path, str(error), name) from None
+    _check_count(len(records), expected, path, name)
+    return records
 
 
 def _array_records(builder: Any, split: str) -> Iterator[list[bytes]]:
@@ -248,47 +263,15 @@ def _array_records(builder: Any, split: str) -> Iterator[list[bytes]]:
         yield source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
 
 
-def _tfrecords(info: Any, name: str) -> Iterator[list[bytes]]:
-    """The records of all shards; each is an 8-byte length, its 4-byte checksum, the record, and its 4-byte checksum."""
-    for path, expected in zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True):
-        data, at = path.read_bytes(), 0
-        heads: list = []
-        records: list = []
-        while at < len(data):
-            size = struct.unpack_from("<Q", data, at)[0] if at + 16 <= len(data) else len(data)
-            if at + 16 + size > len(data):
-                raise _damaged(path, f"truncated or damaged: record {len(records)} does not fit in the file", name)
-            heads.append(data[at : at + 12])
-            records.append(data[at + 12 : at + 16 + size])
-            at += 16 + size
-        if len(records) != expected:
-            raise _damaged(path, f"holds {len(records)} records, not the {expected} of dataset_info.json", name)
-        # Lengths first: with a wrong one, the records behind it are not records.
-        for parts in (heads, records):
-            for start in range(0, len(parts), CHUNK):
-                bad = _bad_checksums(parts[start : start + CHUNK])
-                if bad.size:
-                    raise _damaged(path, f"the checksum of record {start + bad[0]} does not match", name)
-        for start in range(0, len(records), CHUNK):
-            yield [record[:-4] for record in records[start : start + CHUNK]]
-
-
-def _bad_checksums(parts: list[bytes]) -> np.ndarray:
-    """Which strings, each ending in its stored checksum, are damaged."""
-    if min(map(len, parts)) < 8:  # too short for an image, and for `crc32c`
-        return np.flatnonzero([len(part) < 8 for part in parts])
-    return np.flatnonzero(masked_crc32c([part[:-4] for part in parts]) != np.frombuffer(b"".join(part[-4:] for part in parts), "<u4"))
-
-
-def _decode(record: bytes, out: np.ndarray) -> int:
-    """Writes the image of one `tf.train.Example` to `out` [h, w, c] and returns its label."""
+def _decode(record: bytes | memoryview, out: UInt8[np.ndarray, "h w c"]) -> int:
+    """Decodes one `tf.train.Example`: writes its image to `out` and returns its label."""
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
-    fields = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+    fields = tf_example_pb2.Example.FromString(bytes(record)).features.feature  # pyright: ignore[reportAttributeAccessIssue]
     encoded, label = fields["image"].bytes_list.value, fields["label"].int64_list.value
     if len(encoded) != 1 or len(label) != 1:
-        raise ValueError("not one image and one label")
+        raise ValueError("it does not hold one image and one label")
     height, width, channels = out.shape
     with Image.open(io.BytesIO(encoded[0]), formats=("PNG",)) as image:
         if image.size != (width, height) or image.mode != ("L" if channels == 1 else "RGB"):
@@ -298,9 +281,10 @@ def _decode(record: bytes, out: np.ndarray) -> int:
 
 
 def _unreachable(url: str) -> str:
-    """Why `url` cannot be had, or '' if it can, found out in a thread that is abandoned.
+    """Says why `url` cannot be reached; an empty string if it can.
 
-    TFDS tries ten times with growing pauses, and a resolver may hang for longer than any timeout of requests.
+    TFDS itself would try ten times with growing pauses. The request runs in a thread that is abandoned after `REACH_SECONDS`, because
+    the look-up of a host's address may hang for longer than any timeout of requests.
     """
     import requests
 
@@ -312,7 +296,7 @@ def _unreachable(url: str) -> str:
                 outcome.append("" if response.ok else f"{url} answers {response.status_code}")
         except requests.Timeout:
             pass
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
+        except (OSError, ValueError) as error:  # the errors of requests are OSErrors
             cause = getattr(error.args[0], "reason", error) if error.args else error
             outcome.append(f"{url.split('/')[2]}: {one_line(cause)}")
 
@@ -324,7 +308,7 @@ def _unreachable(url: str) -> str:
 
 @contextlib.contextmanager
 def _without_tensorflow() -> Iterator[None]:
-    """Lends TFDS, where TensorFlow is not installed, what the preparation of these sets asks of it: PNG encoding, plain files."""
+    """Replaces the parts of TensorFlow that TFDS uses to prepare these sets, if it is not installed: PNG encoding and plain files."""
     if importlib.util.find_spec("tensorflow") is not None:
         yield
         return

@@ -16,6 +16,7 @@ from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.networks import find
 from vffjax.networks.layers import Layer, divide_by_rms
+from vffjax.ops.normalisation import Rows
 from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.ops.recompute import recomputed
 
@@ -39,7 +40,7 @@ class _Module(nn.Module):
     def setup(self) -> None:
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, precision=jax.lax.Precision.HIGHEST)
 
-    def features(self, x: Array, clean: int, train: bool, part: slice = slice(None)) -> Array:
+    def features(self, x: Array, clean: Rows, train: bool, part: slice = slice(None)) -> Array:
         for layer in self.layers[part]:
             x = layer(x, clean, train)
         return x
@@ -84,7 +85,7 @@ class LayerGroup:
         return variables["params"], variables.get("batch_stats", {})
 
     def features(
-        self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: int, train: bool
+        self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: Rows, train: bool
     ) -> tuple[Float[Array, "batch *out"], Any]:
         """Feature map of `x`, whose first `clean` rows are clean and the rest labelled, and the new batch statistics."""
         if self.frozen:
@@ -93,7 +94,7 @@ class LayerGroup:
             return self._recomputed(params, batch_stats, x, clean)
         return self._features(clean, train, slice(None), params, batch_stats, x)
 
-    def _features(self, clean: int, train: bool, part: slice, params: Any, batch_stats: Any, x: Array) -> tuple[Array, Any]:
+    def _features(self, clean: Rows, train: bool, part: slice, params: Any, batch_stats: Any, x: Array) -> tuple[Array, Any]:
         """Through the layers of `part`; parameters and statistics of others need not be given."""
         variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
         if train and batch_stats:
@@ -101,7 +102,7 @@ class LayerGroup:
             return cast(Array, out), new["batch_stats"]
         return cast(Array, self.module.apply(variables, x, clean, train, part, method="features")), batch_stats
 
-    def _recomputed(self, params: Any, batch_stats: Any, x: Array, clean: int) -> tuple[Array, Any]:
+    def _recomputed(self, params: Any, batch_stats: Any, x: Array, clean: Rows) -> tuple[Array, Any]:
         """`features` in training, whose gradient keeps the inputs of segments of layers and recomputes one segment at a time.
 
         Of n layers about sqrt(n) make a segment: so the least is kept (Chen et al., 2016, arXiv:1604.06174), and each layer is

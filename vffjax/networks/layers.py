@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.ops.conv import conv
-from vffjax.ops.normalisation import EPSILON, affine, by_row, normalise
+from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise
 from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
@@ -71,7 +71,7 @@ class Norm(nn.Module):
     frozen: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch *feature"], clean: int, train: bool) -> Float[Array, "batch *out"]:
+    def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch *out"]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
@@ -107,7 +107,7 @@ class _Affine(Layer):
     dtype: Any = jnp.float32
     frozen: bool = False
 
-    def finish(self, x: Array, clean: int, train: bool, pool: int = 1) -> Array:
+    def finish(self, x: Array, clean: Rows, train: bool, pool: int = 1) -> Array:
         if self.norm in ("input", "none"):
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
             return max_pool(nn.relu(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
@@ -122,7 +122,7 @@ class DenseLayer(_Affine):
     """Dense map of the flattened input, normalisation, ReLU."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch *feature"], clean: int, train: bool) -> Float[Array, "batch width"]:
+    def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch width"]:
         x = x.reshape(x.shape[0], -1).astype(self.dtype)
         if self.norm == "input":
             x = divide_by_rms(x)
@@ -136,7 +136,7 @@ class ConvLayer(_Affine):
     resize: int = 0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:
+    def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
         x = resized(x, self.resize).astype(self.dtype)
         if self.norm == "input":
             x = divide_by_rms(x)

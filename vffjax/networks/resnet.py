@@ -15,6 +15,7 @@ from vffjax.errors import bad_key, chosen
 from vffjax.networks.layers import Layer, Norm, common, resized, scaled
 from vffjax.networks.network import Block, Network
 from vffjax.ops.conv import conv
+from vffjax.ops.normalisation import Rows
 from vffjax.ops.pooling import max_pool_overlapping
 
 _STAGES = (64, 128, 256, 512)  # channels of each stage
@@ -47,7 +48,7 @@ class Stem(Layer):
     resize: int = 0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:
+    def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
         x = _Conv(self.width, *STEMS[self.kind], self.dtype, name="conv1")(resized(x, self.resize))
         x = Norm(self.norm, relu=True, frozen=self.frozen, name="bn1")(x, clean, train)
         return max_pool_overlapping(x) if self.kind == "imagenet" else x
@@ -67,7 +68,7 @@ class ResidualBlock(Layer):
     frozen: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"], clean: int, train: bool) -> Float[Array, "batch h2 w2 width"]:
+    def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
         steps = [(self.inner, 3, self.stride), (self.width, 3, 1)]
         if self.bottleneck:
             steps = [(self.inner, 1, 1), (self.inner, 3, self.stride), (self.width, 1, 1)]

@@ -1,4 +1,4 @@
-"""A function of one batch, over more images than one batch holds."""
+"""Applies a function of one batch to any number of images."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,21 @@ from jaxtyping import Array
 
 
 def map_batches(function: Callable[[Array], Array], images: Array, batch_size: int) -> Array:
-    """`function` of every `batch_size` images, its first axis the images again. Zeros fill up the last batch; their results are dropped."""
+    """Applies `function` to batches of images, one batch after the other, inside a compiled program.
+
+    The last batch is padded with zeros, and the results for the padding are dropped.
+
+    Args:
+        function: maps `[batch, ...]` to `[batch, ...]`, row by row.
+        images: `[n, ...]`, with `n` at least 1.
+        batch_size: images in a batch. Fewer are taken if there are fewer images.
+
+    Returns:
+        The results in the order of the images, `[n, ...]`.
+
+    >>> map_batches(lambda x: 10 * x, jnp.arange(5), batch_size=2)
+    Array([ 0, 10, 20, 30, 40], dtype=int32)
+    """
     n = images.shape[0]
     batch = min(batch_size, n)
     padded = jnp.pad(images, ((0, -n % batch), *((0, 0),) * (images.ndim - 1)))

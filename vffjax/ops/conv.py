@@ -1,11 +1,15 @@
-"""The convolution of every layer, fast on CPU too, where its gradients must stay so inside `lax.scan`.
+"""The convolution of every layer, with gradients that are fast inside a loop on CPU too.
 
-XLA:CPU rewrites the odd layouts of a convolution's gradients into its fast form only in the entry computation, not in a loop body
-(jax issue 12868), where they run about 150 times slower. Here, on CPU, a convolution and its gradients are written in forms that are
-fast anywhere: by `winograd` where that applies; else the input gradient is plain NHWC/HWIO convolutions with parts of the flipped
-kernel, the kernel gradient matrix products over a few images at a time, so that their shifted copies stay in cache. GPU and TPU get
-XLA's own convolution and gradients: the choice is made where the program is lowered, not where it is traced. A kernel of one position
-is a matrix product everywhere.
+XLA:CPU has a fast convolution for one layout. It rewrites the other layouts, which gradients need, into that one only outside of loops. In
+a loop body, such as that of `lax.scan`, they run about 150 times slower (jax issue 12868). On CPU this module therefore writes the
+convolution and its gradients in forms that are fast everywhere:
+
+- If `winograd.applies`, all three are computed by `winograd`.
+- Otherwise the convolution is XLA's own. The input gradient consists of plain NHWC/HWIO convolutions with parts of the flipped kernel.
+  The kernel gradient is a matrix product over a few images at a time, so that the shifted copies that it needs stay in cache.
+
+GPU and TPU use XLA's convolution and gradients. The choice is made when a program is lowered for a platform, not when it is traced. A 1x1
+convolution is a matrix product on every backend.
 """
 
 import functools
@@ -17,18 +21,30 @@ from jaxtyping import Array, Float
 
 from vffjax.ops import winograd
 
-# Rows (image positions) per matrix product of the kernel gradient; 4,096 rows of 3 x 48 floats are 2 MiB, one L2 cache.
+# Rows (positions of images) in a matrix product of the kernel gradient: 4,096 rows of 3 x 48 floats take 2 MiB, the size of an L2 cache.
 _ROWS_PER_PRODUCT = 4096
-# Elements of the copied patches per matrix product where the stride is above 1; 2 MiB of floats.
+# Elements of the copied patches in a matrix product if the stride is above 1: 2 MiB of floats.
 _ELEMENTS_PER_PRODUCT = 2**19
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def conv(x: Float[Array, "batch h w c"], kernel: Float[Array, "k k c d"], stride: int = 1) -> Float[Array, "batch h2 w2 d"]:
-    """Cross-correlation with `k // 2` zeros on every side, at each `stride`-th position from the first; `k` is odd.
+    """Cross-correlation with zero padding, as in `torch.nn.Conv2d` with `padding = k // 2`.
 
-    So `h2 = ceil(h / stride)`, as in `torch.nn.Conv2d`; "SAME" would pad an even map less at its start. Differentiable once, in reverse
-    mode.
+    The map is padded by `k // 2` zeros on every side, and the result is computed at every `stride`-th position from the first. (The
+    padding "SAME" of XLA would add less at the start of an even map with a stride.) It can be differentiated once, in reverse mode.
+
+    Args:
+        x: feature maps, float32 or bfloat16.
+        kernel: `[k, k, in, out]` with an odd `k`, in the dtype of `x`.
+        stride: positions from one result to the next.
+
+    Returns:
+        Feature maps in the dtype of `x`, with `h2 = ceil(h / stride)` and `w2 = ceil(w / stride)`.
+
+    >>> conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), stride=2)[0, :, :, 0]
+    Array([[4., 6.],
+           [6., 9.]], dtype=float32)
     """
     if kernel.shape[0] == 1:
         return _pointwise(x[:, ::stride, ::stride], kernel)
@@ -42,7 +58,7 @@ def _plain(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: Array, kernel: Array, stride: int) -> Array:
-    # In an exported program the batch size may be a symbol, of which no steps can be made.
+    # In an exported program the batch size may be a symbol. Winograd's loop over a few images at a time needs a number.
     if stride > 1 or not isinstance(x.shape[0], int) or not winograd.applies(x.shape, kernel.shape):
         return _plain(x, kernel, stride)
     return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=_plain)
@@ -56,7 +72,8 @@ def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Ar
     x, kernel = residuals
     size = kernel.shape[0]
     plain = functools.partial(_plain, stride=stride)
-    # Two separate choices: where nobody asks for the input's gradient (the first layer of a group) it is dead code.
+    # The two gradients are chosen separately, so that the compiler can remove one that nobody uses. The first layer of a group needs no
+    # gradient of its input.
     dx = lax.platform_dependent(
         x, kernel, g, cpu=functools.partial(_input_gradient, stride=stride), default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0]
     )
@@ -75,7 +92,7 @@ def _pointwise(x: Array, kernel: Array) -> Array:
 
 
 def _pointwise_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # Not left to autodiff, which would multiply a bfloat16 operand by the float32 gradient of the sum before it is rounded.
+    # Automatic differentiation would multiply a bfloat16 operand by the gradient of the float32 sum before that gradient is rounded.
     x, kernel = residuals
     dx = _product(g, kernel[0, 0], (3,), (1,)).astype(x.dtype)
     return dx, _product(x, g, (0, 1, 2), (0, 1, 2))[None, None].astype(kernel.dtype)
@@ -85,12 +102,16 @@ _pointwise.defvjp(lambda x, kernel: (_pointwise(x, kernel), (x, kernel)), _point
 
 
 def _product(a: Array, b: Array, axes_of_a: tuple[int, ...], axes_of_b: tuple[int, ...]) -> Array:
-    """Contracted over the given axes, summed in float32."""
+    """The product of `a` and `b`, contracted over the given axes and summed in float32."""
     return lax.dot_general(a, b, ((axes_of_a, axes_of_b), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _input_gradient(x: Array, kernel: Array, g: Array, stride: int) -> Array:
-    """Interleaved from `stride` x `stride` plain convolutions, each with the part of the kernel that meets every `stride`-th position."""
+    """The gradient of the convolution in `x`.
+
+    With a stride it is interleaved from `stride` x `stride` plain convolutions, each with the taps of the kernel that meet one phase of
+    the positions.
+    """
     if stride == 1 and winograd.applies(x.shape, kernel.shape):
         return winograd.input_gradient(kernel, g)
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
@@ -106,7 +127,7 @@ def _phase(g: Array, flipped: Array, phase: tuple[int, int], stride: int) -> Arr
     """The input gradient at positions `stride * (q, r) + phase` for every position `(q, r)` of `g`."""
     p = len(flipped) // 2
     part = flipped[(p - phase[0]) % stride :: stride, (p - phase[1]) % stride :: stride]
-    if 0 in part.shape:  # a stride above the kernel's size steps over these positions
+    if 0 in part.shape:  # the stride is larger than the kernel and skips these positions
         return jnp.zeros((*g.shape[:3], flipped.shape[3]), g.dtype)
     after = [(p + a) // stride for a in phase]
     padding = [(taps - 1 - end, end) for taps, end in zip(part.shape[:2], after, strict=True)]
@@ -114,6 +135,7 @@ def _phase(g: Array, flipped: Array, phase: tuple[int, int], stride: int) -> Arr
 
 
 def _kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
+    """The gradient of the convolution in its kernel, summed in float32 over a few images at a time."""
     n, h, w, c = x.shape
     d = g.shape[3]
     if stride == 1 and winograd.applies(x.shape, (size, size, c, d)):
@@ -137,7 +159,10 @@ def _kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
 
 
 def _kernel_gradient_of_chunk(x: Array, g: Array, size: int) -> Array:
-    """One product (k c) x (k d): columns shifted in `x`, rows shifted in `g`, so neither is copied k * k times."""
+    """The kernel gradient of a few images as one product `(k c) x (k d)`.
+
+    It shifts the columns of `x` and the rows of `g`, so that each is copied `k` times and neither `k * k` times.
+    """
     h, w, c = x.shape[1:]
     d, p = g.shape[3], size // 2
     x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
@@ -149,7 +174,10 @@ def _kernel_gradient_of_chunk(x: Array, g: Array, size: int) -> Array:
 
 
 def _strided_kernel_gradient_of_chunk(x: Array, g: Array, size: int, stride: int) -> Array:
-    """One product (k k c) x d: shifts of `g` too, as above, would need a product for every offset of the rows within the stride."""
+    """The strided kernel gradient of a few images as one product `(k k c) x d`.
+
+    Shifting `g` as well, as without a stride, would take one product for each phase of the rows.
+    """
     c, p = x.shape[3], size // 2
     h2, w2, d = g.shape[1:]
     x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))

@@ -1,4 +1,7 @@
-"""Keeping XLA:CPU from moving or merging what a barrier holds apart elsewhere: it drops barriers before it orders its operations."""
+"""Keeps XLA:CPU from moving or merging operations across a border.
+
+On other backends `jax.lax.optimization_barrier` does that. XLA:CPU removes barriers before it orders its operations.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +12,21 @@ from jaxtyping import Array, Int
 
 
 def as_branch(function: Callable[..., Any], witness: Int[Array, ""], *arguments: Any) -> Any:
-    """`function(*arguments)` as one branch of a condition that holds for any `witness`, which the compiler cannot know.
+    """Computes `function(*arguments)` as one branch of a condition.
 
-    All of it is done before anything that takes the result begins, and nothing in it is merged with what stands outside.
+    The condition is always true, but the compiler cannot know that. It therefore finishes the branch before it starts anything that
+    needs the result, and it does not merge operations of the branch with operations outside.
+
+    Args:
+        function: what to compute.
+        witness: any integer that is known only when the program runs.
+        *arguments: what `function` takes.
+
+    Returns:
+        The result of `function`, a tree of arrays.
+
+    >>> as_branch(lambda x: x + 1, jnp.int32(7), jnp.float32(2))
+    Array(3., dtype=float32)
     """
 
     def never(*arguments: Any) -> Any:

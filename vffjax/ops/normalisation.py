@@ -1,12 +1,14 @@
-"""Batch normalisation of two streams, max-pooling and ReLU as one operation, whose gradient needs nothing but its input.
+"""Batch normalisation, max-pooling and ReLU of two streams as one operation, whose gradient stores only its input.
 
-Pooling comes first: an affine map takes the largest of a window to the largest, or, where its slope is negative, the smallest. So
-everything but the statistics works on the pooled map, a quarter of the positions for 2x2 windows, and the backward pass keeps `x` alone and
-makes one pass over it. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015).
+Normalisation is an affine map of each channel. If its slope is positive, it maps the largest entry of a window to the largest; if its slope
+is negative, it maps the smallest entry to the largest. The operation therefore pools first and normalises afterwards. Everything but the
+statistics works on the pooled map, which for 2x2 windows has a quarter of the positions. The gradient stores only `x` and passes over it
+once. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015, arXiv:1502.03167).
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from jaxtyping import Array, Float
 from vffjax.ops.pooling import max_pool, max_pool_gradient
 
 EPSILON = 1e-5
+
+Rows = int | Any  # a number of rows: an int, or a symbol in an exported program that takes any number of images
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -27,11 +31,23 @@ def normalise(
     pool: int = 1,
     relu: bool = False,
 ) -> tuple[Float[Array, "batch *out"], Float[Array, "sources c"], Float[Array, "sources c"]]:
-    """`x` by batch statistics, pooled and rectified; and the means and variances, which are not to be differentiated.
+    """Normalises `x` by its batch statistics, pools it and applies ReLU.
 
-    The first `clean` rows are one stream, the rest another. Each is normalised by its own statistics, or, if `shared`, both by those
-    of the clean rows: there are as many sources as streams that are present, or one. Moments and arithmetic are float32; the output
-    has the type of `x`.
+    The statistics are means and variances over the rows and positions of each channel. Each stream is normalised by its own statistics,
+    or both by those of the clean rows. All arithmetic is in float32.
+
+    Args:
+        x: feature maps `[batch, h, w, c]` or features `[batch, c]`. The first `clean` rows are clean images, the rest labelled copies.
+        scale: slope of each channel after normalisation.
+        bias: offset of each channel after normalisation.
+        clean: the number of clean rows.
+        shared: whether both streams are normalised by the statistics of the clean rows.
+        pool: side of the pooling windows in positions; 1 for no pooling.
+        relu: whether to apply ReLU.
+
+    Returns:
+        The result in the dtype of `x`, and the means and variances in float32, one row for each source of statistics. There is one source
+        if `shared` or if only one stream is present, and two otherwise. Gradients of the means and variances are ignored.
     """
     return _forward(x, scale, bias, clean, shared, pool, relu)[0]
 
@@ -57,10 +73,10 @@ def _backward(clean: int, shared: bool, pool: int, relu: bool, residuals: tuple,
         g = jnp.where(extreme * by_row(gain, z, clean) + by_row(offset, z, clean) > 0, g, 0.0)
     rstd = jax.lax.rsqrt(var + EPSILON)
     centred = (extreme - by_row(mean, z, clean)) * by_row(rstd, z, clean)
-    # With shared statistics every row, not only the clean, acts through the one source.
+    # With shared statistics all rows, clean and labelled, are normalised by the one source.
     rows = g.shape[0] if shared else clean
     to_bias, to_scale = _sums(g, rows, shared), _sums(g * centred, rows, shared)
-    # What comes back through mean and variance is affine in z, in the rows that the statistics were taken of.
+    # The gradient through mean and variance is affine in z. It reaches the rows from which the statistics were computed.
     count = _counts(z, clean, shared)
     slope = -gain * rstd * to_scale / count
     level = -gain * to_bias / count - slope * mean
@@ -76,13 +92,16 @@ normalise.defvjp(_forward, _backward)
 def affine(
     mean: Float[Array, "sources c"], var: Float[Array, "sources c"], scale: Float[Array, " c"], bias: Float[Array, " c"]
 ) -> tuple[Float[Array, "sources c"], Float[Array, "sources c"]]:
-    """Slope and offset of the normalisation by given statistics."""
+    """Slope and offset of each channel in a normalisation by the given statistics."""
     gain = scale[None] * jax.lax.rsqrt(var + EPSILON)
     return gain, bias[None] - mean * gain
 
 
-def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature"], clean: int) -> Float[Array, "rows *feature"]:
-    """Each row's value, to be broadcast over the positions of `like`: of two sources, the first is that of the `clean` rows."""
+def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature"], clean: Rows) -> Float[Array, "#batch *#feature"]:
+    """The values that apply to each row of `like`, in a shape that broadcasts over its positions.
+
+    With two sources, the first applies to the `clean` first rows and the second to the rest. With one source, it applies to all rows.
+    """
     shape = (1,) * (like.ndim - 1) + (values.shape[1],)
     if values.shape[0] == 1:
         return values.reshape(shape)
@@ -91,19 +110,26 @@ def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature
 
 
 def _sums(z: Array, clean: int, shared: bool) -> Array:
-    """Sums over positions and over the rows of each source, [sources, c]. Positions first: no stream is cut out of the feature map."""
+    """Sums over positions and over the rows of each source, `[sources, c]`.
+
+    It sums over positions first, so that the streams are cut out of the small sums and not out of the feature map.
+    """
     rows = z.sum(tuple(range(1, z.ndim - 1)))
     parts = (rows[:clean],) if shared else (rows[:clean], rows[clean:])
     return jnp.stack([part.sum(0) for part in parts if part.shape[0]])
 
 
 def _counts(z: Array, clean: int, shared: bool) -> Array:
+    """How many entries each source has in a channel, `[sources, 1]`."""
     rows = (clean,) if shared else (clean, z.shape[0] - clean)
     return jnp.array([[n * math.prod(z.shape[1:-1])] for n in rows if n], jnp.float32)
 
 
 def _extreme(x: Array, scale: Array, pool: int) -> Array:
-    """Of each window the entry that a slope of this sign takes to the largest. Exact: signs change, nothing is rounded."""
+    """The entry of each window that the normalisation maps to the largest: by the sign of `scale`, the largest or the smallest.
+
+    This is exact, because it only changes signs and rounds nothing.
+    """
     if pool == 1:
         return x.astype(jnp.float32)
     sign = _sign(scale, x)
@@ -115,7 +141,7 @@ def _sign(scale: Array, x: Array) -> Array:
 
 
 def _to_extremes(x: Array, scale: Array, g: Array, pool: int) -> Array:
-    """`g` at the entries of each window that equal its extreme; 0 at the others."""
+    """The gradient `g` of the extremes, given to the entries of each window that equal its extreme. The others get 0."""
     if pool == 1:
         return g
     return max_pool_gradient(_sign(scale, x) * x, g.astype(x.dtype), pool).astype(jnp.float32)

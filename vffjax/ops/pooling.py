@@ -1,4 +1,7 @@
-"""Pooling over positions. On CPU forward and gradient are elementwise or plain reductions: XLA's window operations are slow there."""
+"""Pooling over positions.
+
+XLA's window operations are slow on CPU, so there the values and gradients are made of elementwise operations and plain reductions.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,11 +13,21 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array, "batch g g c"]:
-    """Mean over the cells of a `cells` x `cells` grid, or the map itself where it is smaller.
+def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array, "batch rows columns c"]:
+    """Means over the cells of a `cells` x `cells` grid. A side that is shorter than the grid keeps its positions.
 
-    Where the grid does not divide the map, cell `i` of `g` spans the positions `floor(i h / g)` to `ceil((i + 1) h / g)`: cells
-    overlap, and no position is left out.
+    If the grid does not divide the map, cell `i` of `g` spans the positions from `floor(i h / g)` up to `ceil((i + 1) h / g)`. Cells
+    then overlap, and no position is left out. These are the cells of PyTorch's `AdaptiveAvgPool2d`.
+
+    Args:
+        x: feature maps.
+        cells: cells along each side of the grid.
+
+    Returns:
+        The means, with `min(cells, h)` rows and `min(cells, w)` columns.
+
+    >>> mean_pool_to_grid(jnp.arange(4.0).reshape(1, 1, 4, 1), cells=2).ravel()
+    Array([0.5, 2.5], dtype=float32)
     """
     h, w = x.shape[1:3]
     rows, columns = min(cells, h), min(cells, w)
@@ -24,7 +37,7 @@ def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array
 
 
 def _cell_means(size: int, cells: int) -> Array:
-    """Row `i` averages the positions of cell `i`."""
+    """A matrix `[cells, size]` whose row `i` averages the positions of cell `i`."""
     weights = np.zeros((cells, size), np.float32)
     for i in range(cells):
         start, end = i * size // cells, -(-(i + 1) * size // cells)
@@ -32,10 +45,21 @@ def _cell_means(size: int, cells: int) -> Array:
     return jnp.asarray(weights)
 
 
-def max_pool(x: Float[Array, "batch h w c"], window: int) -> Float[Array, "batch h2 w2 c"]:
-    """Max over disjoint windows; ragged edges are cut. Entries that are equal share the gradient on CPU; elsewhere the first has it.
+def max_pool(x: Float[Array, "batch *feature"], window: int) -> Float[Array, "batch *out"]:
+    """The maximum of each `window` x `window` window. Windows do not overlap; positions that fill no whole window are dropped.
 
-    With a window of 1 any array passes as it is.
+    If several entries of a window are the maximum, they share the gradient on CPU. On other backends the first one gets all of it.
+
+    Args:
+        x: feature maps `[batch, h, w, c]`. With a window of 1, an array of any shape, which is returned unchanged.
+        window: side of a window in positions.
+
+    Returns:
+        The maxima, `[batch, h // window, w // window, c]`.
+
+    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0]
+    Array([[ 5.,  7.],
+           [13., 15.]], dtype=float32)
     """
     return x if window == 1 else _max_pool(x, window)
 
@@ -47,7 +71,8 @@ def _max_pool(x: Array, window: int) -> Array:
 
 
 def _max_pool_backward(window: int, x: Array, g: Array) -> tuple[Array]:
-    # Not by comparison with the maximum: XLA may compute `x` twice with other roundings, and then nothing is equal to it.
+    # The gradient does not compare `x` with its maximum: XLA may compute `x` twice with different rounding, and then no entry equals the
+    # maximum.
     pairwise, reduced = (functools.partial(_gradient_of, functools.partial(f, window=window)) for f in (_pairwise_max, _reduced_max))
     return (lax.platform_dependent(x, g, cpu=pairwise, default=reduced),)
 
@@ -62,9 +87,18 @@ _max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _max_pool_backward
 def max_pool_overlapping(
     x: Float[Array, "batch h w c"], window: int = 3, stride: int = 2, padding: int = 1
 ) -> Float[Array, "batch h2 w2 c"]:
-    """Max over windows at every `stride`-th position of a map padded by `padding` on every side, as `torch.nn.MaxPool2d`.
+    """The maximum of overlapping windows, as in `torch.nn.MaxPool2d`.
 
-    The padding, smaller than the window, is never the maximum. Entries that are equal are treated as by `max_pool`.
+    Equal entries share the gradient, or the first one gets it, as in `max_pool`.
+
+    Args:
+        x: feature maps.
+        window: side of a window in positions.
+        stride: positions from one window to the next.
+        padding: positions added on every side, fewer than `window`. They are never the maximum.
+
+    Returns:
+        The maxima, with `h2 = (h + 2 padding - window) // stride + 1` rows, and `w2` columns likewise.
     """
     return _max_pool_overlapping(x, window, stride, padding)
 
@@ -101,7 +135,11 @@ def _overlapping_pairwise_max(x: Array, window: int, stride: int, padding: int) 
 
 
 def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:
-    """The gradient of `max_pool` for an `x` that lies in memory, such as a convolution's output: on CPU by comparison, in one pass."""
+    """The gradient of `max_pool` in `x`, given the gradient `g` of its result.
+
+    On CPU it compares `x` with its maxima, in one pass over the map. That is right only if `x` lies in memory, as a convolution's output
+    does: an `x` that the compiler computes twice may be rounded differently and then differ from its own maximum.
+    """
     comparison = functools.partial(_gradient_by_comparison, window=window)
     reduced = functools.partial(_gradient_of, functools.partial(_reduced_max, window=window))
     return lax.platform_dependent(x, g, cpu=comparison, default=reduced)

@@ -1,7 +1,8 @@
-"""Gradients that compute a function's forward pass again, instead of keeping what it computed the first time.
+"""Gradients that recompute the forward pass instead of storing its intermediate results.
 
-`jax.checkpoint` tells the compiler so by a barrier. XLA:CPU drops barriers before it merges equal operations, finds the second forward
-pass equal to the first, and keeps everything after all. So on CPU the backward pass is a branch (`fence.as_branch`).
+`jax.checkpoint` separates the second forward pass from the first by an optimization barrier. XLA:CPU removes barriers before it merges
+equal operations, so it merges the two passes and stores everything after all. On CPU the backward pass is therefore a branch of a
+condition (`fence.as_branch`).
 """
 
 from collections.abc import Callable
@@ -16,9 +17,14 @@ from vffjax.ops.fence import as_branch
 
 
 def recomputed(f: Callable[[Any, Any, Array], tuple[Array, Any]]) -> Callable[[Any, Any, Array], tuple[Array, Any]]:
-    """`f(params, constants, x) -> (y, aux)` with the same gradients in `params` and `x`, of which only the arguments are kept.
+    """The same function as `f`, whose gradient stores only the arguments and recomputes the rest.
 
-    Gradients in `constants` and of `aux` count as zero. Differentiable once, in reverse mode.
+    Args:
+        f: `f(params, constants, x) -> (y, aux)`.
+
+    Returns:
+        A function with the values of `f` and the gradients of `y` in `params` and `x`. The gradient in `constants` and the gradient of
+        `aux` are zero. It can be differentiated once, in reverse mode.
     """
 
     def forward(params: Any, constants: Any, x: Array) -> tuple[tuple[Array, Any], tuple[Any, Any, Array]]:
@@ -32,7 +38,7 @@ def recomputed(f: Callable[[Any, Any, Array], tuple[Array, Any]]) -> Callable[[A
         return jax.vjp(lambda params, x: f(params, constants, x), params, x, has_aux=True)[1](g)
 
     def branch(*arguments: Any) -> Any:
-        # Of the incoming gradient, so that no forward pass is computed before it is needed.
+        # The condition depends on the incoming gradient, so the second forward pass cannot start before that gradient is there.
         bits = lax.bitcast_convert_type(arguments[-1].ravel()[0].astype(jnp.float32), jnp.int32)
         return as_branch(again, bits, *arguments)
 

@@ -1,13 +1,13 @@
-"""3x3 convolutions on CPU by the minimal filtering algorithm F(2x2, 3x3): 2.25 times fewer multiplications than by definition.
+"""3x3 convolutions on CPU by the minimal filtering algorithm F(2x2, 3x3), with 2.25 times fewer multiplications than the definition.
 
-Winograd (Arithmetic Complexity of Computations, 1980); for convolutional networks Lavin and Gray (CVPR 2016). An output tile of 2x2
-positions needs an input tile of 4x4, and `y = A' [(G k G') * (B' x B)] A` per pair of channels: sixteen products where the definition
-takes thirty-six. Summed over channels, each of the sixteen is one matrix product (tiles x channels) x (channels x width). All constants
-are 0, 1 and 1/2, so the rounding errors are those of the plain sum. The kernel gradient is the adjoint, `G' [V' (A g A')] G` with
-`V = B' x B`, by the same tiles.
+The algorithm is Winograd's (Arithmetic Complexity of Computations, 1980). Lavin and Gray (CVPR 2016, arXiv:1509.09308) use it for
+convolutional networks. An output tile of 2x2 positions needs an input tile of 4x4. For one pair of channels the output tile is
+`y = A' [(G k G') * (B' x B)] A`, which takes 16 multiplications where the definition takes 36. Summed over input channels, each of the 16
+entries is a matrix product `(tiles x in) x (in x out)`. All constants are 0, 1, -1, 1/2 and -1/2, so rounding errors are like those of the
+plain sum. The kernel gradient is the adjoint, `G' [V' (A g A')] G` with `V = B' x B`, on the same tiles.
 
-XLA:CPU computes a convolution by its definition, and the gradient of its kernel slowly inside a loop; here all three are matrix
-products over a few images at a time, whose sixteen tiles stay in cache.
+XLA:CPU computes a convolution by its definition, and the kernel gradient slowly inside a loop. Here the convolution and both gradients are
+matrix products over a few images at a time, so that the 16 entries of their tiles stay in cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,25 +17,33 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-# Elements of both sides' feature maps in one step; their sixteen tiles, four times as many floats, are 16 MiB.
+# Elements of the input and output maps in one step. The 16 entries of their tiles are four times as many floats, 16 MiB.
 _ELEMENTS_PER_STEP = 2**20
-# Below this many channels, on either side, the transforms cost more than the products that they save.
+# With fewer input or output channels, the transforms cost more than the multiplications that they save.
 _LEAST_CHANNELS = 16
 
 _KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)  # G
 
 
 def applies(x: Sequence[int], kernel: Sequence[int]) -> bool:
-    """Whether a convolution of shapes [n, h, w, c] and [k, k, c, d] can be done by 2x2 tiles, and gains by it."""
+    """Whether the algorithm can compute a convolution without stride, and is faster than the definition.
+
+    Args:
+        x: shape of the feature maps, `[n, h, w, c]`.
+        kernel: shape of the kernel, `[k, k, c, d]`.
+
+    >>> applies((8, 32, 32, 16), (3, 3, 16, 64)), applies((8, 32, 32, 3), (3, 3, 3, 64))
+    (True, False)
+    """
     _, h, w, _ = x
     return tuple(kernel[:2]) == (3, 3) and h % 2 == 0 and w % 2 == 0 and min(kernel[2:]) >= _LEAST_CHANNELS
 
 
 def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "n h w d"]:
-    """Cross-correlation with zero padding to the same size; `h` and `w` even."""
+    """Cross-correlation with zero padding to the same size, for even `h` and `w`. The result has the dtype of `x`."""
     n, h, w, c = x.shape
     d = kernel.shape[3]
-    # Contracted on the last axis of both sides: the order that XLA's matrix product likes best.
+    # Input channels come last, because XLA's matrix product is fastest if both operands are contracted over their last axes.
     products = jnp.einsum("ai,bj,ijcd->abdc", _KERNEL, _KERNEL, kernel.astype(jnp.float32), precision="highest")
     products = products.reshape(16, d, c).astype(x.dtype)
 
@@ -57,12 +65,12 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"]) -> Flo
 
 
 def input_gradient(kernel: Float[Array, "3 3 c d"], g: Float[Array, "n h w d"]) -> Float[Array, "n h w c"]:
-    """The gradient of `convolve` in `x`: the convolution of `g` with the kernel turned by half a circle."""
+    """The gradient of `convolve` in `x`: the convolution of `g` with the kernel rotated by 180 degrees."""
     return convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
 
 def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> Float[Array, "3 3 c d"]:
-    """The gradient of `convolve` in the kernel, float32, summed over images."""
+    """The gradient of `convolve` in the kernel, summed over the images, in float32."""
     n, h, w, c = x.shape
     d = g.shape[3]
 
@@ -88,13 +96,21 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
 
 
 def _product(a: Array, b: Array, axis: int) -> Array:
-    """Contracted over `axis` of both, summed in float32."""
+    """The product of `a` and `b`, contracted over `axis` of both and summed in float32."""
     return lax.dot_general(a, b, (((axis,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _split(n: int, elements: int) -> tuple[int, int]:
-    """Images in a step, and steps. The size is a divisor of `n` if one is near that which suits the cache; else the last two steps share
-    some images. A shorter last step would cost far more than those: a program of its own, and copies to cut and to join the maps."""
+    """How many images one step takes, and how many steps there are.
+
+    If a divisor of `n` is near the size that suits the cache, that divisor is the size. Otherwise the last two steps share some images. A
+    shorter last step would cost far more than computing these twice, because it would need a program of its own and copies that cut and
+    join the maps.
+
+    Args:
+        n: images in the batch.
+        elements: elements of the input and output maps of one image.
+    """
     most = min(n, max(1, _ELEMENTS_PER_STEP // elements))
     size = next(k for k in range(most, 0, -1) if n % k == 0)
     count = n // size if 4 * size >= 3 * most else -(-n // most)
@@ -102,39 +118,42 @@ def _split(n: int, elements: int) -> tuple[int, int]:
 
 
 def _first(i: Array, size: int, n: int) -> Array:
-    """The first image of step `i`: the last step ends with the last image."""
+    """The first image of step `i`. The last step ends with the last image."""
     return jnp.minimum(i * size, n - size)
 
 
 def _columns(tiles: list[Array], transform: Callable[[list[Array]], list[Array]]) -> list[list[Array]]:
-    """`transform` down each of the four columns of tiles given row by row; row `i` of the result holds the columns' `i`-th parts."""
+    """Applies `transform` to each column of a 4x4 tile, whose 16 entries are given row by row; returns the rows of the result."""
     columns = [transform(tiles[j::4]) for j in range(4)]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _input_tiles(x: Array) -> list[Array]:
-    """`B' x B` of every overlapping 4x4 tile: sixteen maps [n, h / 2, w / 2, c]."""
+    """`B' x B` of every overlapping 4x4 tile: 16 maps `[n, h / 2, w / 2, c]`, one for each entry."""
     h, w = x.shape[1:3]
-    # Sums in float32, rounded once: in bfloat16 each of the two steps would round.
+    # In float32, so that the result is rounded once. In bfloat16 each of the two transforms would round.
     z = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows = _input_four([z[:, i : i + h - 1 : 2] for i in range(4)])
     return [tile.astype(x.dtype) for row in rows for tile in _input_four([row[:, :, j : j + w - 1 : 2] for j in range(4)])]
 
 
 def _input_four(d: list[Array]) -> list[Array]:
+    """`B' d`, for one row or column of a tile."""
     return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
 def _output_pair(m: list[Array]) -> list[Array]:
+    """`A' m`, for one row or column of a tile."""
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
 def _gradient_tiles(g: Array) -> list[Array]:
-    """`A g A'` of every 2x2 tile: sixteen maps [n, h / 2, w / 2, d]; the adjoint of the output transform."""
+    """`A g A'` of every 2x2 tile, the adjoint of the output transform: 16 maps `[n, h / 2, w / 2, d]`, one for each entry."""
     z = g.astype(jnp.float32)
     rows = _gradient_four([z[:, i::2] for i in range(2)])
     return [tile.astype(g.dtype) for row in rows for tile in _gradient_four([row[:, :, j::2] for j in range(2)])]
 
 
 def _gradient_four(g: list[Array]) -> list[Array]:
+    """`A g`, for one row or column of a tile."""
     return [g[0], g[0] + g[1], g[0] - g[1], -g[1]]

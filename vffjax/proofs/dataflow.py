@@ -1,12 +1,12 @@
-"""What each output of a traced program depends on, found by walking its jaxpr with sets of sources in the place of arrays.
+"""Finds what each output of a traced program depends on, by evaluating its jaxpr on sets of sources in the place of arrays.
 
-Trusted are three facts: `stop_gradient` lets no derivative through, neither does a result that is not floating point, and an optimization
-barrier gives each operand back. Every other operation counts as passing whatever it takes to all that it returns. Calls, loops and choices
-are walked. So a dependence may be reported that is not there, but none that is there is missed, unless it goes through the host behind
-JAX's back.
+The analysis trusts three facts: no derivative passes `stop_gradient`; no derivative passes a result that is not floating point; and an
+optimization barrier returns each operand unchanged. Every other operation is assumed to pass all its inputs to all its outputs. Calls,
+loops and conditions are entered. The analysis may therefore report a dependence that does not exist, but it misses none that exists,
+unless data passes through the host without JAX knowing it.
 
-How JAX lays out a loop's program has changed between versions. An equation that holds a program in a layout that is not known here raises
-`UserError`: to let everything in it reach everything would be a verdict, and a wrong one.
+The layout of a loop's jaxpr differs between versions of JAX. An equation that contains a program in an unknown layout raises `UserError`.
+Assuming that everything in it reaches everything would report a leak of gradients that may not exist.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,31 +21,52 @@ from vffjax.errors import UserError
 
 
 class Flow(NamedTuple):
-    """Sets of sources, source `i` as the bit `1 << i`, of one array."""
+    """The sources on which one array depends, as three sets. A set is an integer in which source `i` is the bit `1 << i`.
 
-    value: int = 0  # it depends on them in any way
-    real: int = 0  # ... by a path on which everything is floating point
-    gradient: int = 0  # ... and on which no `stop_gradient` lies: all that a derivative could follow, and perhaps more
+    Attributes:
+        value: the array depends on these sources in any way.
+        real: it depends on them by a path on which everything is floating point.
+        gradient: such a path has no `stop_gradient` on it. A derivative can follow only these paths, though perhaps not all of them.
+    """
+
+    value: int = 0
+    real: int = 0
+    gradient: int = 0
 
 
 NOTHING = Flow()
-Named = Mapping[str, int]
+Named = Mapping[str, int]  # names given by `checkpoint_name`, and the sources that they stand for
 
 
 class _Walk(NamedTuple):
-    """What one walk of a program knows."""
+    """The state of one analysis."""
 
     named: Named
-    # What a program inside it made of its inputs. Programs are met again: in the branches of a choice, in every turn of a loop.
+    # Results of inner programs by program and inputs. The same program occurs again, for instance in every turn of a loop.
     walked: dict[tuple[int, tuple[Flow, ...]], list[Flow]]
 
 
 def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Named | None = None) -> list[Flow]:
-    """The flow of every output of `program`, whose flattened input `i` is source `sources[i]`, by default `i`.
+    """Finds the sources of every output of a program.
 
-    Several inputs may be one source. An input that is not floating point is a source by value alone. Constants are none. What the program
-    has given a name by `jax.ad_checkpoint.checkpoint_name` and `named` knows is a source of its own, in the place of all that it was
-    computed from, if it is no floating-point array.
+    An input that is not floating point is a source of values only. Constants are not sources.
+
+    Args:
+        program: a traced program, such as that of `jax.make_jaxpr`.
+        sources: for each flattened input, the number of its source. Several inputs may be one source. By default each input is its own.
+        named: arrays in the program that are sources themselves. An array that `jax.ad_checkpoint.checkpoint_name` gave one of these
+            names, and that is not floating point, depends on this source instead of those from which it was computed.
+
+    Returns:
+        The flow of each flattened output.
+
+    Raises:
+        UserError: this version of JAX lays programs out in an unknown way.
+
+    >>> program = jax.make_jaxpr(lambda x, y: x * jax.lax.stop_gradient(y))(1.0, 2.0)
+    >>> (flow,) = flows(program)
+    >>> members(flow.value), members(flow.gradient)
+    ([0, 1], [0])
     """
     variables = program.jaxpr.invars
     numbers = range(len(variables)) if sources is None else sources
@@ -54,12 +75,16 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
 
 
 def members(sources: int) -> list[int]:
-    """The numbers of the sources in a set."""
+    """The numbers of the sources in a set, in order.
+
+    >>> members(0b101)
+    [0, 2]
+    """
     return [i for i in range(sources.bit_length()) if sources >> i & 1]
 
 
 def union(parts: Iterable[Flow]) -> Flow:
-    """What depends on any of what the parts depend on."""
+    """The flow of an array that depends on all the parts."""
     value = real = gradient = 0
     for part in parts:
         value, real, gradient = value | part.value, real | part.real, gradient | part.gradient
@@ -67,18 +92,18 @@ def union(parts: Iterable[Flow]) -> Flow:
 
 
 def _floating(variable: Any) -> bool:
-    # Keys of random numbers, tokens and the like have a type that is no number, or none.
+    # The dtype of a random key is not a number, and a token has no dtype.
     dtype = getattr(variable.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _onto(variable: Any, flow: Flow) -> Flow:
-    """`flow` as it arrives in a variable: whole numbers, truth values and keys carry neither real paths nor gradients."""
+    """The flow that a variable receives: integers, booleans and random keys carry neither real paths nor gradients."""
     return flow if _floating(variable) else Flow(flow.value)
 
 
 def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
-    place = id(jaxpr), tuple(inputs)  # the whole program holds on to its parts, so that none takes another's place
+    place = id(jaxpr), tuple(inputs)  # the outer program keeps the inner ones alive, so no id is used twice
     if place not in walk.walked:
         walk.walked[place] = _outputs(jaxpr, inputs, walk)
     return walk.walked[place]
@@ -86,7 +111,7 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
 
 def _outputs(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
-    # Whatever has an effect may speak to whatever has one after it: by a reference, through the host, by order.
+    # An operation with an effect may influence every later operation with an effect: by a reference or through the host.
     world = NOTHING
 
     def read(atom: Any) -> Flow:
@@ -94,10 +119,10 @@ def _outputs(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        if _speaks(equation):
+        if _has_effect(equation):
             world = union([world, *operands])
             found = [world] * len(equation.outvars)
-            # A reference may have been written to.
+            # The operation may have written to a reference among its operands.
             known.update({atom: union([read(atom), world]) for atom in equation.invars if not isinstance(atom, Literal)})
         else:
             found = _through(equation, operands, walk)
@@ -105,13 +130,13 @@ def _outputs(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _speaks(equation: JaxprEqn) -> bool:
-    # The name of a mapped axis counts as an effect in JAX, and is none.
+def _has_effect(equation: JaxprEqn) -> bool:
+    # JAX lists the use of a mapped axis's name among the effects, but it has none.
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
 
 
 def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
-    """The flows of an equation's outputs."""
+    """The flow of each output of an equation without effects."""
     if equation.primitive is stop_gradient_p:
         return [flow._replace(gradient=0) for flow in operands]
     if equation.primitive.name == "name" and equation.params.get("name") in walk.named and not _floating(equation.outvars[0]):
@@ -120,7 +145,7 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
     if rule:
         try:
             return rule(equation, operands, walk)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # parameters of other kinds or numbers than here
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # its parameters are not those that the rule expects
             raise _not_understood(equation) from error
     if equation.primitive.name not in _WHOLE and any(map(_programs, equation.params.values())):
         raise _not_understood(equation)
@@ -128,7 +153,7 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
 
 
 def _programs(value: Any) -> bool:
-    """Whether a parameter of an equation is a program, or holds some."""
+    """Whether a parameter of an equation is a program or contains one."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return any(map(_programs, value)) if isinstance(value, tuple | list) else hasattr(value, "eqns") or hasattr(value, "jaxpr")
@@ -140,7 +165,7 @@ def _not_understood(equation: JaxprEqn) -> UserError:
 
 
 def _body(equation: JaxprEqn) -> Jaxpr:
-    """The one program that an equation runs on its operands one by one."""
+    """The program that an equation calls, with one input for each operand and one output for each result."""
     inner = [equation.params[name] for name in ("jaxpr", "call_jaxpr") if name in equation.params]
     if len(inner) != 1 or not isinstance(inner[0], ClosedJaxpr | Jaxpr):
         raise _not_understood(equation)
@@ -155,7 +180,7 @@ def _called(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]
 
 
 def _own_derivative(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
-    """A function with a rule of its own for derivatives: the rule may do anything, whatever the function itself does."""
+    """A function with a custom derivative. The derivative may depend on any operand, whatever the function itself does."""
     anything = union(operands).gradient
     return [flow._replace(gradient=anything) for flow in _called(equation, operands, walk)]
 
@@ -179,7 +204,7 @@ def _conditional(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[
 def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     jaxpr, (consts, carries) = _body(equation), _scan_layout(equation)
     fixed, start, each = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
-    # A step's results beside the carry are those of the last, widest pass.
+    # The results of a step that are not carried. The last pass has the largest sets, which hold for all steps.
     results: list[Flow] = []
 
     def step(carry: list[Flow]) -> list[Flow]:
@@ -191,7 +216,7 @@ def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
 
 
 def _scan_layout(equation: JaxprEqn) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carried; the rest are divided into steps."""
+    """The numbers of constant and of carried operands of a scan. The other operands have one slice for each step."""
     params = equation.params
     if "num_consts" in params and "num_carry" in params:  # jax 0.10
         consts, carries = params["num_consts"], params["num_carry"]
@@ -206,7 +231,7 @@ def _scan_layout(equation: JaxprEqn) -> tuple[int, int]:
 
 
 def _check_carried(equation: JaxprEqn, given: Sequence[Any], returned: Sequence[Any]) -> None:
-    """What a loop carries has the same shapes and types before and after a step, or its layout was misread."""
+    """Raises `UserError` if the shapes or dtypes that a loop carries change in a step: then its layout was misread."""
     shapes = [[(getattr(v.aval, "shape", None), getattr(v.aval, "dtype", None)) for v in side] for side in (given, returned)]
     if shapes[0] != shapes[1]:
         raise _not_understood(equation)
@@ -230,7 +255,7 @@ def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
 
 
 def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> list[Flow]:
-    """A loop's carry after any number of steps, none included. Sets only grow, and are finite, so this ends."""
+    """The flows that a loop carries after any number of steps, including none. This ends, because the sets are finite and only grow."""
     while True:
         grown = [union(pair) for pair in zip(carry, step(carry), strict=True)]
         if grown == carry:
@@ -239,7 +264,7 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 
 
 _SUPPORTED = "0.10 to 0.12"
-# Operations that hold a program and pass all that they take to all that they return: the program combines single entries, or is a kernel.
+# Operations whose inner program need not be entered, because it only combines single entries or is a kernel. All inputs reach all outputs.
 _SCATTERS = {f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max")}
 _WHOLE = {
     "custom_linear_solve",

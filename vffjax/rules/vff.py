@@ -91,12 +91,12 @@ def cscl_triplet(
 ) -> Float[Array, ""]:
     """CSCL for one anchor of unit length: `tau softplus((s(a, n) - s(a, p) + m) / tau)`."""
     difference = dot(negative - positive, anchor)
-    return temperature * jax.nn.softplus((difference + margin) / temperature)
+    return jnp.multiply(temperature, jax.nn.softplus((difference + margin) / temperature))
 
 
 def cscl_in_batch(
     anchor: Float[Array, " d"],
-    label: Int[Array, ""],
+    label: int | Int[Array, ""],
     copies: Float[Array, "copies d"],
     copy_labels: Int[Array, " copies"],
     margin: Scalar,

@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from vffjax.errors import SafeStream, notice
 from vffjax.files import _nulls, as_json, dumps, flush_to_disk, replace_file
@@ -107,7 +107,7 @@ class Logbook:
         """May be called twice."""
         self._open.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Logbook":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 
 from vffjax.config import Config
 from vffjax.rules.streams import Task
@@ -19,8 +19,8 @@ def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std
 
 
 def augment(
-    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], ids: Int[Array, " batch"], epoch: Int[Array, ""], config: Config
-) -> UInt8[Array, "batch h w c"]:
+    key: PRNGKeyArray, images: Shaped[Array, "batch h w c"], ids: Int[Array, " batch"], epoch: Int[Array, ""], config: Config
+) -> Shaped[Array, "batch h w c"]:
     """Mirrored and shifted views, each image by its own draw. On bytes: the padding is black, and a gather moves a quarter of the data.
 
     `ids` are the images' numbers in the training set, and `epoch` is the number of the epoch: with `config.alternating_flip` they say which
@@ -44,7 +44,7 @@ def mirrored_in(ids: Int[Array, " batch"], epoch: Int[Array, ""]) -> Bool[Array,
     return ((bits >> jnp.uint32(16)) + epoch.astype(jnp.uint32)) % jnp.uint32(2) == 1
 
 
-def cut_out(key: PRNGKeyArray, images: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h w c"]:
+def cut_out(key: PRNGKeyArray, images: Shaped[Array, "batch h w c"], side: int) -> Shaped[Array, "batch h w c"]:
     """One square of `side` pixels in each normalised image becomes 0, the mean; it may hang over the edge (DeVries and Taylor, 2017)."""
     if side == 0:
         return images

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from vffjax.hyperparameters import HyperParameters
 
@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     labels: Int[Array, "*steps batch"]
     ids: Int[Array, "*steps batch"]  # the images' numbers in the training set
     epoch: Int[Array, "*steps"]  # the number of the epoch, from 0
-    key: PRNGKeyArray  # [*steps], of the step
+    key: Key[Array, "*steps"]  # of the step
     hyper: HyperParameters  # [*steps, groups]
     features: Float[Array, "*feature"] | None = None  # [*steps, batch, *feature]: what frozen groups make of the images, if kept
 

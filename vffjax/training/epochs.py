@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray, Shaped
 
 from vffjax.backend import cores
 from vffjax.hyperparameters import HyperParameters
@@ -31,7 +31,7 @@ _CORE, _ACCELERATOR = 5e10, 2e13
 
 segment = jax.jit(run_segment, static_argnums=(0, 1), donate_argnums=3)
 
-Metrics = dict[str, Shaped[np.ndarray, "steps *groups"]]
+Metrics = dict[str, Shaped[np.ndarray, "_steps *_groups"]]
 
 
 class Segment(NamedTuple):
@@ -111,7 +111,7 @@ class _Draws(NamedTuple):
 
     epoch: int
     ids: Int[Array, "steps batch"]
-    keys: PRNGKeyArray
+    keys: Key[Array, " steps"]
     hyper: HyperParameters
 
 
@@ -152,7 +152,7 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
     return max(2, min(round(SECONDS * speed / flop), most))
 
 
-def epoch_order(plan: Plan, examples: int, epoch: int) -> tuple[Int[Array, "steps batch"], PRNGKeyArray]:
+def epoch_order(plan: Plan, examples: int, epoch: int) -> tuple[Int[Array, "steps batch"], Key[Array, " steps"]]:
     """The images of each step of an epoch (from 0), and each step's key, drawn from the seed and the epoch's number."""
     return _order(examples, plan.steps_per_epoch, plan.config.batch_size, run_key(plan.config, EPOCH), np.int32(epoch))
 
@@ -190,7 +190,7 @@ def joined(parts: list[Metrics]) -> Metrics:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def over_steps(metrics: Metrics) -> dict[str, Float[np.ndarray, "*groups"]]:
+def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*_groups"]]:
     """Of each group, the mean of each metric over its `finite` steps, summed in float64; `nonfinite_steps`, how many others there were,
     and `first_nonfinite`, the first of them from 1, or 0.
 
@@ -201,7 +201,7 @@ def over_steps(metrics: Metrics) -> dict[str, Float[np.ndarray, "*groups"]]:
     def mean(values: np.ndarray) -> np.ndarray:
         counted = finite if values.ndim == 2 else finite.all(axis=1)
         with np.errstate(invalid="ignore"):
-            return np.where(counted, values, 0).sum(axis=0, dtype=np.float64) / counted.sum(axis=0)
+            return np.asarray(np.where(counted, values, 0).sum(axis=0, dtype=np.float64) / counted.sum(axis=0))
 
     means = {name: mean(values) for name, values in metrics.items() if name != "finite"}
     first = np.where(finite.all(axis=0), 0, 1 + np.argmin(finite, axis=0))
