@@ -11,7 +11,7 @@ import ml_collections
 import pytest
 
 from vffjax import config as config_module
-from vffjax.cli.flags import load_config_file
+from vffjax.cli.config_file import load_config_file
 from vffjax.config import ARGUMENTS, DATASETS, FIELDS, Config, default_config, for_group, of_program
 from vffjax.data import sets
 from vffjax.errors import UserError

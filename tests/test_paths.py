@@ -8,8 +8,9 @@ import pytest
 from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
 from runs import compiled_once, copy_of, finished, tiny, train
-from vffjax.cli.config_file import split_variant
-from vffjax.cli.flags import json_file, load_config_file, parse_train
+from vffjax.cli.config_file import load_config_file, split_variant
+from vffjax.cli.flags import parse_train
+from vffjax.cli.options import json_file
 from vffjax.data import tfds_files
 from vffjax.errors import UserError
 from vffjax.paths import check_run_folder, local

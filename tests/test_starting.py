@@ -8,7 +8,7 @@ import pytest
 from command_lines import ROOT, in_a_process
 from vffjax.cli import config_file
 from vffjax.cli import main as cli
-from vffjax.cli.flags import load_config_file
+from vffjax.cli.config_file import load_config_file
 
 VERSION = f"vffjax {importlib.metadata.version('vffjax')}\n"
 
@@ -36,7 +36,7 @@ def test_the_version_of_a_checkout_that_is_not_installed(call, monkeypatch):
 
 
 def test_version_takes_no_arguments(fails):
-    fails("version", "now", parts=["'now'", "vffjax version takes none"])
+    fails("version", "now", parts=["'now'", "vffjax version takes no arguments"])
 
 
 # --- configuration files

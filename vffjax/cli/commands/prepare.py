@@ -1,0 +1,17 @@
+"""Downloads a data set and prepares it for tensorflow-datasets."""
+
+import pathlib
+
+from vffjax.cli.options import naming_files, parser_of
+from vffjax.errors import printable
+
+
+def run(arguments: list[str]) -> None:
+    parser = parser_of("prepare", "Downloads a data set and prepares it for tensorflow-datasets, as array_record files.", "--data_dir")
+    parser.add_argument("dataset", metavar="DATASET", help="mnist, fashion_mnist, cifar10 or cifar100")
+    a = parser.parse_args(arguments)
+    from vffjax.data import load
+
+    with naming_files(pathlib.Path(a.data_dir), "--data_dir"):
+        folder = load.prepare(a.dataset, a.data_dir)
+    print(printable(f"{a.dataset}: ready in {folder}"))
