@@ -10,7 +10,6 @@ the same order as the epoch.
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arguments import one_line, read_config
+from arguments import one_line, parser_of, read_config
 from keys import JOINT, RANDOM_WEIGHTS, refuse
 from vffjax.config import Config
 from vffjax.data.sets import SIZES
@@ -98,7 +97,8 @@ def measure(config: Config) -> dict[str, Any]:
 
 @one_line(__file__)
 def main() -> None:
-    config, name = read_config(sys.argv[1:], "the result is printed")
+    _, rest = parser_of(__file__, __doc__).parse_known_args()
+    config, name = read_config(rest, "the result is printed")
     print(json.dumps({"config": name} | measure(config), indent=2))
 
 

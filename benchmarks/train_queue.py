@@ -62,7 +62,7 @@ def read_list(path: pathlib.Path) -> list[Run]:
     try:
         found = tomllib.loads(read_bytes(path).decode())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as TOML ({error}); correct it") from None
+        raise UserError(f"{path}: cannot be read as TOML ({getattr(error, 'strerror', None) or error}); correct it") from None
     common = found.pop("common", {})
     if set(found) != {"run"} or not isinstance(found["run"], list) or not isinstance(common, dict):
         raise UserError(f"{path}: holds {', '.join(found) or 'nothing'}; give tables [[run]], perhaps [common], and nothing else")

@@ -269,10 +269,16 @@ FILES = {
     "an unknown variant": (of("train", CIFAR_CONFIG + ":smal"), ["'smal'", "full, small"]),
     "a number for variants": (
         config("VARIANTS = 5\ndef get_config(v='a'): pass\n", variant=":x"),
-        ["VARIANTS of", "is int", "tuple of names"],
+        ["bad.py:x: VARIANTS=5: not names", "make it a tuple"],
     ),
-    "a text for variants": (config("VARIANTS = 'full'\ndef get_config(v='a'): pass\n", variant=":fu"), ["VARIANTS of", "is str", "tuple"]),
-    "numbers for variants": (config("VARIANTS = (1,)\ndef get_config(v='a'): pass\n", variant=":1"), ["VARIANTS of", "tuple of names"]),
+    "a text for variants": (
+        config("VARIANTS = 'full'\ndef get_config(v='a'): pass\n", variant=":fu"),
+        ["VARIANTS='full'", "make it a tuple"],
+    ),
+    "numbers for variants": (
+        config("VARIANTS = (1,)\ndef get_config(v='a'): pass\n", variant=":1"),
+        ["VARIANTS=(1,)", "make it a tuple"],
+    ),
     "a variant that has to be given": (
         config("VARIANTS = ('a', 'b')\ndef get_config(v): pass\n"),
         ["get_config needs v", "give a variant", "bad.py:NAME, one of a, b"],
@@ -297,7 +303,7 @@ FILES = {
         ["bad.py: config.epochs=0: too small", "the least is 1"],
     ),
     "no get_config": (config("x = 1\n"), ["no function get_config"]),
-    "a number for get_config": (config("get_config = 5\n"), ["get_config of", "is not a function", "configs/digits.py"]),
+    "a number for get_config": (config("get_config = 5\n"), ["no function get_config", "configs/digits.py"]),
     "no return": (config("def get_config():\n    pass\n"), ["returns NoneType", "default_config()"]),
     "a dictionary": (config("def get_config():\n    return {'epochs': 3}\n"), ["returns dict", "default_config()"]),
     "not Python": (config("\0"), ["SyntaxError"]),

@@ -152,8 +152,8 @@ def test_colons_in_files_and_folders(tmp_path, monkeypatch):
     for file in ("c.py", "c.py:d.py", "runs:2026/c.py", "runs:2026/c:d.py"):
         (tmp_path / file).write_text(text)
         for given in (file, str(tmp_path / file)):
-            assert load_config_file(given)[0].epochs == 98
-            assert load_config_file(f"{given}:b")[0].epochs == 99
+            assert load_config_file(given)[0]["epochs"] == 98
+            assert load_config_file(f"{given}:b")[0]["epochs"] == 99
     assert load_config_file("runs:2026/c:d.py:b")[1] == "c:d-b"
 
 

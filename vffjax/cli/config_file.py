@@ -15,9 +15,10 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from vffjax.cli.options import MAX_DIGITS
-from vffjax.config import FIELDS, default_config, nearest_key
-from vffjax.errors import UserError, bad_key, printable
+import ml_collections
+
+from vffjax.config import nearest_key
+from vffjax.errors import UserError, printable
 from vffjax.files import read_bytes
 from vffjax.paths import local
 
@@ -39,46 +40,24 @@ def split_variant(given: str) -> tuple[str, str | None]:
     return (file, variant) if colon and not re.search(r"[/\\.]", variant) else (given, None)
 
 
-def load_config_file(given: str) -> tuple[Any, str]:
+def load_config_file(given: str) -> tuple[dict[str, Any], str]:
     """Runs the file of FILE[:VARIANT] and calls its `get_config`.
 
     Returns:
-        A `ConfigDict` with every key; those that the file does not set have their defaults. And its name, as digits or cifar10-small.
+        The keys and values of the `ConfigDict` that it returns, unchecked. And a name for them, such as digits or cifar10-small.
 
     Raises:
         UserError: names the file, the line and the fix, whatever exception the program raises.
     """
-    import ml_collections
-
-    name, found = split_variant(given)
-    file, colon, variant = str(local(name, "--config")), found is not None, found or ""
+    name, variant = split_variant(given)
+    file = str(local(name, "--config"))
     # ml_collections could load the file too, but it reports errors as tracebacks, and it remembers the last file.
     try:
         with _as_module(file) as module:
             exec(compile(_program(file), file, "exec", dont_inherit=True), module.__dict__)
-            if not hasattr(module, "get_config"):
-                raise UserError(f"--config={given}: {file} has no function get_config; define it, as in configs/digits.py")
-            if not callable(module.get_config):
-                raise UserError(f"--config={given}: get_config of {file} is not a function; define it, as in configs/digits.py")
-            parameters = inspect.signature(module.get_config).parameters
-            variants = getattr(module, "VARIANTS", () if parameters else None)
-            if variants is not None and not (isinstance(variants, (tuple, list, dict, set)) and all(isinstance(v, str) for v in variants)):
-                raise UserError(f"--config={given}: VARIANTS of {file} is {type(variants).__name__}; make it a tuple of names")
-            if colon and variants is None:
-                raise UserError(f"--config={given}: {file} has no variants; use --config={file}")
-            if colon and variants and variant not in variants:
-                raise UserError(f"--config={given}: {file} has no variant {variant!r}; choose one of {', '.join(variants)}")
-            if not colon and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-                known = f", one of {', '.join(variants)}" if variants else ""
-                raise UserError(f"--config={given}: get_config needs {', '.join(parameters)}; give a variant, --config={file}:NAME{known}")
-            config = module.get_config(variant) if colon else module.get_config()
-            if not isinstance(config, ml_collections.ConfigDict):
-                raise UserError(
-                    f"--config={given}: get_config returns {type(config).__name__}; return a ConfigDict, as default_config() gives"
-                )
-            plain = config.to_dict()
+            plain = _called(module, file, variant)
     except UserError as error:
-        raise error if str(error).startswith("--config=") else UserError(f"--config={given}: {error}") from None
+        raise UserError(f"--config={given}: {error}") from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the program may raise anything, or call sys.exit
@@ -88,13 +67,28 @@ def load_config_file(given: str) -> tuple[Any, str]:
         locked = re.search(r'Key "(\w+)" does not exist', reason)  # ml_collections adds the list of all keys
         problem = f"config.{locked[1]}: no such key; {nearest_key(locked[1])}" if locked else f"{reason}; correct the file"
         raise UserError(f"--config={given}: line {line}: {problem}") from error
-    for key, value in plain.items():
-        if key not in FIELDS:
-            raise bad_key(printable(str(key), 100), value, "no such key", nearest_key(str(key)))
-        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # Python refuses to print thousands of digits
-            raise bad_key(key, value, "too large", "give a number of common size")
-    # A new ConfigDict, because the file may have left out keys or frozen the one that it returns.
-    return ml_collections.ConfigDict(default_config().to_dict() | plain), pathlib.Path(file).stem + (f"-{variant}" if variant else "")
+    return plain, pathlib.Path(file).stem + (f"-{variant}" if variant else "")
+
+
+def _called(module: types.ModuleType, file: str, variant: str | None) -> dict[str, Any]:
+    """What `get_config` of the module returns for a variant, or without one. Raises `UserError` if either does not fit the other."""
+    if not callable(get_config := getattr(module, "get_config", None)):
+        raise UserError("the file has no function get_config; define it, as in configs/digits.py")
+    parameters = inspect.signature(get_config).parameters
+    variants = getattr(module, "VARIANTS", () if parameters else None)
+    if variants is not None and not (isinstance(variants, (tuple, list, dict, set)) and all(isinstance(v, str) for v in variants)):
+        raise UserError(f"VARIANTS={printable(repr(variants), 100)}: not names; make it a tuple of them, as in configs/cifar10.py")
+    if variant is not None and variants is None:
+        raise UserError(f"the file has no variants; use --config={file}")
+    if variant is not None and variants and variant not in variants:
+        raise UserError(f"the file has no variant {variant!r}; choose one of {', '.join(variants)}")
+    if variant is None and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
+        known = f", one of {', '.join(variants)}" if variants else ""
+        raise UserError(f"get_config needs {', '.join(parameters)}; give a variant, --config={file}:NAME{known}")
+    config = get_config() if variant is None else get_config(variant)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"get_config returns {type(config).__name__}; return a ConfigDict, as default_config() gives")
+    return config.to_dict()
 
 
 @contextlib.contextmanager
@@ -138,7 +132,7 @@ def _program(file: str) -> bytes:
         return read_bytes(file, MAX_FILE)
     except (OSError, ValueError) as error:  # a null byte is a ValueError
         problem = getattr(error, "strerror", None) or str(error)
-    raise UserError(f"--config={file}: {problem}; give a configuration file such as configs/digits.py") from None
+    raise UserError(f"{problem}; give a configuration file such as configs/digits.py") from None
 
 
 def _first_line(error: BaseException) -> str:

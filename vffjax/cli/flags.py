@@ -56,8 +56,7 @@ def parse_train(arguments: list[str], others: str = "--workdir DIR") -> tuple[Co
             workdir = value
     if not given:
         raise UserError("--config: missing; give a configuration file such as --config configs/digits.py")
-    raw, name = load_config_file(given)
-    plain = raw.to_dict()
+    plain, name = load_config_file(given)
     for path, value in settings:
         _set(plain, path, value)
     if workdir is not None:
@@ -110,7 +109,7 @@ def _set(plain: dict[str, Any], path: str, text: str) -> None:
             fix = f"give one such as {default!r}" + (f", or single entries as --config.{key}.NAME=VALUE" if free else "")
             raise bad_key(key, text, f"not a value of type {kind}", fix) from None
         return
-    holder = plain[key]
+    holder = plain.setdefault(key, {})
     for name in deeper[:-1]:
         holder = holder.setdefault(name, {}) if isinstance(holder, dict) else None
     if not isinstance(holder, dict):

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parser_of(command: str, about: str, *shared: str, usage: str | None = None) -> Parser:
+def parser_of(command: str, about: str | None, *shared: str, usage: str | None = None) -> Parser:
     """The parser of a command, with those of the `shared` options that it has: --epoch, --data_dir, --json, --out."""
     parser = Parser(prog=f"vffjax {command}", usage=usage, description=about)
     for option in shared:
@@ -91,10 +91,10 @@ def an_epoch(text: str) -> str:
     return text
 
 
-def a_count(text: str) -> int:
-    """A whole number from 1."""
-    if not re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is too small or no whole number; give at least 1")
+def a_count(text: str, least: int = 1) -> int:
+    """A whole number that is not below `least`."""
+    if not re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is too small or no whole number; give at least {least}")
     return int(text)
 
 

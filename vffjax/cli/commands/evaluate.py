@@ -1,4 +1,7 @@
-"""Measures the validation and test error of a run, or of weights."""
+"""Measures the validation and test error of a run, or of the weights that a configuration starts from.
+
+The errors are in percent, of each group and of the voting ensemble.
+"""
 
 import argparse
 import dataclasses
@@ -16,8 +19,6 @@ from vffjax.files import read_bytes, write_json
 USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
                        [--inference heads|sweep|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
                        [--epoch best|latest|N] [--data_dir DIR [--other_data]] [--json]"""
-ABOUT = """The validation and test error of a trained run, or of the weights that a configuration starts from, in percent: of each
-group and of the voting ensemble."""
 MAX_CURVE = 2**20  # bytes of a file that --curve may replace
 
 
@@ -56,7 +57,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("evaluate", ABOUT, "--epoch", "--data_dir", "--json", usage=USAGE)
+    parser = parser_of("evaluate", __doc__, "--epoch", "--data_dir", "--json", usage=USAGE)
     parser.add_argument("--workdir", type=a_path, help="folder of the run; or in its place a configuration:")
     weights = "a configuration as for train, whose --config.init_from names weights that were not trained here"
     parser.add_argument("--config", metavar="FILE", help=weights)

@@ -1,18 +1,20 @@
-"""Exports the weights of a run as a safetensors file, or its ensemble as a program for JAX and flatbuffers."""
+"""Exports the weights of a run as a safetensors file, or its ensemble as a program for JAX and flatbuffers.
+
+The weights are for other programs, or for --config.init_from. The program is the ensemble of the voting groups: byte images in,
+log-probabilities out. It runs without this package.
+"""
 
 import argparse
+import functools
 import pathlib
-import re
 
 from vffjax import backend
-from vffjax.cli.options import a_path, naming_files, new_file, parser_of
+from vffjax.cli.options import a_count, a_path, naming_files, new_file, parser_of
 from vffjax.errors import UserError, printable
 
 # The formats, each also the suffix of its files, and the default name of the file.
 FORMATS = {"safetensors": "weights", "stablehlo": "ensemble"}
 NAMES = ("auto", "vffjax", "torchvision")
-ABOUT = """Writes what a run has learnt. Either its weights, for other programs or for --config.init_from, or the ensemble of its
-voting groups as one program: byte images in, log-probabilities out. JAX and flatbuffers run it without this package."""
 
 
 def run(arguments: list[str]) -> None:
@@ -47,7 +49,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_of("export", ABOUT, "--epoch")
+    parser = parser_of("export", __doc__, "--epoch")
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     form = "safetensors: weights; stablehlo: the ensemble, with a FILE.json that says how to call it; default: by the suffix of --out"
     parser.add_argument("--format", choices=tuple(FORMATS), default="", help=form + ", else safetensors")
@@ -55,20 +57,14 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--names", choices=NAMES, default="auto", help=names)
     out = "an existing file is replaced; default: weights.safetensors, groupN.safetensors or ensemble.stablehlo in the workdir"
     parser.add_argument("--out", type=_export_file, metavar="FILE", help=out)
-    alone = "write this group only, by our own names, and read only its files. A run can start from it by config.init_from; its other"
-    parser.add_argument("--group", type=_a_group, metavar="N", help=alone + " groups then start from its seed. Default: all groups")
+    group = "write this group only, by our own names, and read only its files; default: all groups. A run that starts from this file by"
+    group += " config.init_from takes its other groups from its seed."
+    parser.add_argument("--group", type=functools.partial(a_count, least=0), metavar="N", help=group)
     return parser.parse_args(arguments)
 
 
 def _export_file(text: str) -> pathlib.Path:
     return new_file("--out", text, *(f".{form}" for form in FORMATS))
-
-
-def _a_group(text: str) -> int:
-    """A group's number, from 0. Whether the run has that group is checked when it is read."""
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise argparse.ArgumentTypeError(f"{printable(text, 40)!r} is no group's number; give one from 0")
-    return int(text)
 
 
 def _target(a: argparse.Namespace) -> tuple[str, pathlib.Path]:

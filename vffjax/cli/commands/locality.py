@@ -1,4 +1,8 @@
-"""Proves that no gradient crosses a group, on the program that trains; lists what each group sees."""
+"""Proves that no gradient crosses from one group to another, on the program that trains.
+
+The proof is confirmed numerically on random images, and what each group learns from is listed. The exit status is 1 if a gradient
+crosses. Nothing is trained and no data set is read.
+"""
 
 from vffjax.cli.flags import parse_with_config, ready
 from vffjax.cli.options import give, parser_of
@@ -6,13 +10,10 @@ from vffjax.cli.options import give, parser_of
 USAGE = """vffjax locality --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--structure] [--json] [--out FILE.json]
 
 --config and --config.KEY=VALUE are those of train; see vffjax train --help."""
-ABOUT = """Proves on the program that trains that no gradient crosses from one group to another, confirms it numerically on
-random images, and lists what each group learns from. The exit status is 1 if a gradient crosses. Nothing is trained and no
-data set is read."""
 
 
 def run(arguments: list[str]) -> int:
-    parser = parser_of("locality", ABOUT, "--json", "--out", usage=USAGE)
+    parser = parser_of("locality", __doc__, "--json", "--out", usage=USAGE)
     parser.add_argument("--structure", action="store_true", help="prove it on the traced program only; nothing is compiled or computed")
     a, config, name = parse_with_config(parser, arguments)
     config = ready(config)

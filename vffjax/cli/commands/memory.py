@@ -1,4 +1,9 @@
-"""Shows the memory of a training step, beside that of back-propagation."""
+"""Shows the memory of a training step, beside that of back-propagation.
+
+The figures are in MB, as the compiler plans the step: for back-propagation, for back-propagation that recomputes its feature maps
+(checkpointed) or takes its batch in four parts (accumulated), and for the configuration's own rule. Nothing is trained and no data set
+is read.
+"""
 
 import sys
 
@@ -11,13 +16,10 @@ USAGE = """vffjax memory --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--dep
                      [--target here|cpu|tpu] [--json] [--out FILE.json]
 
 --config and --config.KEY=VALUE are those of train; see vffjax train --help."""
-ABOUT = """The memory of one training step in MB, as the compiler plans it: for back-propagation, for back-propagation that
-recomputes its feature maps (checkpointed) or takes its batch in four parts (accumulated), and for the configuration's own
-rule. Nothing is trained and no data set is read."""
 
 
 def run(arguments: list[str]) -> None:
-    parser = parser_of("memory", ABOUT, "--json", "--out", usage=USAGE)
+    parser = parser_of("memory", __doc__, "--json", "--out", usage=USAGE)
     depths = "numbers of layers to measure, each layer a group of the first width, without pooling; default: the configured network"
     parser.add_argument("--depths", default="", metavar="N,N", help=depths)
     parser.add_argument("--batches", default="", metavar="N,N", help="numbers of images in a step; default: config.batch_size")

@@ -1,22 +1,22 @@
-"""Classifies image files, by each group and by the ensemble."""
+"""Classifies PNG or JPEG files, with probabilities, by each group's head and by the voting ensemble.
 
-import pathlib
+An image is first turned upright by its EXIF orientation. Transparent pixels become black, or white if the visible ones are dark. The
+short side is resized to the network's input, and the middle is cut out. A note on stderr says if an image is unlike the training images.
+"""
+
+import functools
 
 from vffjax import backend
 from vffjax.cli.options import a_count, a_path, give, naming_files, parser_of
 from vffjax.errors import notice, printable
 from vffjax.paths import local
 
-ABOUT = """Classifies PNG or JPEG files by each group's head and by the voting ensemble, with probabilities. An image is first turned
-upright by its EXIF orientation. Transparent pixels become black, or white where the visible ones are dark. The short side is
-resized to the network's input, and the middle is cut out. A note on stderr says if an image is unlike the training images."""
-
 
 def run(arguments: list[str]) -> None:
-    parser = parser_of("predict", ABOUT, "--epoch", "--json")
+    parser = parser_of("predict", __doc__, "--epoch", "--json")
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     parser.add_argument("--top", type=a_count, default=3, help="number of classes shown; default: 3")
-    parser.add_argument("images", nargs="+", type=an_image, metavar="IMAGE", help="PNG or JPEG file")
+    parser.add_argument("images", nargs="+", type=functools.partial(local, named="IMAGE"), metavar="IMAGE", help="PNG or JPEG file")
     a = parser.parse_args(arguments)
     backend.start()
     from vffjax.uses import prediction
@@ -32,8 +32,3 @@ def run(arguments: list[str]) -> None:
             shown = "   ".join(f"{printable(r['class'])} {100 * r['probability']:.1f} %" for r in ranking)
             lines.append(f"  {name:9s} {shown}")
     give(a, found, "\n".join(lines))
-
-
-def an_image(text: str) -> pathlib.Path:
-    """The path of an image file, with `~` replaced. The file is checked when it is read."""
-    return local(text, "IMAGE")

@@ -1,4 +1,4 @@
-"""Downloads a data set and prepares it for tensorflow-datasets."""
+"""Downloads a data set and prepares it for tensorflow-datasets, as array_record files."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ from vffjax.errors import printable
 
 
 def run(arguments: list[str]) -> None:
-    parser = parser_of("prepare", "Downloads a data set and prepares it for tensorflow-datasets, as array_record files.", "--data_dir")
+    parser = parser_of("prepare", __doc__, "--data_dir")
     parser.add_argument("dataset", metavar="DATASET", help="mnist, fashion_mnist, cifar10 or cifar100")
     a = parser.parse_args(arguments)
     from vffjax.data import load

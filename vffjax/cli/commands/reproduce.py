@@ -1,4 +1,7 @@
-"""Trains a finished run again and compares the two, to the bit."""
+"""Trains a finished run again, from its config.json, and compares every bit of the results.
+
+The exit status is 1 if anything differs.
+"""
 
 import pathlib
 import tempfile
@@ -8,11 +11,9 @@ from vffjax.cli.options import a_path, give, naming_files, parser_of
 from vffjax.paths import check_run_folder
 from vffjax.runs.termination import Terminated
 
-ABOUT = "Trains a finished run again from its config.json and compares every bit of the results. The exit status is 1 if anything differs."
-
 
 def run(arguments: list[str]) -> int:
-    parser = parser_of("reproduce", ABOUT, "--data_dir", "--json")
+    parser = parser_of("reproduce", __doc__, "--data_dir", "--json")
     parser.add_argument("workdir", type=a_path, metavar="WORKDIR", help="folder of the finished run; nothing is written there")
     parser.add_argument("--into", type=a_run_folder, metavar="DIR", help="folder to train in, which is kept; default: one that is deleted")
     a = parser.parse_args(arguments)
