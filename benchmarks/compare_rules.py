@@ -12,15 +12,15 @@ is made on validation data; the table shows errors on the test set in percent, m
 those of training alone.
 """
 
-import argparse
 import ast
 import pathlib
 import statistics
 import sys
 from typing import Any
 
-from keys import SEEDS, Only, read_config, refuse, refuse_other_groups
-from vffjax.cli.flags import a_path
+from arguments import one_line, parser_of, read_config, seeds, some_of
+from keys import SEEDS, Only, refuse, refuse_other_groups
+from vffjax.cli.options import a_path
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
 from vffjax.files import replace_file, write_json
@@ -122,37 +122,28 @@ def given(settings: list[str], rule: str) -> dict[str, Any]:
     return found
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("--out", type=a_path, required=True, help="results are OUT.json and OUT.md, runs lie in OUT/runs")
-    parser.add_argument("--rules", default="vff,head,bp,ff", help="comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--rules", type=some_of("--rules", RULES), default="vff,head,bp,ff", help="comma-separated")
+    parser.add_argument("--seeds", type=seeds, default="0,1,2", help="comma-separated")
     parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")
     own, rest = parser.parse_known_args()
-    rules, seeds = own.rules.split(","), own.seeds.split(",")
-    try:
-        for rule in rules:
-            if rule not in RULES:
-                raise UserError(f"--rules={rule}: not known; choose from {', '.join(RULES)}")
-        if not all(seed.isdigit() for seed in seeds):
-            raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
-        variants = {rule: RULES[rule] | given(own.set, rule) for rule in rules}
-        config, name = read_config(rest, "runs lie in OUT/runs, by --out")
-        check_keys(config, variants, "--rules")
-        if config.val_fraction == 0:
-            raise bad_key("val_fraction", config.val_fraction, "leaves nothing to choose on", "hold out some images, such as 0.1")
-        runs: dict[str, list[dict[str, Any]]] = {}
-        # Seeds outside, rules inside: a machine that slows down does so for every rule.
-        for seed in map(int, seeds):
-            for rule in rules:
-                print(f"== {name} {rule} seed {seed}", file=sys.stderr, flush=True)
-                one = make_config(config.to_dict() | {"seed": seed} | variants[rule])
-                runs.setdefault(rule, []).append(run(one, own.out / "runs" / f"{rule}-{seed}", rule in SWEPT))
-    except UserError as error:
-        print("compare_rules: error:", error, file=sys.stderr)
-        sys.exit(2)
+    variants = {rule: RULES[rule] | given(own.set, rule) for rule in own.rules}
+    config, name = read_config(rest, "runs lie in OUT/runs, by --out")
+    check_keys(config, variants, "--rules")
+    if config.val_fraction == 0:
+        raise bad_key("val_fraction", config.val_fraction, "leaves nothing to choose on", "hold out some images, such as 0.1")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    # Seeds outside, rules inside: a machine that slows down does so for every rule.
+    for seed in own.seeds:
+        for rule in own.rules:
+            print(f"== {name} {rule} seed {seed}", file=sys.stderr, flush=True)
+            one = make_config(config.to_dict() | {"seed": seed} | variants[rule])
+            runs.setdefault(rule, []).append(run(one, own.out / "runs" / f"{rule}-{seed}", rule in SWEPT))
     rows = summarise(runs)
-    text = table(rows, f"{name}, seeds {own.seeds}")
+    text = table(rows, f"{name}, seeds {','.join(map(str, own.seeds))}")
     write_json(
         own.out.with_name(own.out.name + ".json"),
         {"config": config.to_dict(), "rules": variants, "rows": rows, "runs": runs, "command": sys.argv[1:]},

@@ -6,13 +6,12 @@ Their lists name every key that they know; any other key must keep its default, 
 benchmarks hand the configuration to the trainer, which obeys every key; they list only the keys whose values they set themselves.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vffjax import rules
-from vffjax.cli.flags import parse_train
 from vffjax.config import FIELDS, Config
-from vffjax.errors import UserError, bad_key
+from vffjax.errors import bad_key
 from vffjax.networks.layers import ConvLayer, DenseLayer
 from vffjax.training.plan import groups_of
 
@@ -71,14 +70,6 @@ def refuse_other_groups(config: Config, groupings: Mapping[str, str], flag: str 
             problem = f"means the groups of grouping={config.grouping}, and {others[0]} has grouping={groupings[others[0]]}"
             without = f", or leave {', '.join(others)} out by {flag}" if flag else ""
             raise bad_key(key, getattr(config, key), problem, f"use {default(key)!r}{without}")
-
-
-def read_config(arguments: Sequence[str], instead: str) -> tuple[Config, str]:
-    """The configuration and its name. Raises `UserError`, also for a workdir: a benchmark has none, and `instead` says what to do."""
-    config, name, workdir = parse_train(list(arguments))
-    if workdir:
-        raise UserError(f"--workdir={workdir}: this benchmark keeps no run there; {instead}")
-    return config, name
 
 
 JOINT = Only(("joint",), "groups that train one after the other are several programs, not one", "use schedule=joint")

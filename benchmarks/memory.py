@@ -29,20 +29,20 @@ import multiprocessing
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keys import Only, read_config, refuse
-from vffjax.cli.flags import json_file, whole_numbers
+from arguments import one_line, parser_of, read_config
+from keys import Only, refuse
+from vffjax.cli.options import json_file, whole_numbers
 from vffjax.config import Config
 from vffjax.costs import ledger, targets
 from vffjax.costs.ledger import Case
 from vffjax.costs.memory import compile_step, make_step, row
 from vffjax.data import sizes_of
-from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.hyperparameters import at_peak
 from vffjax.runs import drawing
@@ -66,14 +66,9 @@ SET_HERE = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python benchmarks/memory.py --help")
-
-
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     """Own options, completed and checked; the configuration and its name. Raises `UserError`."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json", help="results; the plot is FILE.png")
     parser.add_argument("--depths", metavar="N,N", help="layers of the networks; default: 2,4,8,16; quick: 2,4")
     parser.add_argument("--batches", metavar="N,N", help="images in a step; default: 128,512; quick: 32")
@@ -150,18 +145,15 @@ def figure_of(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
+@one_line(__file__)
 def main() -> None:
-    try:
-        own, config, name = parse(sys.argv[1:])
-        # Not asked here: a process that has asked holds the device.
-        precisions = {"cpu": config.precision, "tpu": "bf16"} | ({} if in_own_process(jax.default_backend) == "cpu" else {"here": "bf16"})
-        skipped = {} if targets.has_tpu_compiler() else {"tpu": "libtpu is not installed; pip install -e '.[tpu-compiler]'"}
-        cases = {}
-        for target in (t for t in precisions if t not in skipped):
-            cases[target] = ledger.cases(make_config(config.to_dict() | {"precision": precisions[target]}), own.depths, own.batches)
-    except UserError as error:
-        print("memory: error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    own, config, name = parse(sys.argv[1:])
+    # Not asked here: a process that has asked holds the device.
+    precisions = {"cpu": config.precision, "tpu": "bf16"} | ({} if in_own_process(jax.default_backend) == "cpu" else {"here": "bf16"})
+    skipped = {} if targets.has_tpu_compiler() else {"tpu": "libtpu is not installed; pip install -e '.[tpu-compiler]'"}
+    cases = {}
+    for target in (t for t in precisions if t not in skipped):
+        cases[target] = ledger.cases(make_config(config.to_dict() | {"precision": precisions[target]}), own.depths, own.batches)
     for target, reason in skipped.items():
         print(f"== {target} skipped: {reason}", file=sys.stderr)
     rows: list[dict[str, Any]] = []

@@ -10,7 +10,6 @@ Half an hour of two cores in all; what FILE.json holds of the same configuration
 It does not know of changes to this package's own code: after one, give another file.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -20,12 +19,12 @@ from typing import Any
 
 import jax
 
-from keys import JOINT, Only, read_config, refuse
-from vffjax.cli.flags import a_path
+from arguments import one_line, parser_of, read_config, some_of
+from keys import JOINT, Only, refuse
+from vffjax.cli.options import json_file
 from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
 from vffjax.data import sizes_of
-from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.proofs import locality
 from vffjax.registry import NETWORKS
@@ -34,6 +33,7 @@ from vffjax.training.plan import init_states, make_plan
 
 GROUPINGS = ("width", "block", "layer")
 # Keys whose values the table sets itself, for one row or column after another.
+PUBLISHED = ("vgg8b", "vgg11b", "resnet18", "resnet34", "resnet50")
 SET_HERE = {
     "grouping": Only(("width",), "every row has all groupings", "leave it out"),
     "rule": Only(("vff",), "every row has VFF and back-propagation", "leave it at vff"),
@@ -73,36 +73,35 @@ def steps(config: Config) -> list[ledger.Case]:
     return bp + [case for cases in groupings for case in cases if case.method == f"{config.rule} joint"]
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=a_path, required=True, metavar="FILE.json")
-    parser.add_argument("--networks", default="vgg8b,vgg11b,resnet18,resnet34,resnet50", help="comma-separated")
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json")
+    parser.add_argument(
+        "--networks", type=some_of("--networks", dict.fromkeys(PUBLISHED)), default=",".join(PUBLISHED), help="comma-separated"
+    )
     parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
     own, rest = parser.parse_known_args()
     found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
-    try:
-        for network in own.networks.split(","):
-            file = "configs/resnet18.py" if NETWORKS.find(network).blocks else "configs/vgg8b.py"
-            given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
-            config = read_config(given, "use --out")[0]
-            refuse(config, {"network": Only((network,), "the networks are those of --networks", "leave it out")} | SET_HERE)
-            print(f"== {network}", file=sys.stderr, flush=True)
-            about = {"config": json.loads(json.dumps(config.to_dict())), "versions": versions}
-            row: dict[str, Any] = found.get(network, {})
-            if {key: row.get(key) for key in about} != about:
-                row = found[network] = about | {"parameters": parameters(config), "certificates": certificates(config), "ledger": []}
-                write_json(own.out, found)
-            known = [(step["method"], step["grouping"]) for step in row["ledger"]]
-            missing = [case for case in steps(config) if (case.method, case.config.grouping) not in known]
-            for case in [] if own.skip_tpu else missing:
-                start = time.perf_counter()
-                row["ledger"].append(memory.measure(case, targets.find("tpu")) | {"seconds_to_compile": time.perf_counter() - start})
-                ledger.compare(row["ledger"])
-                write_json(own.out, found)
-    except UserError as error:
-        print("networks: error:", error, file=sys.stderr)
-        sys.exit(2)
+    for network in own.networks:
+        file = "configs/resnet18.py" if NETWORKS.find(network).blocks else "configs/vgg8b.py"
+        given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
+        config = read_config(given, "use --out")[0]
+        refuse(config, {"network": Only((network,), "the networks are those of --networks", "leave it out")} | SET_HERE)
+        print(f"== {network}", file=sys.stderr, flush=True)
+        about = {"config": json.loads(json.dumps(config.to_dict())), "versions": versions}
+        row: dict[str, Any] = found.get(network, {})
+        if {key: row.get(key) for key in about} != about:
+            row = found[network] = about | {"parameters": parameters(config), "certificates": certificates(config), "ledger": []}
+            write_json(own.out, found)
+        known = [(step["method"], step["grouping"]) for step in row["ledger"]]
+        missing = [case for case in steps(config) if (case.method, case.config.grouping) not in known]
+        for case in [] if own.skip_tpu else missing:
+            start = time.perf_counter()
+            row["ledger"].append(memory.measure(case, targets.find("tpu")) | {"seconds_to_compile": time.perf_counter() - start})
+            ledger.compare(row["ledger"])
+            write_json(own.out, found)
     print(table(found))
 
 

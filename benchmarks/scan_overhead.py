@@ -10,7 +10,6 @@ the same order as the epoch.
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keys import JOINT, RANDOM_WEIGHTS, read_config, refuse
+from arguments import one_line, parser_of, read_config
+from keys import JOINT, RANDOM_WEIGHTS, refuse
 from vffjax.config import Config
 from vffjax.data import sizes_of
-from vffjax.errors import UserError
 from vffjax.hyperparameters import HyperParameters
 from vffjax.training.batch import Batch
 from vffjax.training.checks import check_against_data
@@ -96,11 +95,12 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
+@one_line(__file__)
+def main() -> None:
+    _, rest = parser_of(__file__, __doc__).parse_known_args()
+    config, name = read_config(rest, "the result is printed")
+    print(json.dumps({"config": name} | measure(config), indent=2))
+
+
 if __name__ == "__main__":
-    try:
-        config, name = read_config(sys.argv[1:], "the result is printed")
-        found = {"config": name} | measure(config)
-    except UserError as error:
-        print("scan_overhead: error:", error, file=sys.stderr)
-        sys.exit(2)
-    print(json.dumps(found, indent=2))
+    main()

@@ -23,7 +23,6 @@ The rules of the board:
 The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epochs in place of steps.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import statistics
@@ -35,8 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, read_config, refuse
-from vffjax.cli.flags import a_path
+from arguments import one_line, parser_of, read_config, seeds
+from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, refuse
+from vffjax.cli.options import json_file
 from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.errors import UserError, bad_key
@@ -136,27 +136,20 @@ def line(result: dict[str, Any], target: float) -> str:
     return f"{target:.0%} validation accuracy: {seconds} ({of_seeds}); test accuracy then {result['test_accuracy_mean']:.2%}"
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("--target", type=float, required=True, help="validation accuracy, a share of 1 such as 0.80")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--out", type=a_path, help="JSON file for the result")
+    parser.add_argument("--seeds", type=seeds, default="0,1,2", help="comma-separated")
+    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="write the result to a file")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "cifar10_speed.py"), *rest]
-    try:
-        if not 0 < own.target < 1:
-            raise UserError(f"--target={own.target}: not a share of 1; give for example 0.80")
-        if not all(seed.isdigit() for seed in own.seeds.split(",")):
-            raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
-        if own.out and not own.out.resolve().parent.is_dir():
-            raise UserError(f"--out={own.out}: no such folder; make {own.out.parent} first")
-        config, name = read_config(rest, "use --out")
-        refuse(config, SET_HERE | {"seed": SEEDS})  # before any data are read
-        races = [race(make_config(dataclasses.replace(config, seed=int(seed)).to_dict()), own.target) for seed in own.seeds.split(",")]
-    except UserError as error:
-        print("speedrun: error:", error, file=sys.stderr)
-        sys.exit(2)
+    if not 0 < own.target < 1:
+        raise UserError(f"--target={own.target}: not a share of 1; give for example 0.80")
+    config, name = read_config(rest, "use --out")
+    refuse(config, SET_HERE | {"seed": SEEDS})  # before any data are read
+    races = [race(make_config(dataclasses.replace(config, seed=seed).to_dict()), own.target) for seed in own.seeds]
     result = {"target": own.target, "config_name": name, "device": jax.devices()[0].device_kind} | summarise(races)
     if own.out:
         write_json(own.out, result | {"config": config.to_dict(), "races": races, "jax": jax.__version__, "command": sys.argv[1:]})

@@ -15,7 +15,6 @@ that begin so. Anywhere, also in a configuration, a figure that names its source
     0.84 % (n = 1, results/NAME, val_error)         any other figure of the ledger
 """
 
-import argparse
 import fnmatch
 import pathlib
 import re
@@ -23,6 +22,7 @@ import sys
 from typing import Any
 
 import records
+from arguments import one_line, parser_of
 from vffjax.errors import UserError
 from vffjax.files import replace_file
 
@@ -108,26 +108,23 @@ def _made(found: dict[str, dict[str, Any]], match: re.Match[str]) -> str:
     return table(found, list(dict.fromkeys(names)), columns)
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results")
     parser.add_argument("--write", action="store_true", help="make the tables anew")
     a = parser.parse_args()
     files = a.files or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
-    try:
-        found, wrong = records.read_all(a.results), []
-        for path in files:
-            text = path.read_text()
-            if a.write:
-                made = _TABLE.sub(lambda match: match[1] + _made(found, match) + match[5], text)
-                if made != text:
-                    replace_file(path, made.encode())
-                text = made
-            wrong += differences(found, text, path.name)
-    except (UserError, OSError) as error:
-        print(f"tables: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    found, wrong = records.read_all(a.results), []
+    for path in files:
+        text = path.read_text()
+        if a.write:
+            made = _TABLE.sub(lambda match: match[1] + _made(found, match) + match[5], text)
+            if made != text:
+                replace_file(path, made.encode())
+            text = made
+        wrong += differences(found, text, path.name)
     print("\n".join(wrong) or f"{len(files)} files agree with {len(found)} records")
     sys.exit(1 if wrong else 0)
 

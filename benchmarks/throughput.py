@@ -25,7 +25,7 @@ import platform
 import statistics
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 # JAX would take three quarters of a GPU's memory for itself, and PyTorch would starve.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -34,6 +34,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import jax
 
+from arguments import one_line, parser_of, read_config, some_of
 from contenders import (
     CONTENDERS,
     TORCH_BP,
@@ -46,9 +47,8 @@ from contenders import (
     torch_products,
     variant,
 )
-from keys import read_config
 from rates import jax_products, product_rate, training_flops
-from vffjax.cli.flags import a_path
+from vffjax.cli.options import a_count, json_file
 from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import write_json
@@ -71,28 +71,17 @@ COMPARED = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python benchmarks/throughput.py --help")
-
-
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     """Own options, completed and checked; the configuration and its name. Raises `UserError`."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", type=a_path, required=True, metavar="FILE.json", help="results; the chart is FILE.png")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="comma-separated contenders; default: all")
-    parser.add_argument("--steps", type=int, help="training steps in a timed epoch; default: 8 on CPU, else 200; quick: 2, 20")
-    parser.add_argument("--repeats", type=int, help="timed epochs of each contender; default: 5; quick: 2")
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json", help="results; the chart is FILE.png")
+    parser.add_argument(
+        "--only", type=some_of("--only", CONTENDERS), default=",".join(CONTENDERS), help="comma-separated contenders; default: all"
+    )
+    parser.add_argument("--steps", type=a_count, help="training steps in a timed epoch; default: 8 on CPU, else 200; quick: 2, 20")
+    parser.add_argument("--repeats", type=a_count, help="timed epochs of each contender; default: 5; quick: 2")
     parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
     own, rest = parser.parse_known_args(arguments)
-    own.only = list(dict.fromkeys(own.only.split(",")))
-    for name in own.only:
-        if name not in CONTENDERS:
-            raise UserError(f"--only={name}: not known; choose from {', '.join(CONTENDERS)}")
-    if own.out.suffix != ".json":
-        raise UserError(f"--out={own.out}: not a .json file; the chart takes the same name with .png; give for example throughput.json")
-    if not own.out.parent.is_dir() or own.out.is_dir() or not os.access(own.out.parent, os.W_OK):
-        raise UserError(f"--out={own.out}: cannot be written; give a file in a folder that exists and is yours")
     config, name = read_config(rest, "use --out")
     check_keys(config, own.only)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active" and any(name.startswith("torch") for name in own.only):
@@ -100,9 +89,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     on_cpu = jax.default_backend() == "cpu"
     own.steps = ((2 if on_cpu else 20) if own.quick else (8 if on_cpu else 200)) if own.steps is None else own.steps
     own.repeats = (2 if own.quick else 5) if own.repeats is None else own.repeats
-    for flag in ("steps", "repeats"):
-        if getattr(own, flag) < 1:
-            raise UserError(f"--{flag}={getattr(own, flag)}: too small; the least is 1")
     return own, config, name
 
 
@@ -287,17 +273,14 @@ def _progress(message: str) -> None:
     print(f"== {message}", file=sys.stderr, flush=True)
 
 
+@one_line(__file__)
 def main() -> None:
-    try:
-        own, config, name = parse(sys.argv[1:])
-        work = Workload(config, own.steps)
-        variants = {contender: variant(config, contender) for contender in own.only}
-        for one in variants.values():
-            work.check(one)
-        contenders, missing = build(own.only, config, work)
-    except UserError as error:
-        print("throughput: error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    own, config, name = parse(sys.argv[1:])
+    work = Workload(config, own.steps)
+    variants = {contender: variant(config, contender) for contender in own.only}
+    for one in variants.values():
+        work.check(one)
+    contenders, missing = build(own.only, config, work)
     with_torch = any(contender.library == "torch" for contender in contenders.values())
     rates = matrix_product_rates(config.precision, own.quick, work, with_torch)
     rounds = measure(contenders, own.repeats, work.examples)

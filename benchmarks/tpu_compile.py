@@ -10,26 +10,25 @@ such estimates, and they differ: `optimal_seconds` of the cost analysis, which k
 the scheduler expects of each operation, which counts operations as if none ran beside another.
 """
 
-import argparse
 import functools
 import json
 import math
-import pathlib
 import re
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from keys import JOINT, read_config, refuse
+from arguments import one_line, parser_of, read_config
+from keys import JOINT, refuse
+from vffjax.cli.options import json_file
 from vffjax.config import Config
 from vffjax.costs import targets
 from vffjax.costs.memory import step_arguments
 from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
-from vffjax.errors import UserError
+from vffjax.files import write_json
 from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data
 from vffjax.training.epochs import gathered, pieces, segment, segment_length
@@ -100,16 +99,13 @@ class Target:
         }
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE.json", help="the result, also printed")
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="the result, also printed")
     own, rest = parser.parse_known_args()
-    try:
-        config, name = read_config(rest, "use --out")
-        target = Target(config)
-    except UserError as error:
-        print("tpu_compile: error:", error, file=sys.stderr)
-        sys.exit(2)
+    config, name = read_config(rest, "use --out")
+    target = Target(config)
     found = target.compile_segment() | target.compile_gather() | target.compile_step() | {"jax": jax.__version__}
     found = {
         "config": name,
@@ -118,10 +114,9 @@ def main() -> None:
         "precision": config.precision,
         "batch_size": config.batch_size,
     } | found
-    text = json.dumps(found, indent=2)
-    print(text)
+    print(json.dumps(found, indent=2))
     if own.out:
-        own.out.write_text(text + "\n")
+        write_json(own.out, found)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ the machine's load did not contradict it.
 This is not named queue.py, because every script of this folder that needs the standard library's `queue`, as PyTorch does, would get it.
 """
 
-import argparse
 import os
 import pathlib
 import re
@@ -32,11 +31,14 @@ import tomllib
 from typing import Any, NamedTuple
 
 import records
+from arguments import one_line, parser_of
 from vffjax import backend
-from vffjax.cli.flags import naming_files, parse_train
+from vffjax.cli.flags import parse_train
+from vffjax.cli.options import naming_files
 from vffjax.config import Config
 from vffjax.data import load as data
 from vffjax.errors import UserError, notice, printable
+from vffjax.files import read_bytes
 from vffjax.runs import experiment
 from vffjax.runs.termination import Terminated, interruptible
 from vffjax.training.checks import make_config
@@ -58,9 +60,9 @@ class Run(NamedTuple):
 def read_list(path: pathlib.Path) -> list[Run]:
     """The runs of a list in their order, one for each seed, every configuration checked. Raises `UserError` that names the run."""
     try:
-        found = tomllib.loads(path.read_text())
+        found = tomllib.loads(read_bytes(path).decode())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as TOML ({error}); correct it") from None
+        raise UserError(f"{path}: cannot be read as TOML ({getattr(error, 'strerror', None) or error}); correct it") from None
     common = found.pop("common", {})
     if set(found) != {"run"} or not isinstance(found["run"], list) or not isinstance(common, dict):
         raise UserError(f"{path}: holds {', '.join(found) or 'nothing'}; give tables [[run]], perhaps [common], and nothing else")
@@ -122,8 +124,9 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
         train(left[0], runs, results, quiet)
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="train_queue.py", description="Trains the runs of a list and writes them into the ledger.")
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("file", type=pathlib.Path, metavar="FILE.toml")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="the ledger's folder; default: results")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/queue"), help="where the runs lie; default: runs/queue")
@@ -135,9 +138,6 @@ def main() -> None:
         signal.signal(signal.SIGCONT, lambda *_: _stopped.append(1))
     try:
         interruptible(lambda: work(a.file, a.runs, a.results, a.quiet))
-    except UserError as error:
-        print(f"train_queue: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
     except Terminated as leave:
         print(f"train_queue: told to leave (SIGTERM): {leave}", file=sys.stderr, flush=True)
         os._exit(143)  # it may still be compiling what nobody will use

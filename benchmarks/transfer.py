@@ -17,7 +17,6 @@ Each run is an ordinary run in OUT/runs, so that what was stopped goes on. To fi
 configs/finetune_resnet18_cifar10.py and configs/finetune.py.
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -26,12 +25,12 @@ from typing import Any
 import jax
 
 import compare_rules
+from arguments import one_line, parser_of, read_config, seeds
 from keys import Only, refuse
 from networks import parameters
-from vffjax.cli.flags import a_path, parse_train
+from vffjax.cli.options import a_path
 from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
-from vffjax.errors import UserError
 from vffjax.files import replace_file, write_json
 from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
@@ -73,10 +72,11 @@ def heads_in_words(config: Config, variants: dict[str, dict[str, Any]]) -> str:
     return f"Both rules start from weights that VFF has trained. Parameters of all heads: {shown}."
 
 
+@one_line(__file__)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("--out", type=a_path, required=True, help="folder of results and runs")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--seeds", type=seeds, default="0,1,2", help="comma-separated")
     parser.add_argument("--set", default=[], action="append", metavar="RULE.KEY=VALUE", help="a configuration value for one rule")
     parser.add_argument("--pretrain", default="configs/resnet18.py:narrow_cifar100", metavar="FILE[:VARIANT]")
     parser.add_argument("--config", default=CHOSEN_FOR, metavar="FILE[:VARIANT]")
@@ -84,30 +84,25 @@ def main() -> None:
     begin = time.perf_counter()
     # A program does not depend on where its weights start: two runs of each seed share one.
     jax.config.update("jax_compilation_cache_dir", str(own.out.absolute() / "compiled"))
-    try:
-        if not all(seed.isdigit() for seed in own.seeds.split(",")):
-            raise UserError(f"--seeds={own.seeds}: not whole numbers; give for example 0,1,2")
-        variants = {rule: compare_rules.RULES[rule] | compare_rules.given(own.set, rule) for rule in RULES}
-        config, name, _ = parse_train(["--config", own.config])
-        refuse(config, SET_HERE)
-        compare_rules.check_keys(config, variants)
-        chosen = CHOSEN if own.config == CHOSEN_FOR else {}
-        file, pretrained = pretrain(parse_train(["--config", own.pretrain])[0], own.out)
-        print(f"pretrained: {pretrained['test_error']:.2f} % test error, {pretrained['seconds']:.0f} s of training", file=sys.stderr)
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for seed in map(int, own.seeds.split(",")):
-            for rule in RULES:
-                for start, changes in (("pretrained", {"init_from": str(file)}), ("scratch", {"init_from": "", "group_decay": 1.0})):
-                    print(f"== {rule} from {start}, seed {seed}", file=sys.stderr, flush=True)
-                    one = make_config(config.to_dict() | {"seed": seed} | changes | chosen.get((rule, start), {}) | variants[rule])
-                    run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}") | {"config": one.to_dict()}
-                    runs.setdefault(f"{rule} from {start}", []).append(run)
-        step, heads = bytes_of_a_step(config), heads_in_words(config, variants)
-    except UserError as error:
-        print("transfer: error:", error, file=sys.stderr)
-        sys.exit(2)
+    variants = {rule: compare_rules.RULES[rule] | compare_rules.given(own.set, rule) for rule in RULES}
+    config, name = read_config(["--config", own.config], "use --out")
+    refuse(config, SET_HERE)
+    compare_rules.check_keys(config, variants)
+    chosen = CHOSEN if own.config == CHOSEN_FOR else {}
+    file, pretrained = pretrain(read_config(["--config", own.pretrain], "use --out")[0], own.out)
+    print(f"pretrained: {pretrained['test_error']:.2f} % test error, {pretrained['seconds']:.0f} s of training", file=sys.stderr)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for seed in own.seeds:
+        for rule in RULES:
+            for start, changes in (("pretrained", {"init_from": str(file)}), ("scratch", {"init_from": "", "group_decay": 1.0})):
+                print(f"== {rule} from {start}, seed {seed}", file=sys.stderr, flush=True)
+                one = make_config(config.to_dict() | {"seed": seed} | changes | chosen.get((rule, start), {}) | variants[rule])
+                run = compare_rules.run(one, own.out / "runs" / f"{rule}-{start}-{seed}") | {"config": one.to_dict()}
+                runs.setdefault(f"{rule} from {start}", []).append(run)
+    step, heads = bytes_of_a_step(config), heads_in_words(config, variants)
     rows, minutes = compare_rules.summarise(runs), (time.perf_counter() - begin) / 60
-    text = f"{compare_rules.table(rows, f'{name}, seeds {own.seeds}')}\n{heads}\n\n```\n{step}\n```\n"
+    title = f"{name}, seeds {','.join(map(str, own.seeds))}"
+    text = f"{compare_rules.table(rows, title)}\n{heads}\n\n```\n{step}\n```\n"
     found = {"config": config.to_dict(), "rules": variants, "pretrained": pretrained, "rows": rows, "runs": runs, "minutes": minutes}
     write_json(own.out / "transfer.json", found | {"command": sys.argv[1:]})
     replace_file(own.out / "transfer.md", text.encode())

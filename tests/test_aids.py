@@ -90,7 +90,7 @@ def test_a_library_that_ends_python_ends_no_run(tmp_path, monkeypatch, capsys, n
 
 
 def test_what_ends_python_with_words_is_status_1(call, monkeypatch):
-    monkeypatch.setattr("vffjax.cli.run_commands.evaluate", lambda arguments: sys.exit("no protobuf"))
+    monkeypatch.setattr("vffjax.cli.commands.evaluate.run", lambda arguments: sys.exit("no protobuf"))
     assert call("evaluate") == (1, "", "vffjax: error: no protobuf\n")
 
 

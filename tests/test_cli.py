@@ -7,10 +7,13 @@ import re
 
 import pytest
 
-from command_lines import CONFIG, TINY_FLAGS, in_a_process
+from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
 from runs import compiled_once, finished, untimed
+from vffjax.cli import flags
+from vffjax.cli import main as cli
 from vffjax.cli.flags import parse_train
 from vffjax.config import FIELDS
+from vffjax.errors import UserError
 from vffjax.runs import experiment
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -21,8 +24,21 @@ from vffjax.runs import experiment
 def test_help_lists_the_commands(arguments, call):
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
-    for command in ("train", "evaluate", "predict", "export", "prepare", "memory", "locality", "reproduce"):
-        assert re.search(rf"^  {command}  +\w+", out, re.MULTILINE)
+    assert {"train", "evaluate", "predict", "export", "prepare", "memory", "locality", "reproduce", "version"} <= set(cli.names())
+    for command in cli.names():
+        assert re.search(rf"^  {command}  +\w+.*\.$", out, re.MULTILINE)
+
+
+def test_the_documentation_lists_every_command():
+    listed = re.findall(r"^\| `vffjax (\w+)` \| \w+.* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == cli.names()
+
+
+def test_no_module_of_a_command_imports_jax_or_a_library_that_draws():
+    # Bad input is then refused at once, and what is wrong with JAX is explained by `backend.start`.
+    code = "import sys; from vffjax.cli import main; main.usage()\n"
+    done = in_a_process("-c", code + "print([name for name in ('jax', 'matplotlib', 'tqdm') if name in sys.modules])")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], [CONFIG, "--help"]])
@@ -76,13 +92,68 @@ def test_an_unset_key_of_the_file_keeps_its_default_and_the_command_line_wins():
 
 
 def test_overrides_of_groups_can_be_given_on_the_command_line():
-    config, _, _ = parse_train([CONFIG, "--config.overrides={'group1': {'learning_rate': 1e-4}}"])
-    assert config.overrides == {"group1": {"learning_rate": 1e-4}}
+    whole = "--config.overrides={'group1': {'learning_rate': 1e-4}}"
+    assert parse_train([CONFIG, whole])[0].overrides == {"group1": {"learning_rate": 1e-4}}
+    entries = ["--config.overrides.group1.momentum=0", "--config.overrides.group0.optimizer", "sgd"]
+    expected = {"group1": {"learning_rate": 1e-4, "momentum": 0.0}, "group0": {"optimizer": "sgd"}}
+    assert parse_train([CONFIG, whole, *entries])[0].overrides == expected
+    assert parse_train([CONFIG, *entries, whole])[0].overrides == {"group1": {"learning_rate": 1e-4}}  # the last flag wins
+
+
+def test_an_entry_on_the_command_line_is_added_to_those_of_the_file_and_wins(tmp_path):
+    lines = "    c = default_config().unlock()\n    c.overrides = {'group0': {'momentum': 0.5, 'margin': 1.0}}\n    return c\n"
+    (tmp_path / "c.py").write_text("from vffjax.config import default_config\ndef get_config():\n" + lines)
+    config, _, _ = parse_train(["--config", str(tmp_path / "c.py"), "--config.overrides.group0.momentum=0.25"])
+    assert config.overrides == {"group0": {"momentum": 0.25, "margin": 1.0}}
+
+
+VALUES = {
+    "4": 4,
+    "-1e-3": -1e-3,
+    "true": True,
+    "False": False,
+    "None": None,
+    "(1, 2)": (1, 2),
+    "'4'": "4",
+    "cosine": "cosine",
+    "a.b=c": "a.b=c",
+    "": "",
+    "007": "007",
+    "'\\d'": "\\d",
+    "(" * 10**5: "(" * 10**5,
+}
+
+
+@pytest.mark.parametrize("text", VALUES, ids=lambda text: repr(text[:9]))
+def test_an_entry_is_a_python_literal_or_else_a_text(text):
+    plain = {"overrides": {}}
+    flags._set(plain, "overrides.group0.a", text)
+    value = plain["overrides"]["group0"]["a"]
+    assert (type(value), value) == (type(VALUES[text]), VALUES[text])
+
+
+@pytest.mark.parametrize(("given", "value"), [("--config.flip", True), ("--config.flip=t", True), ("--config.flip=0", False)])
+def test_truth_values(given, value):
+    assert parse_train([CONFIG, given])[0].flip is value
+
+
+def test_of_two_flags_that_set_the_same_key_the_last_wins():
+    given = ["--config.widths=(4,4)", "--config.epochs=2", "--config.widths=(6,6)", "--config.epochs=3", "--workdir=a", "--workdir=b"]
+    config, _, workdir = parse_train([CONFIG, *given])
+    assert (config.widths, config.epochs, workdir) == ((6, 6), 3, "b")
+
+
+def test_values_that_do_not_fit_together_are_found_once_jax_is_there():
+    # Rules and networks check themselves, and need JAX for it: the first step leaves these checks out, the second has all.
+    config, _, _ = parse_train([CONFIG, "--config.warmup_epochs=99"])
+    assert config.warmup_epochs == 99.0
+    with pytest.raises(UserError, match=r"config\.warmup_epochs=99\.0: longer than"):
+        flags.ready(config)
 
 
 def test_a_run_in_a_process_prints_plain_lines_and_the_same_command_finds_it_done(tmp_path, call):
-    flags = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=90", "--config.train_examples=400", "--config.epochs=2"]
-    command = [*flags, f"--workdir={tmp_path / 'run'}"]
+    given = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=90", "--config.train_examples=400", "--config.epochs=2"]
+    command = [*given, f"--workdir={tmp_path / 'run'}"]
     done = in_a_process("train.py", *command)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()

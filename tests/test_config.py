@@ -12,7 +12,7 @@ import pytest
 
 from vffjax import config as config_module
 from vffjax import rules
-from vffjax.cli.flags import load_config_file
+from vffjax.cli.config_file import load_config_file
 from vffjax.config import ARGUMENTS, FIELDS, Config, default_config, for_group, of_program
 from vffjax.errors import UserError
 from vffjax.keys import value_of

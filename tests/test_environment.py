@@ -13,7 +13,7 @@ import safetensors.numpy
 from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
 from vffjax import backend
-from vffjax.cli import main as cli
+from vffjax.cli.commands import train
 from vffjax.config import Config
 from vffjax.costs import memory, targets
 from vffjax.costs.memory import least_bytes
@@ -172,16 +172,16 @@ class Device:
 
 
 def test_the_memory_of_one_device_is_what_counts():
-    assert cli._bytes_of(Device("gpu", {"bytes_limit": 5})) == 5
+    assert train.bytes_of(Device("gpu", {"bytes_limit": 5})) == 5
     for stats in (None, {}, NotImplementedError("no")):
-        assert cli._bytes_of(Device("gpu", stats)) is None
-        assert cli._bytes_of(Device("cpu", stats)) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert train.bytes_of(Device("gpu", stats)) is None
+        assert train.bytes_of(Device("cpu", stats)) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(cli, "os", types.SimpleNamespace())  # as on Windows, which has no sysconf
-    assert cli._bytes_of(Device("cpu", None)) is None
-    cli._check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
+    monkeypatch.setattr(train, "os", types.SimpleNamespace())  # as on Windows, which has no sysconf
+    assert train.bytes_of(Device("cpu", None)) is None
+    train.check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
 
 
 def test_several_devices_do_not_make_one_larger(monkeypatch):
@@ -190,4 +190,4 @@ def test_several_devices_do_not_make_one_larger(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": half})] * 8)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):
-        cli._check_memory(config)
+        train.check_memory(config)

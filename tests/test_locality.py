@@ -14,7 +14,7 @@ import pytest
 
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of
-from vffjax.cli.flags import load_config_file
+from vffjax.cli.config_file import load_config_file
 from vffjax.errors import UserError
 from vffjax.networks import find
 from vffjax.proofs import locality

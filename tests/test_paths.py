@@ -8,8 +8,9 @@ import pytest
 from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
 from runs import compiled_once, copy_of, finished, tiny, train
-from vffjax.cli.config_file import split_variant
-from vffjax.cli.flags import json_file, load_config_file, parse_train
+from vffjax.cli.config_file import load_config_file, split_variant
+from vffjax.cli.flags import parse_train
+from vffjax.cli.options import json_file
 from vffjax.data import tfds_files
 from vffjax.errors import UserError
 from vffjax.paths import check_run_folder, local
@@ -151,8 +152,8 @@ def test_colons_in_files_and_folders(tmp_path, monkeypatch):
     for file in ("c.py", "c.py:d.py", "runs:2026/c.py", "runs:2026/c:d.py"):
         (tmp_path / file).write_text(text)
         for given in (file, str(tmp_path / file)):
-            assert load_config_file(given)[0].epochs == 98
-            assert load_config_file(f"{given}:b")[0].epochs == 99
+            assert load_config_file(given)[0]["epochs"] == 98
+            assert load_config_file(f"{given}:b")[0]["epochs"] == 99
     assert load_config_file("runs:2026/c:d.py:b")[1] == "c:d-b"
 
 

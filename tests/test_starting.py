@@ -8,7 +8,7 @@ import pytest
 from command_lines import ROOT, in_a_process
 from vffjax.cli import config_file
 from vffjax.cli import main as cli
-from vffjax.cli.flags import load_config_file
+from vffjax.cli.config_file import load_config_file
 
 VERSION = f"vffjax {importlib.metadata.version('vffjax')}\n"
 
@@ -36,7 +36,7 @@ def test_the_version_of_a_checkout_that_is_not_installed(call, monkeypatch):
 
 
 def test_version_takes_no_arguments(fails):
-    fails("version", "now", parts=["'now'", "vffjax version takes none"])
+    fails("version", "now", parts=["'now'", "vffjax version takes no arguments"])
 
 
 # --- configuration files
@@ -49,7 +49,7 @@ DATACLASS = "import dataclasses\n@dataclasses.dataclass\nclass Mine:\n    epochs
 
 def test_a_file_with_annotations_and_a_dataclass(tmp_path):
     (tmp_path / "c.py").write_text(HEAD + DATACLASS + BODY.format("Mine().epochs"))
-    assert load_config_file(str(tmp_path / "c.py"))[0].epochs == 7
+    assert load_config_file(str(tmp_path / "c.py"))[0]["epochs"] == 7
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def two_folders(tmp_path):
 def test_each_file_gets_its_own_neighbour_and_leaves_nothing(two_folders, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     before, modules = list(sys.path), set(sys.modules)
-    assert [load_config_file(str(two_folders / folder / "c.py"))[0].epochs for folder in ("one", "two", "one")] == [3, 4, 3]
+    assert [load_config_file(str(two_folders / folder / "c.py"))[0]["epochs"] for folder in ("one", "two", "one")] == [3, 4, 3]
     assert sys.path == before
     assert set(sys.modules) == modules
     assert not list(two_folders.rglob("__pycache__"))
@@ -74,7 +74,7 @@ def test_a_neighbour_of_a_relative_path_that_get_config_imports(two_folders, mon
     monkeypatch.chdir(two_folders / "two")
     late = BODY.replace("    c =", "    import shared_part\n    c =").format("shared_part.EPOCHS")
     (two_folders / "two" / "late.py").write_text(HEAD + late)
-    assert load_config_file("late.py")[0].epochs == 4
+    assert load_config_file("late.py")[0]["epochs"] == 4
     assert "shared_part" not in sys.modules
 
 

@@ -211,8 +211,8 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
     ("arguments", "parts"),
     [
         (["--only", "vff,nonsense"], ["--only=nonsense", "torch-bp"]),
-        (["--steps", "0"], ["--steps=0", "least is 1"]),
-        (["--repeats=-2"], ["--repeats=-2", "least is 1"]),
+        (["--steps", "0"], ["--steps", "'0'", "at least 1"]),
+        (["--repeats=-2"], ["--repeats", "'-2'", "at least 1"]),
         (["--steps", "few"], ["--steps", "few", "--help"]),
         (["--out", "missing/speed.json"], ["--out=missing/speed.json", "folder"]),
         (["--out", "/dev/null/speed.json"], ["--out=/dev/null/speed.json", "folder"]),

@@ -136,7 +136,7 @@ def test_a_queue_that_is_told_to_leave_goes_on_inside_of_the_epoch(done, tmp_pat
 
 
 BAD = {
-    "no file": (None, "cannot be read"),
+    "no file": (None, "cannot be read as TOML (No such file or directory)"),
     "no TOML": ("[[run", "cannot be read as TOML"),
     "another table": ("[other]\nx = 1", "holds other"),
     "no name": (f'[[run]]\nconfig = "{DIGITS}"', "it needs name and config"),
@@ -166,6 +166,12 @@ def test_a_list_with_a_mistake_is_refused_in_one_line(name, tmp_path, monkeypatc
         train_queue.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_list_that_is_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "list.toml")
+    with pytest.raises(UserError, match=r"cannot be read as TOML \(not a file\); correct it"):
+        train_queue.read_list(tmp_path / "list.toml")
 
 
 QUIET = {

@@ -1,4 +1,4 @@
-"""JAX brought up for a command. What the environment got wrong is one line that names the variable, not a traceback."""
+"""Starts JAX for a command. An error in the environment becomes one line that names the variable, not a traceback."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ _PROBE = "from jaxlib import xla_client; xla_client.CompileOptions()"
 
 
 def start() -> None:
-    """Imports JAX and finds its devices. Raises `UserError` if JAX or XLA refuses the environment."""
+    """Imports JAX and finds its devices. Raises `UserError` for a variable of the environment that JAX, XLA or this package refuses."""
     _check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     imported = False
     try:
@@ -24,33 +24,33 @@ def start() -> None:
         imported = True
         jax.devices()
         with jax.transfer_guard("allow"):
-            jax.numpy.zeros(()).block_until_ready()  # what only fails when something is put on a device
+            jax.numpy.zeros(()).block_until_ready()  # some errors appear only when an array is put on a device
     except Exception as error:  # ValueError, RuntimeError, AssertionError and errors of plugins
         raise _explained(error, imported) from error
     for name in ("jax_transfer_guard", "jax_transfer_guard_host_to_device", "jax_transfer_guard_device_to_host"):
         if str(jax.config.values.get(name) or "").startswith("disallow"):
             given = os.environ.get(name.upper(), jax.config.values[name])
-            raise UserError(f"{name.upper()}={given}: images, keys and results cross between host and device all the time; unset it")
+            raise UserError(f"{name.upper()}={given}: training moves arrays between host and device all the time; unset it")
     if jax.config.values["jax_disable_jit"]:
         given = os.environ.get("JAX_DISABLE_JIT", "True")
-        raise UserError(f"JAX_DISABLE_JIT={given}: an epoch is one compiled program, so there is nothing to run without jit; unset it")
+        raise UserError(f"JAX_DISABLE_JIT={given}: an epoch is a compiled program, and cannot run without jit; unset it")
 
 
 def cores() -> int:
-    """How many processors this process may use. On CPU they share out the sums of an operation, and so change its rounding."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """How many processors this process may use. On a CPU they divide the sums of an operation among them, which changes its rounding."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @functools.cache
 def _check_xla_flags(flags: str) -> None:
-    """In a process of its own, because XLA ends the process that meets a flag it does not know. Takes a third of a second, once."""
+    """Tries the flags in a process of its own, because XLA ends a process at a flag that it does not know. Takes a third of a second."""
     if not flags.strip():
         return
     try:
         command, environment = [sys.executable, "-c", _PROBE], os.environ | {"XLA_FLAGS": flags}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=60)
-    except (OSError, subprocess.SubprocessError):  # no process can be had; then XLA itself will speak
+    except (OSError, subprocess.SubprocessError):  # no process can be started; XLA will report the flag itself
         return
     found = _XLA_REFUSES.search(done.stderr)
     if done.returncode and found:
@@ -74,12 +74,12 @@ def _explained(error: Exception, imported: bool) -> UserError:
 
 
 def _at_fault(given: Mapping[str, str], text: str, imported: bool) -> str:
-    """Which of the variables JAX complains of; '' if that cannot be told."""
+    """The variable that JAX complains of; '' if that is not clear."""
     if not imported:
-        # JAX writes JAX_ENABLE_X64, jax_enable_x64 or jax.enable_x64.
+        # JAX's messages say JAX_ENABLE_X64, jax_enable_x64 or jax.enable_x64.
         named = [f"JAX_{word.upper()}" for word in re.findall(r"\b(?:JAX_|jax[._])(\w+)", text)]
         return next((name for name in named if name in given), "")
-    if given.get("JAX_NUM_CPU_DEVICES", "1").strip() == "0":  # of which JAX says nothing
+    if given.get("JAX_NUM_CPU_DEVICES", "1").strip() == "0":  # JAX's message does not name it
         return "JAX_NUM_CPU_DEVICES"
     quoted = set(re.findall(r"'(\w+)'", text))
     set_here = [name for name in _PLATFORMS if name in given]

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,13 +19,27 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file holds. Raises `OSError`, also for what is no file (to read a pipe would wait for ever), or `ValueError`."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a file", str(path))
+    """The content of a JSON file. Raises `OSError` as `opened` does, or `ValueError`."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_bytes(path))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def opened(path: pathlib.Path | str) -> io.BufferedReader:
+    """Opens a file for reading. Raises `OSError`, also for a folder, a pipe or a device: reading a pipe can wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return open(path, "rb")
+
+
+def read_bytes(path: pathlib.Path | str, most: int | None = None) -> bytes:
+    """The content of a file. Raises `OSError` as `opened` does, and for a file of more than `most` bytes."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise OSError(errno.EFBIG, f"{size} bytes, where at most {most} are read", str(path))
+        return file.read()
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
@@ -119,7 +134,12 @@ def dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(_nulls(as_json(value)), indent=indent, allow_nan=False)
 
 
+def sha256(content: bytes) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_of(path: pathlib.Path | str) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    """The SHA-256 of a file, in hexadecimal. Raises `OSError` as `opened` does."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

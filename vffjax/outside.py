@@ -5,7 +5,6 @@ by a program, or one that `allow` was told. A workdir's config.json can name cod
 """
 
 import contextlib
-import hashlib
 import importlib.machinery
 import importlib.util
 import itertools
@@ -18,6 +17,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from vffjax import files
 from vffjax.errors import UserError, bad_key, printable
 
 MAX_FILE = 2**20  # bytes of a module
@@ -74,28 +74,25 @@ def _load(key: str, name: str) -> _Loaded:
     if not file:
         problem = f"{parts[1]}.py is code from outside of vffjax, and it lies in no folder that may be used"
         raise bad_key(key, name, problem, "put it beside the configuration file and give that by --config, or give its folder by --code")
-    digest = digest_of(file)
-    where = (file, digest, parts[2])
+    program = _program(file)
+    where = (file, files.sha256(program), parts[2])
     if where not in _loaded:
-        _loaded[where] = _run(key, name, file, digest, parts[2])
+        _loaded[where] = _run(key, name, file, program, parts[2])
     return _loaded[where]
 
 
-def digest_of(file: str) -> str:
-    """The SHA-256 of a module's file."""
+def _program(file: str) -> bytes:
     try:
-        if os.path.getsize(file) > MAX_FILE:
-            raise UserError(f"{file}: more than {MAX_FILE} bytes, which no module has; give a Python file")
-        return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+        return files.read_bytes(file, MAX_FILE)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
+        raise UserError(f"{file}: {error.strerror or error}; give a Python file that can be read") from None
 
 
-def _run(key: str, name: str, file: str, digest: str, record: str) -> _Loaded:
+def _run(key: str, name: str, file: str, program: bytes, record: str) -> _Loaded:
     beside: dict[str, str] = {}
     try:
         with as_module(file, beside) as module:
-            exec(compile(pathlib.Path(file).read_bytes(), file, "exec", dont_inherit=True), module.__dict__)
+            exec(compile(program, file, "exec", dont_inherit=True), module.__dict__)
         found = getattr(module, record)
     except (KeyboardInterrupt, UserError):
         raise
@@ -104,15 +101,23 @@ def _run(key: str, name: str, file: str, digest: str, record: str) -> _Loaded:
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
         reason = printable(f"{type(error).__name__}: {error}".partition("\n")[0], 300)
         raise bad_key(key, name, f"{file}, line {line}: {reason}", "correct the file") from error
-    return _Loaded(found, {os.path.basename(file): digest} | {os.path.basename(other): digest_of(other) for other in beside.values()})
+    return _Loaded(
+        found,
+        {os.path.basename(file): files.sha256(program)}
+        | {os.path.basename(other): files.sha256(_program(other)) for other in beside.values()},
+    )
 
 
 @contextlib.contextmanager
 def as_module(file: str, beside: dict[str, str] | None = None) -> Iterator[types.ModuleType]:
-    """An empty module for the program in `file`, which Python knows while the program runs, as dataclasses need it.
+    """An empty module to run the program of a file in. It stands in `sys.modules` while the program runs: dataclasses look it up there.
 
-    The program can import its neighbours: its folder is the first on the path. They are forgotten afterwards, so that another file's
-    neighbour of the same name is not taken for them; `beside` gets their names and files. No byte code is written.
+    The program can import modules from its own folder, which is first on the path. They are removed from `sys.modules` afterwards;
+    otherwise another file would get them in place of its own modules of the same name. No byte code is written.
+
+    Args:
+        file: the program.
+        beside: gets the names and files of the modules that the program imported from its folder.
     """
     folder = os.path.abspath(os.path.dirname(file))
     name = f"_vffjax_outside_{next(_numbers)}"

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~`, addresses that are no folders, and characters that checkpoints cannot lie under. Needs no JAX."""
+"""Paths as users write them: with `~`, as addresses, or with characters that checkpoints cannot have in their path. Needs no JAX."""
 
 import os
 import pathlib
@@ -6,23 +6,28 @@ import re
 
 from vffjax.errors import UserError
 
-# Of one letter it is a drive of Windows. One slash: pathlib makes `gs:/bucket` of `gs://bucket`.
+# At least two letters, because one letter is a drive of Windows. One slash, because pathlib turns `gs://bucket` into `gs:/bucket`.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-# Orbax looks for its checkpoints by a pattern that begins with the folder's own path.
+# The characters of file name patterns: Orbax finds its checkpoints by a pattern that begins with the folder's path.
 _PATTERN = r"[]*?" + ("" if os.sep == "\\" else "\\")
 
 
 def problem_of(text: str) -> str:
-    """Why this is no local path, and the way out; '' if it is one."""
+    """What is wrong with the text as a local path, and the fix; '' if nothing is."""
     address = _ADDRESS.match(text)
     supported = "only local files and folders are supported: mount the bucket or the remote disk, and give the folder where it is mounted"
-    return f"is an address, by its {address[0]} in front; {supported}" if address else ""
+    return f"is an address, because it begins with {address[0]}; {supported}" if address else ""
 
 
 def local(text: str | os.PathLike[str], named: str) -> pathlib.Path:
     """The path, with `~` or `~user` at its beginning replaced by the home folder.
 
-    Raises `UserError`, which calls the path `named`, for an address such as `gs://bucket/run`.
+    Args:
+        text: the path as the user wrote it.
+        named: the flag or key that gave it, for the message.
+
+    Raises:
+        UserError: the path is an address such as `gs://bucket/run`, or the user of `~user` has no home folder.
     """
     shown = os.fspath(text)
     if problem := problem_of(shown):
@@ -31,14 +36,17 @@ def local(text: str | os.PathLike[str], named: str) -> pathlib.Path:
     if expanded.startswith("~"):
         user = expanded.partition(os.sep)[0]
         raise UserError(
-            f"{named}={shown}: there is no user {user[1:]!r} whose home folder {user} could be; write ./{user} for a folder of that name"
+            f"{named}={shown}: there is no user {user[1:]!r}, whose home folder {user} means; write ./{user} for a folder of that name"
         )
     return pathlib.Path(expanded)
 
 
 def check_run_folder(folder: str | os.PathLike[str], named: str = "--workdir") -> None:
-    """Raises `UserError` if checkpoints in this folder could be written but not found again: its path, or where its links lead, holds a
-    character of a file name pattern. Also for an address, which pathlib takes for a folder."""
+    """Raises `UserError` if no checkpoint can be written to this folder and found again.
+
+    That is an address, a path that is not UTF-8, or a character of file name patterns in the path or in the path that its links lead to.
+    `named` is the flag that gave the folder, for the message.
+    """
     local(folder, named)
     if any("\ud800" <= c <= "\udfff" for c in os.path.realpath(folder)):
         raise UserError(f"{named}={os.fspath(folder)}: the path is not valid UTF-8, and no checkpoint could be written there; rename it")

@@ -1,36 +1,29 @@
-"""A configuration file, which is a Python program: found, run as a module of its own, and read. Whatever goes wrong names the file."""
+"""Runs a configuration file, which is a Python program, and reads what it returns. Every error names the file."""
 
-import contextlib
-import importlib
-import importlib.machinery
-import importlib.util
 import inspect
-import itertools
 import os
 import pathlib
 import re
-import sys
 import traceback
 import types
-from collections.abc import Iterator
 from typing import Any
 
-from vffjax.config import FIELDS, default_config, nearest_key
-from vffjax.errors import UserError, bad_key, printable
+import ml_collections
+
+from vffjax import outside
+from vffjax.config import nearest_key
+from vffjax.errors import UserError, printable
+from vffjax.files import read_bytes
 from vffjax.paths import local
 
-# A configuration file larger than this is not one.
-MAX_FILE = 2**20
-# A number with more digits is none of ours, and Python refuses to read one of thousands.
-MAX_DIGITS = 18
-_numbers = itertools.count()
+MAX_FILE = 2**20  # bytes; no configuration file is larger
 
 
 def split_variant(given: str) -> tuple[str, str | None]:
-    """FILE and VARIANT of FILE[:VARIANT]; None without a variant. Folders and files may have colons of their own (C:\\configs\\digits.py).
+    """Splits FILE[:VARIANT] into the file and the variant, or None. Paths may hold colons themselves, as C:\\configs\\digits.py does.
 
-    The file is the longest beginning, up to a colon, that exists. If none does, the variant is what follows the last colon, unless that
-    looks like a part of a path.
+    The file is the longest part in front of a colon, or the whole, that exists. If none exists, the variant is the text behind the last
+    colon, unless it looks like a part of a path.
     """
     colons = [i for i, c in enumerate(given) if c == ":"]
     for end in (len(given), *reversed(colons)):
@@ -40,107 +33,69 @@ def split_variant(given: str) -> tuple[str, str | None]:
     return (file, variant) if colon and not re.search(r"[/\\.]", variant) else (given, None)
 
 
-def load_config_file(given: str) -> tuple[Any, str]:
-    """What `get_config` of FILE[:VARIANT] returns, and a name for it. Whatever goes wrong there, `UserError` names the file."""
-    import ml_collections
+def load_config_file(given: str) -> tuple[dict[str, Any], str]:
+    """Runs the file of FILE[:VARIANT] and calls its `get_config`.
 
-    name, found = split_variant(given)
-    file, colon, variant = str(local(name, "--config")), found is not None, found or ""
-    # Not by ml_collections: its errors are tracebacks, and it remembers the last file.
+    Returns:
+        The keys and values of the `ConfigDict` that it returns, unchecked. And a name for them, such as digits or cifar10-small.
+
+    Raises:
+        UserError: names the file, the line and the fix, whatever exception the program raises.
+    """
+    name, variant = split_variant(given)
+    file = str(local(name, "--config"))
+    # ml_collections could load the file too, but it reports errors as tracebacks, and it remembers the last file.
     try:
-        with _as_module(file) as module:
-            exec(compile(_bytes_of(file), file, "exec", dont_inherit=True), module.__dict__)
-            if not hasattr(module, "get_config"):
-                raise UserError(f"--config={given}: {file} has no function get_config; define it, as in configs/digits.py")
-            if not callable(module.get_config):
-                raise UserError(f"--config={given}: get_config of {file} is no function; define it, as in configs/digits.py")
-            parameters = inspect.signature(module.get_config).parameters
-            variants = getattr(module, "VARIANTS", () if parameters else None)
-            if variants is not None and not (isinstance(variants, (tuple, list, dict, set)) and all(isinstance(v, str) for v in variants)):
-                raise UserError(f"--config={given}: VARIANTS of {file} is {type(variants).__name__}; make it a tuple of names")
-            if colon and variants is None:
-                raise UserError(f"--config={given}: {file} has no variants; use --config={file}")
-            if colon and variants and variant not in variants:
-                raise UserError(f"--config={given}: {file} has no variant {variant!r}; choose one of {', '.join(variants)}")
-            if not colon and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-                known = f", one of {', '.join(variants)}" if variants else ""
-                raise UserError(f"--config={given}: get_config wants {', '.join(parameters)}; give a variant, --config={file}:NAME{known}")
-            config = module.get_config(variant) if colon else module.get_config()
-            if not isinstance(config, ml_collections.ConfigDict):
-                raise UserError(f"--config={given}: get_config returns {type(config).__name__}; return what default_config() gives")
-            plain = config.to_dict()
+        with outside.as_module(file) as module:
+            exec(compile(_program(file), file, "exec", dont_inherit=True), module.__dict__)
+            plain = _called(module, file, variant)
+        outside.allow(os.path.dirname(os.path.abspath(file)))  # whoever names the file lets it name code that lies beside it
     except UserError as error:
-        raise error if str(error).startswith("--config=") else UserError(f"--config={given}: {error}") from None
+        raise UserError(f"--config={given}: {error}") from None
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a configuration file is a program, which may even call sys.exit
+    except BaseException as error:  # the program may raise anything, or call sys.exit
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
         reason = _first_line(error)
         locked = re.search(r'Key "(\w+)" does not exist', reason)  # ml_collections adds the list of all keys
         problem = f"config.{locked[1]}: no such key; {nearest_key(locked[1])}" if locked else f"{reason}; correct the file"
         raise UserError(f"--config={given}: line {line}: {problem}") from error
-    for key, value in plain.items():
-        if key not in FIELDS:
-            raise bad_key(printable(str(key), 100), value, "no such key", nearest_key(str(key)))
-        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # absl would print it, and Python refuses to print thousands of digits
-            raise bad_key(key, value, "too large", "give a number of common size")
-    # A file need not set every key, and may freeze what it returns; the command line sets keys still.
-    return ml_collections.ConfigDict(default_config().to_dict() | plain), pathlib.Path(file).stem + (f"-{variant}" if variant else "")
+    return plain, pathlib.Path(file).stem + (f"-{variant}" if variant else "")
 
 
-@contextlib.contextmanager
-def _as_module(file: str) -> Iterator[types.ModuleType]:
-    """An empty module for the program in `file`, which Python knows while the program runs, as dataclasses need it.
+def _called(module: types.ModuleType, file: str, variant: str | None) -> dict[str, Any]:
+    """What `get_config` of the module returns for a variant, or without one. Raises `UserError` if either does not fit the other."""
+    if not callable(get_config := getattr(module, "get_config", None)):
+        raise UserError("the file has no function get_config; define it, as in configs/digits.py")
+    parameters = inspect.signature(get_config).parameters
+    variants = getattr(module, "VARIANTS", () if parameters else None)
+    if variants is not None and not (isinstance(variants, (tuple, list, dict, set)) and all(isinstance(v, str) for v in variants)):
+        raise UserError(f"VARIANTS={printable(repr(variants), 100)}: not names; make it a tuple of them, as in configs/cifar10.py")
+    if variant is not None and variants is None:
+        raise UserError(f"the file has no variants; use --config={file}")
+    if variant is not None and variants and variant not in variants:
+        raise UserError(f"the file has no variant {variant!r}; choose one of {', '.join(variants)}")
+    if variant is None and any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
+        known = f", one of {', '.join(variants)}" if variants else ""
+        raise UserError(f"get_config needs {', '.join(parameters)}; give a variant, --config={file}:NAME{known}")
+    config = get_config() if variant is None else get_config(variant)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"get_config returns {type(config).__name__}; return a ConfigDict, as default_config() gives")
+    return config.to_dict()
 
-    The program can import its neighbours: its folder is the first on the path. They are forgotten afterwards, so that another file's
-    neighbour of the same name is not taken for them. No byte code is written.
-    """
-    folder = os.path.abspath(os.path.dirname(file))
-    name = f"_vffjax_configuration_{next(_numbers)}"
-    spec = importlib.util.spec_from_file_location(name, file, loader=importlib.machinery.SourceFileLoader(name, file))
-    assert spec is not None  # there is a loader
-    module = importlib.util.module_from_spec(spec)
-    known, path, writes = dict(sys.modules), list(sys.path), sys.dont_write_bytecode
-    sys.modules[name] = module
-    sys.path.insert(0, folder)
-    sys.dont_write_bytecode = True
-    importlib.invalidate_caches()
+
+def _program(file: str) -> bytes:
     try:
-        yield module
-    finally:
-        sys.path[:], sys.dont_write_bytecode = path, writes
-        for other in [other for other in sys.modules.keys() - known.keys() if other == name or _is_neighbour(other, folder)]:
-            del sys.modules[other]
-
-
-def _is_neighbour(name: str, folder: str) -> bool:
-    """Whether a module, or the package that it belongs to, lies directly in this folder.
-
-    What lies deeper was imported by another entry of the path, such as a virtual environment below the folder, and stays. So does this
-    package, which lies there too if the file is in the root of a checkout.
-    """
-    top = name.partition(".")[0]
-    place = getattr(sys.modules.get(top, sys.modules[name]), "__file__", None) or ""
-    return top != "vffjax" and os.path.abspath(place) in (os.path.join(folder, f"{top}.py"), os.path.join(folder, top, "__init__.py"))
-
-
-def _bytes_of(file: str) -> bytes:
-    try:
-        if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe would wait for ever
-            problem = "a directory" if os.path.isdir(file) else "not a file"
-        elif os.path.isfile(file) and os.path.getsize(file) > MAX_FILE:
-            problem = f"{os.path.getsize(file)} bytes, more than a configuration has"
-        else:
-            return pathlib.Path(file).read_bytes()
-    except (OSError, ValueError) as error:  # a ValueError of a null byte
+        return read_bytes(file, MAX_FILE)
+    except (OSError, ValueError) as error:  # a null byte is a ValueError
         problem = getattr(error, "strerror", None) or str(error)
-    raise UserError(f"--config={file}: {problem}; give a configuration file such as configs/digits.py") from None
+    raise UserError(f"{problem}; give a configuration file such as configs/digits.py") from None
 
 
 def _first_line(error: BaseException) -> str:
     try:
         text = " ".join(map(str, error.args[:1])).partition("\n")[0]
-    except Exception:  # str() of a configuration file's own class
+    except Exception:  # the configuration file may define the class of the error
         text = "without a message"
     return f"{type(error).__name__}: {printable(text, 300)}"

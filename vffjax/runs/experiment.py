@@ -21,7 +21,7 @@ from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import restore_metrics
 from vffjax.runs.loop import Loop, on_device, what_is_saved
-from vffjax.runs.origin import origin
+from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
 from vffjax.runs.termination import KEPT, Request, deferred, interruptible
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
@@ -100,10 +100,12 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         request.saved = what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
         run["segment_steps"] = config.segment_steps or run["segment_steps"]
         check_same_data(config, dataset, run["data_sha256"])
+        check_code(run, config)
     else:
         file = local_file(config) if config.init_from else ""
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
-        run = run_state.new_state(config, about | {"class_names": list(dataset.class_names)}, sha256_of(file) if file else None)
+        about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
+        run = run_state.new_state(config, about, sha256_of(file) if file else None)
         run["segment_steps"] = segment_length(
             plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape, dataset.num_classes)
         )

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 
-from vffjax import backend, versions
+from vffjax import backend, outside, versions
 from vffjax.config import CHANGEABLE, Config
+from vffjax.errors import UserError
+from vffjax.registry import ROOMS
 
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
 
@@ -30,6 +32,19 @@ def origin(config: Config) -> dict[str, Any]:
         "flags": {name: os.environ[name] for name in sorted(os.environ) if name in _FLAGS or name.startswith("JAX_")},
         "settings": {key: getattr(config, key) for key in CHANGEABLE if key != "data_dir"},
     }
+
+
+def code_of(config: Config) -> dict[str, str]:
+    """SHA-256 of the files from which code outside of this package is run under a configuration, by file name."""
+    return outside.sha256({room.key: getattr(config, room.key) for room in ROOMS})
+
+
+def check_code(run: dict[str, Any], config: Config) -> None:
+    """Raises `UserError` unless the code from outside is that by which the run began."""
+    began, here = run.get("code_sha256", {}), code_of(config)
+    for file in sorted(began.keys() | here.keys()):
+        if began.get(file) != here.get(file):
+            raise UserError(f"{file}: not the code by which the run began (other SHA-256); restore it, or start in a new --workdir")
 
 
 def _commit() -> str | None:

@@ -40,7 +40,7 @@ def conclude(
         "best_epoch": run["epoch"],
         "images_per_second": float(np.median([m["images_per_second"] for m in last["history"]])),
         "seconds": sum(m["seconds"] for m in last["history"]),
-        **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256", "init_from_sha256")},
+        **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256", "init_from_sha256", "code_sha256") if key in last},
         **last["origins"][-1],
         "earlier_origins": last["origins"][:-1],
         "seed": plan.config.seed,

@@ -16,6 +16,7 @@ from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import FOLDER, Checkpoints
 from vffjax.runs.lock import take
+from vffjax.runs.origin import check_code
 from vffjax.runs.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
 from vffjax.training.checks import from_json
 from vffjax.training.plan import Plan, make_plan
@@ -193,6 +194,7 @@ def _read_run(workdir: pathlib.Path | str, epoch: str, read: Callable[[SavedEpoc
     config = read_config(workdir)
 
     def with_plan(saved: SavedEpoch) -> _Read:
+        check_code(saved.run, config)
         return read(saved, make_plan(config, saved.run["train_size"], len(saved.run["class_names"])))
 
     return while_it_trains(Checkpoints(workdir), epoch, with_plan)

@@ -10,7 +10,6 @@ keep a run for longer, keep its weights. And a file is a program: JAX runs any o
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from vffjax.errors import UserError
-from vffjax.files import read_json, replace_file, write_json
+from vffjax.files import read_json, replace_file, sha256, write_json
 from vffjax.networks.groups import GroupState
 from vffjax.rules.streams import Task
 from vffjax.training.augment import normalised
@@ -112,7 +111,7 @@ def write_artefact(path: pathlib.Path | str, plan: Plan, states: tuple[GroupStat
     described = {
         "format": FORMAT,
         "file": path.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": sha256(content),
         "epoch": run["epoch"],
         "class_names": run["class_names"],
         "image_shape": list(run["image_shape"]),

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image
 
 from vffjax.errors import UserError
+from vffjax.files import read_bytes
 from vffjax.runs.workdir import load_run
 from vffjax.training.scores import ensemble, make_scores
 
@@ -66,8 +66,6 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
         raise
     except Image.DecompressionBombError:  # beyond Pillow's own limit
         raise UserError(f"{path}: far too many pixels; give an image of at most {MAX_PIXELS} pixels") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a PNG or JPEG image") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{path}: not a readable PNG or JPEG image ({type(error).__name__}); convert or replace it") from None
     return np.asarray(image, np.uint8).reshape(h, w, c)
@@ -75,12 +73,12 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
 
 def _decoded(path: pathlib.Path) -> Image.Image:
     """The pixels of a file that is small enough, as they are stored."""
-    if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe would wait for ever
-        raise UserError(f"{path}: not a file; give a PNG or JPEG image")
-    if os.path.getsize(path) > MAX_BYTES:
-        raise UserError(f"{path}: {os.path.getsize(path)} bytes; give an image of at most {MAX_BYTES} bytes")
-    # From memory, because a file sets aside as many bytes as a chunk claims to have, up to 4 GB.
-    image = Image.open(io.BytesIO(path.read_bytes()), formats=("PNG", "JPEG"))
+    try:
+        content = read_bytes(path, MAX_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a PNG or JPEG image") from None
+    # From memory: from a file, Pillow would set aside as many bytes as a chunk claims to have, up to 4 GB.
+    image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{path}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
     image.load()

@@ -1,13 +1,12 @@
 """A weight file as tensors by their names, whatever it is saved by and wrapped in. What cannot be taken is named as what it is."""
 
 import contextlib
-import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
-from vffjax import file_kinds
+from vffjax import file_kinds, files
 from vffjax.config import WEIGHT_FILES
 from vffjax.errors import UserError
 from vffjax.weights import torch_files
@@ -51,9 +50,7 @@ def unwrapped(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _open(path: pathlib.Path | str) -> IO[bytes]:
     try:
-        if os.path.isfile(path) or not os.path.exists(path):  # to open a pipe would wait for ever
-            return open(path, "rb")
-        reason: Any = "not a file"
+        return files.opened(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
     raise UserError(f"{path}: cannot be read ({reason}); give a file that vffjax export, torchvision or timm has written")

@@ -6,13 +6,13 @@ a run that is to be repeated names one.
 
 import dataclasses
 import functools
-import hashlib
 import re
 from typing import Any
 
 from vffjax import file_kinds
 from vffjax.config import HUB, WEIGHT_FILES
 from vffjax.errors import bad_key, notice, printable
+from vffjax.files import sha256_of
 
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _ADDRESS = re.compile(rf"{HUB}({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_NAME}(?:/{_NAME})*))?(?:#sha256=([0-9a-fA-F]{{64}}))?", re.ASCII)
@@ -89,8 +89,7 @@ def _reason(error: Exception) -> str:
 
 
 def _compare(text: str, address: Address, path: str, about: Any) -> None:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     stated = about.etag if about and _SHA256.fullmatch(about.etag or "") else None
     for expected, whose in ((stated, "the Hub"), (address.sha256, "its address")):
         if expected and expected != digest:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vffjax.training.plan import Plan
 
 _KINDS = ("params", "batch_stats")
-FORMAT, NAMES = "vffjax weights 1", ("auto", "vffjax", "torchvision")
+FORMAT = "vffjax weights 1"
 _OTHER = "give weights of this network, as vffjax export writes them, or set config.init_from=''"
 
 

@@ -1,0 +1,10 @@
+"""Prints the version; also --version and -V."""
+
+from vffjax import versions
+from vffjax.errors import UserError
+
+
+def run(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"argument {arguments[0]!r}: not known; vffjax version takes no arguments, leave it out")
+    print(f"vffjax {versions.own()}")
