@@ -1,4 +1,9 @@
-"""Settings of every test: on CPU unless asked otherwise, no silent broadcast over a missing axis; fixtures that files share."""
+"""Settings of every test: on CPU unless asked otherwise, no silent broadcast over a missing axis; fixtures that files share.
+
+Compiling is most of what the tests do, so they compile without optimisation, and all processes of a session share what they have
+compiled. Tests about the compiler, about rounding at full optimisation or about speed are marked `full_optimisation` and run in a second
+call, `pytest --full-optimisation -m full_optimisation`.
+"""
 
 import atexit
 import os
@@ -7,8 +12,7 @@ import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test has compiled, in whatever process, the others take; compiling is most of what the suite does. Workers and commands
-# inherit these variables from the process that pytest was started in, which removes the folder.
+# Workers, and the commands that tests start, inherit these variables from the process that pytest was started in. It removes the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vffjax-tests-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -21,6 +25,34 @@ from oracles import traced_afresh
 from vffjax.cli import main as cli
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_NO_OPTIMISATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # JAX's own name for XLA's and LLVM's level 0
+_NEEDS_OPTIMISATION = "needs full optimisation: pytest --full-optimisation -m full_optimisation"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full-optimisation", action="store_true", help="compile as a run does, for the tests marked full_optimisation")
+
+
+def pytest_configure(config):
+    """Chooses the compiler's settings for this process and, by the environment, for the processes that it starts."""
+    if config.option.full_optimisation:
+        os.environ.pop(_NO_OPTIMISATION, None)
+    else:
+        os.environ[_NO_OPTIMISATION] = "1"
+    jax.config.update(_NO_OPTIMISATION.lower(), not config.option.full_optimisation)
+
+
+def fully_optimised():
+    """Whether this process compiles as a run of a user does."""
+    return _NO_OPTIMISATION not in os.environ and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", "")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `full_optimisation` would prove nothing without it, so they are skipped. The others hold with it as well."""
+    for item in items:
+        if item.get_closest_marker("full_optimisation") and not fully_optimised():
+            item.add_marker(pytest.mark.skip(reason=_NEEDS_OPTIMISATION))
 
 
 @pytest.fixture

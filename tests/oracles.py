@@ -10,7 +10,6 @@ import numpy as np
 
 from vffjax.config import default_config
 from vffjax.hyperparameters import HyperParameters, at_peak
-from vffjax.proofs.probes import quick_jit as quick_jit
 from vffjax.proofs.probes import random_states, random_variables
 from vffjax.rules.streams import Step, Task
 from vffjax.training.augment import normalise
@@ -18,6 +17,8 @@ from vffjax.training.batch import Batch
 from vffjax.training.checks import make_config
 from vffjax.training.plan import Images, make_plan
 from vffjax.training.trainer import clean_log_p
+
+quick_jit = jax.jit  # how much it optimises is chosen for all tests of a session: see conftest.py
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups

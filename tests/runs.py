@@ -14,7 +14,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 import oracles
 from vffjax.runs import experiment, origin, summary, termination
@@ -48,21 +47,7 @@ def scratch():
 @contextlib.contextmanager
 def compiled_once():
     """Lets runs of equal configurations share compiled programs: compiling is most of what a tiny run costs."""
-    settings = {
-        "jax_compilation_cache_dir": str(scratch() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {key: getattr(jax.config, key) for key in settings}
-    try:
-        for key, value in settings.items():
-            jax.config.update(key, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for key, value in before.items():
-            jax.config.update(key, value)
-        compilation_cache.reset_cache()
+    yield
 
 
 @contextlib.contextmanager

@@ -2,9 +2,15 @@
 
 import os
 import pathlib
+import re
 import tomllib
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax._src import compiler
+
+from command_lines import in_a_process
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; flax brings it")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -24,3 +30,37 @@ def test_the_workflow_sets_python_up_and_calls_ci_run():
 
 def test_ci_run_can_be_executed():
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_ci_run_leaves_no_test_out_and_the_readme_the_slow_ones():
+    """Every test runs with one of the compiler's two settings: marked `full_optimisation` in the second call, others in the first."""
+    calls = re.findall(r"^python -m pytest(.*)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    whole = [call.replace("--durations=15", "").strip() for call in calls if "files" not in call]
+    assert whole == ["", "--full-optimisation -m full_optimisation"]
+    (command,) = re.findall(r"^    python3 -m venv .* -m pytest(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert command == ' -m "not slow"'
+
+
+# The level at which XLA's part for CPU compiles, as XLA itself is told it.
+LEVEL = """
+from jax._src import compiler
+print(compiler.get_compile_options(1, 1).executable_build_options.debug_options.xla_backend_optimization_level)
+"""
+
+
+def test_without_the_option_nothing_is_optimised(request):
+    if request.config.option.full_optimisation:
+        pytest.skip("this session optimises")
+    assert (level(), in_a_process("-c", LEVEL).stdout) == (0, "0\n")
+
+
+@pytest.mark.full_optimisation
+def test_with_the_option_everything_is_optimised(request):
+    assert request.config.option.full_optimisation
+    assert level() >= 2
+    assert int(in_a_process("-c", LEVEL).stdout) >= 2
+
+
+def level():
+    jax.jit(lambda x: x + 1)(jnp.zeros(3))  # after a first compilation too
+    return compiler.get_compile_options(1, 1).executable_build_options.debug_options.xla_backend_optimization_level

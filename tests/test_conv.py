@@ -16,6 +16,7 @@ from vffjax.ops import conv as conv_module
 from vffjax.ops.conv import _plain, conv
 
 CANONICAL = "dim_labels=b01f_01io->b01f"
+full_optimisation = pytest.mark.full_optimisation
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about the program for CPU")
 
 
@@ -28,7 +29,16 @@ def gradients(x, kernel, g, f=conv):
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
-@pytest.mark.parametrize(("batch", "rows"), [(5, 4096), (5, 30), (4, 30), (5, 1)], ids=["one product", "ragged", "whole", "by image"])
+@pytest.mark.parametrize(
+    ("batch", "rows"),
+    [
+        pytest.param(5, 4096, id="one product"),
+        pytest.param(5, 30, id="ragged"),
+        pytest.param(4, 30, id="whole"),
+        pytest.param(5, 1, id="by image"),
+        pytest.param(5, 30, id="ragged, as a run compiles", marks=full_optimisation),
+    ],
+)
 def test_value_and_gradients_equal_the_definition(batch, rows, size, monkeypatch):
     """Images of 5 x 3 positions, so that 30 rows are two images."""
     monkeypatch.setattr(conv_module, "_ROWS_PER_PRODUCT", rows)
@@ -42,6 +52,7 @@ def test_value_and_gradients_equal_the_definition(batch, rows, size, monkeypatch
 
 IMAGES = [(5, 3), (8, 6), (7, 4)]
 STRIDED = [(size, stride) for size in (1, 3, 7) for stride in (1, 2)] + [(3, 3), (3, 4)]
+OPTIMISED = [pytest.param(size, 2, id=f"{size}-2, as a run compiles", marks=full_optimisation) for size in (1, 3)]
 
 
 def strided(stride):
@@ -71,7 +82,7 @@ def assert_equals_the_definition(size, stride, h, w):
 
 
 @pytest.mark.parametrize(("h", "w"), IMAGES)
-@pytest.mark.parametrize(("size", "stride"), STRIDED)
+@pytest.mark.parametrize(("size", "stride"), STRIDED + OPTIMISED)
 def test_a_stride_equals_the_definition(size, stride, h, w):
     assert_equals_the_definition(size, stride, h, w)
 
@@ -165,6 +176,7 @@ def test_a_loop_on_cpu_holds_canonical_convolutions_only(size, stride, convoluti
     assert xla[1]  # so XLA's own gradient would be found
 
 
+@full_optimisation
 @on_cpu
 def test_the_choice_of_platform_leaves_no_branch_in_the_program():
     args = random(0, 3, 5, 6, 6, 4), random(1, 3, 3, 4, 5)
@@ -182,6 +194,7 @@ def test_only_cpu_gets_the_matrix_products(platform, products, stride):
     assert "convolution" in text
 
 
+@full_optimisation
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2)])
 def test_an_input_gradient_that_nobody_asks_for_is_not_computed(size, stride):
     x, kernel = map(jnp.asarray, (random(0, 5, 6, 6, 4), random(1, size, size, 4, 5)))
@@ -191,6 +204,7 @@ def test_an_input_gradient_that_nobody_asks_for_is_not_computed(size, stride):
     assert flops[0] < 0.75 * flops[1]
 
 
+@full_optimisation
 @on_cpu
 def test_the_gradient_is_as_fast_in_a_scan_as_outside():
     """XLA's own is about a hundred times slower there; 3 leaves room for a busy machine."""

@@ -56,6 +56,7 @@ def trained(run, length=None, numbers=(0, 1), active=None):
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 def test_any_segmentation_of_a_convolutional_network_gives_the_same_bits():
     config = config_of(**CONV, **AUGMENTED, batch_size=8, head_weight=0.5, warmup_epochs=0.5)
     run = small_run(config, shape=(8, 8, 3), examples=8 * 70 + 3)

@@ -172,6 +172,9 @@ INTERRUPTED = [
 ]
 
 
+INTERRUPTED.append(pytest.param(*INTERRUPTED[0], marks=pytest.mark.full_optimisation))
+
+
 @pytest.mark.parametrize(("changes", "kills"), INTERRUPTED, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "")
 def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(changes, kills, tmp_path):
     config = tiny(**changes)

@@ -81,6 +81,7 @@ def fast(digits):
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 @pytest.mark.parametrize("path", PLAIN)
 def test_the_plain_path_learns_the_same(path, digits, fast, monkeypatch, traces):
     monkeypatch.setattr(*PLAIN[path])

@@ -25,7 +25,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("conv", id="conv, as a run compiles", marks=pytest.mark.full_optimisation)])
 def test_training_is_the_same_with_and_without(kind, tmp_path):
     found = {}
     for cache in ("none", "device", "host"):

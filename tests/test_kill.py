@@ -9,7 +9,7 @@ import pytest
 
 from command_lines import CONFIG, in_a_process
 from faults import kill
-from runs import TINY, scratch, tiny, train
+from runs import TINY, tiny, train
 
 JOINT = TINY | {"epochs": 8, "checkpoint_every": 1}
 SEQUENTIAL = TINY | {"epochs": 4, "checkpoint_every": 2, "schedule": "sequential"}
@@ -19,36 +19,32 @@ CASES = {
 }
 
 
-def environment():
-    """What `train` has compiled here is found by a process there."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(scratch() / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "signals"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("changes", "signals"),
+    [
+        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        pytest.param(*CASES["joint"], id="joint, as a run compiles", marks=pytest.mark.full_optimisation),
+    ],
+)
 def test_a_process_that_is_killed_goes_on_to_the_bits_of_an_undisturbed_one(changes, signals, tmp_path):
     train(tiny(**changes), tmp_path / "reference")
     workdir, draw, signalled = tmp_path / "run", random.Random(0), 0
     for instant, how in signals:
-        run = kill.Run(changes, workdir, environment())
+        run = kill.Run(changes, workdir, dict(os.environ))
         where = kill.wait_for(run, instant, 0.0, draw)
         run.process.send_signal(how)
         status = run.end()
         assert status in (-9, 143, -15, 0), where
         signalled += status != 0
     assert signalled, "no signal came in time"
-    status = kill.Run(changes, workdir, environment()).end()
+    status = kill.Run(changes, workdir, dict(os.environ)).end()
     assert kill.judge({"status": status, "signals": []}, tmp_path / "reference", workdir, signal.SIGKILL) == []
 
 
 def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path):
     changes = TINY | {"epochs": 20_000, "checkpoint_every": 10_000}
-    run = kill.Run(changes, tmp_path / "run", environment())
+    run = kill.Run(changes, tmp_path / "run", dict(os.environ))
     try:
         while run.alive() and run.lines() < 1:
             time.sleep(0.01)

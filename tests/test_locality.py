@@ -21,6 +21,7 @@ from vffjax.proofs import locality
 from vffjax.rules import local as rules
 from vffjax.training import trainer
 from vffjax.training.checks import make_config
+from vffjax.training.plan import make_plan
 
 TWO = {"network": "mlp", "widths": (8, 6), "grouping": "layer"}  # two groups
 BP = {"rule": "head", "grouping": "all"}
@@ -52,7 +53,37 @@ def plain(certificate):
 # What passes
 
 
-@pytest.mark.parametrize("given", [given for given in GIVEN if given != "digits.py"])  # below, with numbers
+# These differ from another configuration in their images alone, or in numbers that are arguments of the program, so the program is equal.
+SAME_PROGRAM = {
+    "cifar100.py": "cifar10.py",
+    "cifar100.py:small": "cifar10.py:small",
+    "finetune.py:resnet34_cifar100": "finetune.py",
+    "finetune.py:resnet50_cifar100": "finetune.py:resnet50_cifar10",
+    "finetune.py:resnet18_cifar100": "finetune_resnet18_cifar10.py",
+    "resnet18.py:cifar100": "resnet18.py",
+    "vgg8b.py:cifar100": "vgg8b.py",
+}
+PROGRAMS = [given for given in GIVEN if given not in SAME_PROGRAM]
+LONG = ("finetune", "resnet18.py")  # take seconds to trace
+SHORT = "resnet18.py:narrow_cifar100"  # stands for them where the slow tests are left out
+
+
+@pytest.mark.parametrize("given", SAME_PROGRAM)
+def test_a_configuration_that_is_not_traced_has_the_program_of_one_that_is(given):
+    other = of_file(SAME_PROGRAM[given])
+    config = dataclasses.replace(of_file(given), dataset=other.dataset)
+    assert make_plan(config, 1000, 10).program == make_plan(other, 1000, 10).program
+
+
+@pytest.mark.parametrize(
+    "given",
+    # digits.py comes below, with numbers.
+    [
+        pytest.param(given, marks=[pytest.mark.slow] * (given.startswith(LONG) and given != SHORT))
+        for given in PROGRAMS
+        if given != "digits.py"
+    ],
+)
 def test_every_configuration_is_local_by_its_program(given):
     found = plain(locality.certify(of_file(given), numeric=False))
     assert (found["local"], found["violations"]) == (True, [])
@@ -65,7 +96,7 @@ def test_every_configuration_is_local_by_its_program(given):
 
 
 # By numbers each published network once; by its program every variant above.
-PLAIN = [given for given in GIVEN if not given.startswith(("digits", "resnet", "vgg", "finetune"))]
+PLAIN = [given for given in PROGRAMS if not given.startswith(("digits", "resnet", "vgg", "finetune"))]
 ONE_OF_EACH = ["vgg8b.py", "finetune_resnet18_cifar10.py", "finetune.py", "finetune.py:resnet50_cifar10"]
 
 
@@ -79,6 +110,7 @@ def test_every_configuration_is_local_by_numbers(given):
     _check_numbers(locality.certify(config))
 
 
+@pytest.mark.full_optimisation
 def test_digits_is_local_by_numbers():
     found = locality.certify(of_file("digits.py"))
     _check_numbers(found)

@@ -40,6 +40,7 @@ def temporaries(method, depth):
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 def test_joint_training_holds_one_group_however_deep_the_network_is():
     assert temporaries("vff joint", 8) <= 1.1 * temporaries("vff joint", 4)
     assert temporaries("bp", 8) > 1.5 * temporaries("bp", 4)
@@ -47,6 +48,7 @@ def test_joint_training_holds_one_group_however_deep_the_network_is():
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 def test_without_the_fence_joint_training_would_hold_as_much_as_back_propagation(monkeypatch):
     monkeypatch.setattr(trainer, "_fenced", lambda function, labels: function)
     unfenced = compile_one("vff joint", 8)["temp_bytes"]
@@ -55,11 +57,13 @@ def test_without_the_fence_joint_training_would_hold_as_much_as_back_propagation
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 def test_recomputing_takes_less_than_keeping():
     assert temporaries("bp checkpointed", 8) < 0.7 * temporaries("bp", 8)
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 @pytest.mark.skipif(not targets.has_tpu_compiler(), reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
     # In a process of its own: libtpu reads its environment once, and must not meet the backend of the other tests.

@@ -50,7 +50,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+OPTIMISED = pytest.param("pooled, ragged", id="as a run compiles", marks=pytest.mark.full_optimisation)
+
+
+@pytest.mark.parametrize("case", [*CASES, OPTIMISED])
 @pytest.mark.parametrize("shape", [(4, 5), ()], ids=["maps", "vectors"])
 def test_value_and_gradients_equal_the_definition(case, shape):
     arguments = CASES[case] | ({} if shape else {"pool": 1})

@@ -58,7 +58,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+OPTIMISED = pytest.param("a later epoch", id="a later epoch, as a run compiles", marks=pytest.mark.full_optimisation)
+
+
+@pytest.mark.parametrize("name", [*RUNS, OPTIMISED])
 def test_a_run_that_leaves_inside_of_an_epoch_goes_on_to_the_same_bits(name, tmp_path):
     changes, epoch, step = RUNS[name]
     config = tiny(**{"segment_steps": 2} | changes)

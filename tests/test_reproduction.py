@@ -46,6 +46,7 @@ def test_without_a_folder_nothing_is_left(reproduce, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full_optimisation
 def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # each by what it compiles itself
     done = in_a_process("train.py", *TINY_FLAGS, f"--workdir={tmp_path / 'run'}")

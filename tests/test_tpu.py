@@ -23,6 +23,7 @@ print(json.dumps(target.compile_segment() | target.compile_gather()))
 
 
 @pytest.mark.slow
+@pytest.mark.full_optimisation
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_the_yardstick_compiles_for_tpu_v5e_and_nothing_copies_its_data_set():
     arguments = ["--config", "configs/cifar10.py:yardstick", "--config.precision=bf16"]

@@ -59,6 +59,7 @@ class Plain(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
+@pytest.mark.full_optimisation
 def test_one_group_under_the_head_rule_is_plain_back_propagation(key):
     """Four steps of AdamW with weight decay; float32 roundings of Adam's quotient allow 2e-5 of a parameter, the steps being 1e-2."""
     config = config_of(**CONV, grouping="all", rule="head", head_grid=1, learning_rate=1e-2, weight_decay=0.1, label_smoothing=0.1)
@@ -361,6 +362,7 @@ def test_two_epochs_learn_two_easy_classes(name):
     assert config.rule == "head" or (local[1] < local[0]).all(), local
 
 
+@pytest.mark.full_optimisation
 def test_an_epoch_costs_no_more_than_a_loop_of_steps(conv):
     """Aimed at: 1.1. XLA:CPU's own gradient of a convolution is a hundred times slower in a scan."""
     run, epoch, step = conv

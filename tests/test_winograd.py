@@ -17,7 +17,16 @@ def random(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(("batch", "images"), [(5, 100), (6, 2), (7, 4), (5, 0)], ids=["one step", "whole steps", "ragged", "by image"])
+@pytest.mark.parametrize(
+    ("batch", "images"),
+    [
+        pytest.param(5, 100, id="one step"),
+        pytest.param(6, 2, id="whole steps"),
+        pytest.param(7, 4, id="ragged"),
+        pytest.param(5, 0, id="by image"),
+        pytest.param(7, 4, id="ragged, as a run compiles", marks=pytest.mark.full_optimisation),
+    ],
+)
 def test_value_and_gradients_equal_the_definition(batch, images, monkeypatch):
     monkeypatch.setattr(winograd, "_ELEMENTS_PER_STEP", images * ELEMENTS_OF_AN_IMAGE)
     x, kernel, g = random(0, batch, 4, 6, 2), random(1, 3, 3, 2, 3), random(2, batch, 4, 6, 3)
@@ -59,6 +68,7 @@ def test_it_applies_to_even_maps_and_enough_channels(x, kernel, expected):
     assert winograd.applies(x, kernel) is expected
 
 
+@pytest.mark.full_optimisation
 @pytest.mark.parametrize("part", ["value", "input gradient", "kernel gradient"])
 def test_rounding_errors_are_those_of_the_plain_sum(part):
     """Root mean square error against float64, at most twice the plain convolution's."""
