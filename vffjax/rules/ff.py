@@ -36,7 +36,7 @@ def told(task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""])
     return overlay(images, weights, task.black, task.white)
 
 
-def check_data(config: Config, image_shape: tuple[int, int, int], classes: int) -> None:
+def check_data(config: Config, image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...]) -> None:
     """Raises `UserError` if the label's pixels take more than half of the image, which would leave little to see."""
     if classes > image_shape[0] * image_shape[1] // 2:
         raise bad_key("rule", config.rule, f"{classes} label pixels do not fit {image_shape[:2]} images", "use another rule")

@@ -70,7 +70,7 @@ class Rule:
         norm: what `config.norm = "auto"` means.
         codebook: whether labels are told by the class noise of the codebook, which pictures then show.
         check: raises `UserError` if the configuration does not suit the rule.
-        check_data: the same for the shape of an image and the number of classes.
+        check_data: the same for the shape of an image, the number of classes and the widths of the groups.
     """
 
     streams: Callable[[Step], Streams] = clean_only
@@ -88,7 +88,7 @@ class Rule:
     norm: str = "batch"
     codebook: bool = False
     check: Callable[[Config], None] = lambda config: None
-    check_data: Callable[[Config, tuple[int, int, int], int], None] = lambda config, image_shape, classes: None
+    check_data: Callable[[Config, tuple[int, int, int], int, tuple[int, ...]], None] = lambda config, image_shape, classes, widths: None
 
     def options_of(self, config: Config) -> Any:
         """The rule's own keys as a configuration that was checked has them."""

@@ -102,7 +102,7 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
     if max(image_shape[:2]) > MAX_SIDE:
         raise bad_key("dataset", c.dataset, f"has images of {image_shape[0]}x{image_shape[1]} pixels", f"use sides up to {MAX_SIDE}")
     find_network(c).check_images(c, image_shape)
-    plan.rule.check_data(c, image_shape, classes)
+    plan.rule.check_data(c, image_shape, classes, tuple(group.width for group in groups))
     if c.pixel_statistics == "imagenet" and image_shape[2] != 3:
         raise bad_key("pixel_statistics", c.pixel_statistics, "ImageNet's are those of colour images", "use data")
     side = min(image_shape[:2])

@@ -1,0 +1,48 @@
+"""cwc: goodness by channel groups of classes (Papachristodoulou et al., 2024, arXiv:2312.12668, "channel-wise competitive").
+
+The channels of a group's features are cut into one set for each class. The goodness of a class is the mean squared activity of its set,
+and the loss is the cross-entropy of the softmax over these. There are no negative images: classes compete by channels. The goodness also
+scores the classes (`config.inference = "rule"`). The head of the group only reads.
+
+Our reading: where the channels cannot be shared out evenly, sets differ by one channel.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vffjax.config import Config
+from vffjax.errors import bad_key
+from vffjax.hyperparameters import Scalar
+from vffjax.rules.local import Metrics, NoOptions, Rule, Seen, head_cross_entropy
+
+
+def goodness(features: Float[Array, "batch *feature"], classes: int) -> Float[Array, "batch classes"]:
+    """Of each class the mean squared activity over positions and over the channels of its set."""
+    z = features.astype(jnp.float32)
+    of_channels = jnp.mean(z * z, axis=tuple(range(1, z.ndim - 1)))
+    channels = of_channels.shape[1]
+    owners = jax.nn.one_hot(jnp.arange(channels) * classes // channels, classes, dtype=jnp.float32)
+    return jnp.dot(of_channels, owners / owners.sum(axis=0, keepdims=True), precision=jax.lax.Precision.HIGHEST)
+
+
+def scores(options: NoOptions, features: Array, params: dict[str, Array], classes: int) -> Float[Array, "batch classes"]:
+    """The goodness of each class, as log-probabilities."""
+    return jax.nn.log_softmax(goodness(features, classes))
+
+
+def loss(seen: Seen) -> tuple[Scalar, Metrics]:
+    """Cross-entropy of the clean images' goodness. Its own metric is the goodness of the right class."""
+    found, labels = goodness(seen.made.clean, seen.logits.shape[1]), seen.made.labels
+    right = jnp.take_along_axis(found, labels[:, None], axis=1)
+    return head_cross_entropy(found, labels, seen.hyper.label_smoothing), {"right_goodness": jnp.mean(right)}
+
+
+def check_data(config: Config, image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...]) -> None:
+    """Raises `UserError` if a group has fewer channels than there are classes."""
+    if min(widths) < classes:
+        problem = f"a group of {min(widths)} channels has none for some of {classes} classes"
+        raise bad_key("rule", config.rule, problem, "use wider layers, or another rule")
+
+
+RULE = Rule(loss=loss, scores=scores, check_data=check_data)

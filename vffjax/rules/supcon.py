@@ -1,0 +1,78 @@
+"""supcon: a supervised contrast among the clean images, behind a linear projection (Khosla et al., 2020, arXiv:2004.11362).
+
+`z = W f` of length 1, and for each image the mean over the others of its class of
+`-log(exp(z_i.z_p / tau) / sum_{a != i} exp(z_i.z_a / tau))`.
+Work on contrastive forward-forward learning (HCL-FF, CVPR 2026) found that such a contrast with a linear projection adds most. A share of
+the head's loss, `config.head_weight`, trains the group too; `tau` is `config.temperature`.
+
+Our reading: a feature map is mean-pooled to a few cells before the projection, and an image without another of its class counts
+nothing.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vffjax.config import Config
+from vffjax.hyperparameters import HyperParameters, Scalar
+from vffjax.keys import key
+from vffjax.ops.pooling import mean_pool_to_grid
+from vffjax.rules.local import Metrics, Rule, Seen
+from vffjax.rules.similarity import dot, unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The rule's own keys."""
+
+    dimensions: int = key(128, "length of the projected vectors", low=1, high=65_536)
+    cells: int = key(2, "side in cells of the grid to which a feature map is mean-pooled before the projection", low=1, high=1024)
+
+
+def parameters(options: Options, shape: tuple[int, ...], classes: int, key: PRNGKeyArray) -> dict[str, Array]:
+    """The projection of pooled and flattened features."""
+    inputs = shape[-1]
+    for side in shape[:-1]:
+        inputs *= min(side, options.cells)
+    return {"kernel": jax.nn.initializers.lecun_normal()(key, (inputs, options.dimensions), jnp.float32)}
+
+
+def contrast(z: Float[Array, "batch d"], labels: Int[Array, " batch"], temperature: Scalar) -> Float[Array, ""]:
+    """The supervised contrast of vectors of length 1; 0 if no two images share a class."""
+    others = ~jnp.eye(len(labels), dtype=bool)
+    scores = jnp.where(others, dot(z, z.T) / temperature, -jnp.inf)
+    log_p = scores - jax.nn.logsumexp(scores, axis=1, keepdims=True)
+    positive = others & (labels[:, None] == labels[None, :])
+    count = positive.sum(axis=1)
+    each = -jnp.where(positive, log_p, 0.0).sum(axis=1) / jnp.maximum(count, 1)
+    return each.sum() / jnp.maximum((count > 0).sum(), 1)
+
+
+def loss(seen: Seen) -> tuple[Scalar, Metrics]:
+    """The contrast of the clean images. It has no metrics of its own."""
+    features = seen.made.clean.astype(jnp.float32)
+    if features.ndim == 4:
+        features = mean_pool_to_grid(features, seen.options.cells)
+    flat = features.reshape(features.shape[0], -1)
+    z = unit(jnp.dot(flat, seen.params["kernel"], precision=jax.lax.Precision.HIGHEST))
+    return contrast(z, seen.made.labels, seen.hyper.temperature), {}
+
+
+def _head_share(config: Config, hyper: HyperParameters) -> Scalar:
+    return 0 if config.head_weight == 0 else hyper.head_weight
+
+
+def _cells(config: Config) -> int:
+    cells: int = Options(**config.rule_options).cells
+    return cells
+
+
+RULE = Rule(
+    loss=loss,
+    head_share=_head_share,
+    cells=_cells,
+    parameters=parameters,
+    options=Options,
+)
