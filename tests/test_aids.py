@@ -275,9 +275,9 @@ def no_flush(monkeypatch):
     monkeypatch.setattr(files, "_warned", set())
     sound = os.fsync
 
-    def prepare(code, files=False):
+    def prepare(code, files_too=False):
         def fsync(descriptor):
-            if files or os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            if files_too or os.path.isdir(f"/proc/self/fd/{descriptor}"):
                 raise OSError(code, os.strerror(code))
             sound(descriptor)
 
@@ -286,10 +286,10 @@ def no_flush(monkeypatch):
     return prepare
 
 
-@pytest.mark.parametrize("files", [False, True], ids=["folders", "files too"])
+@pytest.mark.parametrize("files_too", [False, True], ids=["folders", "files too"])
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.ENOSYS], ids=name_of)
-def test_what_cannot_be_flushed_is_one_line_for_many_files(code, files, no_flush, tmp_path, capsys):
-    no_flush(code, files)
+def test_what_cannot_be_flushed_is_one_line_for_many_files(code, files_too, no_flush, tmp_path, capsys):
+    no_flush(code, files_too)
     for number in range(3):
         write_json(tmp_path / f"{number}.json", number)
         files.sync(tmp_path)

@@ -279,5 +279,5 @@ def test_unreadable_images_are_named(fails, digit, tmp_path):
         (tmp_path / name).write_bytes(content)
         # A good image before it does not matter.
         fails("predict", f"--workdir={finished()}", digit, tmp_path / name, parts=[str(tmp_path / name), *parts])
-    fails("predict", f"--workdir={finished()}", tmp_path / "missing.png", parts=[f"{tmp_path}/missing.png: no such file"])
+    fails("predict", f"--workdir={finished()}", tmp_path / "missing.png", parts=[f"{tmp_path}/missing.png: No such file"])
     fails("predict", f"--workdir={finished()}", tmp_path, parts=[f"{tmp_path}: "])
