@@ -25,12 +25,12 @@ CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # tw
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups
 
 
-def slow_but(cases, *quick):
-    """The cases of a parametrized test, all marked `slow` but the `quick` ones, which stand for the others."""
+def slow_but(cases, *quick, several=False):
+    """The cases of a parametrized test, all marked `slow` but the `quick` ones, which stand for the others. `several`: a case is a tuple
+    of several arguments of the test."""
     missing = [case for case in quick if case not in cases]
     assert not missing, missing
-    parameters = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
-    return [pytest.param(*values, marks=[] if case in quick else pytest.mark.slow) for case, values in parameters]
+    return [pytest.param(*(case if several else (case,)), marks=[] if case in quick else pytest.mark.slow) for case in cases]
 
 
 def config_of(**changes):

@@ -220,6 +220,7 @@ def test_back_propagation_crosses_every_layer():
     assert found["inside"]["group0"] == found["violations"]
 
 
+@pytest.mark.slow
 def test_crossings_inside_groups_are_told_and_no_leak():
     found = locality.certify(config_of(network="mlp", widths=(8, 8, 6, 6)), numeric=False)
     assert found["local"]
@@ -273,7 +274,7 @@ def plant_in_step(monkeypatch, change):
     monkeypatch.setattr(trainer, "train_step", planted)
 
 
-@pytest.mark.parametrize("changes", [{"rule": "ff"}, {"rule": "head"}], ids=["ff", "head"])
+@pytest.mark.parametrize("changes", slow_but([{"rule": "ff"}, {"rule": "head"}], {"rule": "head"}), ids=["ff", "head"])
 def test_a_removed_stop_gradient_is_found(changes, monkeypatch, traces):
     # That of what a group passes on, a tuple; not that of what its head reads, an array.
     monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x if isinstance(x, tuple) else jax.lax.stop_gradient(x)))
@@ -324,7 +325,10 @@ def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detache
     assert not any(name.startswith(("group0/batch_stats", "group0/opt_state")) for name in leak["to_leaves"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"labelling": "triplet", "negatives": "hard"}, {"rule": "ff", "negatives": "hard"}], ids=str)
+DRAWN = [{}, {"labelling": "triplet", "negatives": "hard"}, {"rule": "ff", "negatives": "hard"}]
+
+
+@pytest.mark.parametrize("changes", slow_but(DRAWN, {}), ids=str)
 def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, monkeypatch, traces):
     def quantised(plan, task, states, *_):
         return jnp.round(states[1].params["head"]["kernel"].sum() * 2**20).astype(jnp.int32).astype(jnp.float32)
@@ -335,6 +339,7 @@ def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, mon
     assert leak["from_leaves"] == ["group1/head/kernel"]
 
 
+@pytest.mark.slow
 def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch, traces):
     """Only in the next step would it reach parameters."""
     honest = trainer.train_step
@@ -364,6 +369,7 @@ def test_a_leak_outside_the_step_is_found(monkeypatch, traces):
     assert "group1/head/bias" in leak["from_leaves"]
 
 
+@pytest.mark.slow
 def test_logits_that_pass_on_undetached_are_found(monkeypatch, traces):
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + group.logits(params, rows).mean())
     (leak,) = leaks().values()
@@ -408,6 +414,7 @@ def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch, 
     assert (leak["from"], leak["to"]) == ("group0/layers_0/kernel", "group1/loss")
 
 
+@pytest.mark.slow
 def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch, traces):
     @jax.custom_vjp
     def scaled(loss, kernel):
@@ -433,6 +440,7 @@ def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch, traces):
     assert (leak["from"], leak["to"], leak["from_leaves"]) == ("group1/head/kernel", "group0/layers_0/kernel", ["group1/head/kernel"])
 
 
+@pytest.mark.slow
 def test_copies_that_touch_clean_images_are_found(monkeypatch, traces):
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + 1e-3 * jax.lax.stop_gradient(rows[-1:]))
     found = leaks(numeric=True)
@@ -440,6 +448,7 @@ def test_copies_that_touch_clean_images_are_found(monkeypatch, traces):
     assert all(v["max_abs"] > 0 for v in found.values())
 
 
+@pytest.mark.slow
 def test_a_network_that_does_not_learn_proves_nothing(monkeypatch, traces):
     honest = trainer.train_step
     monkeypatch.setattr(

@@ -57,7 +57,9 @@ def test_vgg_has_the_published_kernels():
 SIZED = [(n, "cifar") for n in PUBLISHED] + [(n, "imagenet") for n in RESNET]
 
 
-@pytest.mark.parametrize(("network", "stem"), oracles.slow_but(SIZED, ("resnet18", "cifar"), ("resnet18", "imagenet"), ("vgg8b", "cifar")))
+@pytest.mark.parametrize(
+    ("network", "stem"), oracles.slow_but(SIZED, ("resnet18", "cifar"), ("resnet18", "imagenet"), ("vgg8b", "cifar"), several=True)
+)
 def test_sizes_on_paper_are_those_of_the_network(network, stem):
     """Kernels layer by layer, and that no feature map which a layer gives is larger than was said. Narrow, and of odd sides."""
     config = config_of(network=network, stem=stem, width_factor=0.1)
@@ -92,7 +94,7 @@ CUT = [
 
 
 @pytest.mark.parametrize(
-    ("network", "grouping", "expected"), oracles.slow_but(CUT, *(case for case in CUT if case[0] in ("resnet18", "vgg8b")))
+    ("network", "grouping", "expected"), oracles.slow_but(CUT, *(case for case in CUT if case[0] in ("resnet18", "vgg8b")), several=True)
 )
 def test_groups_are_cut_by_width_by_block_and_by_layer(network, grouping, expected):
     groups, _ = of(network, grouping=grouping)
@@ -117,7 +119,7 @@ def test_a_heads_grid_is_by_width_if_the_configuration_leaves_it():
 CERTIFIED = [(network, grouping) for network in ("vgg8b", "resnet18") for grouping in ("width", "block", "layer")]
 
 
-@pytest.mark.parametrize(("network", "grouping"), oracles.slow_but(CERTIFIED, ("vgg8b", "block"), ("resnet18", "width")))
+@pytest.mark.parametrize(("network", "grouping"), oracles.slow_but(CERTIFIED, ("vgg8b", "block"), ("resnet18", "width"), several=True))
 def test_no_gradient_crosses_in_any_grouping(network, grouping):
     """By the traced program, narrow; `benchmarks/networks.py` does it for every network as published."""
     found = locality.certify(config_of(network=network, grouping=grouping, width_factor=0.02, dataset="cifar10"), numeric=False)
