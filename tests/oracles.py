@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vffjax.config import default_config
 from vffjax.hyperparameters import HyperParameters, at_peak
@@ -22,6 +23,14 @@ quick_jit = jax.jit  # how much it optimises is chosen for all tests of a sessio
 
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}  # two groups
 MLP = {"network": "mlp", "widths": (12, 10, 12), "grouping": "layer"}  # three groups
+
+
+def slow_but(cases, *quick, several=False):
+    """The cases of a parametrized test, all marked `slow` but the `quick` ones, which stand for the others. `several`: a case is a tuple
+    of several arguments of the test."""
+    missing = [case for case in quick if case not in cases]
+    assert not missing, missing
+    return [pytest.param(*(case if several else (case,)), marks=[] if case in quick else pytest.mark.slow) for case in cases]
 
 
 def config_of(**changes):

@@ -14,7 +14,7 @@ import pytest
 
 from command_lines import ROOT, TINY_FLAGS, in_a_process
 from image_sets import fails as refused
-from oracles import CONV, MLP, config_of, small_run, traced_afresh
+from oracles import CONV, MLP, config_of, slow_but, small_run, traced_afresh
 from runs import compiled_once, contents, copy_of, finished, tiny, train
 from vffjax.costs import targets
 from vffjax.data import load as data
@@ -80,7 +80,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "vff", "conv, ff"))
 def test_it_says_what_the_run_says_for_any_number_of_images(kind, tmp_path):
     run = small_run(config_of(**KINDS[kind]), shape=SHAPE)
     found, _ = written(tmp_path, run)

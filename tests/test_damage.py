@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from oracles import slow_but
 from runs import contents, copy_of, finished, summary_of, tiny, train, untimed
 from vffjax.errors import UserError
 from vffjax.runs.checkpoint import Checkpoints
@@ -117,7 +118,16 @@ LATEST_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("damage", "said"), LATEST_DAMAGE.values(), ids=LATEST_DAMAGE.keys())
+# One of each kind: a file that differs, one that is gone, metadata, the run's own state, another run's step, another epoch's, digests, all.
+QUICK = [
+    *("a bit of an array", "no array", "the step's metadata", "the run's state edited", "another run's step and digests"),
+    *("an earlier step under its name", "truncated digests", "its digests gone", "the folder gone"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), slow_but(LATEST_DAMAGE.values(), *(LATEST_DAMAGE[name] for name in QUICK), several=True), ids=LATEST_DAMAGE.keys()
+)
 def test_damage_to_the_latest_step_is_named_and_the_run_ends_as_if_undisturbed(damage, said, foreign, tmp_path, capsys):
     workdir = copy_of(finished(), tmp_path)
     (workdir / "summary.json").unlink()
@@ -193,7 +203,7 @@ HEALED = {
 }
 
 
-@pytest.mark.parametrize("damage", HEALED.values(), ids=HEALED.keys())
+@pytest.mark.parametrize("damage", slow_but(HEALED.values(), HEALED["a torn line"], HEALED["no plots"]), ids=HEALED.keys())
 def test_record_summary_and_plots_are_made_again_from_the_checkpoints(damage, tmp_path):
     workdir = copy_of(finished(), tmp_path)
     damage(workdir)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import CONV, MLP, config_of, small_run
+from oracles import CONV, MLP, config_of, slow_but, small_run
 from runs import compiled_once, copy_of, finished, tiny, train
 from vffjax.data import load as data
 from vffjax.runs import plots
@@ -91,7 +91,10 @@ def test_the_simulation_equals_a_slow_loop(votes):
 
 
 # Batches are an eighth: 37 images in one chunk of 63, in batches of 2 with a chunk that is short, of 1, and in one chunk that is full.
-@pytest.mark.parametrize(("name", "size"), [("mlp", 500), ("mlp", 16), ("mlp", 3), ("ff", 16), ("conv4", 16), ("conv4", 8 * 37)])
+SIZES = [("mlp", 500), ("mlp", 16), ("mlp", 3), ("ff", 16), ("conv4", 16), ("conv4", 8 * 37)]
+
+
+@pytest.mark.parametrize(("name", "size"), slow_but(SIZES, ("mlp", 16), several=True))
 def test_the_device_lets_the_same_images_leave_as_the_simulation(name, size):
     run = run_of(name, eval_batch_size=size)
     scores, exits = scores_of(run), len(run.plan.groups)
@@ -107,7 +110,7 @@ def test_the_device_lets_the_same_images_leave_as_the_simulation(name, size):
         assert len(seen) > 2  # the thresholds do differ
 
 
-@pytest.mark.parametrize("n", [1, 31, 33])
+@pytest.mark.parametrize("n", slow_but([1, 31, 33], 31))
 def test_any_number_of_images_in_any_place_is_classified_alike(n):
     run = run_of(eval_batch_size=16)
     votes, order = VOTES[0], np.random.default_rng(n).permutation(37)[:n]

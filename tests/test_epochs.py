@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import CONV, assert_same, config_of, differs, small_run
+from oracles import CONV, assert_same, config_of, differs, slow_but, small_run
 from vffjax.hyperparameters import HyperParameters
 from vffjax.training import epochs, feature_cache
 from vffjax.training import scores as inference
@@ -91,13 +91,13 @@ def test_any_segmentation_gives_the_same_bits(rule):
         assert_same(trained(run, length), whole)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", slow_but(RULES, "shared, cutout"))
 def test_images_on_the_host_give_the_same_bits(rule):
     run, whole = dense(rule)
     assert_same(trained(on_host(run), 4), whole)
 
 
-@pytest.mark.parametrize("labelling", ["shared", "triplet"])
+@pytest.mark.parametrize("labelling", slow_but(["shared", "triplet"], "shared"))
 def test_features_kept_on_the_host_give_the_same_bits(labelling):
     found = {}
     for cache in ("device", "host"):
@@ -299,7 +299,10 @@ def test_other_seeds_and_numbers_of_one_shape_compile_nothing():
         assert found == [], changes
 
 
-@pytest.mark.parametrize("changes", [{"head_weight": 0.0}, {"clip_norm": 0.0}, {"temperature": 0.1, "norm": "layer"}], ids=str)
+OTHER_PROGRAMS = [{"head_weight": 0.0}, {"clip_norm": 0.0}, {"temperature": 0.1, "norm": "layer"}]
+
+
+@pytest.mark.parametrize("changes", slow_but(OTHER_PROGRAMS, {"clip_norm": 0.0}), ids=str)
 def test_what_takes_a_part_out_of_the_program_is_another_program(changes):
     base, other = (make_plan(config_of(**BASE | own), 43, 3).program for own in ({}, changes))
     assert base != other

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import runs
-from oracles import traced_afresh
+from oracles import slow_but, traced_afresh
 from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tell_to_leave, tiny, train, untimed
 from vffjax.data import load as data
 from vffjax.errors import UserError
@@ -172,7 +172,8 @@ INTERRUPTED = [
 ]
 
 
-INTERRUPTED.append(pytest.param(*INTERRUPTED[0], marks=pytest.mark.full_optimisation))
+INTERRUPTED = slow_but(INTERRUPTED, INTERRUPTED[0], INTERRUPTED[6], several=True)
+INTERRUPTED.append(pytest.param(*INTERRUPTED[0].values, marks=pytest.mark.full_optimisation))
 
 
 @pytest.mark.parametrize(("changes", "kills"), INTERRUPTED, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "")
@@ -199,7 +200,7 @@ def assert_same_run(workdir, other, config):
         assert_same_bits(saved_states(config, workdir, epoch), saved_states(config, other, epoch))
 
 
-@pytest.mark.parametrize("schedule", ["joint", "sequential"])
+@pytest.mark.parametrize("schedule", slow_but(["joint", "sequential"], "joint"))
 def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(schedule, tmp_path):
     # Epoch 3 is not to be saved by the schedule, and is the best of all: no undisturbed run could choose it.
     config = tiny(epochs=4, checkpoint_every=2, schedule=schedule)

@@ -11,7 +11,7 @@ import pytest
 
 import oracles
 from command_lines import ROOT
-from oracles import CONV, MLP, config_of, differs, quick_jit, small_run
+from oracles import CONV, MLP, config_of, differs, quick_jit, slow_but, small_run
 from runs import train
 from vffjax.config import for_group
 from vffjax.errors import UserError
@@ -23,6 +23,8 @@ from vffjax.training.trainer import train_step
 from vffjax.weights.weights import read_weights
 
 RESNET = {"network": "resnet18", "width_factor": 0.05, "grouping": "width"}
+ANCHOR = CONV | {"norm": "anchor"}
+FF = MLP | {"rule": "ff", "norm": "auto"}
 FROZEN = {"norm_statistics": "frozen", "init_from": "weights.safetensors"}  # the file is read by the run, not by a step
 
 
@@ -35,8 +37,8 @@ def stepped(run, key, steps=1):
     return states, metrics
 
 
-@pytest.mark.parametrize("changes", [CONV, RESNET, MLP | {"rule": "ff", "norm": "auto"}], ids=["conv4", "resnet18", "ff"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("changes", slow_but([CONV, RESNET, FF], CONV), ids=["conv4", "resnet18", "ff"])
+@pytest.mark.parametrize("optimizer", slow_but(["adamw", "sgd"], "adamw"))
 def test_a_frozen_group_stays_to_the_bit_and_its_head_learns(changes, optimizer, key):
     if "rule" in changes and optimizer == "sgd":
         pytest.skip("one optimizer is enough for a rule")
@@ -71,7 +73,7 @@ def test_later_groups_train_on_what_a_frozen_group_gives_in_evaluation(key):
     oracles.assert_same(training, evaluation)
 
 
-@pytest.mark.parametrize("changes", [CONV, RESNET, CONV | {"norm": "anchor"}, MLP], ids=["conv4", "resnet18", "anchor", "mlp"])
+@pytest.mark.parametrize("changes", slow_but([CONV, RESNET, ANCHOR, MLP], MLP), ids=["conv4", "resnet18", "anchor", "mlp"])
 def test_frozen_statistics_stay_and_all_parameters_learn(changes, key):
     run = small_run(config_of(**changes, **FROZEN), shape=(8, 8, 3))
     states, _ = stepped(run, key)
@@ -118,7 +120,7 @@ def test_imagenets_pixel_statistics_take_the_place_of_the_datas():
     oracles.assert_same(own.codebook, imagenet.codebook)
 
 
-@pytest.mark.parametrize("frozen", [1, 4])
+@pytest.mark.parametrize("frozen", slow_but([1, 4], 1))
 def test_fine_tuning_is_local(frozen):
     """By the program; for frozen groups of a small network by numbers too."""
     network = CONV if frozen == 1 else RESNET

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import CONV, MLP, config_of, leaves, quick_jit, setting_of, small_run, streams_of
+from oracles import CONV, MLP, config_of, leaves, quick_jit, setting_of, slow_but, small_run, streams_of
 from vffjax.proofs import probes
 from vffjax.rules import local as rules
 from vffjax.rules import vff
@@ -44,7 +44,10 @@ def leaking_pairs(gradients):
     return [(i, j) for i, j in pairs if any((leaf != 0).any() for _, leaf in leaves(gradients[i][j]))]
 
 
-@pytest.mark.parametrize(("network", "rule"), CASES, ids=names(CASES))
+QUICK = [(MLP, "shared"), (MLP, "triplet, hard, head"), (CONV, "ff, hard")]
+
+
+@pytest.mark.parametrize(("network", "rule"), slow_but(CASES, *QUICK, several=True), ids=names(CASES))
 def test_a_loss_has_gradients_in_its_own_group_and_nowhere_else(network, rule, key):
     run = small_run(config_of(**network, **RULES[rule]))
     losses, gradients = losses_and_gradients(run, key)
@@ -63,7 +66,7 @@ def test_a_loss_has_gradients_in_its_own_group_and_nowhere_else(network, rule, k
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("network", "rule"), MUTANTS, ids=names(MUTANTS))
+@pytest.mark.parametrize(("network", "rule"), slow_but(MUTANTS, (MLP, "shared"), several=True), ids=names(MUTANTS))
 def test_the_check_finds_a_leak_where_streams_are_not_detached(network, rule, key, monkeypatch, traces):
     class Leaky:
         lax = types.SimpleNamespace(stop_gradient=lambda x: x)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from command_lines import CONFIG, ROOT, in_a_process
-from oracles import MLP, config_of
+from oracles import MLP, config_of, slow_but
 from vffjax.cli.config_file import load_config_file
 from vffjax.errors import UserError
 from vffjax.networks import find
@@ -64,8 +64,6 @@ SAME_PROGRAM = {
     "vgg8b.py:cifar100": "vgg8b.py",
 }
 PROGRAMS = [given for given in GIVEN if given not in SAME_PROGRAM]
-LONG = ("finetune", "resnet18.py")  # take seconds to trace
-SHORT = "resnet18.py:narrow_cifar100"  # stands for them where the slow tests are left out
 
 
 @pytest.mark.parametrize("given", SAME_PROGRAM)
@@ -75,15 +73,8 @@ def test_a_configuration_that_is_not_traced_has_the_program_of_one_that_is(given
     assert make_plan(config, 1000, 10).program == make_plan(other, 1000, 10).program
 
 
-@pytest.mark.parametrize(
-    "given",
-    # digits.py comes below, with numbers.
-    [
-        pytest.param(given, marks=[pytest.mark.slow] * (given.startswith(LONG) and given != SHORT))
-        for given in PROGRAMS
-        if given != "digits.py"
-    ],
-)
+# digits.py comes below, with numbers; test_published_networks.py certifies narrow networks of the kinds that take seconds to trace.
+@pytest.mark.parametrize("given", slow_but([given for given in PROGRAMS if given != "digits.py"], "cifar10.py:small", "mnist.py"))
 def test_every_configuration_is_local_by_its_program(given):
     found = plain(locality.certify(of_file(given), numeric=False))
     assert (found["local"], found["violations"]) == (True, [])
@@ -141,13 +132,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", slow_but(OPTIONS, "shared, hard", "ff, hard", "sequential, triplet, hard", "host cache"))
 def test_every_option_is_local_by_its_program(option):
     found = plain(locality.certify(config_of(**TWO | OPTIONS[option]), numeric=False))
     assert (found["local"], found["violations"], found["numeric"]) == (True, [], None)
 
 
-@pytest.mark.parametrize("norm", ["anchor", "layer", "none"])  # batch is that of digits
+@pytest.mark.parametrize("norm", slow_but(["anchor", "layer", "none"], "anchor"))  # batch is that of digits
 def test_labelled_copies_touch_no_clean_image_and_statistics_are_told(norm):
     found = locality.certify(config_of(**TWO, norm=norm))
     _check_numbers(found)
@@ -155,6 +146,7 @@ def test_labelled_copies_touch_no_clean_image_and_statistics_are_told(norm):
         assert seen["other_images"] == (norm == "anchor")
 
 
+@pytest.mark.slow
 def test_an_untrained_stage_is_told_apart_in_the_sequential_schedule():
     found = locality.certify(config_of(**TWO, schedule="sequential"))
     assert found["local"]
@@ -193,6 +185,7 @@ def test_what_a_group_sees_is_read_from_its_program():
     assert (alone["own_head"], alone["class_noise"]) == ("floating point", False)
 
 
+@pytest.mark.slow
 def test_drawn_labels_are_told_and_no_leak():
     found = sees(labelling="triplet", negatives="hard")
     assert found["group0"]["heads_of_others"] == {"group1": "whole numbers", "group2": "whole numbers"}
@@ -227,6 +220,7 @@ def test_back_propagation_crosses_every_layer():
     assert found["inside"]["group0"] == found["violations"]
 
 
+@pytest.mark.slow
 def test_crossings_inside_groups_are_told_and_no_leak():
     found = locality.certify(config_of(network="mlp", widths=(8, 8, 6, 6)), numeric=False)
     assert found["local"]
@@ -280,7 +274,7 @@ def plant_in_step(monkeypatch, change):
     monkeypatch.setattr(trainer, "train_step", planted)
 
 
-@pytest.mark.parametrize("changes", [{"rule": "ff"}, {"rule": "head"}], ids=["ff", "head"])
+@pytest.mark.parametrize("changes", slow_but([{"rule": "ff"}, {"rule": "head"}], {"rule": "head"}), ids=["ff", "head"])
 def test_a_removed_stop_gradient_is_found(changes, monkeypatch, traces):
     # That of what a group passes on, a tuple; not that of what its head reads, an array.
     monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x if isinstance(x, tuple) else jax.lax.stop_gradient(x)))
@@ -297,6 +291,7 @@ def test_a_removed_stop_gradient_behind_frozen_groups_is_found(monkeypatch, trac
     assert list(leaks(schedule="sequential")) == [("forward", "step", "group0", "group1")]
 
 
+@pytest.mark.slow
 def test_a_removed_stop_gradient_is_found_by_numbers(monkeypatch, traces):
     monkeypatch.setattr(rules, "jax", leaky_jax(lambda x: x))
     found = leaks(numeric=True)
@@ -330,7 +325,10 @@ def test_a_later_groups_statistics_in_an_earlier_update_are_found_though_detache
     assert not any(name.startswith(("group0/batch_stats", "group0/opt_state")) for name in leak["to_leaves"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"labelling": "triplet", "negatives": "hard"}, {"rule": "ff", "negatives": "hard"}], ids=str)
+DRAWN = [{}, {"labelling": "triplet", "negatives": "hard"}, {"rule": "ff", "negatives": "hard"}]
+
+
+@pytest.mark.parametrize("changes", slow_but(DRAWN, {}), ids=str)
 def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, monkeypatch, traces):
     def quantised(plan, task, states, *_):
         return jnp.round(states[1].params["head"]["kernel"].sum() * 2**20).astype(jnp.int32).astype(jnp.float32)
@@ -341,6 +339,7 @@ def test_a_later_head_in_whole_numbers_is_found_beside_drawn_labels(changes, mon
     assert leak["from_leaves"] == ["group1/head/kernel"]
 
 
+@pytest.mark.slow
 def test_a_later_group_in_an_earlier_groups_statistics_is_found(monkeypatch, traces):
     """Only in the next step would it reach parameters."""
     honest = trainer.train_step
@@ -370,6 +369,7 @@ def test_a_leak_outside_the_step_is_found(monkeypatch, traces):
     assert "group1/head/bias" in leak["from_leaves"]
 
 
+@pytest.mark.slow
 def test_logits_that_pass_on_undetached_are_found(monkeypatch, traces):
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + group.logits(params, rows).mean())
     (leak,) = leaks().values()
@@ -377,6 +377,7 @@ def test_logits_that_pass_on_undetached_are_found(monkeypatch, traces):
     assert set(leak["from_leaves"]) == {"group0/head/kernel", "group0/head/bias"}
 
 
+@pytest.mark.slow
 def test_a_joint_step_of_back_propagation_is_found(monkeypatch, traces):
     def down(plan, task, states, batch):
         """Minus the gradient of the last head's loss in the first group."""
@@ -396,6 +397,7 @@ def test_a_joint_step_of_back_propagation_is_found(monkeypatch, traces):
     assert {"group1/head/kernel", "group1/layers_0/kernel", "group1/layers_0/norm/scale"} <= set(leak["from_leaves"])
 
 
+@pytest.mark.slow
 def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch, traces):
     """No step shows it, since none differentiates there. The losses do, as functions of all parameters, and numbers."""
 
@@ -412,6 +414,7 @@ def test_a_detachment_whose_backward_rule_does_not_detach_is_found(monkeypatch, 
     assert (leak["from"], leak["to"]) == ("group0/layers_0/kernel", "group1/loss")
 
 
+@pytest.mark.slow
 def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch, traces):
     @jax.custom_vjp
     def scaled(loss, kernel):
@@ -437,6 +440,7 @@ def test_a_backward_rule_that_reads_a_later_head_is_found(monkeypatch, traces):
     assert (leak["from"], leak["to"], leak["from_leaves"]) == ("group1/head/kernel", "group0/layers_0/kernel", ["group1/head/kernel"])
 
 
+@pytest.mark.slow
 def test_copies_that_touch_clean_images_are_found(monkeypatch, traces):
     plant_in_loss(monkeypatch, lambda params, group, stats, rows: rows + 1e-3 * jax.lax.stop_gradient(rows[-1:]))
     found = leaks(numeric=True)
@@ -444,6 +448,7 @@ def test_copies_that_touch_clean_images_are_found(monkeypatch, traces):
     assert all(v["max_abs"] > 0 for v in found.values())
 
 
+@pytest.mark.slow
 def test_a_network_that_does_not_learn_proves_nothing(monkeypatch, traces):
     honest = trainer.train_step
     monkeypatch.setattr(
@@ -458,6 +463,7 @@ def test_a_network_that_does_not_learn_proves_nothing(monkeypatch, traces):
     }
 
 
+@pytest.mark.slow
 def test_a_group_whose_gradient_is_zero_proves_nothing(monkeypatch, traces):
     honest = rules.local_loss
     monkeypatch.setattr(rules, "local_loss", lambda params, *rest: honest(jax.lax.stop_gradient(params), *rest))
@@ -500,6 +506,7 @@ def test_the_command_fails_for_back_propagation_and_writes_json(call, tmp_path):
     assert found["violations"][0]["from"] == "group0/layers_1/kernel"
 
 
+@pytest.mark.slow
 def test_the_text_names_the_leaves_of_a_leak(monkeypatch, traces):
     plant_in_step(monkeypatch, lambda plan, task, states, *_: states[1].params["head"]["kernel"].mean())
     found = locality.certify(config_of(**TWO))
@@ -512,6 +519,7 @@ def test_the_text_names_the_leaves_of_a_leak(monkeypatch, traces):
     assert "  backward, by the step: group1/head/kernel -> group0/layers_0/kernel and 4 more leaves\n" in text
 
 
+@pytest.mark.slow
 def test_the_text_of_drawn_labels_and_of_what_was_not_tried():
     text = locality.text(locality.certify(config_of(**TWO, labelling="triplet", negatives="hard")))
     assert "predictions of group1's head, as drawn labels" in text

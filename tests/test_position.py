@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import runs
+from oracles import slow_but
 from runs import assert_same_bits, contents, finished, summary_of, tell_to_leave, tiny, train, untimed
 from vffjax.errors import UserError
 from vffjax.files import sha256_of
@@ -61,7 +62,7 @@ RUNS = {
 OPTIMISED = pytest.param("a later epoch", id="a later epoch, as a run compiles", marks=pytest.mark.full_optimisation)
 
 
-@pytest.mark.parametrize("name", [*RUNS, OPTIMISED])
+@pytest.mark.parametrize("name", [*slow_but(RUNS, "a later epoch", "sequential"), OPTIMISED])
 def test_a_run_that_leaves_inside_of_an_epoch_goes_on_to_the_same_bits(name, tmp_path):
     changes, epoch, step = RUNS[name]
     config = tiny(**{"segment_steps": 2} | changes)
@@ -116,7 +117,7 @@ def test_a_long_epoch_is_saved_inside_as_often_as_is_asked(tmp_path):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["trained to the end", "told to leave once more, at an earlier step"])
-@pytest.mark.parametrize("hurt", ["group1/manifest.ocdbt", "run/metadata"])
+@pytest.mark.parametrize("hurt", slow_but(["group1/manifest.ocdbt", "run/metadata"], "run/metadata"))
 def test_a_save_inside_that_is_damaged_is_passed_over_and_stands_in_nobody_s_way(hurt, again, tmp_path, capsys):
     with leave_at(1, 6), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)

@@ -38,7 +38,7 @@ def without_head(params):
 
 
 @pytest.mark.parametrize("grouping", ["width", "all"])
-@pytest.mark.parametrize("network", RESNET)
+@pytest.mark.parametrize("network", oracles.slow_but(RESNET, "resnet18"))
 def test_a_resnet_has_as_many_parameters_as_torchvisions(network, grouping):
     _, variables = of(network, stem="imagenet", grouping=grouping, image_size=64)
     assert sum(entries(without_head(params)) for params, _ in variables) == OF_TORCHVISION[network]
@@ -54,7 +54,12 @@ def test_vgg_has_the_published_kernels():
     assert shapes["vgg11b"][-1] == (2 * 2 * 512, 1024)
 
 
-@pytest.mark.parametrize(("network", "stem"), [(n, "cifar") for n in PUBLISHED] + [(n, "imagenet") for n in RESNET])
+SIZED = [(n, "cifar") for n in PUBLISHED] + [(n, "imagenet") for n in RESNET]
+
+
+@pytest.mark.parametrize(
+    ("network", "stem"), oracles.slow_but(SIZED, ("resnet18", "cifar"), ("resnet18", "imagenet"), ("vgg8b", "cifar"), several=True)
+)
 def test_sizes_on_paper_are_those_of_the_network(network, stem):
     """Kernels layer by layer, and that no feature map which a layer gives is larger than was said. Narrow, and of odd sides."""
     config = config_of(network=network, stem=stem, width_factor=0.1)
@@ -71,23 +76,25 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
         assert x.shape[-1] == layer.width
 
 
+CUT = [
+    ("resnet18", "width", [3, 2, 2, 2]),  # the stem with the first group
+    ("resnet34", "width", [4, 4, 6, 3]),
+    ("resnet50", "width", [4, 4, 6, 3]),  # though the stem is 64 wide and its group 256
+    ("resnet18", "block", [2] + [1] * 7),
+    ("resnet50", "block", [2] + [1] * 15),
+    ("resnet18", "layer", [1] * 9),
+    ("resnet50", "layer", [1] * 17),
+    ("resnet34", "all", [17]),
+    ("vgg8b", "width", [1, 2, 3, 1]),
+    ("vgg8b", "block", [2, 2, 1, 1, 1]),  # each ends with a pooling; the dense layer is the last
+    ("vgg11b", "width", [3, 2, 4, 1]),
+    ("vgg11b", "block", [4, 2, 2, 1, 1]),
+    ("vgg11b", "layer", [1] * 10),
+]
+
+
 @pytest.mark.parametrize(
-    ("network", "grouping", "expected"),
-    [
-        ("resnet18", "width", [3, 2, 2, 2]),  # the stem with the first group
-        ("resnet34", "width", [4, 4, 6, 3]),
-        ("resnet50", "width", [4, 4, 6, 3]),  # though the stem is 64 wide and its group 256
-        ("resnet18", "block", [2] + [1] * 7),
-        ("resnet50", "block", [2] + [1] * 15),
-        ("resnet18", "layer", [1] * 9),
-        ("resnet50", "layer", [1] * 17),
-        ("resnet34", "all", [17]),
-        ("vgg8b", "width", [1, 2, 3, 1]),
-        ("vgg8b", "block", [2, 2, 1, 1, 1]),  # each ends with a pooling; the dense layer is the last
-        ("vgg11b", "width", [3, 2, 4, 1]),
-        ("vgg11b", "block", [4, 2, 2, 1, 1]),
-        ("vgg11b", "layer", [1] * 10),
-    ],
+    ("network", "grouping", "expected"), oracles.slow_but(CUT, *(case for case in CUT if case[0] in ("resnet18", "vgg8b")), several=True)
 )
 def test_groups_are_cut_by_width_by_block_and_by_layer(network, grouping, expected):
     groups, _ = of(network, grouping=grouping)
@@ -101,6 +108,7 @@ def test_heads_scale_with_the_group(width, grid):
     assert grid * grid * width <= max(HEAD_INPUTS, width)
 
 
+@pytest.mark.slow
 def test_a_heads_grid_is_by_width_if_the_configuration_leaves_it():
     assert [group.head_grid for group in of("resnet50", head_grid=0)[0]] == [4, 2, 2, 1]
     assert [group.head_grid for group in of("resnet50", head_grid=3)[0]] == [3] * 4
@@ -108,8 +116,10 @@ def test_a_heads_grid_is_by_width_if_the_configuration_leaves_it():
     assert [p["head"]["kernel"].shape for p, _ in variables] == [(4096, 10), (2048, 10), (4096, 10), (2048, 10)]
 
 
-@pytest.mark.parametrize("grouping", ["width", "block", "layer"])
-@pytest.mark.parametrize("network", ["vgg8b", "resnet18"])
+CERTIFIED = [(network, grouping) for network in ("vgg8b", "resnet18") for grouping in ("width", "block", "layer")]
+
+
+@pytest.mark.parametrize(("network", "grouping"), oracles.slow_but(CERTIFIED, ("vgg8b", "block"), ("resnet18", "width"), several=True))
 def test_no_gradient_crosses_in_any_grouping(network, grouping):
     """By the traced program, narrow; `benchmarks/networks.py` does it for every network as published."""
     found = locality.certify(config_of(network=network, grouping=grouping, width_factor=0.02, dataset="cifar10"), numeric=False)
@@ -117,6 +127,7 @@ def test_no_gradient_crosses_in_any_grouping(network, grouping):
     assert len(found["groups"]) > 3
 
 
+@pytest.mark.slow
 def test_back_propagation_through_a_resnet_is_found():
     found = locality.certify(
         config_of(network="resnet18", grouping="all", rule="head", width_factor=0.02, dataset="cifar10"), numeric=False
@@ -162,7 +173,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("side", [5, 6])
+@pytest.mark.parametrize("side", oracles.slow_but([5, 6], 5))
 def test_a_residual_block_is_what_the_paper_says(name, train, side):
     block, x = BLOCKS[name], np.random.default_rng(0).normal(size=(5, side, side, 4))
     variables = variables_of(block, x)
