@@ -235,6 +235,10 @@ def _is_short(plan: Plan, compiled: jax.stages.Compiled) -> bool:
     return 0 < costs.get("flops", 0.0) * plan.steps_per_epoch < _SHORT_EPOCH
 
 
+# The metrics of every rule. Any other is the rule's own.
+_COMMON = ("loss", "local_loss", "head_loss", "accuracy", "ensemble_accuracy", "nonfinite_steps", "first_nonfinite")
+
+
 def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, seconds: float) -> dict[str, Any]:
     active = plan.active(epoch)
 
@@ -245,11 +249,13 @@ def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, seconds: flo
     record: dict[str, Any] = {"epoch": epoch + 1} | ({} if active is None else {"group": active})
     if plan.config.on_nonfinite == "skip":
         record["skipped_steps_per_group"] = per_group(metrics["nonfinite_steps"])
+    own = {f"{name}_per_group": per_group(values) for name, values in metrics.items() if name not in _COMMON}
     return record | {
         "loss": float(metrics["loss"].sum()),
         "loss_per_group": per_group(metrics["loss"]),
         "local_loss_per_group": per_group(metrics["local_loss"]),
         "head_loss_per_group": per_group(metrics["head_loss"]),
+        **own,  # the rule's
         "train_accuracy": float(metrics["ensemble_accuracy"]),
         "train_accuracy_per_group": per_group(metrics["accuracy"]),
         "images_per_second": plan.steps_per_epoch * plan.config.batch_size / seconds,
