@@ -19,8 +19,9 @@ def run(arguments: list[str]) -> None:
     lines = []
     for key, records in found.items():
         lines += [f"config.{key}"] + [f"  {about['name']:14s} {about['about']}" for about in records]
-    options = [(about["name"], option) for about in found["rule"] for option in about["options"]]
-    lines += ["config.rule_options"] + [f"  {name:14s} {option['key']} = {option['default']!r}: {option['doc']}" for name, option in options]
+    lines.append("config.rule_options")
+    for about in found["rule"]:
+        lines += [f"  {about['name']:14s} {option['key']} = {option['default']!r}: {option['doc']}" for option in about["options"]]
     give(a, found, "\n".join(lines))
 
 
