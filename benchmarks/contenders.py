@@ -20,7 +20,7 @@ from vffjax.runs.loop import training_images
 from vffjax.training.checks import check_against_data, make_config
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import Images, Plan, init_states, make_plan, make_task
+from vffjax.training.plan import Images, Plan, blank_task, init_states, make_plan
 
 RULES: dict[str, dict[str, Any]] = {
     "vff": {"rule": "vff"},
@@ -102,9 +102,7 @@ class Workload:
     def start(self, config: Config) -> tuple[Plan, Task, tuple[GroupState, ...]]:
         """Groups, codebook and fresh states of one contender."""
         plan = make_plan(config, self.examples, self.classes)
-        channels = self.shape[2]
-        task = make_task(config, self.classes, self.shape, (0.5,) * channels, (0.25,) * channels)
-        return plan, task, jax.jit(functools.partial(init_states, plan, self.shape))()
+        return plan, blank_task(plan, self.shape), jax.jit(functools.partial(init_states, plan, self.shape))()
 
     def check(self, config: Config) -> None:
         """Raises `UserError` where a contender's configuration does not fit the images."""

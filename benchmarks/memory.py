@@ -48,7 +48,7 @@ from vffjax.hyperparameters import at_peak
 from vffjax.runs import drawing
 from vffjax.training.batch import Batch
 from vffjax.training.checks import make_config
-from vffjax.training.plan import init_states, make_task
+from vffjax.training.plan import blank_task, init_states
 
 STYLES = {
     "bp": ("tab:red", "-"),
@@ -101,10 +101,10 @@ def measured_row(case: Case, target: str) -> dict[str, Any]:
 def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
     """Some steps on random images, from fresh states; the last states and metrics."""
     sizes, (plan, _) = sizes_of(case.config), make_step(case)
-    rng, channels = np.random.default_rng(0), sizes.image_shape[2]
+    rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (plan.config.batch_size, *sizes.image_shape), np.uint8))
     labels = jnp.asarray(rng.integers(0, sizes.classes, plan.config.batch_size), jnp.int32)
-    task = make_task(plan.config, sizes.classes, sizes.image_shape, (0.5,) * channels, (0.25,) * channels)
+    task = blank_task(plan, sizes.image_shape)
     states, metrics = jax.jit(functools.partial(init_states, plan, sizes.image_shape))(), None
     hyper = jax.tree.map(jnp.asarray, at_peak(plan.config, len(plan.groups)))
     for number in range(steps):

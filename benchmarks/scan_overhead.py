@@ -26,7 +26,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.training.batch import Batch
 from vffjax.training.checks import check_against_data
 from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import Images, init_states, make_plan, make_task
+from vffjax.training.plan import Images, blank_task, init_states, make_plan
 from vffjax.training.trainer import train_step
 
 STEPS, PAIRS = 24, 5
@@ -42,7 +42,7 @@ def measure(config: Config) -> dict[str, Any]:
     data = Images(images, jnp.asarray(rng.integers(0, classes, n), jnp.int32))
     plan = make_plan(config, n, classes)
     check_against_data(plan, n, shape)
-    task = make_task(config, classes, shape, (0.5,) * shape[2], (0.25,) * shape[2])
+    task = blank_task(plan, shape)
 
     start = time.perf_counter()
     epoch = Epoch(plan, plan.active(0), segment_length(plan, shape))

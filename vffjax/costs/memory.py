@@ -26,7 +26,7 @@ from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.optimizers import make_optimizer
-from vffjax.training.plan import Plan, init_states, make_plan, make_task
+from vffjax.training.plan import Plan, abstract_start, make_plan
 from vffjax.training.trainer import step_streams, train_step
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
@@ -64,7 +64,7 @@ def least_bytes(config: Config) -> int:
     """What training takes at the very least: parameters with their optimizer's states, and the largest feature map of a step once."""
     sizes = sizes_of(config)
     plan = make_plan(config, sizes.train_images, sizes.classes)
-    states = jax.tree.leaves(jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
+    states = jax.tree.leaves(abstract_start(plan, sizes.image_shape)[1])
     largest = max(area for _, area in layer_sizes(plan.groups, sizes.image_shape))
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
     return sum(leaf.size * leaf.dtype.itemsize for leaf in states) + plan.rows_of_a_step * largest * itemsize
@@ -82,9 +82,7 @@ def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
 def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
     """What a step takes, abstract, on the target: task, states, and a batch."""
     sizes, batch = sizes_of(plan.config), plan.config.batch_size
-    channels = (0.5,) * sizes.image_shape[2]
-    task = jax.eval_shape(lambda: make_task(plan.config, sizes.classes, sizes.image_shape, channels, channels))
-    states = jax.eval_shape(lambda: init_states(plan, sizes.image_shape))
+    task, states = abstract_start(plan, sizes.image_shape)
     given = abstract_batch(batch, sizes.image_shape, len(plan.groups))
     return target.place(task), target.place(states), target.place(given)
 

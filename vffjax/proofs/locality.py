@@ -22,7 +22,7 @@ from vffjax.training import trainer
 from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data
 from vffjax.training.feature_cache import clean_features
-from vffjax.training.plan import Plan, init_states, make_plan, make_task
+from vffjax.training.plan import Plan, abstract_start, make_plan
 
 
 def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
@@ -37,9 +37,9 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     plan = make_plan(config, images, sizes.classes)
     check_against_data(plan, images, sizes.image_shape)
     layers = {group.name: len(group.module.layers) for group in plan.groups}
-    numbers = probe(plan, sizes.image_shape, sizes.classes) if numeric else None
+    numbers = probe(plan, sizes.image_shape) if numeric else None
 
-    programs = _programs(plan, sizes.image_shape, sizes.classes, images)
+    programs = _programs(plan, sizes.image_shape, images)
     steps = [program for program in programs if program.name == "step"]
     inside = {name: _crossings(_of(steps, i), _layers(_of(steps, i), name), ("backward",)) for i, name in enumerate(layers)}
     # Of one group there is no border to cross: its layers are held to what groups are held to.
@@ -110,13 +110,11 @@ class _Program(NamedTuple):
         return [self.sources[i] for i in dataflow.members(getattr(flow, path))]
 
 
-def _programs(plan: Plan, image_shape: tuple[int, int, int], classes: int, images: int) -> list[_Program]:
+def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> list[_Program]:
     """Every stage's step and segment, traced, and the chain of losses. Steps first: they name the leaves that cross at once."""
     size = plan.config.batch_size
     shape: Any = jax.ShapeDtypeStruct
-    pixels = (0.5,) * image_shape[2]
-    task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
-    states = jax.eval_shape(lambda: init_states(plan, image_shape))
+    task, states = abstract_start(plan, image_shape)
     program, groups = plan.program, len(plan.groups)
     batch = abstract_batch(size, image_shape, groups)
     steps, segments = [], []

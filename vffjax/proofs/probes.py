@@ -71,13 +71,14 @@ def random_variables(shapes: Any, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def probe(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+def probe(plan: Plan, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """All probes of a plan's configuration, in plain JSON types, its `violations` among them; see `locality.certify`.
 
     `gradients[i][j]`: the largest absolute value of d loss_i / d params_j; null is NaN or infinity. `layers`: the same of each group's own
     loss by layer. `images`, per group: whether another clean image changes a clean image's features, and by how much, at most, labelled
     copies do. `interference`: for each later group whose parameters were changed, whether earlier groups' new states are bitwise the same.
     """
+    classes = plan.classes
     plan = make_plan(dataclasses.replace(plan.config, batch_size=IMAGES), IMAGES, classes)
     rng, names = np.random.default_rng(0), [group.name for group in plan.groups]
     images = jnp.asarray(rng.integers(0, 256, (IMAGES, *image_shape), dtype=np.uint8))

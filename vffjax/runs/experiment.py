@@ -106,9 +106,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
         run = run_state.new_state(config, about, sha256_of(file) if file else None)
-        run["segment_steps"] = segment_length(
-            plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape, dataset.num_classes)
-        )
+        run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
     # What was saved inside of an epoch and is not gone on from would stand in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
     for line in write_config(workdir, config):

@@ -17,7 +17,7 @@ from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training.augment import normalised
-from vffjax.training.plan import Images, Plan, init_states, make_task
+from vffjax.training.plan import Images, Plan, abstract_start
 from vffjax.training.trainer import before
 
 # Batches of evaluation whose features the device computes before the host takes them.
@@ -37,13 +37,11 @@ def clean_features(
     return map_batches(features, images, plan.config.eval_batch_size)
 
 
-def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int], classes: int) -> int:
+def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
     """What the kept features of one image take at the most, over the stages of the run; 0 if none are kept."""
     if plan.config.feature_cache == "none":
         return 0
-    pixels = (0.5,) * image_shape[2]
-    task = jax.eval_shape(lambda: make_task(plan.config, classes, image_shape, pixels, pixels))
-    states = jax.eval_shape(lambda: init_states(plan, image_shape))
+    task, states = abstract_start(plan, image_shape)
     image: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     sizes = [clean_features.eval_shape(plan.program, active, task, states, image) for active in range(1, len(plan.groups))]
     return max((size.size * size.dtype.itemsize for size in sizes), default=0)

@@ -118,6 +118,16 @@ def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], m
     return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
 
 
+def blank_task(plan: Plan, image_shape: tuple[int, int, int]) -> Task:
+    """The task of a run whose images are not known: pixels of mean 1/2 and deviation 1/4."""
+    return make_task(plan.config, plan.classes, image_shape, (0.5,) * image_shape[2], (0.25,) * image_shape[2])
+
+
+def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task, tuple[GroupState, ...]]:
+    """The shapes of a run's task and first states. Nothing is computed."""
+    return jax.eval_shape(lambda: (blank_task(plan, image_shape), init_states(plan, image_shape)))
+
+
 def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
     """Fresh groups from the run's seed."""
     variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape)

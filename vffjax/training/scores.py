@@ -16,7 +16,7 @@ from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training.augment import normalised
 from vffjax.training.plan import Plan
-from vffjax.training.trainer import clean_log_p
+from vffjax.training.trainer import clean_log_p, evaluated
 
 # With more groups than this, only runs of last groups are tried as voters, not every set.
 _EXHAUSTIVE_GROUPS = 6
@@ -31,13 +31,9 @@ def sweep_scores(
         raise UserError(f"inference=sweep: rule {plan.config.rule} never sees a labelled image; use inference=heads")
 
     def features(x: Array, clean: int) -> list[Array]:
-        out = []
-        for group, state in zip(plan.groups, states, strict=True):
-            x, _ = group.features(state.params, state.batch_stats, x, clean, False)
-            out.append(x)
-        return out
+        return [z for _, _, z in evaluated(plan, states, x, clean)]
 
-    clean = features(rule.shown(task, x), x.shape[0])
+    clean = features(rule.shown(task, x), len(x))
 
     def score(label: Array) -> Array:
         labelled = features(told(task, x, label), 0)
@@ -50,14 +46,11 @@ def own_scores(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
 ) -> Float[Array, "groups batch classes"]:
     """The rule's own class scores of every group, on one clean pass."""
-    rule, out = plan.rule, []
+    rule = plan.rule
     if rule.scores is None:
         raise UserError(f"inference=rule: rule {plan.config.rule} has no scores of its own; use inference=heads")
-    options, z = rule.options_of(plan.config), rule.shown(task, x)
-    for group, state in zip(plan.groups, states, strict=True):
-        z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
-        out.append(rule.scores(options, z, state.params.get("rule", {}), plan.classes))
-    return jnp.stack(out)
+    options, maps = rule.options_of(plan.config), evaluated(plan, states, rule.shown(task, x), len(x))
+    return jnp.stack([rule.scores(options, z, state.params.get("rule", {}), plan.classes) for _, state, z in maps])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,7 +1,8 @@
 """Greedy training: one step of one group, all groups on a batch, and the scan over the steps of a segment. Pure functions."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -139,11 +140,17 @@ def clean_log_p(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
     """Log-probabilities of the `first` groups' heads (None: all) on normalised images, one clean pass, running statistics."""
-    z, out = plan.rule.shown(task, x), []
-    for group, state in list(zip(plan.groups, states, strict=True))[:first]:
-        z, _ = group.features(state.params, state.batch_stats, z, z.shape[0], False)
-        out.append(jax.nn.log_softmax(group.logits(state.params, z)))
-    return jnp.stack(out)
+    maps = itertools.islice(evaluated(plan, states, plan.rule.shown(task, x), len(x)), first)
+    return jnp.stack([jax.nn.log_softmax(group.logits(state.params, z)) for group, state, z in maps])
+
+
+def evaluated(
+    plan: Plan, states: tuple[GroupState, ...], rows: Float[Array, "rows *feature"], clean: int
+) -> Iterator[tuple[LayerGroup, GroupState, Array]]:
+    """Each group with its state and its features of rows of images, the first `clean` of them clean, by running statistics."""
+    for group, state in zip(plan.groups, states, strict=True):
+        rows, _ = group.features(state.params, state.batch_stats, rows, clean, False)
+        yield group, state, rows
 
 
 def run_segment(
