@@ -1,4 +1,4 @@
-"""The numbers by which groups train, as arrays that a compiled program takes: other values of them compile nothing."""
+"""Hyperparameters as arrays that compiled programs take as arguments, so that other values do not compile another program."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,9 @@ Scalar = float | Float[Array | np.ndarray, ""]  # one number of a loss, which a 
 
 
 class HyperParameters(NamedTuple):
-    """One value of each for every step and group, `[steps, groups]`; inside of a step `[groups]`, and for one group a scalar. float32.
+    """Float32 values for every step and group, `[steps, groups]`; inside of a step `[groups]`, and for one group scalars.
 
-    The names are those of the configuration's keys, which say what each number means. A new field here is a new key in
-    `config.ARGUMENTS`.
+    Each field is named after the configuration key that documents it. All fields are listed in `config.ARGUMENTS`.
     """
 
     learning_rate: Float[Array | np.ndarray, "*steps groups"]
@@ -29,18 +28,18 @@ class HyperParameters(NamedTuple):
     peer_normalisation: Float[Array | np.ndarray, "*steps groups"]
 
     def of(self, group: int) -> "HyperParameters":
-        """Those of one group."""
+        """The hyperparameters of one group."""
         return HyperParameters(*(values[..., group] for values in self))
 
 
 def in_epoch(config: Config, groups: int, steps_per_epoch: int, epoch: int) -> HyperParameters:
-    """The numbers of each step of one epoch.
+    """The hyperparameters of each step of one epoch.
 
     Args:
-        config: the run's configuration; overrides and the decay of the rate by group are applied here.
+        config: the run's configuration. Overrides, and the decay of the learning rate by group, are applied here.
         groups: how many groups the network has.
-        steps_per_epoch: steps.
-        epoch: the number of the epoch from 0, counted within a stage of the sequential schedule.
+        steps_per_epoch: how many steps an epoch has.
+        epoch: its number from 0, counted within a stage of the sequential schedule.
     """
     steps = epoch * steps_per_epoch + np.arange(steps_per_epoch)
     settings = [for_group(config, i, groups - 1 - i) for i in range(groups)]
@@ -51,18 +50,18 @@ def in_epoch(config: Config, groups: int, steps_per_epoch: int, epoch: int) -> H
 
 
 def at_peak(config: Config, groups: int) -> HyperParameters:
-    """The numbers of one step, `[groups]`, in which every group has its full learning rate: for what looks at one step alone."""
+    """The hyperparameters of one step, `[groups]`, with the peak learning rate of every group: for code that looks at one step only."""
     settings = [for_group(config, i, groups - 1 - i) for i in range(groups)]
     found: Any = (np.array([getattr(own, key) for own in settings], np.float32) for key in HyperParameters._fields)
     return HyperParameters(*found)
 
 
 def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
-    """The learning rate in each of the `steps`, counted from 0 over the run: linear warm-up from 0, then a cosine that ends at 0.
+    """The learning rate in each of the `steps`, which are counted from 0 over the run: linear warm-up from 0, then cosine decay to 0.
 
-    The cosine is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts. A warm-up that fills the whole run leaves
-    one step for the decay. The values are those of `optax.warmup_cosine_decay_schedule`; they are computed on the host, because optax's
-    would compile programs of their own for an epoch's steps.
+    The decay is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts. If the warm-up fills the whole run, one step is
+    left for the decay. The values equal those of `optax.warmup_cosine_decay_schedule`, which would compile a program for the steps of an
+    epoch; here NumPy computes them.
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)

@@ -1,4 +1,4 @@
-"""Augmentation inside the step, on device: normalisation, mirror images, padded crops, cutout."""
+"""Augmentation on the device, inside the training step: mirror images, padded crops, normalisation, cutout."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,15 @@ from vffjax.config import Config
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch
 
-# Of red, green and blue on the scale where 255 is 1: what torchvision's and most of timm's weights were trained with.
+# Of the red, green and blue channel, where 255 is 1. torchvision's weights and most of timm's were trained with these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]) -> Float[Array, "batch h w c"]:
-    """Bytes to float32, each channel less its mean and over its standard deviation, both on the scale where 255 is 1."""
+    """Bytes as float32 numbers, of which the mean of each channel is subtracted, and which are divided by its standard deviation.
+
+    `mean` and `std` are on the scale where 255 is 1.
+    """
     scale, shift = (1 / (255 * std)).reshape(1, 1, 1, -1), (mean / std).reshape(1, 1, 1, -1)
     return images.astype(jnp.float32) * scale - shift
 
@@ -21,10 +24,16 @@ def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std
 def augment(
     key: PRNGKeyArray, images: Shaped[Array, "batch h w c"], ids: Int[Array, " batch"], epoch: Int[Array, ""], config: Config
 ) -> Shaped[Array, "batch h w c"]:
-    """Mirrored and shifted views, each image by its own draw. On bytes: the padding is black, and a gather moves a quarter of the data.
+    """Mirrors and shifts images, each by its own random draw.
 
-    `ids` are the images' numbers in the training set, and `epoch` is the number of the epoch: with `config.alternating_flip` they say which
-    images are mirrored.
+    It works on bytes, which are a quarter of the data, and in which black padding is 0.
+
+    Args:
+        key: for the draws.
+        images: of a batch.
+        ids: their numbers in the training set.
+        epoch: its number; with config.alternating_flip, it and `ids` decide which images are mirrored.
+        config: flip, alternating_flip and crop_padding.
     """
     flip_key, crop_key = (jax.random.fold_in(key, i) for i in range(2))
     if config.flip:
@@ -34,9 +43,10 @@ def augment(
 
 
 def mirrored_in(ids: Int[Array, " batch"], epoch: Int[Array, ""]) -> Bool[Array, " batch"]:
-    """Whether each image is mirrored in an epoch: in every other one, half of the images first (K. Jordan, 2024, arXiv:2404.00498).
+    """Whether each image is mirrored in an epoch: every other epoch, one half of the images in even and the other in odd epochs.
 
-    Which half is decided by a bit of the image's number, mixed as the 32-bit finaliser of MurmurHash3 does (A. Appleby, 2011).
+    The method is alternating flip (K. Jordan, 2024, arXiv:2404.00498). A bit of the image's number, mixed by the 32-bit finaliser of
+    MurmurHash3 (A. Appleby, 2011), decides in which half an image is.
     """
     bits = ids.astype(jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -45,7 +55,10 @@ def mirrored_in(ids: Int[Array, " batch"], epoch: Int[Array, ""]) -> Bool[Array,
 
 
 def cut_out(key: PRNGKeyArray, images: Shaped[Array, "batch h w c"], side: int) -> Shaped[Array, "batch h w c"]:
-    """One square of `side` pixels in each normalised image becomes 0, the mean; it may hang over the edge (DeVries and Taylor, 2017)."""
+    """Sets one random square of `side` pixels in each normalised image to 0, which is the mean (cutout: DeVries and Taylor, 2017).
+
+    The square may lie partly outside of the image.
+    """
     if side == 0:
         return images
     n, h, w, _ = images.shape
@@ -65,11 +78,11 @@ def _crop(key: PRNGKeyArray, images: Array, padding: int) -> Array:
 
 
 def augmented(config: Config, task: Task, batch: Batch) -> Float[Array, "batch h w c"]:
-    """A batch's images as the first group takes them in training: flipped, cropped, normalised, cut out."""
+    """The images of a batch as the first group gets them in training: flipped, cropped, normalised and cut out."""
     key = jax.random.fold_in(batch.key, 0)
     return cut_out(key, normalised(task, augment(key, batch.images, batch.ids, batch.epoch, config)), config.cutout)
 
 
 def normalised(task: Task, images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-    """Images as the first group takes them, by the run's pixel statistics."""
+    """Images normalised by the pixel statistics of the run, as the first group gets them."""
     return normalise(images, task.mean, task.std)

@@ -10,7 +10,7 @@ from vffjax.hyperparameters import HyperParameters
 
 
 class Batch(NamedTuple):
-    """What one step takes beside the states; for a segment the same of several steps, each array with one more axis in front."""
+    """The input of one training step, besides task and states. For a segment, each array has one more axis in front: the steps."""
 
     images: UInt8[Array, "*steps batch h w c"]
     labels: Int[Array, "*steps batch"]

@@ -1,4 +1,4 @@
-"""Compiled programs: what they take, and where they are kept."""
+"""Compiled programs: how much memory they need, and where they are cached."""
 
 import os
 import pathlib
@@ -8,16 +8,16 @@ import jax
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:
-    """Peak bytes of a compiled program by the compiler's own plan: arguments, outputs and temporaries. Exact, on every device."""
+    """Peak memory of a compiled program in bytes, by the compiler's own plan: arguments, outputs and temporaries."""
     plan: Any = compiled.memory_analysis()
     return int(plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
 
 
 def keep_compiled_programs() -> None:
-    """On GPU and TPU, the second start of a configuration compiles nothing: programs are kept in `$XDG_CACHE_HOME/vffjax`, or
-    `~/.cache/vffjax`. What JAX was told otherwise wins (`JAX_COMPILATION_CACHE_DIR`).
+    """Caches compiled programs on GPU and TPU, so that the next start of the same configuration compiles nothing.
 
-    Not on CPU, where a program kept by one machine can be wrong for another that shares the home folder.
+    The cache is `$XDG_CACHE_HOME/vffjax`, or `~/.cache/vffjax`, unless JAX was given another (JAX_COMPILATION_CACHE_DIR). Programs for CPU
+    are not cached: a program of one machine may be wrong for another one that shares the home folder.
     """
     told = jax.config.values.get("jax_compilation_cache_dir")
     if jax.default_backend() != "cpu" and not told:

@@ -1,8 +1,8 @@
-"""An epoch as a few calls of one compiled segment. The only place where training is jitted, and where its states are donated.
+"""Runs an epoch as a few calls of one compiled segment. Only this module jits the training program and donates its states.
 
-The batches of a segment are gathered outside of it: by a small program of its own where the images lie on the device, by NumPy where they
-lie on the host. Both feed the same executable, and its length does not enter the result: wherever the images lie and however an epoch is
-cut, the bits are the same.
+The batches of a segment are gathered before it is called: by a small program if the images are on the device, by NumPy if they are on the
+host. Both feed the same executable, and the result does not depend on the length of a segment. So the bits are the same wherever the
+images are and however the epoch is cut.
 """
 
 import functools
@@ -24,9 +24,9 @@ from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
 from vffjax.training.trainer import run_segment
 
-# What a segment aims at: long enough that its start costs nothing, short enough that a run which is told to leave can save in time.
+# A segment takes about this long, so that dispatching it costs little, and so that a run which receives SIGTERM can save soon.
 SECONDS, LARGEST_BYTES = 3.0, 2**26
-# FLOP/s that a core, or an accelerator, is taken for where the length of a segment is chosen. Only the order of magnitude matters.
+# FLOP/s assumed for a core and for an accelerator when the length of a segment is chosen. Only the order of magnitude matters.
 _CORE, _ACCELERATOR = 5e10, 2e13
 
 segment = jax.jit(run_segment, static_argnums=(0, 1), donate_argnums=3)
@@ -35,8 +35,13 @@ Metrics = dict[str, Shaped[np.ndarray, "_steps *_groups"]]
 
 
 class Segment(NamedTuple):
-    """What is there when a segment of an epoch has been dispatched: `done` steps of the epoch, the states behind them, and the metrics of
-    the segment's own steps. States and metrics are arrays that the device may still be computing."""
+    """A segment that has been dispatched. The device may still be computing its arrays.
+
+    Attributes:
+        done: steps of the epoch up to the end of this segment.
+        states: the groups' states after these steps.
+        metrics: of the segment's own steps.
+    """
 
     done: int
     states: tuple[GroupState, ...]
@@ -44,9 +49,15 @@ class Segment(NamedTuple):
 
 
 class Epoch:
-    """The epochs in which the group `active` trains, or all if it is None, cut into segments of about `length` steps.
+    """Trains epochs in segments.
 
-    Each length is compiled once, when it is first used or by `compile`. Donated: the states that are given are gone afterwards.
+    Each length of a segment is compiled once, when it is first used or by `compile`. The states that are passed in are donated, so the
+    caller cannot use them afterwards.
+
+    Args:
+        plan: of the run.
+        active: the index of the group that trains; None if all groups train together.
+        length: steps in a segment, about; None for the whole epoch.
     """
 
     def __init__(self, plan: Plan, active: int | None = None, length: int | None = None):
@@ -55,8 +66,15 @@ class Epoch:
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, task: Task, states: tuple[GroupState, ...], data: Images, done: int = 0) -> jax.stages.Compiled:
-        """Compiles all that an epoch on such data needs, also one of which `done` steps are done already; returns the program of the
-        longest segment. Nothing is trained."""
+        """Compiles every program that an epoch needs, without training.
+
+        Args:
+            task, states, data: as an epoch takes them.
+            done: steps of the first epoch that have been trained already, if the run resumes inside of it.
+
+        Returns:
+            The program of the longest segment.
+        """
         draws, groups = self._draws(data, 0), len(self._plan.groups)
         for piece in {len(piece): piece for piece in (*self.pieces, *self._left(done))}.values():
             _batches(data, piece, draws)  # the programs that gather are compiled where they are called
@@ -67,7 +85,7 @@ class Epoch:
     def __call__(
         self, task: Task, states: tuple[GroupState, ...], data: Images, epoch: int
     ) -> tuple[tuple[GroupState, ...], dict[str, np.ndarray]]:
-        """The whole epoch (from 0): the new states and the metrics as `over_steps`."""
+        """Trains a whole epoch, numbered from 0. Returns the new states, and the metrics as `over_steps` gives them."""
         parts = []
         for part in self.segments(task, states, data, epoch):
             states = part.states
@@ -75,9 +93,9 @@ class Epoch:
         return states, over_steps(joined(jax.device_get(parts)))
 
     def segments(self, task: Task, states: tuple[GroupState, ...], data: Images, epoch: int, done: int = 0) -> Iterator[Segment]:
-        """Runs what is left of an epoch behind its first `done` steps, and yields each segment when it has been dispatched.
+        """Trains an epoch from its step `done` on, and yields each segment after dispatching it.
 
-        The segment before it is then finished, so that the device always has the next one and never more than two.
+        When a segment is yielded, the one before it has finished. So the device always has work queued, and never more than two segments.
         """
         draws, before = self._draws(data, epoch), dict[str, Array]()
         for piece in self._left(done):
@@ -88,7 +106,7 @@ class Epoch:
             yield Segment(piece.stop, states, metrics)
 
     def _left(self, done: int) -> list[range]:
-        """The segments behind the first `done` steps. Where none of this epoch's begins there, the rest is cut anew, by the same length."""
+        """The segments after the first `done` steps. If no segment of the epoch begins there, the rest is cut anew into the same length."""
         left = [piece for piece in self.pieces if piece.start >= done]
         if sum(map(len, left)) == self._plan.steps_per_epoch - done:
             return left
@@ -96,7 +114,7 @@ class Epoch:
         return [range(done + piece.start, done + piece.stop) for piece in cut]
 
     def _draws(self, data: Images, epoch: int) -> "_Draws":
-        """What is drawn or known once for all steps of an epoch."""
+        """The random draws and the hyperparameters of all steps of an epoch."""
         ids, keys = epoch_order(self._plan, len(data.labels), epoch)
         return _Draws(epoch, ids, keys, self._plan.hyperparameters(epoch))
 
@@ -107,7 +125,7 @@ class Epoch:
 
 
 class _Draws(NamedTuple):
-    """Of every step of an epoch the images, the key and the numbers."""
+    """For every step of an epoch: the images' ids, the key and the hyperparameters."""
 
     epoch: int
     ids: Int[Array, "steps batch"]
@@ -116,7 +134,7 @@ class _Draws(NamedTuple):
 
 
 def _batches(data: Images, piece: range, draws: _Draws) -> Batch:
-    """The batches of some steps of an epoch, gathered."""
+    """Gathers the batches of some steps of an epoch."""
     ids, keys = _slice(len(piece), piece.start, draws.ids, draws.keys)
     hyper: Any = (values[piece.start : piece.stop] for values in draws.hyper)
     of_epoch: Any = np.full(len(piece), draws.epoch, np.int32)
@@ -126,14 +144,14 @@ def _batches(data: Images, piece: range, draws: _Draws) -> Batch:
 
 
 def pieces(steps: int, length: int) -> list[range]:
-    """The steps of an epoch, from 0, in consecutive segments of about `length`: of two lengths at most, which differ by one."""
+    """Cuts the steps of an epoch, from 0, into consecutive segments of about `length`. They have at most two lengths, one step apart."""
     count = min(-(-steps // length), max(1, steps // 2)) if length > 1 else steps
     bounds = [steps * i // count for i in range(count + 1)]
     return [range(first, last) for first, last in itertools.pairwise(bounds)]
 
 
 def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes: int = 0, backend: str = "") -> int:
-    """Steps that take a few seconds on this machine by a rough count of the arithmetic, or whose images take `LARGEST_BYTES` at the most.
+    """How many steps make a segment: as many as take a few seconds by a rough count of FLOPs, but at most `LARGEST_BYTES` of images.
 
     Args:
         plan: the run's plan; `config.segment_steps` wins if it is set.
@@ -153,7 +171,7 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
 
 
 def epoch_order(plan: Plan, examples: int, epoch: int) -> tuple[Int[Array, "steps batch"], Key[Array, " steps"]]:
-    """The images of each step of an epoch (from 0), and each step's key, drawn from the seed and the epoch's number."""
+    """Draws the images' ids and the key of each step of an epoch (numbered from 0), from the seed and the epoch's number."""
     return _order(examples, plan.steps_per_epoch, plan.config.batch_size, run_key(plan.config, EPOCH), np.int32(epoch))
 
 
@@ -172,7 +190,7 @@ def _slice(length: int, first: Int[Array, ""], ids: Array, keys: Array) -> tuple
 
 
 def _take(rows: Array | np.ndarray, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
-    """The rows of these numbers, on the device, from wherever they lie; each of the given shape, or as it is."""
+    """The rows with these ids, put on the device; reshaped to `shape` if it is given."""
     shape = rows.shape[1:] if shape is None else shape
     if isinstance(rows, np.ndarray):
         return jax.device_put(rows[np.asarray(ids)].reshape(*ids.shape, *shape))
@@ -181,20 +199,23 @@ def _take(rows: Array | np.ndarray, ids: Array, shape: tuple[int, ...] | None = 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gathered(shape: tuple[int, ...], rows: Array, ids: Int[Array, "steps batch"]) -> Array:
-    """The rows of these numbers, each brought to a shape: what gathers the batches of a segment on the device."""
+    """Gathers the rows with these ids on the device and reshapes each of them."""
     return rows[ids].reshape(*ids.shape, *shape)
 
 
 def joined(parts: list[Metrics]) -> Metrics:
-    """The metrics of consecutive segments as those of all their steps."""
+    """Concatenates the metrics of consecutive segments."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def over_steps(metrics: Metrics) -> dict[str, Shaped[np.ndarray, "*_groups"]]:
-    """Of each group, the mean of each metric over its `finite` steps, summed in float64; `nonfinite_steps`, how many others there were,
-    and `first_nonfinite`, the first of them from 1, or 0.
+    """Averages the metrics of an epoch, for each group over the steps in which its loss was finite. Sums are in float64.
 
-    A mean over no step is NaN. `ensemble_accuracy` is taken over the steps in which every group was finite.
+    A mean over no step is NaN. `ensemble_accuracy` is averaged over the steps in which every group was finite.
+
+    Returns:
+        The means by metric. And `nonfinite_steps`, how many steps of each group were left out, and `first_nonfinite`, the number of the
+        first of them, from 1, or 0 if there is none.
     """
     finite: Bool[np.ndarray, "steps groups"] = metrics["finite"]
 

@@ -1,8 +1,7 @@
-"""What frozen groups make of the training images, computed once: for the sequential schedule, where nothing augments the images.
+"""Computes the features of frozen groups once, for the sequential schedule without augmentation.
 
-A group that trains behind frozen ones sees the same clean features in every epoch. They are kept on the device, or in the host's memory,
-from where a segment's worth at a time goes to the device. Labelled copies carry other noise in every step, and pass the frozen groups
-again.
+A group behind frozen groups sees the same clean features in every epoch. They are kept on the device, or on the host, which then sends them
+to the device one segment at a time. The labelled copies change in every step, so they pass the frozen groups again.
 """
 
 import functools
@@ -20,7 +19,7 @@ from vffjax.training.augment import normalised
 from vffjax.training.plan import Images, Plan, abstract_start
 from vffjax.training.trainer import before
 
-# Batches of evaluation whose features the device computes before the host takes them.
+# The host fetches the features of this many batches at a time.
 BATCHES_PER_FETCH = 16
 
 
@@ -28,7 +27,7 @@ BATCHES_PER_FETCH = 16
 def clean_features(
     plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "n *feature"]:
-    """The input of group `active` for clean images: running statistics, in batches of `config.eval_batch_size`."""
+    """The input of group `active` for clean images, with running statistics, in batches of `config.eval_batch_size`."""
 
     def features(batch: Array) -> Array:
         z = plan.rule.shown(task, normalised(task, batch))
@@ -38,7 +37,7 @@ def clean_features(
 
 
 def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
-    """What the kept features of one image take at the most, over the stages of the run; 0 if none are kept."""
+    """The most bytes that the kept features of one image take in any stage of the run; 0 if none are kept."""
     if plan.config.feature_cache == "none":
         return 0
     task, states = abstract_start(plan, image_shape)
@@ -48,11 +47,11 @@ def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
 
 
 def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:
-    """`data` with the input of group `active` beside each image: a device's array, or NumPy's if `config.feature_cache` is host."""
+    """`data` with the input of group `active` for each image, as a JAX array, or as a NumPy array if config.feature_cache is host."""
     images = data.images.reshape(-1, *data.image_shape)
     if plan.config.feature_cache != "host":
         return data._replace(features=clean_features(plan.program, active, task, states, images))
-    # Some batches at a time: all features together may be more than the device holds.
+    # A few batches at a time, because all features together may not fit on the device.
     size = BATCHES_PER_FETCH * plan.config.eval_batch_size
     starts = range(0, len(images), size)
     pieces = [np.asarray(clean_features(plan.program, active, task, states, images[i : i + size])) for i in starts]

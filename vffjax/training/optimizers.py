@@ -15,11 +15,11 @@ def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False)
 
     Args:
         config: the group's configuration, which says what kind of optimizer it is, and whether gradients are clipped.
-        hyper: the group's numbers in this step, scalars. They may be traced. The optimizer's state does not depend on them.
-        frozen: whether the group's layers stay as they are. The optimizer then neither moves nor decays them, and keeps no state for
-            them; the head learns.
+        hyper: the group's hyperparameters in this step, scalars, which may be traced. The optimizer's state does not depend on them.
+        frozen: whether only the head learns. The optimizer then changes no other parameter and keeps no state for it.
 
-    Raises `UserError` for an optimizer that is not known.
+    Raises:
+        UserError: the optimizer is not known.
     """
     clip = optax.clip_by_global_norm(hyper.clip_norm) if config.clip_norm != 0 else optax.identity()
 
@@ -41,7 +41,7 @@ def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False)
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, also where `JAX_NUMPY_DTYPE_PROMOTION=strict`: optax multiplies whole numbers by floats."""
+    """The optimizer, usable with JAX_NUMPY_DTYPE_PROMOTION=strict too, although optax multiplies integers by floats."""
 
     def update(*arguments: Any, **named: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):

@@ -1,4 +1,4 @@
-"""What a run is before it starts: its groups, their first states, its task, and the keys that its seed gives."""
+"""Everything that is fixed before a run starts: groups, initial states, task, and the PRNG keys of the seed."""
 
 import dataclasses
 import functools
@@ -20,13 +20,19 @@ from vffjax.rules.streams import Task, make_codebook
 from vffjax.training.augment import IMAGENET_MEAN, IMAGENET_STD
 from vffjax.training.optimizers import make_optimizer
 
-# What a run's seed is folded with, so that no two uses share a key.
+# The seed's key is folded with one of these, so that no two uses share a key.
 INITIALISATION, CODEBOOK, EPOCH, RULE = range(4)
 
 
 class Images(NamedTuple):
-    """A split, as bytes, on the device or on the host (NumPy); `features` is what frozen groups made of the images (see `feature_cache`),
-    or None. With a `shape` (height, width, channels) each image is one row of bytes: see `as_rows`."""
+    """The images of a split, as bytes, on the device (JAX arrays) or on the host (NumPy arrays).
+
+    Attributes:
+        images: one image in each entry of the first axis.
+        labels: their classes.
+        features: the output of the frozen groups for each image (see `feature_cache`), or None.
+        shape: height, width and channels of an image if `images` are rows of bytes (see `as_rows`), or None.
+    """
 
     images: UInt8[Array | np.ndarray, "n h w c"] | UInt8[Array | np.ndarray, "n bytes"]
     labels: Int[Array | np.ndarray, " n"]
@@ -40,14 +46,16 @@ class Images(NamedTuple):
         return h, w, c
 
     def as_rows(self) -> "Images":
-        """The same, each image one row of bytes. To gather some of them, a TPU's compiler would copy the whole set into another layout,
-        padded fourfold; rows are gathered as they lie."""
+        """The same images, each flattened to one row of bytes.
+
+        To gather images, the TPU compiler would copy the whole set into a layout of four times the bytes. It gathers rows in place.
+        """
         return self._replace(images=self.images.reshape(len(self.images), -1), shape=self.image_shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is static in a run. Plans can be hashed: jitted functions take `Plan.program` as a static argument."""
+    """The static part of a run. A plan is hashable; jitted functions take `Plan.program` as a static argument."""
 
     config: Config
     rule: Rule
@@ -56,12 +64,12 @@ class Plan:
 
     @functools.cached_property
     def program(self) -> "Plan":
-        """This plan as far as compiled programs depend on it; equal plans have the same programs. See `config.of_program`."""
+        """The part of the plan that compiled programs depend on. Plans with equal parts share their programs; see `config.of_program`."""
         return Plan(of_program(self.config), self.rule, self.groups, 0)
 
     @property
     def stages(self) -> int:
-        """Runs of `config.epochs` epochs: one if all groups train together, else one per group."""
+        """How many times `config.epochs` epochs are trained: once if all groups train together, else once per group."""
         return chosen("schedule", self.config.schedule, {"joint": 1, "sequential": len(self.groups)})
 
     @property
@@ -70,7 +78,7 @@ class Plan:
 
     @property
     def rows_of_a_step(self) -> int:
-        """Images of a batch and their labelled copies: all that passes through the layers in a step."""
+        """Rows that pass through the layers in a step: the images of a batch and their labelled copies."""
         return self.config.batch_size + self.rule.labelled_rows(self.config, self.classes)
 
     @property
@@ -82,22 +90,22 @@ class Plan:
         return chosen("schedule", self.config.schedule, {"joint": None, "sequential": epoch // self.config.epochs})
 
     def trained_groups(self, epoch: int) -> int:
-        """How many groups have trained at the end of this epoch (from 0): all, or those that the sequential schedule has reached."""
+        """How many groups have been trained at the end of this epoch (numbered from 0); fewer than all in the sequential schedule."""
         active = self.active(epoch)
         return len(self.groups) if active is None else active + 1
 
     def setting(self, group: int, hyper: HyperParameters, key: PRNGKeyArray) -> Setting:
-        """By what a group trains in a step with these numbers, `[groups]`, and this key."""
+        """The setting in which a group trains in one step, from the step's hyperparameters, `[groups]`, and its key."""
         key = jax.random.fold_in(jax.random.fold_in(key, 2), group)
         return Setting(self.rule, for_group(self.config, group), hyper.of(group), key)
 
     def hyperparameters(self, epoch: int) -> HyperParameters:
-        """The numbers of each step of an epoch (from 0), `[steps, groups]`; in the sequential schedule each stage begins anew."""
+        """The hyperparameters of each step of an epoch (numbered from 0), `[steps, groups]`. Each stage starts its schedule anew."""
         return in_epoch(self.config, len(self.groups), self.steps_per_epoch, epoch % self.config.epochs)
 
 
 def make_plan(config: Config, train_size: int, classes: int) -> Plan:
-    """The groups of a run on `train_size` training images; the last, smaller batch of an epoch is left out."""
+    """The plan of a run on `train_size` training images of `classes` classes. An incomplete last batch of an epoch is left out."""
     return Plan(config, rules.find(config), groups_of(config, classes), train_size // config.batch_size)
 
 
@@ -112,7 +120,14 @@ def run_key(config: Config, purpose: int) -> PRNGKeyArray:
 
 
 def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
-    """Codebook and pixel statistics of a run; `mean` and `std` are the training images'."""
+    """The task of a run: its codebook of class noise, and the pixel statistics by which images are normalised.
+
+    Args:
+        config: of the run.
+        classes: how many there are.
+        image_shape: height, width and channels.
+        mean, std: of each channel of the training images, where 255 is 1. They are ignored if config.pixel_statistics is imagenet.
+    """
     mean, std = chosen("pixel_statistics", config.pixel_statistics, {"data": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)})
     codebook = make_codebook(run_key(config, CODEBOOK), classes, image_shape, config.noise_scale)
     return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
@@ -129,7 +144,7 @@ def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task,
 
 
 def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
-    """Fresh groups from the run's seed."""
+    """The states of all groups before training, from the run's seed."""
     variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape)
     hyper, states = at_peak(plan.config, len(plan.groups)), []
     own = _own_parameters(plan, variables, image_shape)
@@ -141,7 +156,7 @@ def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupSta
 
 
 def _own_parameters(plan: Plan, variables: Sequence[tuple[Any, Any]], image_shape: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """Of each group the parameters that the rule owns there, under `rule`; nothing where it has none."""
+    """The parameters that the rule owns in each group, under the key `rule`; empty dictionaries if it owns none."""
     if plan.rule.parameters is None:
         return [{} for _ in plan.groups]
     options, own = plan.rule.options_of(plan.config), []

@@ -1,4 +1,4 @@
-"""Classifying with trained groups: an ensemble of heads on one clean pass, or a sweep over all labels that needs no head."""
+"""Scores classes by heads, by a sweep over labels, or by the rule's own way; and chooses the groups that vote."""
 
 import functools
 import itertools
@@ -18,14 +18,17 @@ from vffjax.training.augment import normalised
 from vffjax.training.plan import Plan
 from vffjax.training.trainer import clean_log_p, evaluated
 
-# With more groups than this, only runs of last groups are tried as voters, not every set.
+# With more groups than this, only sets of consecutive last groups are tried as voters, because there are too many sets.
 _EXHAUSTIVE_GROUPS = 6
 
 
 def sweep_scores(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
 ) -> Float[Array, "groups batch classes"]:
-    """How well each label fits, by each group, with no head, as the rule measures it on clean images and on images told the label."""
+    """How well each label fits each image, by each group, without heads.
+
+    The rule measures it on the features of the clean image and of the image that was told the label. Higher is likelier.
+    """
     rule, told, fits = plan.rule, plan.rule.told, plan.rule.fits
     if told is None or fits is None:
         raise UserError(f"inference=sweep: rule {plan.config.rule} never sees a labelled image; use inference=heads")
@@ -45,7 +48,7 @@ def sweep_scores(
 def own_scores(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
 ) -> Float[Array, "groups batch classes"]:
-    """The rule's own class scores of every group, on one clean pass."""
+    """The rule's own class scores by each group, from the features of the clean images. Higher is likelier."""
     rule = plan.rule
     if rule.scores is None:
         raise UserError(f"inference=rule: rule {plan.config.rule} has no scores of its own; use inference=heads")
@@ -57,7 +60,7 @@ def own_scores(
 def program_scores(
     plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "groups n classes"]:
-    """The program of `make_scores`. Its plan is a `Plan.program`, so that runs of other seeds and rates share it."""
+    """The compiled function behind `make_scores`. It takes a `Plan.program`, so that runs with other seeds or rates share the program."""
     per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores})
 
     def by_image(batch: Array) -> Array:
@@ -67,30 +70,37 @@ def program_scores(
 
 
 def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array, "groups n classes"]]:
-    """Jitted `(task, states, byte images [n, h, w, c])` to scores [groups, n, classes]; higher is likelier.
+    """A jitted function of `(task, states, images)` that returns scores `[groups, n, classes]`. Higher is likelier.
 
-    Images are taken in batches of `config.eval_batch_size`.
+    Args:
+        plan: of the run.
+        inference: heads, sweep or rule; see config.inference.
+
+    The images are bytes `[n, h, w, c]`. They are scored in batches of `config.eval_batch_size`.
     """
     return functools.partial(program_scores, plan.program, inference)
 
 
 def compile_scores(plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: Any) -> jax.stages.Compiled:
-    """`make_scores`, compiled for such images; takes `(task, states, images)`."""
+    """`make_scores`, compiled for images of this shape. Takes `(task, states, images)`."""
     return program_scores.lower(plan.program, inference, task, states, images).compile()
 
 
 def ensemble(scores: Float[ArrayLike, "groups n classes"], voting: tuple[int, ...]) -> np.ndarray:
-    """Mean score over the voting groups; for heads the mean log-probability, that is their normalised geometric mean."""
+    """The mean score over the voting groups. For heads this is the mean log-probability: a geometric mean of their probabilities."""
     return np.asarray(scores)[list(voting)].mean(axis=0)
 
 
 def error_percent(scores: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]) -> float:
-    """Share of images whose highest score is not their label, in percent."""
+    """The share of images whose highest score belongs to a wrong class, in percent."""
     return 100 * float(np.mean(np.asarray(scores).argmax(-1) != np.asarray(labels)))
 
 
 def choose_voting(scores: Float[np.ndarray, "groups n classes"], labels: Int[ArrayLike, " n"]) -> tuple[int, ...]:
-    """The set of groups whose ensemble errs least on these (validation) images; among equals the larger, then the later set."""
+    """The set of groups whose ensemble has the least error on these (validation) images.
+
+    Among sets of equal error the largest is taken, and among those the one with later groups.
+    """
     groups = len(scores)
     if groups <= _EXHAUSTIVE_GROUPS:
         sets = [s for size in range(1, groups + 1) for s in itertools.combinations(range(groups), size)]
@@ -100,7 +110,16 @@ def choose_voting(scores: Float[np.ndarray, "groups n classes"], labels: Int[Arr
 
 
 def validate(scores: np.ndarray | None, labels: Int[ArrayLike, " n"], trained: int) -> dict[str, Any]:
-    """Errors in percent from scores [groups, n, classes] on validation data, and the groups that vote; without data all trained do."""
+    """Validation errors in percent, and the groups that vote.
+
+    Args:
+        scores: of the validation images; None if there are none, and then all trained groups vote.
+        labels: of these images.
+        trained: how many groups have been trained.
+
+    Returns:
+        `val_error`, `val_error_per_group`, and `voting`, the indices of the voting groups.
+    """
     if scores is None:
         return {"val_error": None, "val_error_per_group": None, "voting": list(range(trained))}
     voting = choose_voting(scores[:trained], labels)
@@ -108,7 +127,7 @@ def validate(scores: np.ndarray | None, labels: Int[ArrayLike, " n"], trained: i
 
 
 def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str) -> dict[str, Any]:
-    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent."""
+    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent, from scores `[groups, n, classes]`."""
     return {
         f"{split}_error": error_percent(ensemble(scores, voting), labels),
         f"{split}_error_per_group": [error_percent(group, labels) for group in scores],

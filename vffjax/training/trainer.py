@@ -1,4 +1,4 @@
-"""Greedy training: one step of one group, all groups on a batch, and the scan over the steps of a segment. Pure functions."""
+"""Greedy training as pure functions: a step of one group, a step of all groups, and the scan over the steps of a segment."""
 
 import functools
 import itertools
@@ -25,11 +25,19 @@ from vffjax.training.plan import Plan
 def group_step(
     setting: Setting, group: LayerGroup, state: GroupState, streams: Streams, fence: bool = False
 ) -> tuple[GroupState, Streams, dict[str, Array]]:
-    """One update of one group on its own loss; its features, detached, are the next group's streams. Pure.
+    """Updates one group on its own loss. Its detached features are the streams of the next group.
 
-    With `fence`, nothing that takes the result begins before the gradient is done: one group's intermediate maps are alive at a time.
-    The metric `finite` says whether the loss is; if `config.on_nonfinite` is skip, whether the whole new state is too. If not, the
-    state then stays as it was.
+    Args:
+        setting: the rule, and the group's configuration, hyperparameters and key.
+        group: the group's functions.
+        state: its parameters, statistics and optimizer state.
+        streams: its input.
+        fence: whether the gradient is finished before anything that uses the result starts. Then only one group's intermediate maps are in
+            memory at a time.
+
+    Returns:
+        The new state, the output streams, and the metrics. The metric `finite` says whether the loss is finite, and with
+        config.on_nonfinite=skip also whether the new state is; if it is not, the old state is returned.
     """
 
     def differentiate(params: Any, batch_stats: Any, streams: Streams, key: PRNGKeyArray) -> Any:
@@ -47,14 +55,14 @@ def group_step(
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether there is neither infinity nor NaN in any leaf."""
+    """Whether no leaf has an infinity or a NaN."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
-    """`function`, done with all that it computes before anything that takes its result begins.
+    """`function`, which finishes before anything that uses its result starts.
 
-    A barrier says so to the compiler; on CPU `fence.as_branch` does, on any of the `labels`.
+    An optimization barrier tells the compiler so. XLA drops barriers on CPU; there `fence.as_branch` does it, by a condition on `labels`.
     """
     function = jax.jit(function, inline=True)  # traced once for both, which is most of what starting a deep network takes
 
@@ -75,9 +83,15 @@ def before(
     clean: int,
     labels: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "rows *out"]:
-    """The input of group `active` for rows of images, the first `clean` of them clean: frozen groups, running statistics, no gradient.
+    """The input of group `active`: the output of the groups before it, which are frozen and use their running statistics.
 
-    With any `labels` for the fence, one group's maps are alive at a time.
+    Args:
+        plan: of the run.
+        active: the index of the group.
+        states: of all groups.
+        rows: images, the first `clean` of them clean and the others labelled.
+        clean: how many are clean.
+        labels: any labels, for the fence that keeps only one group's maps in memory; None: no fence.
     """
     for group, state in list(zip(plan.groups, states, strict=True))[:active]:
 
@@ -89,7 +103,7 @@ def before(
 
 
 def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None = None) -> Streams:
-    """The streams at the input of group `active`; `cached` clean rows are taken as they are, the copies pass the frozen groups."""
+    """The streams at the input of group `active`. If the clean rows were `cached`, only the labelled copies pass the frozen groups."""
     if cached is None:
         return streams._replace(rows=before(plan, active, states, streams.rows, streams.labels.shape[0], streams.labels))
     if streams.copies.shape[0] == 0:
@@ -99,12 +113,12 @@ def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], strea
 
 
 def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch) -> Streams:
-    """What a step on this batch gives to the first group: the augmented images and their labelled copies.
+    """The input of the first group in a step: the augmented images of the batch and their labelled copies.
 
-    The locality probes take their streams from here too, so that they examine the program that trains.
+    The locality probes call this function too, so that they examine the program that trains.
     """
     x = augmented(plan.config, task, batch)
-    # The groups that have trained; the others' heads are still at zero and would only flatten the prediction.
+    # Only groups that have been trained predict: the heads of the others are still zero and would flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if plan.rule.predicts(plan.config) else None
     options, key = plan.rule.options_of(plan.config), jax.random.fold_in(batch.key, 1)
@@ -114,11 +128,17 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[Group
 def train_step(
     plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """One batch through the groups, from input to output: all of them train, or `active` alone on its frozen predecessors, whose
-    output for the clean images may be given as `batch.features`.
+    """Trains the groups on one batch, from input to output.
 
-    Metrics per trained group: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`, and the rule's own; and
-    `ensemble_accuracy` of all heads.
+    Args:
+        plan: of the run; in a jitted function `Plan.program`.
+        active: None if all groups train. Else the index of the only group that trains; its predecessors are frozen, and their output for
+            the clean images may be given as `batch.features`.
+        task, states, batch: codebook and pixel statistics; the groups' states; images, labels, key and hyperparameters.
+
+    Returns:
+        The new states. And metrics for each group that trained: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`, and
+        the rule's own; and `ensemble_accuracy` of all heads.
     """
     streams = step_streams(plan, active, task, states, batch)
     streams = streams if active is None else behind_frozen(plan, active, states, streams, batch.features)
@@ -130,7 +150,7 @@ def train_step(
         metrics.append(m)
     labels, log_p = batch.labels, jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
-    # Cast, because with JAX_ENABLE_X64 the numbers of classes are of 64 bits.
+    # argmax returns 64-bit integers under JAX_ENABLE_X64, so it is cast to the labels' type.
     out["accuracy"] = jnp.mean(log_p.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
     out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1).astype(labels.dtype) == labels)
     return tuple(new_states), out
@@ -139,7 +159,7 @@ def train_step(
 def clean_log_p(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
-    """Log-probabilities of the `first` groups' heads (None: all) on normalised images, one clean pass, running statistics."""
+    """Log-probabilities by the heads of the `first` groups (None: all), for normalised images, with running statistics."""
     maps = itertools.islice(evaluated(plan, states, plan.rule.shown(task, x), len(x)), first)
     return jnp.stack([jax.nn.log_softmax(group.logits(state.params, z)) for group, state, z in maps])
 
@@ -147,7 +167,7 @@ def clean_log_p(
 def evaluated(
     plan: Plan, states: tuple[GroupState, ...], rows: Float[Array, "rows *feature"], clean: int
 ) -> Iterator[tuple[LayerGroup, GroupState, Array]]:
-    """Each group with its state and its features of rows of images, the first `clean` of them clean, by running statistics."""
+    """Yields each group with its state and its features of the rows, of which the first `clean` are clean. Uses running statistics."""
     for group, state in zip(plan.groups, states, strict=True):
         rows, _ = group.features(state.params, state.batch_stats, rows, clean, False)
         yield group, state, rows
@@ -156,9 +176,9 @@ def evaluated(
 def run_segment(
     plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batches: Batch
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """Some steps of an epoch, one after the other; the metrics of each step.
+    """Trains some steps of an epoch, one after the other. Returns the new states and the metrics of each step.
 
-    This is the program that trains: an epoch is a few calls of it (see `epochs`), wherever the batches come from.
+    This is the program that training runs: an epoch is a few calls of it (see `epochs`), wherever the batches come from.
     """
 
     def step(states: tuple[GroupState, ...], batch: Batch) -> Any:
