@@ -1,7 +1,6 @@
-"""From an `ml_collections.ConfigDict` to one frozen, validated dataclass.
+"""The configuration of a run: one frozen dataclass, read by attribute, so that a misspelt key fails where it is written.
 
-Everything below the command line reads `Config` by attribute, so that a typo fails where it is written. Checks that need no
-data happen here, before anything is compiled; checks against the data are in `check_against_data`.
+This module checks the type and range of each value. Whether the values fit together, and fit the data, is checked in `training.checks`.
 """
 
 import dataclasses
@@ -21,21 +20,21 @@ from vffjax.keys import default_of, fields_of, key, value_of
 from vffjax.registry import ROOMS
 
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
-# Beyond these a number is a slip, and XLA ends the process where an array has more than 2**31 entries.
+# Larger numbers are taken for mistakes. XLA would abort the process for an array of more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
-_MOST, _LARGE = 10**9, 1e6  # of what only has to be finite and representable
+_MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
 MAX_SIDE = 4096  # of an image, in pixels
-# Keys that a run may change when it goes on: where the data lie, and how much memory and disk it takes. All others make it another run.
+# Keys that may change when a run is resumed: where the data are, and how much memory and disk it uses. Any other makes it another run.
 CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
-BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # no result depends on these
-# Numbers that a compiled program takes as arrays, by step and group: see `hyperparameters`. Each may differ by group.
+BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
+# Numbers that compiled programs take as arguments, for each step and group; see `hyperparameters`.
 ARGUMENTS: tuple[str, ...] = (
     *("learning_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
     *("goodness_threshold", "peer_normalisation"),
 )
-# Those of which 0 takes a part out of the program. The locality certificate has to see that a head_weight of 0 cuts the gradient.
+# If one of these is 0, a part of the program is left out. The locality certificate must see that head_weight=0 cuts the gradient.
 _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
-# Keys of which no compiled program knows anything: they say which data and which arrays it is given, how often and where it runs.
+# Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
     *("group_decay", "warmup_epochs", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
@@ -115,21 +114,21 @@ class Config:
         return str(self.to_dict())
 
     def __hash__(self) -> int:
-        return hash(self._text)  # not that of the fields, because overrides are a dictionary
+        return hash(self._text)  # the fields cannot be hashed, because some are dictionaries
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self._text == other._text  # here NaN equals NaN: see `of_program`
 
     def trained_by(self) -> dict[str, Any]:
-        """What makes two runs the same: all keys that are not `CHANGEABLE`. Plain JSON types, tuples as lists."""
+        """The keys that identify a run: all that are not `CHANGEABLE`. In JSON types, with lists for tuples."""
         return {key: value for key, value in self.to_dict().items() if key not in CHANGEABLE}
 
     def checkpoint_due(self, epochs: int) -> bool:
-        """Whether a checkpoint is due when so many epochs are done: the last epoch of a stage always has one."""
+        """Whether a checkpoint is due after this many epochs. It always is after the last epoch of a stage."""
         return epochs % self.epochs == 0 or epochs % self.checkpoint_every == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, tuples as lists."""
+        """All keys, in JSON types, with lists for tuples."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["overrides"] = {group: dict(override) for group, override in self.overrides.items()}
         plain["rule_options"] = dict(self.rule_options)
@@ -140,7 +139,7 @@ FIELDS = fields_of(Config)
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All keys with their defaults, locked: a config file that sets an unknown key fails there."""
+    """All keys with their defaults. It is locked, so that setting an unknown key fails in the line that sets it."""
     config = ml_collections.ConfigDict({name: default_of(field) for name, field in FIELDS.items()}).lock()
     for name, field in FIELDS.items():
         if isinstance(default_of(field), dict):  # of which the keys are not known here
@@ -149,9 +148,12 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def converted(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """The values as a `Config`, each of the right type and in its range. Raises `UserError` naming `config.KEY`, the value and the fix.
+    """Converts values to a `Config`, and checks the type and range of each. Imports no JAX.
 
-    Whether they fit together is for `training.checks.make_config` to say.
+    `training.checks.make_config` also checks whether they fit together.
+
+    Raises:
+        UserError: names config.KEY, the value and the fix.
     """
     try:
         plain = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
@@ -170,13 +172,13 @@ def converted(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def nearest_key(name: str) -> str:
-    """What to do about a key that does not exist."""
+    """The advice for a key that does not exist."""
     near = difflib.get_close_matches(name, FIELDS, n=1)
     return f"did you mean config.{near[0]}?" if near else "see python train.py --help for the keys"
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A copy, its values converted and in range."""
+    """A copy of the overrides with converted values. Raises `UserError` for an unknown group or key, or a value out of range."""
     out: dict[str, dict[str, Any]] = {}
     for group, override in given.items():
         if not isinstance(group, str) or not re.fullmatch("group(0|[1-9][0-9]{0,3})", group):
@@ -192,21 +194,27 @@ def _overrides(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def for_group(config: Config, group: int, later: int = 0) -> Config:
-    """The configuration as group number `group` sees it, `later` groups behind it: its learning rate, and its overrides applied."""
+    """The configuration of one group, with its own learning rate and its overrides.
+
+    Args:
+        config: of the run.
+        group: the index of the group.
+        later: how many groups follow it; the learning rate is multiplied by config.group_decay for each of them.
+    """
     rate = config.learning_rate * config.group_decay**later
     return dataclasses.replace(config, **{"learning_rate": rate, **config.overrides.get(f"group{group}", {})})
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """What `config.json` holds: all keys, and under `vffjax` the version that wrote it."""
+    """The content of config.json: all keys, and the version that wrote them under the key `vffjax`."""
     return {"vffjax": versions.own()} | config.to_dict()
 
 
 def of_program(config: Config) -> Config:
-    """The configuration as far as compiled programs depend on it. Equal ones have the same programs.
+    """The part of the configuration that compiled programs depend on. Configurations with equal parts share their programs.
 
-    Numbers that a program takes as arrays are NaN here, so that code which reads one of them from the configuration cannot pass
-    unnoticed. Where 0 takes a part out of the program it stays 0. Keys that no program knows have their defaults.
+    Numbers that programs take as arguments are NaN here, so that code which reads one of them from the configuration gives NaN. A 0 that
+    leaves out a part of the program stays 0. Keys that no program depends on have their defaults.
     """
 
     def number(key: str, value: float) -> float:

@@ -1,4 +1,4 @@
-"""Layer grouping (LG): a network's layers cut into groups, each with an auxiliary head. Gradients stop at a group's border."""
+"""Layer grouping (LG): cuts the layers of a network into groups, each with an auxiliary head. No gradient crosses between groups."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ from vffjax.ops.normalisation import Rows
 from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.ops.recompute import recomputed
 
-HEAD_INPUTS = 4096  # inputs of a head at the most, where the grid is left to us: about as many as the largest maps' heads have at 8x8x64
+HEAD_INPUTS = 4096  # the most inputs of a head with config.head_grid=0, as a map of 8x8 positions and 64 channels has
 
 
 class GroupState(NamedTuple):
-    """All that training changes in one group."""
+    """Everything that training changes in one group."""
 
-    params: Any  # {"layers_i": ..., "head": ...}, float32
-    batch_stats: Any  # running statistics of its normalisations; {} where there are none
+    params: Any  # {"layers_i": ..., "head": ...}, and "rule" if the rule owns parameters; float32
+    batch_stats: Any  # running statistics of its normalisations, or {}
     opt_state: optax.OptState
 
 
@@ -58,12 +58,21 @@ class _Module(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """One group: pure functions of its parameters. The head is linear on features mean-pooled to a grid; it starts at zero."""
+    """One group, as pure functions of its parameters.
 
-    index: int  # from 0 at the input
+    The head is a linear map of the features, mean-pooled to a grid. Its initial parameters are zero.
+
+    Attributes:
+        index: from 0 at the input.
+        module: layers and head.
+        rematerialise: whether the backward pass recomputes the features instead of keeping them.
+        frozen: whether the layers and their statistics keep their initial values while the head learns.
+    """
+
+    index: int
     module: _Module
     rematerialise: bool = False
-    frozen: bool = False  # its layers stay as they start, statistics included; its head learns
+    frozen: bool = False
 
     @property
     def name(self) -> str:
@@ -76,18 +85,29 @@ class LayerGroup:
 
     @property
     def head_grid(self) -> int:
-        """Side in cells of the grid to which its head mean-pools a feature map."""
+        """Side, in cells, of the grid to which the head mean-pools a feature map."""
         return self.module.head_grid
 
     def init(self, key: PRNGKeyArray, x: Float[Array | jax.ShapeDtypeStruct, "batch *feature"]) -> tuple[Any, Any]:
-        """Parameters and batch statistics for inputs shaped like `x`, of which nothing is computed."""
+        """Parameters and batch statistics for inputs of the shape of `x`. No features are computed."""
         variables = self.module.lazy_init(key, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return variables["params"], variables.get("batch_stats", {})
 
     def features(
         self, params: Any, batch_stats: Any, x: Float[Array, "batch *feature"], clean: Rows, train: bool
     ) -> tuple[Float[Array, "batch *out"], Any]:
-        """Feature map of `x`, whose first `clean` rows are clean and the rest labelled, and the new batch statistics."""
+        """Computes the features of the group.
+
+        Args:
+            params: of the group.
+            batch_stats: its running statistics.
+            x: its input: clean rows, then labelled rows.
+            clean: how many rows are clean.
+            train: whether normalisation uses the statistics of the batch and updates the running ones.
+
+        Returns:
+            The features, and the new running statistics.
+        """
         if self.frozen:
             params, train = jax.lax.stop_gradient(params), False
         if train and self.rematerialise:
@@ -95,7 +115,7 @@ class LayerGroup:
         return self._features(clean, train, slice(None), params, batch_stats, x)
 
     def _features(self, clean: Rows, train: bool, part: slice, params: Any, batch_stats: Any, x: Array) -> tuple[Array, Any]:
-        """Through the layers of `part`; parameters and statistics of others need not be given."""
+        """Computes the layers of `part`. Parameters and statistics of the other layers may be missing."""
         variables = {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
         if train and batch_stats:
             out, new = self.module.apply(variables, x, clean, True, part, method="features", mutable=["batch_stats"])
@@ -103,10 +123,10 @@ class LayerGroup:
         return cast(Array, self.module.apply(variables, x, clean, train, part, method="features")), batch_stats
 
     def _recomputed(self, params: Any, batch_stats: Any, x: Array, clean: Rows) -> tuple[Array, Any]:
-        """`features` in training, whose gradient keeps the inputs of segments of layers and recomputes one segment at a time.
+        """`features` in training. The backward pass keeps only the inputs of segments of layers, and recomputes one segment at a time.
 
-        Of n layers about sqrt(n) make a segment: so the least is kept (Chen et al., 2016, arXiv:1604.06174), and each layer is
-        recomputed once in any case.
+        A segment has about sqrt(n) of n layers, which keeps the least in memory (Chen et al., 2016, arXiv:1604.06174). Each layer is
+        recomputed once.
         """
         count = len(self.module.layers)
         size = round(math.sqrt(count))
@@ -120,19 +140,19 @@ class LayerGroup:
         return x, new_stats
 
     def logits(self, params: Any, features: Float[Array, "batch *feature"]) -> Float[Array, "batch classes"]:
-        """The head's class scores, float32."""
+        """The class scores of the head, float32."""
         return cast(Array, self.module.apply({"params": params}, features, method="logits"))
 
 
 def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ...]:
-    """Groups of consecutive layers.
+    """Cuts layers, from input to output, into groups of consecutive layers.
 
     Args:
-        layers: of a network, from input to output.
-        grouping: `width`, maximal runs of equal width; `block`, the blocks that the network declares; `layer`, each layer alone, of which
-            a residual block is one; or `all` in one group (back-propagation).
+        layers: of a network. A residual block is one layer.
+        grouping: `width`: consecutive layers of equal width make a group. `block`: the blocks that the network declares. `layer`: each
+            layer. `all`: all layers, which is back-propagation.
 
-    A stem belongs to the group behind it, except where each layer is a group.
+    A stem belongs to the group after it, unless each layer is a group.
     """
     if chosen("grouping", grouping, {"all": True, "width": False, "block": False, "layer": False}):
         return (layers,)
@@ -148,8 +168,14 @@ def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ..
 
 
 def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ...]:
-    """The groups of `config.network` under `config.grouping`, with a kind of normalisation and heads of so many classes."""
-    # Without a normalisation behind the linear map, features have any scale, and a linear head needs one.
+    """The groups of a configuration.
+
+    Args:
+        config: network, grouping and the keys of its layers and heads.
+        norm: the kind of normalisation, where config.norm=auto is resolved.
+        classes: outputs of each head.
+    """
+    # If no normalisation follows the linear map, the scale of the features is arbitrary, so the head normalises its input.
     free_scale = norm in ("input", "none")
     groups = []
     for i, layers in enumerate(cut(find(config).layers(config, norm), config.grouping)):
@@ -159,8 +185,11 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
 
 
 def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Of each layer, from input to output, the entries of its kernels together, and of its feature map of one image
-    before pooling. Nothing is computed."""
+    """The sizes of each layer, from input to output. Nothing is computed.
+
+    Returns:
+        For each layer the number of entries of all its kernels, and of its feature map for one image before pooling.
+    """
     x, found = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), []
     for layer in (layer for group in groups for layer in group.module.layers):
         x, variables = jax.eval_shape(functools.partial(layer.init_with_output, clean=1, train=False), jax.random.key(0), x)
@@ -170,7 +199,7 @@ def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int
 
 
 def fitting_grid(width: int) -> int:
-    """Side in cells of a head's grid that suits a feature map: the largest power of two of which no more than `HEAD_INPUTS` are made."""
+    """Side, in cells, of the grid for a head on features of this width: the largest power of two with at most `HEAD_INPUTS` inputs."""
     side = 1
     while 4 * side * side * width <= HEAD_INPUTS:
         side *= 2
@@ -178,7 +207,7 @@ def fitting_grid(width: int) -> int:
 
 
 def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:
-    """Parameters and statistics of every group, group `i` from `fold_in(key, i)`."""
+    """Initial parameters and statistics of all groups. Group `i` uses the key `fold_in(key, i)`."""
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     out: list[tuple[Mapping, Mapping]] = []
     for i, group in enumerate(groups):

@@ -1,7 +1,7 @@
-"""Layers: a linear map, normalisation, ReLU, and for convolutions max-pooling. Each declares the width of its output.
+"""Layers: a linear map, normalisation and ReLU, and for convolutions max-pooling.
 
-Rows of a batch come in two streams, first `clean` images, then labelled copies. The streams differ in distribution (a copy
-carries class noise), so normalisation treats them apart: see `Norm`.
+The rows of a batch are two streams: first `clean` rows, then labelled copies. Their distributions differ, because a copy carries class
+noise, so normalisation treats the two streams separately; see `Norm`.
 """
 
 from typing import Any
@@ -21,21 +21,24 @@ MOMENTUM = 0.9
 
 
 def scaled(channels: int, factor: float) -> int:
-    """Channels of a narrower or wider network, at least 1."""
+    """`factor` times the number of channels, rounded, but at least 1."""
     return max(1, round(channels * factor))
 
 
 def common(config: Config, norm: str) -> dict[str, Any]:
-    """What every layer of a network takes from the configuration, and the kind of normalisation."""
+    """The arguments that all layers of a network share."""
     dtype = chosen("precision", config.precision, {"bf16": jnp.bfloat16, "f32": jnp.float32})
     frozen = chosen("norm_statistics", config.norm_statistics, {"frozen": True, "batch": False})
     return {"norm": norm, "dtype": dtype, "frozen": frozen}
 
 
 class Layer(nn.Module):
-    """What a network is made of: `__call__(x, clean, train)`, with `width` output channels.
+    """A layer of a network, called as `layer(x, clean, train)`.
 
-    The network says where its blocks end, for groups that are blocks, and which layer is a stem that joins the group behind it.
+    Attributes:
+        width: output channels.
+        ends_block: whether a block of the network ends with this layer, for groups that are blocks.
+        joins_next: whether it is a stem, which belongs to the group of the next layer.
     """
 
     width: int
@@ -44,25 +47,28 @@ class Layer(nn.Module):
 
 
 def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *feature"]:
-    """Each row scaled to root mean square 1 over all its features, so that its length says nothing (Hinton, 2022)."""
+    """Scales each row to root mean square 1 over all its features, so that its length carries no information (Hinton, 2022)."""
     z = x.astype(jnp.float32)
     squared = jnp.mean(z * z, axis=tuple(range(1, z.ndim)), keepdims=True)
     return (z * jax.lax.rsqrt(squared + EPSILON)).astype(x.dtype)
 
 
 def resized(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h2 w2 c"]:
-    """Images of `side` x `side` positions by bilinear interpolation; 0: as they are. Not to be differentiated: inputs have no gradient."""
+    """Resizes images to `side` x `side` positions by bilinear interpolation; 0 leaves them as they are."""
     if not side or x.shape[1:3] == (side, side):
         return x
     return jax.image.resize(x, (x.shape[0], side, side, x.shape[3]), "linear")
 
 
 class Norm(nn.Module):
-    """Normalisation over the two streams; with `pool` and `relu`, max-pooling over windows and ReLU behind it.
+    """Normalises the two streams, and then applies ReLU and max-pooling. Computed in float32.
 
-    `batch`: each stream by its own batch statistics, and by its own running statistics in evaluation. `anchor`: both by the clean
-    stream's, so that no labelled image touches a clean one nor rescales itself. `layer`: each row by itself. Computed in float32.
-    With `frozen`, running statistics in training too, which then stay as they are.
+    Attributes:
+        kind: `batch`: each stream by its own statistics, of the batch in training and running in evaluation. `anchor`: both streams by the
+            statistics of the clean one, so that labelled rows change no clean row. `layer`: each row by its own statistics.
+        pool: side of the max-pooling window; 1: none.
+        relu: whether ReLU is applied.
+        frozen: whether training uses the running statistics too, and leaves them unchanged.
     """
 
     kind: str
@@ -101,7 +107,7 @@ class Norm(nn.Module):
 
 
 class _Affine(Layer):
-    """Normalisation and activation shared by both kinds of layer; subclasses give the linear map."""
+    """Normalisation and activation, which dense layers and convolutions share. Subclasses compute the linear map."""
 
     norm: str = "batch"
     dtype: Any = jnp.float32
@@ -114,12 +120,12 @@ class _Affine(Layer):
         return Norm(self.norm, pool, relu=True, frozen=self.frozen, name="norm")(x, clean, train)
 
     def kernel(self, shape: tuple[int, ...]) -> Array:
-        # He initialisation (He et al., 2015) for ReLU; parameters live in float32 and are cast at use.
+        # He initialisation (He et al., 2015) for ReLU. Parameters are kept in float32 and cast where they are used.
         return self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32).astype(self.dtype)
 
 
 class DenseLayer(_Affine):
-    """Dense map of the flattened input, normalisation, ReLU."""
+    """A dense map of the flattened input, normalisation and ReLU."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch width"]:
@@ -130,7 +136,12 @@ class DenseLayer(_Affine):
 
 
 class ConvLayer(_Affine):
-    """3x3 convolution with zero padding, normalisation, ReLU, max-pooling over `pool` x `pool` windows."""
+    """A 3x3 convolution with zero padding, normalisation, ReLU and max-pooling.
+
+    Attributes:
+        pool: side of the max-pooling window; 1: none.
+        resize: side to which the input images are resized first; 0: none.
+    """
 
     pool: int = 1
     resize: int = 0

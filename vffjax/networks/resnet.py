@@ -1,7 +1,7 @@
 """ResNets (He et al., 2016, arXiv:1512.03385) as torchvision has them, and with a stem for 32x32 images.
 
-The classifier is the last group's head. In a bottleneck the 3x3 convolution has the stride (torchvision's "v1.5"). Parameters are named
-as torchvision names them, with `_` for `.`, so that `weights.torchvision` needs no table.
+The head of the last group is the classifier. In a bottleneck the 3x3 convolution has the stride (torchvision's "v1.5"). Parameters have
+torchvision's names, with `_` for `.`, so that `weights.torchvision` needs no table of names.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}
 
 
 class _Conv(nn.Module):
-    """A convolution without bias, padded as PyTorch pads; its parameters live in float32 and are cast at use."""
+    """A convolution without bias, with PyTorch's padding. Its kernel is kept in float32 and cast where it is used."""
 
     width: int
     side: int
@@ -39,7 +39,12 @@ class _Conv(nn.Module):
 
 
 class Stem(Layer):
-    """First convolution, normalisation, ReLU; `imagenet`: 7x7 with stride 2, then 3x3 max-pooling with stride 2; `cifar`: 3x3."""
+    """The first convolution with normalisation and ReLU.
+
+    Attributes:
+        kind: `cifar`: a 3x3 convolution. `imagenet`: a 7x7 convolution of stride 2, followed by 3x3 max-pooling of stride 2.
+        resize: side to which the input images are resized first; 0: none.
+    """
 
     kind: str = "cifar"
     norm: str = "batch"
@@ -55,9 +60,9 @@ class Stem(Layer):
 
 
 class ResidualBlock(Layer):
-    """Two 3x3 convolutions, or as a bottleneck 1x1, 3x3 and 1x1, added to the input; the first 3x3 has the stride.
+    """Adds the output of convolutions to the input: of two 3x3, or in a bottleneck of 1x1, 3x3 and 1x1. The first 3x3 has the stride.
 
-    Where the shape changes, the input passes a 1x1 convolution and a normalisation of its own.
+    If the shape changes, the input passes a 1x1 convolution and a normalisation of its own.
     """
 
     inner: int = 64

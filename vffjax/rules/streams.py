@@ -1,4 +1,4 @@
-"""How a step's images come to the groups: as clean images, and as copies that are told a label.
+"""The rows of a training step: clean images, and copies that carry a label.
 
 A step's images come as `Streams`: the clean images, and labelled copies of some of them. No rule writes to the clean stream, but
 forward-forward, which needs a neutral label in the pixels that it overwrites.
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vffjax.config import Config
 
-# What wrong labels that were drawn from predictions are called in a traced program, for the locality certificate to know them by.
+# The name, in a traced program, of wrong labels that were drawn from predictions. The locality certificate looks for it.
 DRAWN = "drawn labels"
 
 
 class Task(NamedTuple):
-    """What a run fixes once about its labels and pixels; arrays, passed to every jitted function as arguments."""
+    """What a run fixes once about its labels and pixels. These arrays are arguments of every jitted function."""
 
     codebook: Float[Array, "classes h w c"]
     mean: Float[Array, " c"]  # of pixels on the 0..1 scale, the training images' or ImageNet's
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
 
 def make_codebook(key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float) -> Float[Array, "classes h w c"]:
-    """One fixed noise image per class, `N(0, 1) * scale`, in units of normalised pixels."""
+    """One fixed noise image for each class, `scale` times a standard normal, in units of normalised pixels."""
     return scale * jax.random.normal(key, (classes, *shape), jnp.float32)
 
 
@@ -55,11 +55,11 @@ class Step(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """Clean rows, then labelled rows, in one array on their way through the groups: one call of a layer serves both."""
+    """Clean rows followed by labelled rows, in one array, so that one call of a layer serves both."""
 
     rows: Float[Array, "rows *feature"]
     labels: Int[Array, " batch"]
-    copy_labels: Int[Array, " copies"]  # the label that each copy carries, right or wrong for its image; none under rule head
+    copy_labels: Int[Array, " copies"]  # the label that each copy carries, which may be wrong for its image
 
     @property
     def clean(self) -> Float[Array, "batch *feature"]:
@@ -73,7 +73,7 @@ class Streams(NamedTuple):
 def wrong_labels(
     key: PRNGKeyArray, labels: Int[Array, " batch"], classes: int, logits: Float[Array, "batch classes"] | None = None
 ) -> Int[Array, " batch"]:
-    """A label other than the right one: uniform, or drawn from `softmax(logits)` with the right class masked (hard negatives)."""
+    """Draws a wrong label for each image: uniformly, or, with `logits`, from their softmax without the right class (hard negatives)."""
     if logits is None:
         return (labels + jax.random.randint(key, labels.shape, 1, classes, labels.dtype)) % classes
     right = jax.nn.one_hot(labels, classes, dtype=bool)
