@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from command_lines import ROOT, in_a_process
-from vffjax.cli import config_file
+from vffjax import outside
 from vffjax.cli import main as cli
 from vffjax.cli.config_file import load_config_file
 
@@ -88,9 +88,9 @@ def test_what_fails_leaves_nothing_either(two_folders, fails):
 
 
 def test_modules_of_this_package_are_no_neighbours_of_a_file_in_the_root_of_the_checkout():
-    assert not config_file._is_neighbour("vffjax.config", str(ROOT))
-    assert config_file._is_neighbour("command_lines", str(ROOT / "tests"))
-    assert not config_file._is_neighbour("command_lines", str(ROOT / "test"))
+    assert not outside._Beside(str(ROOT)).holds("vffjax.config")
+    assert outside._Beside(str(ROOT / "tests")).holds("command_lines")
+    assert not outside._Beside(str(ROOT / "test")).holds("command_lines")
 
 
 def test_what_a_virtual_environment_below_the_folder_holds_is_no_neighbour(tmp_path, monkeypatch):

@@ -79,8 +79,11 @@ def _converted(value: Any, default: Any, shown: str) -> Any:
 def options(kind: type, given: Mapping[str, Any], shown: str) -> Any:
     """The dataclass `kind` with the values that were given.
 
-    Raises `UserError` for a key that it does not declare, or a value that does not fit; `shown` is the name under which they were given.
+    Raises `UserError` for a key that it does not declare, or a value that does not fit, or if its fields are not declared by `key`; `shown`
+    is the name under which they were given.
     """
+    if not dataclasses.is_dataclass(kind) or not all("doc" in field.metadata for field in dataclasses.fields(kind)):
+        raise bad_key(shown, dict(given), f"{kind!r} is no dataclass of fields that vffjax.keys.key declares", "make it one")
     known = fields_of(kind)
     for name, value in given.items():
         if name not in known:

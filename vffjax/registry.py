@@ -31,11 +31,14 @@ class Room(NamedTuple):
         if not outside.is_outside(name) and name not in self.names:
             raise unknown(self.key, name, self.names)
 
-    def find(self, name: str) -> Any:
-        """The record of this name. Raises `UserError` if there is none, or if it is code from outside that nobody allowed or that fails."""
+    def find(self, name: str, kind: type = object) -> Any:
+        """The record of this name, of this kind.
+
+        Raises `UserError` if there is none, or if it is code from outside that nobody allowed, that fails, or that is of another kind.
+        """
         self.check(name)
         if outside.is_outside(name):
-            return outside.load(self.key, name)
+            return outside.load(self.key, name, kind)
         return getattr(importlib.import_module(f"{self.package}.{name}"), self.record)
 
 

@@ -4,17 +4,17 @@ import inspect
 import os
 import pathlib
 import re
-import traceback
 import types
 from typing import Any
 
 import ml_collections
 
 from vffjax import outside
-from vffjax.config import nearest_key
+from vffjax.config import Config, nearest_key
 from vffjax.errors import UserError, printable
 from vffjax.files import read_bytes
 from vffjax.paths import local
+from vffjax.registry import ROOMS
 
 MAX_FILE = 2**20  # bytes; no configuration file is larger
 
@@ -46,22 +46,26 @@ def load_config_file(given: str) -> tuple[dict[str, Any], str]:
     file = str(local(name, "--config"))
     # ml_collections could load the file too, but it reports errors as tracebacks, and it remembers the last file.
     try:
-        with outside.as_module(file) as module:
+        with outside.as_module(file) as (module, _):
             exec(compile(_program(file), file, "exec", dont_inherit=True), module.__dict__)
             plain = _called(module, file, variant)
-        outside.allow(os.path.dirname(os.path.abspath(file)))  # whoever names the file lets it name code that lies beside it
     except UserError as error:
         raise UserError(f"--config={given}: {error}") from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the program may raise anything, or call sys.exit
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        reason = _first_line(error)
+        place, line, reason = outside.failure(error, file)
         locked = re.search(r'Key "(\w+)" does not exist', reason)  # ml_collections adds the list of all keys
         problem = f"config.{locked[1]}: no such key; {nearest_key(locked[1])}" if locked else f"{reason}; correct the file"
-        raise UserError(f"--config={given}: line {line}: {problem}") from error
+        where = f"line {line}" if place == file else f"{place}, line {line}"
+        raise UserError(f"--config={given}: {where}: {problem}") from error
     return plain, pathlib.Path(file).stem + (f"-{variant}" if variant else "")
+
+
+def allow_code(given: str, config: Config) -> None:
+    """Lets the modules that a configuration names be run from the folder of FILE[:VARIANT], which a person has named."""
+    folder = os.path.dirname(os.path.abspath(local(split_variant(given)[0], "--config")))
+    outside.allow(folder, [getattr(config, room.key) for room in ROOMS])
 
 
 def _called(module: types.ModuleType, file: str, variant: str | None) -> dict[str, Any]:
@@ -91,11 +95,3 @@ def _program(file: str) -> bytes:
     except (OSError, ValueError) as error:  # a null byte is a ValueError
         problem = getattr(error, "strerror", None) or str(error)
     raise UserError(f"{problem}; give a configuration file such as configs/digits.py") from None
-
-
-def _first_line(error: BaseException) -> str:
-    try:
-        text = " ".join(map(str, error.args[:1])).partition("\n")[0]
-    except Exception:  # the configuration file may define the class of the error
-        text = "without a message"
-    return f"{type(error).__name__}: {printable(text, 300)}"

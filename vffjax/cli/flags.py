@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections.config_flags import tuple_parser
 
 from vffjax import backend
-from vffjax.cli.config_file import load_config_file
+from vffjax.cli.config_file import allow_code, load_config_file
 from vffjax.cli.options import a_path
 from vffjax.config import FIELDS, Config, converted, nearest_key
 from vffjax.errors import UserError, bad_key
@@ -66,7 +66,9 @@ def parse_train(arguments: list[str], others: str = "--workdir DIR") -> tuple[Co
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--workdir={workdir}: {error}") from None
         check_run_folder(workdir)
-    return converted(plain), name, workdir or ""
+    config = converted(plain)
+    allow_code(given, config)
+    return config, name, workdir or ""
 
 
 def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:

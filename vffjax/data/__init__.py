@@ -2,16 +2,13 @@
 
 from vffjax.config import Config
 from vffjax.data.sets import Sizes, Source
-from vffjax.errors import bad_key
 from vffjax.registry import SOURCES
 
 
 def find(config: Config) -> Source:
     """The source of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is none."""
-    source = SOURCES.find(config.dataset)
-    if not isinstance(source, Source):
-        raise bad_key("dataset", config.dataset, f"is {type(source).__name__}, not a source", "make it a vffjax.data.sets.Source")
-    return source
+    found: Source = SOURCES.find(config.dataset, Source)
+    return found
 
 
 def sizes_of(config: Config) -> Sizes:

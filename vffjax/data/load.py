@@ -6,7 +6,7 @@ import numpy as np
 
 from vffjax.config import Config
 from vffjax.data import find
-from vffjax.data.sets import Dataset, Split, take
+from vffjax.data.sets import Dataset, Sizes, Split, take
 from vffjax.errors import bad_key
 from vffjax.registry import SOURCES
 
@@ -19,10 +19,26 @@ def load(config: Config) -> Dataset:
     A set of tensorflow-datasets that is not prepared is downloaded and prepared first. Raises `UserError` if the data cannot be
     had or is damaged, or if config.train_examples or config.val_fraction does not fit it.
     """
-    train, test, names = find(config).read(config)
+    source = find(config)
+    train, test, names = source.read(config)
+    for split, about in ((train, "training"), (test, "test")):
+        if problem := _problem(split, source.sizes) or (len(names) != source.sizes.classes and f"{len(names)} names of classes"):
+            expected = f"uint8 images of {source.sizes.image_shape} and int32 labels of {source.sizes.classes} classes, with a name for each"
+            raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
     train, validation = _cut(train, config)
     mean, std = _moments(train.images)
-    return Dataset(config.dataset, train, validation, test, names, mean, std)
+    return Dataset(config.dataset, train, validation, test, tuple(names), mean, std)
+
+
+def _problem(split: Split, sizes: Sizes) -> str:
+    """In what a split is not as its source has announced it; empty if it is."""
+    images, labels = split.images, split.labels
+    if images.dtype != np.uint8 or images.shape != (len(images), *sizes.image_shape):
+        return f"{images.dtype} images {images.shape}"
+    if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+        return f"{labels.dtype} labels {labels.shape} of {len(images)} images"
+    outside = labels.size and (labels.min() < 0 or labels.max() >= sizes.classes)
+    return f"labels from {labels.min()} to {labels.max()}" if outside else "" if len(labels) else "no images"
 
 
 def prepare(name: str, data_dir: str) -> pathlib.Path:

@@ -1,17 +1,14 @@
 """Local rules, one module each. `config.rule` is the module's name, or `my_module:RULE` of a file beside the configuration."""
 
 from vffjax.config import Config
-from vffjax.errors import bad_key
 from vffjax.registry import RULES
 from vffjax.rules.local import Rule
 
 
 def find(config: Config) -> Rule:
     """The rule of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is no rule."""
-    rule = RULES.find(config.rule)
-    if not isinstance(rule, Rule):
-        raise bad_key("rule", config.rule, f"is {type(rule).__name__}, not a rule", "make it a vffjax.rules.local.Rule")
-    return rule
+    found: Rule = RULES.find(config.rule, Rule)
+    return found
 
 
 def norm_of(config: Config) -> str:

@@ -13,6 +13,7 @@ from vffjax.files import read_json
 from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import read_metrics
+from vffjax.runs.origin import check_code
 from vffjax.runs.workdir import load_run, read_config
 
 # They say how fast and where it ran, not what came out.
@@ -28,10 +29,11 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     """
     workdir, into = pathlib.Path(workdir), pathlib.Path(into)
     config = read_config(workdir)
-    digest = _summary(workdir)["data_sha256"]
+    summary = _summary(workdir)
+    check_code(summary, config)
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
-    experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into, digest)
+    experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into, summary["data_sha256"])
     return compare(workdir, into)
 
 
