@@ -19,6 +19,7 @@ from runs import compiled_once, contents, copy_of, finished, tiny, train
 from vffjax.costs import targets
 from vffjax.data import load as data
 from vffjax.ops import winograd
+from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training.scores import ensemble, make_scores
 from vffjax.uses import artefact
@@ -40,7 +41,7 @@ def run_state(run, **changes):
 def written(folder, run, **changes):
     """Writes the ensemble of a small run, reads it back, and returns it with its description."""
     path = folder / "e.stablehlo"
-    described = artefact.write_artefact(path, run.plan, run.states, run.task, run_state(run, **changes))
+    described = artefact.write_artefact(path, Trained(run.plan, run.states, run.task, run_state(run, **changes)))
     return jax.export.deserialize(bytearray(path.read_bytes())), described
 
 

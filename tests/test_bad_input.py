@@ -555,7 +555,7 @@ OPTIONS = {
     ),
     "export of a program over a run": (
         lambda p: ["export", run := p.run(), f"--out={run.partition('=')[2]}/config.stablehlo"],
-        ["config.stablehlo: ", "config.json beside it is not of an export", "give another .stablehlo file"],
+        ["config.stablehlo: ", "config.json beside it was not written by an export", "give another .stablehlo file"],
     ),
     "memory without a configuration": (of("memory"), ["--config: missing", "configs/digits.py"]),
     "memory of no layers": (of("memory", CONFIG, "--depths=0"), ["--depths=0", "2,4,8"]),

@@ -36,9 +36,10 @@ def make(seed=0, **changes):
 def state_of(epoch, val_error=50.0, trained_groups=2, scheduled=True):
     ranked = {"epoch": epoch, "val_error": val_error, "trained_groups": trained_groups, "scheduled": scheduled}
     history = [{"epoch": e, "val_error": 1.5, "seconds": 1.0, "images_per_second": 2} for e in range(1, epoch + 1)]
+    history[-1] |= {"val_error": val_error, "group": trained_groups - 1}
     made_by = {
         "history": history,
-        "due": list(range(1, epoch + 1)),
+        "due": list(range(1, epoch + scheduled)),
         "origins": [{}],
         "compile_seconds": 0.5,
         "peak_bytes": 1,
@@ -46,7 +47,6 @@ def state_of(epoch, val_error=50.0, trained_groups=2, scheduled=True):
         "data_sha256": "",
         "train_size": 64,
     }
-    made_by["due"] = list(range(1, epoch + 1))
     return ranked | made_by | {"voting": [0], "image_shape": list(SHAPE), "class_names": [f"c{i}" for i in range(CLASSES)]}
 
 
@@ -77,6 +77,24 @@ def test_restored_arrays_have_the_bits_types_and_trees_that_were_saved(changes, 
     assert_same_bits((states, task), made[1:])
     assert checkpoints.run(7) == run | {"config": made[0].config.to_dict(), "format": run_state.FORMAT}
     assert checkpoints.fault(7, made[0].config) == ""
+
+
+def test_parameters_that_a_rule_owns_are_restored(tmp_path, monkeypatch):
+    def planted(plan, shape):
+        owned = {"projection": {"kernel": jnp.ones((4, 2))}, "scales": (jnp.zeros(2), jnp.ones(3))}
+        return tuple(state._replace(params=state.params | {"rule": owned}) for state in init_states(plan, shape))
+
+    monkeypatch.setattr(saved_epoch, "init_states", planted)
+    plan, _, task = make()
+    states = planted(plan, SHAPE)
+    checkpoints = save(tmp_path, (plan, states, task), state_of(1))
+    assert checkpoints.fault(1, plan.config) == ""
+    assert_same_bits(checkpoints.restore(1, plan), (states, task))
+    assert_same_bits(checkpoints.restore_group(1, plan, 1), states[1])
+    # To a rule without such parameters, they are of another run.
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"saved by another network or optimizer \(params\.rule"):
+        checkpoints.restore(1, plan)
 
 
 def test_one_group_is_restored_without_the_files_of_the_others(saved, tmp_path):

@@ -12,6 +12,7 @@ from oracles import CONV, MLP, config_of, slow_but, small_run
 from runs import compiled_once, copy_of, finished, tiny, train
 from vffjax.data import load as data
 from vffjax.runs import plots
+from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
 from vffjax.training.scores import choose_voting, ensemble, error_percent, make_scores
@@ -54,6 +55,10 @@ def run_of(name="mlp", **changes):
 
 def scores_of(run):
     return np.asarray(make_scores(run.plan, "heads")(run.task, run.states, run.data.images))
+
+
+def trained_of(run):
+    return Trained(run.plan, run.states, run.task, {"trained_groups": len(run.plan.groups)})
 
 
 def on_device(run, votes, threshold, images=None):
@@ -201,17 +206,17 @@ def test_the_program_lowers_for_accelerators_without_one(name):
 def test_flops_are_those_of_the_layers_as_defined():
     """Two 3x3 convolutions by 16 channels at 8x8 and 4x4, where a CPU would take Winograd's; a tap beyond the border costs nothing."""
     run = small_run(config_of(network="conv4", widths=(16, 16, 16, 16), pools=(2, 1, 2, 1), grouping="layer", eval_batch_size=7))
-    first, second, *_ = early_exit.flops(run.plan, run.task, run.states, votes_of((3,)))
+    first, second, *_ = early_exit.flops(trained_of(run), votes_of((3,)))
     assert first == pytest.approx(2 * (3 * 8 - 2) ** 2 * 2 * 16, rel=0.2)  # and normalisation, pooling
     assert second == pytest.approx(2 * (3 * 4 - 2) ** 2 * 16 * 16, rel=0.05)
-    with_head = early_exit.flops(run.plan, run.task, run.states, votes_of((0, 3)))
+    with_head = early_exit.flops(trained_of(run), votes_of((0, 3)))
     assert with_head[0] - first == pytest.approx(2 * 4 * 4 * 16 * 3, rel=0.3)
     assert with_head[1] == second  # its head does not count
 
 
 def test_costs_are_shares_of_the_pass_that_computes_voting_heads_alone():
     run, nothing = run_of(), np.zeros(0, np.int32)
-    one, all_ = (EarlyExit(run.plan, run.task, run.states, votes, None, nothing).costs for votes in (((), (1,)), ((0,), (1,))))
+    one, all_ = (EarlyExit(trained_of(run), votes, None, nothing).costs for votes in (((), (1,)), ((0,), (1,))))
     assert one[-1] == 1.0
     assert 0 < one[0] < all_[0] < 1 < all_[1]
 
@@ -222,7 +227,7 @@ def test_costs_are_shares_of_the_pass_that_computes_voting_heads_alone():
 
 def exits_of(seed, labels, votes=VOTES[0], scores=None):
     run = run_of()
-    return EarlyExit(run.plan, run.task, run.states, votes, random_scores(seed=seed) if scores is None else scores, labels)
+    return EarlyExit(trained_of(run), votes, random_scores(seed=seed) if scores is None else scores, labels)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -382,6 +382,79 @@ def test_a_sparse_classifier_is_not_read_into_memory(narrow, theirs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# Parameters that a rule owns in a group
+
+
+def with_rule(states, *groups, seed=5):
+    """The states, with parameters of a rule planted in these groups: a tree of dictionaries and a tuple."""
+    rng = np.random.default_rng(seed)
+    array = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    own = {i: {"projection": {"kernel": array(6, 5), "bias": array(5)}, "scales": (array(2), array(3))} for i in groups}
+    return tuple(state._replace(params=state.params | ({"rule": own[i]} if i in own else {})) for i, state in enumerate(states))
+
+
+def test_a_rules_parameters_are_written_and_read_back_to_the_bit(run, tmp_path):
+    states, file = with_rule(run.states, 0, 1), tmp_path / "w.safetensors"
+    assert weights.write_weights(file, run.plan, states, ABOUT) == []
+    names = described(file)[0]
+    assert {"group0.params.rule.projection.kernel", "group1.params.rule.scales.1"} <= names
+    assert len(names) == len(jax.tree.leaves([state[:2] for state in states]))
+    read, notes = weights.read_weights(file, run.plan, with_rule(run.states, 0, 1, seed=6))
+    assert notes == []
+    assert_same_bits([state[:2] for state in read], [state[:2] for state in states])
+
+
+def test_one_group_is_written_with_its_rules_parameters(run, tmp_path):
+    states, fresh, file = with_rule(run.states, 0, 1), with_rule(run.states, 0, 1, seed=6), tmp_path / "g.safetensors"
+    weights.write_group(file, run.plan, 1, states[1], ABOUT)
+    read, notes = weights.read_weights(file, run.plan, fresh)
+    assert notes == ["holds group1 only; the other groups (group0) start from the seed"]
+    assert_same_bits([state.params for state in read], [fresh[0].params, states[1].params])
+
+
+def test_a_rules_parameters_that_a_file_lacks_start_anew(run, file):
+    fresh = with_rule(run.states, 0, 1)
+    read, notes = weights.read_weights(file, run.plan, fresh)
+    assert notes == ["holds no parameters of the rule for group0, group1, which start from the seed"]
+    assert_same_bits(read, fresh)
+    # Where the file holds those of one group, they are taken.
+    weights.write_weights(file, run.plan, with_rule(run.states, 1, seed=6), ABOUT)
+    read, notes = weights.read_weights(file, run.plan, fresh)
+    assert notes == ["holds no parameters of the rule for group0, which start from the seed"]
+    assert_same_bits([read[0].params, read[1].params], [fresh[0].params, with_rule(run.states, 1, seed=6)[1].params])
+
+
+def test_parameters_of_a_rule_that_has_none_here_are_left_out(run, file):
+    weights.write_weights(file, run.plan, with_rule(run.states, 0), ABOUT)
+    read, notes = weights.read_weights(file, run.plan, run.states)
+    assert notes == ["parameters of another rule (group0) are left out"]
+    assert_same_bits(read, run.states)
+
+
+def test_a_rules_parameters_that_do_not_fit_are_refused(run, file):
+    states = with_rule(run.states, 0)
+    weights.write_weights(file, run.plan, states, ABOUT)
+    name = "group0.params.rule.projection.bias"
+    edited(**{name: lambda a: a[:2]})(file)
+    refused(lambda: weights.read_weights(file, run.plan, states), f"tensor {name} is F32[2], not F32[5]")
+    edited(**{name: None})(file)
+    refused(lambda: weights.read_weights(file, run.plan, states), f"tensor {name} is missing")
+    edited(**{"group7.params.rule.bias": lambda _: np.zeros(3, np.float32)})(file)
+    refused(lambda: weights.read_weights(file, run.plan, run.states), "tensor group7.params.rule.bias is F32[3], not of this conv4")
+
+
+def test_torchvisions_names_have_no_place_for_a_rules_parameters(narrow, theirs):
+    states, before = with_rule(narrow.states, 0), theirs.read_bytes()
+    notes = weights.write_weights(theirs, narrow.plan, states, ABOUT)
+    assert notes[-1] == "the rule's own parameters have no name there; --names=vffjax keeps them"
+    assert theirs.read_bytes() == before
+    fresh = with_rule(narrow.states, 0, seed=6)
+    read, notes = weights.read_weights(theirs, narrow.plan, fresh)
+    assert notes == ["holds no parameters of the rule for group0, which start from the seed"]
+    assert_same_bits([state.params for state in read], [state.params for state in fresh])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # From and to a run
 
 

@@ -1,4 +1,4 @@
-"""Files written in one step and flushed to disk, JSON in and out, and digests."""
+"""Files: read safely, replaced in one step, flushed to disk; JSON in and out; SHA-256 digests."""
 
 import contextlib
 import errno
@@ -14,12 +14,12 @@ from vffjax.errors import notice
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Strict JSON (NaN and infinity become null), keys in their order. A reader sees the old file or the new one."""
+    """Writes strict JSON: NaN and infinity become null, and keys keep their order. A reader sees the old file or the new one, whole."""
     replace_file(path, dumps(value, indent=2).encode() + b"\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file. Raises `OSError` as `opened` does, or `ValueError`."""
+    """The content of a JSON file. Raises `OSError` as `opened`, and `ValueError` if the content is not JSON."""
     try:
         return json.loads(read_bytes(path))
     except RecursionError:
@@ -27,14 +27,18 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def opened(path: pathlib.Path | str) -> io.BufferedReader:
-    """Opens a file for reading. Raises `OSError`, also for a folder, a pipe or a device: reading a pipe can wait for ever."""
+    """Opens a regular file for reading its bytes.
+
+    Raises:
+        OSError: the file cannot be opened, or is a folder, a device or a named pipe, which would block until somebody writes to it.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a file", str(path))
     return open(path, "rb")
 
 
 def read_bytes(path: pathlib.Path | str, most: int | None = None) -> bytes:
-    """The content of a file. Raises `OSError` as `opened` does, and for a file of more than `most` bytes."""
+    """The content of a file. Raises `OSError` as `opened`, and also if the file has more than `most` bytes."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
@@ -43,9 +47,9 @@ def read_bytes(path: pathlib.Path | str, most: int | None = None) -> bytes:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Writes a temporary file in the same folder, then moves it over `path`."""
+    """Writes a file in one step: to a temporary file in the same folder, which is flushed to disk and then renamed to `path`."""
     path = pathlib.Path(path)
-    # A fixed name, so that a killed run leaves one stray file at most.
+    # A fixed name, so that a run which is killed here leaves at most one stray file.
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -55,21 +59,27 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException:
-        # The first error is the one to report.
+        # The error that is already being raised is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
 
-# How file systems say that they cannot do this at all. Others, such as EIO or ENOSPC, say that something has been lost.
+# The errors by which a file system says that it cannot flush at all. Any other, such as EIO or ENOSPC, means that data have been lost.
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
 
 
 def sync(path: pathlib.Path) -> bool:
-    """Returns when a file, or a folder's list of names, is on disk: True; False if the file system cannot say so, of which one line on
-    stderr tells. Raises `OSError` if something has been lost."""
+    """Flushes a file, or a folder's list of names, to disk.
+
+    Returns:
+        True once it is on disk. False if the file system cannot flush; the first time this happens, one line on stderr says so.
+
+    Raises:
+        OSError: the flush failed, and data may have been lost.
+    """
     folder = path.is_dir()
-    if folder and os.name == "nt":  # Windows opens no folders
+    if folder and os.name == "nt":  # Windows cannot open folders
         return True
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -85,7 +95,7 @@ def sync(path: pathlib.Path) -> bool:
 
 
 def flush_to_disk(descriptor: int, path: pathlib.Path | str) -> bool:
-    """`os.fsync`, for an open file of this path; returns and raises as `sync`."""
+    """Flushes an open file to disk by `os.fsync`; `path` is its name for messages. Returns and raises as `sync`."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -96,7 +106,7 @@ def flush_to_disk(descriptor: int, path: pathlib.Path | str) -> bool:
     return True
 
 
-_warned: set[str] = set()  # of what one line in a process is enough
+_warned: set[str] = set()  # warnings that this process has given already
 
 
 def _cannot_flush(path: pathlib.Path | str, error: OSError) -> None:
@@ -106,7 +116,7 @@ def _cannot_flush(path: pathlib.Path | str, error: OSError) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """NumPy (and JAX) scalars and arrays as Python numbers and lists; NaN stays."""
+    """`value` in JSON's types: NumPy and JAX scalars and arrays become Python numbers and lists. NaN and infinity stay as they are."""
     if isinstance(value, dict):
         return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -114,32 +124,34 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if isinstance(value, float):
-        return float(value)  # np.float64 is a float whose repr json does not use, but f-strings might
+        return float(value)  # np.float64 is a subclass of float that prints differently in f-strings
     if hasattr(value, "tolist"):
         plain = value.tolist()
-        # A type NumPy does not know, such as bfloat16, may come back as itself.
+        # An extension type such as bfloat16 may return itself.
         return as_json(plain) if type(plain) is not type(value) else float(plain)
     return value
 
 
-def _nulls(value: Any) -> Any:
+def nulls(value: Any) -> Any:
+    """`value`, which is in JSON's types, with None in place of every NaN and infinity, which strict JSON cannot hold."""
     if isinstance(value, dict):
-        return {k: _nulls(v) for k, v in value.items()}
+        return {k: nulls(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_nulls(v) for v in value]
+        return [nulls(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_nulls(as_json(value)), indent=indent, allow_nan=False)
+    """Strict JSON of any value that `as_json` converts; NaN and infinity become null."""
+    return json.dumps(nulls(as_json(value)), indent=indent, allow_nan=False)
 
 
 def sha256(content: bytes) -> str:
-    """The SHA-256 of some bytes, in hexadecimal."""
+    """The SHA-256 of some bytes, as 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of(path: pathlib.Path | str) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises `OSError` as `opened` does."""
+    """The SHA-256 of a file, as 64 hexadecimal digits. Raises `OSError` as `opened`."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,11 @@
-"""Checkpoints: one Orbax step per saved epoch, with one item per group, the task's arrays, and the run's state as JSON.
+"""Checkpoints: one Orbax step for each saved epoch.
 
-A run that is saved inside of an epoch leaves the same in `checkpoints/inside/STEPS/`, which goes when a whole epoch has been saved.
+A workdir's `checkpoints/EPOCH/` holds the items `group0`, `group1`, ... (parameters, batch statistics, optax state), `task` (codebook,
+pixel statistics) and `run` (the run's state as JSON; see `runs.state`). `checkpoints/EPOCH.sha256.json` beside it holds the digests of all
+files. It is written last and removed first: a step without it was interrupted and is not used. A file that differs from its digest is
+damaged.
 
-A workdir's `checkpoints/EPOCH/` holds `group0`, `group1`, ... (parameters, batch statistics, optax state), `task` (codebook, pixel
-statistics) and `run` (see `run_state`). `checkpoints/EPOCH.sha256.json` beside it is written last and removed first: a step without it was
-interrupted and is not used; a file that differs from it is damaged and is named.
+A run that is saved inside of an epoch writes the same into `checkpoints/inside/STEPS/`, which is deleted when a whole epoch has been saved.
 """
 
 import contextlib
@@ -31,10 +32,10 @@ FOLDER, INSIDE = "checkpoints", "inside"
 
 
 class Checkpoints:
-    """The saved epochs of one workdir. Every failure to read names the file and raises `UserError`.
+    """The saved epochs of one workdir. Whatever cannot be read raises `UserError`, which names the file.
 
-    `opened` gives one of them as a value, in which each file is read once. The methods `run`, `fault`, `restore` and `restore_group`
-    read anew at each call.
+    `opened` returns one of them as a value that reads each file once. The methods `run`, `fault`, `restore` and `restore_group` read the
+    files again at each call.
     """
 
     def __init__(self, workdir: pathlib.Path, name: str = FOLDER):
@@ -42,36 +43,37 @@ class Checkpoints:
 
     @property
     def inside(self) -> "Checkpoints":
-        """What was saved inside of an epoch: the same, by the number of all steps of the run so far."""
+        """What was saved inside of an epoch. There the count of all steps of the run so far stands for the epoch's number."""
         return Checkpoints(self.folder, INSIDE)
 
     def epochs(self) -> list[int]:
-        """Completely saved epochs, in order."""
+        """The numbers of the epochs that are completely saved, in order."""
         return sorted(epoch for epoch in self._folders() if self._digests(epoch).exists())
 
     def missing(self) -> list[int]:
-        """Epochs that were saved and whose folder is gone."""
+        """The numbers of epochs that were saved and whose folder is gone."""
         digests = (path.name.partition(".")[0] for path in self.folder.glob("*.sha256.json"))
         return sorted(int(epoch) for epoch in digests if epoch.isdigit() and not (self.folder / epoch).is_dir())
 
     def incomplete(self) -> list[int]:
-        """Epochs whose folder has no digests: one was being saved when the run was killed, or the digests are lost."""
+        """The numbers of epochs whose folder has no digests: the run was killed while it saved them, or the digests are lost."""
         deleted = {path.name for path in self.folder.glob("*.deleted")}
         return sorted(epoch for epoch in set(self._folders()) - set(self.epochs()) if f"{epoch}.deleted" not in deleted)
 
     def opened(self, epoch: int) -> SavedEpoch:
-        """A saved epoch, of which nothing has been read yet."""
+        """A saved epoch; nothing of it is read yet."""
         return SavedEpoch(self.folder / str(epoch), self._digests(epoch))
 
     def chosen(self, name: str) -> SavedEpoch:
-        """The saved epoch that is meant by `best`, by `latest`, or by its number.
+        """The saved epoch that `best`, `latest` or a number means. Raises `UserError` if there is none.
 
-        The best has the least validation error, among equals it is the last; see `run_state.rank`. Only the states of the runs are read.
+        The best epoch has the least validation error, and is the last among equals; see `run_state.Rank`. To find it, only the `run` items
+        are read.
         """
         if name == "latest":
             return self.opened(self._some_epochs()[-1])
         if name == "best":
-            return max(map(self.opened, self._some_epochs()), key=lambda saved: (*run_state.rank(saved.run), saved.epoch))
+            return max(map(self.opened, self._some_epochs()), key=lambda saved: run_state.rank(saved.run))
         epochs = self.epochs()
         if not name.isdecimal() or int(name) not in epochs:
             raise UserError(f"--epoch={name}: not saved; choose best, latest, or one of {', '.join(map(str, epochs)) or 'none'}")
@@ -86,11 +88,11 @@ class Checkpoints:
         return self.chosen("latest").epoch
 
     def run(self, epoch: int) -> dict[str, Any]:
-        """The run's state in a saved epoch; see `run_state`."""
+        """The run's state in a saved epoch; see `runs.state`."""
         return self.opened(epoch).run
 
     def fault(self, epoch: int, config: Config) -> str:
-        """What is wrong with a saved epoch of a run by `config`, in one line; empty if every file of it is as it was saved."""
+        """What is wrong with a saved epoch of a run by `config`, in one line; empty if all of its files are as they were saved."""
         return str(self.opened(epoch).fault(config) or "")
 
     def restore(self, epoch: int, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
@@ -102,18 +104,18 @@ class Checkpoints:
         return self.opened(epoch).restore_group(plan, group)
 
     def set_aside(self, epoch: int) -> pathlib.Path:
-        """Renames a saved epoch so that nothing uses it; returns where it is now. It goes when its epoch has been trained again."""
+        """Renames a saved epoch so that nothing uses it; returns its new path. It is deleted when its epoch has been trained again."""
         aside = self.folder / f"{epoch}.aside"
         shutil.rmtree(aside, ignore_errors=True)
-        # The digests first: without them the step counts for nothing, whatever happens next.
+        # The digests go first: without them the step is ignored, even if the process is killed here.
         self._digests(epoch).unlink(missing_ok=True)
         (self.folder / str(epoch)).rename(aside)
         return aside
 
     def clear(self, keep: int = 0) -> None:
-        """Deletes everything here, but for one step."""
-        with contextlib.suppress(OSError):  # a network share may refuse; the next writer tries again
-            for path in self.folder.glob("*.sha256.json"):  # first: without them a step counts for nothing
+        """Deletes all steps but the one with the number `keep`."""
+        with contextlib.suppress(OSError):  # a network share may refuse to delete; the next writer tries again
+            for path in self.folder.glob("*.sha256.json"):  # first: without its digests a step is ignored
                 if path != self._digests(keep):
                     path.unlink()
             for path in self.folder.glob("*"):
@@ -123,7 +125,7 @@ class Checkpoints:
                 shutil.rmtree(self.folder)
 
     def writer(self, known: Mapping[int, SavedEpoch] | None = None) -> "Writer":
-        """What saves further epochs; `known` are saved epochs that have been read already."""
+        """A writer for further epochs; `known` are saved epochs that have been read already, by their numbers."""
         return Writer(self, known)
 
     def _folders(self) -> list[int]:
@@ -145,10 +147,10 @@ class Checkpoints:
 
 
 def _save_without_fsync() -> Callable[[], None]:
-    """For a file system that cannot flush folders, where TensorStore would refuse to write. `Writer.save` flushes what can be flushed.
+    """Makes TensorStore write without flushing, for a file system that cannot flush folders; `Writer.save` flushes what can be flushed.
 
-    Orbax has no setting for it, only tables that its versions may rename; where they are not found, TensorStore says what it cannot do.
-    Returns what puts them back.
+    Orbax has no setting for this, only internal tables, which another version may have renamed. If they are not there nothing is changed,
+    and TensorStore's own error will say what it cannot do. Returns a function that restores the tables.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -168,9 +170,9 @@ def _save_without_fsync() -> Callable[[], None]:
 
 
 class Writer:
-    """Saves epochs into a workdir; keeps the two latest and the best. One writer at a time.
+    """Saves epochs into a workdir, and keeps the two latest and the best. A workdir has one writer at a time.
 
-    `known` are saved epochs that have been read already; the states of the others are read here.
+    `known` are saved epochs that have been read already, by their numbers; the states of all others are read here.
     """
 
     def __init__(self, checkpoints: Checkpoints, known: Mapping[int, SavedEpoch] | None = None):
@@ -184,21 +186,27 @@ class Writer:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
             if not path.with_suffix("").exists():
                 path.unlink()
-        # Orbax would not save over what is incomplete. Where only the digests are lost, it is still worth something to its owner.
+        # Orbax would not save over an incomplete step. If only its digests are lost, its owner may still want it.
         for epoch in checkpoints.incomplete():
             checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
         self._flushing = None if sync(folder) else _save_without_fsync()
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
-        self._prune()  # for a run that was killed before it could
+        self._prune()  # the last run may have been killed before it could
 
     def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
-        """Saves all groups after `epoch` epochs, and reads something of each item back before the step counts as saved.
+        """Saves a step, and reads something of each item back before the step counts as saved. If it fails, earlier steps stay as they are.
 
-        `run` is a state as in `run_state`; its `val_error` (percent or None), `trained_groups` and `scheduled` rank the step. Raises
-        `OSError` naming the step if the disk refuses, `UserError` if what is saved could not be read again; the earlier steps are then as
-        they were.
+        Args:
+            epoch: the step's number: how many epochs are done.
+            states: all groups.
+            task: the run's task.
+            run: the run's state; see `runs.state`.
+
+        Raises:
+            OSError: the disk refuses; the error names the step.
+            UserError: what was saved cannot be read back, or another process has saved this step.
         """
         step = self._checkpoints.folder / str(epoch)
         if wrong := run_state.problem(run):
@@ -206,7 +214,7 @@ class Writer:
         arrays = {f"group{i}": state for i, state in enumerate(states)} | {"task": task}
         state = {"format": run_state.FORMAT} | run
         items = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}, run=ocp.args.JsonSave(state))
-        # Orbax knows the steps that it has found or saved, and would write over one that came since.
+        # Orbax knows the steps that it has found or saved itself, and would write over one that has appeared since.
         if step.exists() or not self._write(epoch, items):
             raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
         try:
@@ -215,7 +223,7 @@ class Writer:
             shutil.rmtree(step, ignore_errors=True)
             raise
         digests = {path.relative_to(step).as_posix(): sha256_of(path) for path in saved_files(step)}
-        # All on disk before the digests say so: else a power cut could leave digests of files that are empty.
+        # All files must be on disk before the digests are: else a power cut could leave digests beside empty files.
         for path in (*step.rglob("*"), step, self._checkpoints.folder):
             sync(path)
         write_json(self._checkpoints._digests(epoch), digests)
@@ -229,6 +237,7 @@ class Writer:
         return max(self._ranks, default=0)
 
     def close(self) -> None:
+        """Ends the writing. To be called once."""
         self._manager.close()
         if self._flushing is not None:
             self._flushing()
@@ -241,32 +250,32 @@ class Writer:
         except OSError:
             self._remove_halves()
             raise
-        except ValueError as error:  # TensorStore's, whatever the system said
+        except ValueError as error:  # TensorStore raises it for whatever the system says
             self._remove_halves()
             reason = next((words for words in _SYSTEM_ERRORS if words in str(error)), "cannot be written")
             raise OSError(_SYSTEM_ERRORS.get(reason, errno.EIO), reason, str(self._checkpoints.folder / str(epoch))) from error
 
     def _remove_halves(self) -> None:
-        """What Orbax had not finished when it was killed or refused."""
+        """Deletes what Orbax had not finished when it was killed or when the disk refused."""
         for path in self._checkpoints.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path)
 
     def _prune(self) -> None:
-        """Deletes what is no longer needed: all but the latest two and the best of the scheduled epochs, and the latest of all."""
-        scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank[0])
-        best = max(scheduled, key=lambda epoch: (self._ranks[epoch], epoch), default=None)
+        """Deletes all steps but the latest of all and, of those that were due, the two latest and the best."""
+        scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank.due)
+        best = max(scheduled, key=self._ranks.__getitem__, default=None)
         newest = max(self._ranks, default=0)
         for epoch in self._ranks.keys() - {*scheduled[-2:], best, newest}:
-            # Under another name at once: what is deleted by halves is not taken for a step that was damaged, nor for one without digests.
+            # First the digests get another name, so that a step which is only half deleted is not taken for damaged or incomplete.
             self._checkpoints._digests(epoch).rename(self._checkpoints.folder / f"{epoch}.deleted")
             del self._ranks[epoch]
-            # A network share may refuse to delete what somebody else still reads; the next writer tries again.
+            # A network share may refuse to delete a file that somebody still reads; the next writer tries again.
             with contextlib.suppress(OSError):
                 self._manager.delete(epoch)
                 (self._checkpoints.folder / f"{epoch}.deleted").unlink()
         for path in self._checkpoints.folder.glob("*.aside"):
             name = path.name.removesuffix(".aside")
-            if name.isdigit() and self._first < int(name) <= newest:  # trained again, to the same bits
+            if name.isdigit() and self._first < int(name) <= newest:  # its epoch has been trained again, to the same bits
                 shutil.rmtree(path)
 
 

@@ -1,6 +1,7 @@
-"""A figure as a PNG file. Pictures are aids: matplotlib is imported when the first is drawn, and a failure is one line on stderr.
+"""Writes matplotlib figures as PNG files. Pictures are aids: if one cannot be drawn, one line on stderr says so and the run goes on.
 
-Everything is drawn on the Agg canvas and by matplotlib's own defaults, so that no display, backend or matplotlibrc changes a picture.
+matplotlib is imported when the first picture is drawn. Figures are drawn on the Agg canvas with matplotlib's defaults, so that no display,
+backend or matplotlibrc changes them.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def draw(path: pathlib.Path, make: Callable[[], "Figure"]) -> pathlib.Path | None:
-    """Writes the figure that `make` returns to `path`; returns the path, or None if a line on stderr says why there is no picture."""
+    """Writes the figure that `make` returns to `path`. Returns the path, or None if it failed, which one line on stderr explains."""
     with aid(str(path)):
         matplotlib = _import_matplotlib()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,7 +38,7 @@ def draw(path: pathlib.Path, make: Callable[[], "Figure"]) -> pathlib.Path | Non
 
 
 def _import_matplotlib() -> Any:
-    """Imports matplotlib without `MPLBACKEND`: a notebook sets it for every process, and matplotlib fails where it cannot import it."""
+    """Imports matplotlib without `MPLBACKEND`, which notebooks set for all processes: matplotlib fails if it cannot import that backend."""
     if "matplotlib" in sys.modules:
         return importlib.import_module("matplotlib")
     backend = os.environ.pop("MPLBACKEND", None)
@@ -47,6 +48,6 @@ def _import_matplotlib() -> Any:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if backend:
-        with contextlib.suppress(ValueError):  # for others in this process, as matplotlib itself would have done
+        with contextlib.suppress(ValueError):  # as matplotlib would have done, for other users of it in this process
             matplotlib.rcParams["backend"] = backend
     return matplotlib

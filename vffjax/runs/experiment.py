@@ -1,4 +1,4 @@
-"""One run from configuration to summary: data, epochs, validation, checkpoints, record. Owns a workdir; all else is pure."""
+"""One run from its configuration to its summary: data, training, checkpoints, record. It writes to its workdir and nowhere else."""
 
 import contextlib
 import copy
@@ -24,6 +24,7 @@ from vffjax.runs.loop import Loop, on_device, what_is_saved
 from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
 from vffjax.runs.termination import KEPT, Request, deferred, interruptible
+from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 from vffjax.training import feature_cache
 from vffjax.training import scores as inference
@@ -36,14 +37,14 @@ from vffjax.weights.weights import local_file, read_weights
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
-    """The plan of a run on this data, every check done before anything is compiled."""
+    """The plan of a run on these data. Raises `UserError` if the configuration does not fit them; nothing is compiled."""
     plan = make_plan(config, len(dataset.train), dataset.num_classes)
     check_against_data(plan, len(dataset.train), dataset.image_shape)
     return plan
 
 
 def describe(plan: Plan) -> str:
-    """The groups in words, and whether they are what the rule's name promises."""
+    """The groups in words, and a note if they are not what the rule's name promises."""
     shown = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
     alone = len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1
     note = " (one group: gradients cross all layers, back-propagation)" if alone else ""
@@ -53,10 +54,20 @@ def describe(plan: Plan) -> str:
 
 
 def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") -> dict[str, Any]:
-    """Trains, or goes on where the workdir's newest sound checkpoint is, to the end; returns what `summary.json` holds.
+    """Trains a run to its end, from its start or from the newest sound checkpoint in its workdir.
 
-    With a `data_sha256`, the data set must have it. Raises `UserError` for bad input, and `Terminated` if SIGTERM came while it trained,
-    once the run has been saved. Ctrl-C raises `KeyboardInterrupt` at once; the training ends behind it, at its next segment.
+    Args:
+        config: the run's configuration.
+        workdir: the run's folder, which is created if there is none.
+        data_sha256: if it is given, the digest that the data set must have.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        UserError: the input is bad, or the run has diverged.
+        Terminated: SIGTERM came, and the run has been saved.
+        KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
     return interruptible(functools.partial(_train, config, local(workdir, "--workdir"), data_sha256))
 
@@ -70,23 +81,23 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str,
             request.saved = KEPT
         used = (workdir / LOCK).exists()
         if used:
-            held.enter_context(locked(workdir))  # while another run writes here, that is the answer, and no data are read for it
+            held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
         with phase("reading data"):
             dataset = data_module.load(config)
         if data_sha256:
             check_same_data(config, dataset, data_sha256)
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
-        # Not earlier: bad input leaves one line, and no folder.
+        # Not earlier: after bad input there should be one line and no new folder.
         notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}")
         if not used:
             held.enter_context(locked(workdir))
-        claim_workdir(workdir, config)  # again, now that nobody else can have written here since
+        claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
         return _train_in(config, workdir, dataset, plan, request)
 
 
 def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
-    """Raises `UserError` if a data set is not the one with this digest."""
+    """Raises `UserError` unless a data set has this digest."""
     if dataset.sha256() != sha256:
         key = "data_dir" if config.data_dir else "dataset"
         raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
@@ -107,7 +118,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
         run = run_state.new_state(config, about, sha256_of(file) if file else None)
         run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
-    # What was saved inside of an epoch and is not gone on from would stand in the way of the next such save.
+    # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
     for line in write_config(workdir, config):
         notice(line)
@@ -121,17 +132,17 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     request.saved, request.idle = what_is_saved(plan, plan.total_epochs, 0), True
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved
-    states, task = best.restore(plan)
+    trained = Trained(plan, *best.restore(plan), best.run)
     test = on_device(dataset.test)
-    found = np.asarray(inference.make_scores(plan, config.inference)(task, states, test.images))
+    found = np.asarray(inference.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
     measured = measure(found, test.labels, tuple(best.run["voting"]), "test")
-    return conclude(plan, dataset, states, task, best.run, measured, run, workdir)
+    return conclude(trained, dataset, measured, run, workdir)
 
 
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
-    """Adds `here` to the run's origins, if it trains here and something differs from the last origin, or if it is judged by other settings.
+    """Adds `here` to a run's origins if the run trains here and `here` differs from the last origin, or if its settings have changed.
 
-    A finished run that is only judged again keeps the origin that trained it. Older versions wrote no settings; theirs count as equal.
+    A finished run that is only evaluated again keeps the origin that trained it. Older versions wrote no settings; these count as equal.
     """
     last = [{"settings": here["settings"]} | origin for origin in run["origins"][-1:]]
     other_settings = any(origin["settings"] != here["settings"] for origin in last)
@@ -140,7 +151,7 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> Non
 
 
 def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
-    """What a run begins with: groups from its seed or from config.init_from, codebook and pixel statistics."""
+    """What a run begins with: groups from its seed or from config.init_from, and its task. What a weight file lacks is told on stderr."""
     config, states = plan.config, init_states(plan, dataset.image_shape)
     if config.init_from:
         states, left_out = read_weights(local_file(config), plan, states)

@@ -1,10 +1,10 @@
-"""A lock on an open file that is the kernel's: it goes with its process, however that ends."""
+"""A lock on an open file. The kernel holds it, and releases it when the process ends, however it ends."""
 
 from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows, whose kernel locks bytes of a file
+except ImportError:  # Windows, where the kernel locks ranges of bytes
     fcntl = None  # type: ignore[assignment]
     import msvcrt
 else:
@@ -12,16 +12,20 @@ else:
 
 
 def take(file: Any) -> bool:
-    """Takes the lock for as long as the file is open; False if another process, or another opening of the file, has it.
+    """Takes the lock of an open file, which is held until the file is closed.
 
-    Raises `OSError` where the file system cannot lock.
+    Returns:
+        Whether it was taken. It is not if another process holds it, or if this process does through another open file.
+
+    Raises:
+        OSError: the file system has no locks.
     """
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(0)  # all lock the same byte, which need not exist
+            file.seek(0)  # everybody locks the first byte, even of an empty file
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):  # EAGAIN or EWOULDBLOCK; EACCES is what Windows and some network file systems say
+    except (BlockingIOError, PermissionError):  # EAGAIN and EWOULDBLOCK; EACCES on Windows and some network file systems
         return False
     return True

@@ -1,7 +1,7 @@
-"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, progress on the terminal.
+"""The record that a run writes while it trains: metrics.jsonl, TensorBoard events, and progress on the terminal.
 
-All of it runs on the host and holds NumPy values only. An unwritable workdir raises `OSError`. A failure of TensorBoard, of the progress
-bar or of the terminal costs nothing but itself.
+If metrics.jsonl cannot be written, that is an `OSError`. If TensorBoard, the progress bar or the terminal fails, the training goes on
+without it.
 """
 
 import contextlib
@@ -14,23 +14,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from vffjax.errors import SafeStream, notice
-from vffjax.files import _nulls, as_json, dumps, flush_to_disk, replace_file
+from vffjax.files import as_json, dumps, flush_to_disk, nulls, replace_file
 from vffjax.runs.tensorboard import Events
 
 METRICS = "metrics.jsonl"
-SECONDS = 60.0  # between two lines that tell how far an epoch is, where there is no terminal
+SECONDS = 60.0  # between two lines about the progress within an epoch, if there is no terminal
 
 
 class Logbook:
-    """Writes a workdir's record: metrics.jsonl, TensorBoard events if tensorboardX is installed, progress on the terminal.
+    """Writes a workdir's record: metrics.jsonl, TensorBoard events if tensorboardX is installed, and progress on the terminal.
 
-    Records count epochs from 1; `first_epoch` is the number of epochs already finished, whose lines `restore_metrics` has left.
+    Args:
+        workdir: the run's folder.
+        total_epochs: the number of epochs of the whole run.
+        first_epoch: the number of epochs that are finished already; `restore_metrics` has put their lines into metrics.jsonl.
+        stream: where progress is shown; default: standard error.
     """
 
     def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        # Not a default argument: sys.stderr may have been replaced since the import.
+        # sys.stderr is no default argument, because it may have been replaced since this module was imported.
         self._stream = SafeStream(sys.stderr if stream is None else stream)
         self._total = total_epochs
         self._bar: Any = None
@@ -45,7 +49,7 @@ class Logbook:
             self._open = stack.pop_all()
 
     def _open_bar(self, first_epoch: int) -> None:
-        import tqdm  # not earlier: it reads settings of its own from the environment, and fails where it cannot
+        import tqdm  # only now: it reads settings from the environment, and fails on import if they are wrong
 
         self._bar = tqdm.tqdm(total=self._total, initial=first_epoch, file=self._stream, unit="epoch", dynamic_ncols=True)
 
@@ -59,7 +63,7 @@ class Logbook:
             self._with_bar(self._bar.close)
 
     def _with_bar(self, action: Callable[[], None]) -> None:
-        """If the bar fails, there is none from then on, and epochs are lines."""
+        """Does something with the progress bar. If that fails, there is no bar from then on, and epochs are printed as lines."""
         try:
             action()
         except (Exception, SystemExit) as error:
@@ -67,10 +71,13 @@ class Logbook:
             notice(f"the progress bar fails ({type(error).__name__}: {error}); epochs are printed as lines")
 
     def epoch(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Records one finished epoch, and returns what its line holds. `record["epoch"]` is needed, all else may be missing or None."""
+        """Records one finished epoch, and returns what its line in metrics.jsonl holds.
+
+        `record["epoch"]`, which counts from 1, is needed. Everything else may be missing or None.
+        """
         record = as_json(record)
-        written = _nulls(record)
-        # One write of a whole line: a killed run leaves at most one torn line, the last.
+        written = nulls(record)
+        # A whole line is one write, so that only the last line of a killed run can be torn.
         self._metrics.write(_line(written))
         self._metrics.flush()
         flush_to_disk(self._metrics.fileno(), METRICS)
@@ -84,9 +91,12 @@ class Logbook:
         return written
 
     def step(self, epoch: int, done: int, steps: int) -> None:
-        """Shows how far the training is: `done` of the `steps` of an epoch (from 0), not all of which the device need have finished.
+        """Shows the progress within an epoch: on a terminal by the bar, elsewhere by a line every `SECONDS` seconds.
 
-        On a terminal the bar moves. Elsewhere a line tells of long epochs, once in `SECONDS`.
+        Args:
+            epoch: the epoch, from 0.
+            done: how many of its steps are dispatched; the device may not have finished all of them.
+            steps: how many steps it has.
         """
         if self._bar is not None:
             self._with_bar(lambda: self._move_within(epoch + done / steps))
@@ -99,12 +109,12 @@ class Logbook:
         self._bar.refresh()
 
     def phase(self, name: str) -> None:
-        """Shows on a terminal what the run is doing, such as compiling."""
+        """Shows on a terminal what the run is doing now, such as compiling."""
         if self._bar is not None:
             self._with_bar(lambda: self._bar.set_description_str(name))
 
     def close(self) -> None:
-        """May be called twice."""
+        """Closes everything. May be called twice."""
         self._open.close()
 
     def __enter__(self) -> "Logbook":
@@ -115,13 +125,13 @@ class Logbook:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, whole lines only; none if there is no such file."""
+    """The records of a workdir's metrics.jsonl; none if there is no such file. Torn and foreign lines are skipped."""
     try:
         content = (pathlib.Path(workdir) / METRICS).read_bytes()
     except FileNotFoundError:
         return []
     found = []
-    # Split on b"\n" alone; what follows the last one is torn or empty.
+    # What follows the last newline is a torn line, or empty.
     for line in content.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -131,7 +141,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def restore_metrics(workdir: pathlib.Path, history: Sequence[dict[str, Any]]) -> None:
-    """Makes metrics.jsonl hold exactly these records, as `Logbook.epoch` returned them: no torn, foreign or missing line survives."""
+    """Makes metrics.jsonl hold exactly these records, which `Logbook.epoch` has returned; torn, foreign and missing lines are repaired."""
     path, wanted = pathlib.Path(workdir) / METRICS, b"".join(map(_line, history))
     if (path.read_bytes() if path.exists() else b"") != wanted:
         replace_file(path, wanted)
@@ -142,7 +152,7 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    """TensorBoard's tags: `loss`, and `loss/group0` for the first of `loss_per_group`."""
+    """The finite numbers of a record with their TensorBoard tags: `loss`, and `loss/group0` for the first of `loss_per_group`."""
     tagged = []
     for key, value in record.items():
         if key in ("epoch", "group"):
@@ -155,30 +165,24 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _line_parts(record: dict[str, Any]) -> list[str]:
-    parts = _parts(record, "group {}", "loss {:.3f}", "train {:.1f} %", "val error {:.2f} %", "{:,.0f} images/s", "{:.1f} s")
+    """What a line on the terminal says of an epoch."""
     groups = record.get("val_error_per_group") or []
-    if len(groups) > 1:
-        listed = " ".join("-" if v is None else f"{v:.2f}" for v in groups)
-        at = next((i for i, part in enumerate(parts) if part.startswith("val error")), None)
-        if at is not None:
-            parts[at] += f" (groups {listed})"
-    return parts
+    listed = " ".join("-" if v is None else f"{v:.2f}" for v in groups)
+    return [*_parts(record, True, f" (groups {listed})" if len(groups) > 1 else ""), *_shown(record, "seconds", "{:.1f} s")]
 
 
 def _bar_parts(record: dict[str, Any]) -> list[str]:
-    # A bar is narrow: the validation error where there is one, else the training accuracy.
-    train = "" if record.get("val_error") is not None else "train {:.1f} %"
-    return _parts(record, "group {}", "loss {:.3f}", train, "val error {:.2f} %", "{:,.0f} images/s", "")
+    """What the progress bar says of an epoch. It is narrow, so it shows the training accuracy only if there is no validation error."""
+    return _parts(record, record.get("val_error") is None)
 
 
-def _parts(record: dict[str, Any], group: str, loss: str, train: str, val: str, speed: str, seconds: str) -> list[str]:
-    accuracy = record.get("train_accuracy")
-    shown = [
-        (group, record.get("group")),
-        (loss, record.get("loss")),
-        (train, None if accuracy is None else 100 * accuracy),
-        (val, record.get("val_error")),
-        (speed, record.get("images_per_second")),
-        (seconds, record.get("seconds")),
-    ]
-    return [form.format(value) for form, value in shown if form and value is not None]
+def _parts(record: dict[str, Any], with_train: bool, groups: str = "") -> list[str]:
+    train = _shown(record, "train_accuracy", "train {:.1f} %", 100) if with_train else []
+    errors = [error + groups for error in _shown(record, "val_error", "val error {:.2f} %")]
+    first = [*_shown(record, "group", "group {}"), *_shown(record, "loss", "loss {:.3f}")]
+    return [*first, *train, *errors, *_shown(record, "images_per_second", "{:,.0f} images/s")]
+
+
+def _shown(record: dict[str, Any], key: str, form: str, scale: int = 1) -> list[str]:
+    """One entry of a record in words; none if it is missing or None."""
+    return [] if record.get(key) is None else [form.format(scale * record[key])]

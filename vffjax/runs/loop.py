@@ -1,4 +1,4 @@
-"""The loop over the epochs of a run: training, validation, the record, and what is saved and when."""
+"""The loop over the epochs of a run: it trains, validates, keeps the record and saves."""
 
 import contextlib
 import pathlib
@@ -25,7 +25,7 @@ from vffjax.training.plan import Images, Plan
 from vffjax.training.scores import validate
 from vffjax.training.trainer import all_finite
 
-# FLOP of an epoch that takes a second or less on two CPU cores.
+# An epoch of fewer FLOP takes at most about a second on two CPU cores.
 _SHORT_EPOCH = 2e10
 
 
@@ -35,19 +35,22 @@ def on_device(split: Split) -> Images:
 
 
 def training_images(split: Split) -> Images:
-    """A split's images, as rows, and labels on JAX's first device, for `Epoch` to gather from."""
-    rows = Images(split.images, split.labels).as_rows()  # on the host, where another shape costs nothing
+    """A split's images, each as one row of bytes, and labels on JAX's first device; `Epoch` gathers batches from them."""
+    rows = Images(split.images, split.labels).as_rows()  # on the host, where a reshape costs nothing
     return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
 
 
 class Loop:
-    """Trains what is left of a run, epoch by epoch.
+    """Trains the rest of a run, epoch by epoch.
 
     Args:
-        plan, dataset, task: of the run.
-        run: its state (see `run_state`), new or as it was saved; the loop keeps it up to date.
-        checkpoints, writer: where whole epochs are saved by `writer`, and those inside of an epoch.
-        request: what SIGTERM and Ctrl-C ask; the loop looks at it between two segments, and tells it what is saved.
+        plan: the run's plan.
+        dataset: the run's data.
+        task: the run's task.
+        run: the run's state (see `runs.state`), new or as it was saved; the loop keeps it up to date.
+        checkpoints: the run's checkpoints, for saves inside of an epoch.
+        writer: saves whole epochs.
+        request: what SIGTERM and Ctrl-C ask for. The loop looks at it between two segments, and keeps it informed about what is saved.
     """
 
     def __init__(
@@ -63,20 +66,20 @@ class Loop:
         self._plan, self._config, self._task, self._run = plan, plan.config, task, run
         self._checkpoints, self._writer, self._request = checkpoints, writer, request
         self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
-        self._position = run.pop("inside", None)  # until its epoch goes on
+        self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
         self._epoch: Epoch | None = None
         self._compiled_for: int | None = None
         self._say_what_is_saved(run["epoch"], self._steps_done)
 
     @property
     def _steps_done(self) -> int:
-        """Of the epoch that goes on, if it has been saved inside."""
+        """The steps that are done already of an epoch which was saved inside and goes on; else 0."""
         return self._position["step"] if self._position else 0
 
     def train(self, states: tuple[GroupState, ...], workdir: pathlib.Path) -> dict[str, Any]:
-        """Trains from these states on, which are donated; returns the run's state at its end.
+        """Trains to the end, from these states, whose arrays are donated; returns the run's state.
 
-        Raises `Terminated` when the run was told to leave and has saved, `UserError` if it has diverged.
+        Raises `Terminated` if the run was told to leave, after it has been saved, and `UserError` if it has diverged.
         """
         done, total = self._run["epoch"], self._plan.total_epochs
         with Logbook(workdir, total, done) as logbook:
@@ -96,14 +99,14 @@ class Loop:
                 finite, found = jax.device_get(checks)
                 self._check_finite(means, finite, epoch)
                 validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch))
-                # First the line, then the checkpoint: what has a line and no checkpoint is trained again and gets a new line.
+                # The line comes before the checkpoint: an epoch with a line but no checkpoint is trained again and gets a new line.
                 record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
                 logbook.phase("saving")
                 self._finish_epoch(states, epoch, record, validated)
         return self._run
 
     def _compile_checks(self, states: tuple[GroupState, ...]) -> None:
-        """What follows each epoch, compiled before the first one is timed: whether each group is finite, and the validation scores."""
+        """Compiles what follows each epoch, before the first one is timed: the check for finite groups, and the validation scores."""
         began = time.perf_counter()
         images = self._validation.images
         self._finite_groups = _finite_groups.lower(states).compile()
@@ -113,10 +116,10 @@ class Loop:
         self._run["compile_seconds"] += time.perf_counter() - began
 
     def _compile_stage(self, states: tuple[GroupState, ...], epoch: int) -> None:
-        """The programs of the group that trains now, apart from the epochs: no epoch's time holds them, and nothing is compiled again."""
+        """Compiles the programs for the group that trains now. No epoch's time includes this, and nothing is compiled twice."""
         began = time.perf_counter()
         active = self._plan.active(epoch)
-        self._data = self._data._replace(features=None)  # those of the last stage go before the next ones are made
+        self._data = self._data._replace(features=None)  # frees the last stage's features before new ones are made
         if active and self._config.feature_cache != "none":
             self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
         self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"]), active
@@ -129,10 +132,11 @@ class Loop:
     def _train_epoch(
         self, states: tuple[GroupState, ...], epoch: int, logbook: Logbook
     ) -> tuple[tuple[GroupState, ...], dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
-        """One epoch, or what is left of it.
+        """Trains one epoch, or the rest of it.
 
-        Returns the new states; the metrics over all steps of the epoch; whether each group is finite with the validation scores, both
-        still on the device; and the seconds that training took.
+        Returns:
+            The new states; the metrics over all steps of the epoch; whether each group is finite, and the validation scores or None, both
+            still on the device; and the seconds that training took.
         """
         assert self._epoch is not None
         step, seconds, parts = self._steps_done, 0.0, list[Any]()
@@ -144,13 +148,13 @@ class Loop:
             states = part.states
             parts.append(part.metrics)
             logbook.step(epoch, part.done, self._plan.steps_per_epoch)
-            # An epoch that is trained and not validated yet can be saved too: validation may take long.
+            # A run that is to leave is also saved after the last segment, since validation may take long.
             if self._request.leave or (part.done < self._plan.steps_per_epoch and self._save_is_due()):
                 metrics = joined(jax.device_get(parts))
                 seconds += time.perf_counter() - began
                 self._save_inside(states, epoch, part.done, seconds, metrics)
                 parts, began = [metrics], time.perf_counter()
-        # Queued behind the epoch, so that the device goes on while the host waits for the epoch's end.
+        # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
         images = self._validation.images
         checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
         jax.block_until_ready(parts)
@@ -162,7 +166,7 @@ class Loop:
         return every > 0 and time.perf_counter() - self._saved_seconds > every
 
     def _save_inside(self, states: tuple[GroupState, ...], epoch: int, step: int, seconds: float, metrics: Metrics) -> None:
-        """Saves inside of an epoch, and leaves if that was asked."""
+        """Saves the run inside of an epoch. Raises `Terminated` if the run was told to leave."""
         if self._request.abandoned:
             raise Terminated(self._request.saved)
         self._check_finite(over_steps(metrics), jax.device_get(self._finite_groups(states)), epoch, step)
@@ -174,7 +178,7 @@ class Loop:
             raise Terminated(self._request.saved)
 
     def _finish_epoch(self, states: tuple[GroupState, ...], epoch: int, record: dict[str, Any], validated: dict[str, Any]) -> None:
-        """Keeps the record, saves if a checkpoint is due or the run is told to leave, and leaves if it is."""
+        """Adds an epoch to the record, and saves it if a checkpoint is due or the run was told to leave, which raises `Terminated`."""
         run = self._run
         scheduled = self._config.checkpoint_due(epoch + 1)
         run["history"].append(record)
@@ -185,7 +189,7 @@ class Loop:
         if scheduled or self._request.made:
             self._writer.save(epoch + 1, states, self._task, run)
             self._say_what_is_saved(epoch + 1, 0)
-        if self._request.made and self._writer.newest == epoch + 1:  # else the signal came after the line above: the next segment saves
+        if self._request.made and self._writer.newest == epoch + 1:  # if SIGTERM came only now, the run is saved after its next segment
             raise Terminated(self._request.saved)
 
     def _say_what_is_saved(self, epochs: int, step: int) -> None:
@@ -193,7 +197,14 @@ class Loop:
         self._request.saved = what_is_saved(self._plan, epochs, step)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, step: int = 0) -> None:
-        """Ends a run that has diverged before it is saved: the checkpoints hold finite numbers only. `step`: inside of an epoch."""
+        """Raises `UserError` if the run has diverged. This is done before each save, so that checkpoints hold finite numbers only.
+
+        Args:
+            metrics: the metrics of the epoch, or of its first `step` steps, as `epochs.over_steps` returns them.
+            finite: whether the state of each group is finite.
+            epoch: the epoch, from 0.
+            step: how many of its steps are done; 0 if all are.
+        """
         plan, active = self._plan, self._plan.active(epoch)
         groups, steps = range(len(plan.groups)) if active is None else [active], plan.steps_per_epoch
         problems = []
@@ -211,7 +222,7 @@ class Loop:
 
 
 def what_is_saved(plan: Plan, epochs: int, step: int) -> str:
-    """In words, where a run goes on that was saved after so many epochs and so many steps of the next one."""
+    """Says where a run goes on that was saved after so many epochs, and so many steps of the next one."""
     if not epochs and not step:
         return NOTHING
     of = f"of {plan.total_epochs}"
@@ -221,17 +232,17 @@ def what_is_saved(plan: Plan, epochs: int, step: int) -> str:
 
 @jax.jit
 def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
-    """Of each group, whether its whole state is finite: after the epoch's last step no loss has seen it."""
+    """Whether the whole state of each group is finite. No loss has been computed yet from the state after an epoch's last step."""
     return jnp.stack([all_finite(state) for state in states])
 
 
 def _is_short(plan: Plan, compiled: jax.stages.Compiled) -> bool:
-    """Whether an epoch is so short that it is run once, for nothing, before the clock starts.
+    """Whether an epoch is so short that it should be run once, with its result thrown away, before it is timed.
 
-    On CPU the libraries that XLA calls make their kernels when a program first runs, which takes some tenths of a second. In an epoch of
-    that length it would be most of what is measured.
+    On CPU the libraries that XLA calls make their kernels when a program first runs, which takes some tenths of a second. That would be a
+    large part of the time of a short epoch.
     """
-    costs = compiled.cost_analysis() or {}  # of a loop's body once, and None where the compiler does not say
+    costs = compiled.cost_analysis() or {}  # counts the body of a loop once; None if the compiler does not say
     return 0 < costs.get("flops", 0.0) * plan.steps_per_epoch < _SHORT_EPOCH
 
 
@@ -240,6 +251,7 @@ _COMMON = ("loss", "local_loss", "head_loss", "accuracy", "ensemble_accuracy", "
 
 
 def _record(plan: Plan, metrics: dict[str, np.ndarray], epoch: int, seconds: float) -> dict[str, Any]:
+    """The line of metrics.jsonl for an epoch (from 0), but for its validation. A group that did not train has None in each list."""
     active = plan.active(epoch)
 
     def per_group(values: np.ndarray) -> list[float | None]:

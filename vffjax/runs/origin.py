@@ -1,4 +1,4 @@
-"""What trains here and now, as far as it can change numbers."""
+"""Where a run is trained: versions, device and settings, as far as they can change its numbers."""
 
 import contextlib
 import os
@@ -14,14 +14,18 @@ from vffjax.config import CHANGEABLE, Config
 from vffjax.errors import UserError
 from vffjax.registry import ROOMS
 
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # beside JAX's own, what changes numbers
-
-
+# Environment variables that can change numbers, beside those of JAX.
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def origin(config: Config) -> dict[str, Any]:
-    """What trains here and now, as far as it can change numbers; `settings` are the keys that may change while a run goes on."""
+    """Where this process trains, as far as that can change numbers.
+
+    Returns:
+        `versions` of Python and packages, the `commit` of this code, `device`, `cores`, environment `flags`, and `settings`: the values of
+        the configuration keys that may change when a run goes on.
+    """
     return {
         "versions": {"python": platform.python_version()}
         | {"vffjax": versions.own()}
@@ -48,7 +52,7 @@ def check_code(run: dict[str, Any], config: Config) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of this code, `-dirty` if it was changed since; None where it does not run from its own checkout."""
+    """The commit of this code, with `-dirty` if files have been changed since; None if it does not run from its own checkout."""
     root = pathlib.Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:

@@ -1,6 +1,6 @@
-"""Figures of a workdir, curves.png and features.png, and of its early exits.
+"""The figures of a run: curves.png, features.png, and the curve of its early exits.
 
-They use matplotlib's object API, not pyplot's global state. `drawing.py` imports matplotlib, so this module needs it only while it draws.
+They are made by matplotlib's object API, without pyplot's global state. matplotlib is imported only when `drawing.draw` draws a figure.
 """
 
 import itertools
@@ -22,11 +22,12 @@ KINDS = ("clean", "right label\nadded", "wrong label\nadded")
 
 
 def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
-    """Draws curves.png from metrics.jsonl: the training loss and the error of each group. Returns as `drawing.draw`."""
+    """Draws the training loss and the error of each group from metrics.jsonl into curves.png. Returns what `drawing.draw` does."""
     return draw(pathlib.Path(workdir) / "curves.png", lambda: curves_figure(read_metrics(workdir)))
 
 
 def curves_figure(records: list[dict[str, Any]]) -> "Figure":
+    """The figure of curves.png, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -59,7 +60,7 @@ def curves_figure(records: list[dict[str, Any]]) -> "Figure":
             margin = max(0.5, 0.02 * (max(epochs) - min(epochs)))
             axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
         if axes.lines:
-            # Below the axes, since sequential curves leave no corner free.
+            # The legend is below the axes because curves of the sequential schedule leave no corner free.
             ncols = 2 if len(axes.lines) in (2, 4) else 3
             spacing = {"columnspacing": 1.2, "handlelength": 1.5, "handletextpad": 0.5}
             axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=ncols, **spacing)
@@ -70,11 +71,12 @@ def curves_figure(records: list[dict[str, Any]]) -> "Figure":
 
 
 def plot_exits(path: pathlib.Path, found: dict[str, Any]) -> pathlib.Path | None:
-    """Draws accuracy against images/s of early exit, from what `evaluate` finds with its `curve`. Returns as `drawing.draw`."""
+    """Draws accuracy against images/s of early exits, from what `evaluate` returns with a `curve`. Returns what `drawing.draw` does."""
     return draw(path, lambda: exits_figure(found))
 
 
 def exits_figure(found: dict[str, Any]) -> "Figure":
+    """The figure of early exits, from what `evaluate` returns with a `curve`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.8), dpi=120, layout="constrained")
@@ -95,7 +97,7 @@ def exits_figure(found: dict[str, Any]) -> "Figure":
             written: list[float] = []
             for point, x, y in zip(points, speeds, accuracies, strict=True):
                 if any(abs(x - other) < 0.05 * spread for other in written):
-                    continue  # it would lie over another
+                    continue  # it would overlap another label
                 written.append(x)
                 axes.annotate(f"{point['threshold']:g}", (x, y), (3, 4), textcoords="offset points", fontsize="x-small", color="0.35")
     axes.set(title="Early exit", xlabel="images/s on the test images", ylabel="accuracy (%)")
@@ -110,7 +112,7 @@ def _num_groups(records: list[dict[str, Any]], key: str) -> int:
 
 
 def _points(records: list[dict[str, Any]], key: str, group: int | None = None) -> list[tuple[int, float]]:
-    """(epoch, value) where there is a value: in the sequential schedule, a group's own epochs."""
+    """Pairs of epoch and value, for the epochs that have one. Under the sequential schedule a group has values in its own epochs only."""
     points = []
     for record in records:
         value = record.get(key)
@@ -122,11 +124,11 @@ def _points(records: list[dict[str, Any]], key: str, group: int | None = None) -
 
 
 def _curves(axes: "Axes", records: list[dict[str, Any]], key: str, whole: str, scale: Callable[[float], float], percent: bool) -> None:
-    # Errors come with two decimals, as on the terminal.
+    # Errors have two decimals, as on the terminal.
     last = "{:.2f} %" if percent else "{:.3g}"
     count = _num_groups(records, f"{key}_per_group")
     series = [(_points(records, f"{key}_per_group", g), f"group {g}", {"color": _color(g, count)}) for g in range(count)]
-    # A sum or mean of losses says little beside the losses themselves, but it is all there may be.
+    # The groups' sum of losses adds little to their own curves, and is drawn only if there are no such curves.
     if key != "loss" or not any(points for points, _, _ in series):
         series.append((_points(records, key), whole, {"color": "black", "linestyle": "--", "linewidth": 2.0}))
     for points, label, style in series:
@@ -142,14 +144,14 @@ def _color(index: int, count: int) -> Any:
 
 
 def _mark_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
-    """Sequential schedule: a line wherever the next group begins to train."""
+    """Draws a line wherever the next group begins to train under the sequential schedule."""
     for before, after in itertools.pairwise(records):
         if before.get("group") != after.get("group"):
             axes.axvline((before["epoch"] + after["epoch"]) / 2, color="0.6", linewidth=0.8, linestyle=":")
 
 
 class _Sheet:
-    """Pictures and texts placed in inches from the top left, since a grid of a hundred axes defeats automatic layouts."""
+    """Pictures and texts that are placed by inches from the top left, because automatic layouts fail with a hundred axes."""
 
     def __init__(self) -> None:
         self.pictures: list[tuple[float, float, float, np.ndarray, str]] = []
@@ -179,27 +181,12 @@ class _Sheet:
 LEFT, USABLE, WIDTH = 1.05, 10.0, 11.25
 
 
-def plot_features(
-    path: pathlib.Path,
-    *,
-    images: np.ndarray,
-    class_names: Sequence[str],
-    labels: Sequence[int],
-    wrong_labels: Sequence[int],
-    codebook: np.ndarray | None,
-    streams: Sequence[np.ndarray],
-    filters: np.ndarray | None,
-) -> pathlib.Path | None:
-    """Draws the codebook, the filters of the first layer, and what each group makes of clean and labelled images.
-
-    images [n, h, w, c] in 0..1; codebook [classes, h, w, c]; filters [kh, kw, cin, cout] or [fan_in, cout];
-    streams: for each group [3, n, h, w, c] or [3, n, units], for the clean, right-labelled and wrong-labelled image.
-    Returns as `drawing.draw`.
-    """
-    return draw(pathlib.Path(path), lambda: _features_figure(images, class_names, labels, wrong_labels, codebook, streams, filters))
+def plot_features(path: pathlib.Path, **what: Any) -> pathlib.Path | None:
+    """Draws features.png from the arguments of `features_figure`. Returns what `drawing.draw` does."""
+    return draw(pathlib.Path(path), lambda: features_figure(**what))
 
 
-def _features_figure(
+def features_figure(
     images: np.ndarray,
     class_names: Sequence[str],
     labels: Sequence[int],
@@ -208,6 +195,17 @@ def _features_figure(
     streams: Sequence[np.ndarray],
     filters: np.ndarray | None,
 ) -> "Figure":
+    """The codebook, the filters of the first layer, and the features of clean and labelled images in each group.
+
+    Args:
+        images: test images [n, h, w, c] on the scale 0 to 1; the first three are drawn.
+        class_names: the names of all classes.
+        labels: the classes of the images.
+        wrong_labels: the wrong classes that the labelled copies were given.
+        codebook: the noise that labels each class [classes, h, w, c]; None if the rule has none.
+        streams: for each group the features [3, n, h, w, c] or [3, n, units] of the clean, right-labelled and wrong-labelled images.
+        filters: the first layer's kernel [kh, kw, cin, cout] or [fan_in, cout], or None.
+    """
     images = np.asarray(images, np.float32)[:3]
     codebook = None if codebook is None else np.asarray(codebook, np.float32)
     streams = [np.asarray(stream, np.float32) for stream in streams]
@@ -253,7 +251,7 @@ def _draw_filters(sheet: _Sheet, y: float, tiles: list[np.ndarray], total: int) 
 def _draw_streams(
     sheet: _Sheet, y: float, inputs: list[list[np.ndarray]], names: list[tuple[str, str]], streams: list[np.ndarray]
 ) -> float:
-    """A block of three rows for each image; blocks side by side while the maps stay legible."""
+    """Draws a block of three rows for each image, and puts blocks side by side if the maps stay legible."""
     folded = "units in rows" if all(stream.ndim == 3 for stream in streams) else "mean over channels"
     note = f"first column: the image, then the noise added to it; groups: {folded}, one scale for three rows (dark: low; top 0.5 % clipped)"
     y = _heading(sheet, y, "Features of each group", note)
@@ -283,7 +281,7 @@ def _inputs(image: np.ndarray, codebook: np.ndarray | None, label: int, wrong: i
 
 
 def _filter_tiles(filters: np.ndarray, image_shape: tuple[int, ...], most: int = 24) -> list[np.ndarray]:
-    """One picture for each unit; none if the weights have no shape that can be seen."""
+    """A picture for each of the first `most` units; none if the weights do not have the shape of an image."""
     if filters.ndim == 2 and filters.shape[0] == math.prod(image_shape):
         filters = filters.reshape(*image_shape, -1)
     if filters.ndim != 4 or filters.shape[2] not in (1, 3):
@@ -293,7 +291,7 @@ def _filter_tiles(filters: np.ndarray, image_shape: tuple[int, ...], most: int =
 
 
 def _fold(features: np.ndarray) -> np.ndarray:
-    """[h, w, c] to its mean over channels; [units] to rows of a near-square, its rest left blank (NaN)."""
+    """Features as one picture: maps [h, w, c] as their mean over channels, units [n] in rows of a near-square that NaN fills up."""
     if features.ndim == 3:
         return features.mean(axis=-1)
     side = math.ceil(math.sqrt(features.size))
@@ -303,7 +301,7 @@ def _fold(features: np.ndarray) -> np.ndarray:
 
 
 def _unit(values: np.ndarray, top: float = 100.0) -> np.ndarray:
-    """Scaled to 0..1 from the least finite value to percentile `top`; a constant becomes 0.5. NaN stays: it is drawn blank."""
+    """Values scaled to 0..1, from the least finite one to percentile `top`; a constant becomes 0.5. NaN stays, and is drawn blank."""
     values = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
     if not np.isfinite(values).any():
         return values
@@ -314,7 +312,7 @@ def _unit(values: np.ndarray, top: float = 100.0) -> np.ndarray:
 
 
 def _picture(pixels: np.ndarray) -> np.ndarray:
-    """[h, w, c] as what imshow draws: RGB if there are three channels, else grey."""
+    """An image [h, w, c] as imshow takes it: RGB if it has three channels, else grey."""
     return np.nan_to_num(pixels, nan=0.5) if pixels.shape[-1] == 3 else pixels.mean(axis=-1)
 
 

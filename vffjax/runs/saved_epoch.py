@@ -1,6 +1,6 @@
-"""One saved epoch, read from disk: its files against their SHA-256, the run's state, its groups and its task.
+"""One saved epoch, read from disk: the run's state, its groups and its task. Files are compared with their SHA-256 before they are read.
 
-Digests find damage, not forgery: whoever can write files can write digests.
+Digests find damage, not forgery: whoever can write the files can also write their digests.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from vffjax.training.plan import Plan, init_states
 
 OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
 AGAIN = "train with this --workdir again, which goes back to a sound checkpoint, or start in a new one"
-# Files and folders that operating systems, network shares, file managers and the like drop into any folder.
+# Names of files and folders that operating systems, network shares and file managers put into any folder. They are ignored.
 _DROPPED = {
     *(".ds_store", ".localized", ".appledouble", ".fseventsd", ".temporaryitems", ".spotlight-v100", ".trashes", "icon\r", "__macosx"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
@@ -38,7 +38,7 @@ _DROPPED_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".smbdelete", ".trash-", ".~l
 
 
 class Fault(UserError):
-    """What is wrong with a saved epoch, and the smallest repair; the message is both."""
+    """What is wrong with a saved epoch, as `problem`, and the smallest repair, as `repair`. The message holds both."""
 
     def __init__(self, problem: object, repair: str):
         super().__init__(f"{problem}; {repair}")
@@ -46,9 +46,9 @@ class Fault(UserError):
 
 
 class SavedEpoch:
-    """An epoch of a run as it was found on disk. What has been read and verified once is remembered.
+    """An epoch of a run as it lies on disk. No file is read or verified twice.
 
-    `folder` is its Orbax step, `digests` the file beside it. Everything that reads raises `UserError`, which names the file.
+    `folder` is its Orbax step, and `digests` the file beside it. Every method that reads raises `UserError`, which names the file.
     """
 
     def __init__(self, folder: pathlib.Path, digests: pathlib.Path):
@@ -58,7 +58,7 @@ class SavedEpoch:
 
     @functools.cached_property
     def run(self) -> dict[str, Any]:
-        """The run's state; see `run_state`."""
+        """The run's state; see `runs.state`."""
         self.verify("run")
         run = self._restore(run=ocp.args.JsonRestore())["run"]
         if not isinstance(run, dict) or run.get("format") != run_state.FORMAT:
@@ -70,7 +70,7 @@ class SavedEpoch:
         return run
 
     def fault(self, config: Config) -> Fault | None:
-        """What is wrong with this epoch of a run by `config`; None if every file of it is as it was saved."""
+        """What is wrong with this epoch, which should be of a run by `config`; None if all of its files are as they were saved."""
         try:
             self.verify()
             self._check_config(config)
@@ -92,14 +92,17 @@ class SavedEpoch:
         return tuple(restored[name] for name in wanted if name != "task"), restored["task"]
 
     def restore_group(self, plan: Plan, group: int) -> GroupState:
-        """One group alone; no file of another group is read."""
+        """One group alone. No file of another group is read."""
         name = f"group{group}"
         self.verify(name)
         self._check_config(plan.config)
         return self._restore_arrays({name: _abstract_states(plan, self.run)[group]})[name]
 
     def verify(self, item: str = "") -> None:
-        """Compares the files of one item and of the step itself, or of all items, with their SHA-256. Each file is read once."""
+        """Compares files with their SHA-256: those of one item, such as `group0`, and of the step itself, or those of all items.
+
+        A file that was compared before is not read again. Raises `Fault` if a file differs, is missing, or was not saved with the step.
+        """
         expected = self._expected
         wanted = {name: digest for name, digest in expected.items() if not item or "/" not in name or name.startswith(f"{item}/")}
         if not any("/" in name for name in wanted):
@@ -107,12 +110,12 @@ class SavedEpoch:
         try:
             present = {path.relative_to(self.folder).as_posix(): path for path in saved_files(self.folder)}
             for path in present.values():
-                if not stat.S_ISREG(path.lstat().st_mode):  # to read a pipe would wait for ever
+                if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would block, and a link could lead anywhere
                     raise Fault(f"{path}: damaged checkpoint (not a file)", AGAIN)
         except OSError as error:
             raise Fault(f"{error.filename or self.folder}: damaged checkpoint ({error.strerror})", AGAIN) from None
         for name, digest in wanted.items():
-            if name not in present:  # nor is a name that leads out of the step
+            if name not in present:  # which is also true of names that lead out of the step
                 raise Fault(f"{self.folder / name}: damaged checkpoint (no such file)", AGAIN)
             if name in self._verified:
                 continue
@@ -160,7 +163,7 @@ class SavedEpoch:
 
 @contextlib.contextmanager
 def _readable(folder: pathlib.Path, fix: str = OWN_CONFIG) -> Iterator[None]:
-    """What Orbax and TensorStore raise on files that they cannot read becomes one line that names the step."""
+    """Turns what Orbax and TensorStore raise on files that they cannot read into a `Fault`, whose one line names the step."""
     try:
         yield
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -169,12 +172,12 @@ def _readable(folder: pathlib.Path, fix: str = OWN_CONFIG) -> Iterator[None]:
 
 
 def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All below a saved epoch's folder that is no folder, in order, but for what an operating system has dropped there."""
+    """All that lies below a saved epoch's folder, sorted, without folders and without what an operating system has put there."""
     return sorted(path for path in folder.rglob("*") if not any(map(_dropped, path.relative_to(folder).parts)) and not path.is_dir())
 
 
 def _other_format(run: Any) -> str:
-    """What to say of a state that this version does not read: which version wrote it, as far as that can be told."""
+    """Says which version wrote a state that this version cannot read, as far as that can be told."""
     here = f"this is vffjax {versions.own()}, which reads format {run_state.FORMAT}"
     try:
         return f"saved by vffjax {run['origins'][-1]['versions']['vffjax']} in format {run['format']}; {here}"
@@ -183,7 +186,7 @@ def _other_format(run: Any) -> str:
 
 
 def _roots(names: Iterable[str]) -> set[str]:
-    """The items of a step, and the files beside them, of paths relative to it."""
+    """The first parts of paths relative to a step: its items, and the files beside them."""
     return {name.partition("/")[0] for name in names}
 
 
@@ -192,10 +195,17 @@ def _dropped(name: str) -> bool:
 
 
 def check_readable(folder: pathlib.Path, items: dict[str, Any], run: dict[str, Any]) -> None:
-    """Reads something of every item of a step through Orbax, before its digests say that it is complete.
+    """Reads a step back through Orbax before its digests declare it complete, since digests of unreadable files would be worth nothing.
 
-    `items` are the trees that were saved, by name. Names, shapes and types of all arrays are compared, and the bits of the smallest; and
-    the whole state of the `run`. Raises `UserError` naming the step: digests of files that nobody can read back would be worth nothing.
+    Compared are the whole state of the run, the names, shapes and types of all arrays, and the bits of the smallest array of each item.
+
+    Args:
+        folder: the step.
+        items: the trees that were saved, by name.
+        run: the run's state that was saved.
+
+    Raises:
+        UserError: something cannot be read, or differs; the message names the step.
     """
     fix = "nothing of this epoch is kept; give a --workdir in another place"
     with _readable(folder, fix), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -214,7 +224,10 @@ def check_readable(folder: pathlib.Path, items: dict[str, Any], run: dict[str, A
 
 
 def _check_fits(folder: pathlib.Path, tree: Any) -> None:
-    """Compares names, shapes and types of arrays with the saved ones; Orbax casts some differences, and leaves threads behind on others."""
+    """Raises `Fault` unless a tree's arrays have the names, shapes and types of the saved ones.
+
+    Orbax itself would cast some arrays that differ, and leave threads behind on others.
+    """
     saved, here = ocp.StandardCheckpointHandler().metadata(folder).tree, ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
     found, wanted = ({name: f"{x.dtype}{list(x.shape)}" for name, x in ocp.tree.to_flat_dict(tree).items()} for tree in (saved, here))
     for name in sorted(found.keys() | wanted.keys()):
@@ -224,7 +237,7 @@ def _check_fits(folder: pathlib.Path, tree: Any) -> None:
 
 
 def _abstract_states(plan: Plan, run: dict[str, Any]) -> tuple[GroupState, ...]:
-    # Orbax restores optax states as plain dicts, unless it is given the tree that they had.
+    # Orbax restores optax states as plain dictionaries unless it is given a tree of the same structure.
     return jax.tree.map(_abstract, jax.eval_shape(lambda: init_states(plan, tuple(run["image_shape"]))))
 
 

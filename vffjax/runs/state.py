@@ -1,51 +1,60 @@
-"""The state of a run, which every checkpoint keeps beside its arrays: to go on, to be judged without the training data, and to say what
-made it. Plain JSON. What is written here passes the same check as what is read.
+"""The state of a run: what every checkpoint keeps beside its arrays, as plain JSON.
+
+From it a run goes on, is judged without its training data, and says what made it. A state is checked by the same function, `problem`,
+when it is written and when it is read.
 """
 
 import base64
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vffjax.config import MAX_SIDE, Config
 
-# Raised by one whenever a state, or the arrays beside it, can no longer be read by the version before: see docs/runs.md.
+# The format's number. It is raised by one whenever the previous version can no longer read a state or the arrays beside it; see
+# docs/runs.md.
 FORMAT = 3
-# What a state has only where it was saved at the end of an epoch.
+# Keys that a state has only if it was saved at the end of an epoch.
 _OF_WHOLE_EPOCHS = ("trained_groups", "scheduled", "val_error", "val_error_per_group", "voting")
 
 
 def new_state(config: Config, data: dict[str, Any], init_from_sha256: str | None) -> dict[str, Any]:
-    """The state before the first epoch. `data` holds data_sha256, train_size, image_shape and class_names, in JSON types.
+    """The state of a run before its first epoch.
 
-    After an epoch it also holds that epoch's validation, `scheduled`, and `trained_groups`.
+    Each finished epoch adds the results of its validation, `scheduled` (whether its checkpoint was due), and `trained_groups`.
+
+    Args:
+        config: the run's configuration.
+        data: data_sha256, train_size, image_shape and class_names, in JSON types.
+        init_from_sha256: the digest of the weight file that the run starts from, or None.
     """
     return {
         "epoch": 0,
         "history": [],  # one record for each epoch, as in metrics.jsonl
-        "due": [],  # the epochs whose checkpoint was due by config.checkpoint_every: one of these is chosen as the best
+        "due": [],  # the epochs whose checkpoint was due by config.checkpoint_every; the best epoch is chosen among them
         "config": config.to_dict(),
         **data,
         "init_from_sha256": init_from_sha256,
         "compile_seconds": 0.0,
         "peak_bytes": 0,
-        "segment_steps": 0,  # how many steps the device runs in one call; chosen once, and of no consequence for the result
+        "segment_steps": 0,  # how many steps the device runs in one call; chosen once, without influence on the result
         "origins": [],  # more than one if the run went on elsewhere, with other versions, or with other `config.CHANGEABLE` settings
     }
 
 
 def inside(run: dict[str, Any], epoch: int, step: int, steps: int, seconds: float, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The state of a run that is saved inside of an epoch.
+    """The state of a run that is saved before an epoch has ended.
 
     Args:
-        run: the run's state as it would be saved at the end of an epoch.
-        epoch: how many epochs are done.
-        step: how many steps of the next one are done, of `steps`.
-        seconds: what those took.
-        metrics: of those steps, as `epochs.joined`.
+        run: the run's state after its last whole epoch.
+        epoch: the number of whole epochs that are done.
+        step: the number of steps of the next epoch that are done.
+        steps: the number of steps of an epoch.
+        seconds: the time that those `step` steps took.
+        metrics: the metrics of those steps, as `epochs.joined` returns them.
     """
     arrays = {name: _packed(values) for name, values in metrics.items()}
     position = {"step": step, "number": epoch * steps + step, "seconds": seconds, "metrics": arrays}
@@ -53,7 +62,7 @@ def inside(run: dict[str, Any], epoch: int, step: int, steps: int, seconds: floa
 
 
 def metrics_of(position: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The metrics of the steps behind a position, the `inside` of a state, to the bit. Raises `ValueError` if they cannot be read."""
+    """The metrics of the steps before a position, which is the `inside` of a state. Raises `ValueError` if they cannot be decoded."""
     return {name: np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for name, text in position["metrics"].items()}
 
 
@@ -64,34 +73,38 @@ def _packed(values: np.ndarray) -> str:
 
 
 def number(run: dict[str, Any]) -> int:
-    """By what number a state is saved: its epoch, or inside of an epoch all steps of the run so far."""
+    """The number under which a state is saved: its epoch or, inside of an epoch, the count of all steps of the run so far."""
     return run["inside"]["number"] if "inside" in run else run["epoch"]
 
 
-def rank(run: dict[str, Any]) -> tuple[bool, int, float]:
-    """How good the epoch of a saved state is: the better epoch has the greater rank, and of equal ones the later epoch is taken.
+class Rank(NamedTuple):
+    """How good an epoch is. The best epoch has the greatest rank, compared entry by entry; no two epochs of a run have the same rank."""
 
-    An epoch that was saved only because the run was told to leave ranks below all others: an undisturbed run could not choose it.
-    Of a sequential run, an epoch of a later stage ranks above all of earlier ones, whose later groups had not been trained.
-    A state inside of an epoch is not ranked.
-    """
-    if "inside" in run:
-        return False, 0, 0.0
-    return run["scheduled"], run["trained_groups"], -(run["val_error"] or 0.0)
+    due: bool  # whether its checkpoint was due: one saved only because the run was told to leave could not be chosen otherwise
+    group: int  # the group that trained, under the sequential schedule: before a later stage, later groups were untrained
+    negative_error: float  # minus the validation error in percent; 0 without validation images, so that the latest epoch wins
+    epoch: int
+
+
+def rank(run: dict[str, Any]) -> Rank:
+    """The rank of the epoch after which a state was saved. A state that was saved inside of an epoch ranks below all others."""
+    return Rank(False, 0, 0.0, 0) if "inside" in run else _ranks(run)[-1]
 
 
 def best_epoch(run: dict[str, Any]) -> int:
-    """The epoch of least validation error by the record of all epochs, in the last stage reached; among equals the last.
+    """The number of the best epoch by a run's record, or 0 if no epoch's checkpoint was due yet."""
+    best = max(_ranks(run), default=None)
+    return best.epoch if best and best.due else 0
 
-    Only epochs whose checkpoint was due count; 0 if there is none. Without validation data it is the last one.
-    """
+
+def _ranks(run: dict[str, Any]) -> list[Rank]:
+    """The rank of every epoch in a run's record, in order."""
     due = set(run["due"])
-    ranks = [(r.get("group", 0), -(r["val_error"] or 0.0), r["epoch"]) for r in run["history"] if r["epoch"] in due]
-    return max(ranks)[2] if ranks else 0
+    return [Rank(r["epoch"] in due, r.get("group", 0), -(r["val_error"] or 0.0), r["epoch"]) for r in run["history"]]
 
 
 def problem(run: Any) -> str:
-    """The first key of a state that is missing or not of its kind; empty if the rest of the library can rely on all of them.
+    """The name of the first key of a state that is missing or unsound; empty if the library can rely on all of them.
 
     Files may come from anyone, so nothing in them is taken for granted.
     """
@@ -101,7 +114,7 @@ def problem(run: Any) -> str:
 
 
 def _checks(run: dict[str, Any]) -> Iterable[tuple[str, Callable[[], bool]]]:
-    """Pairs of a key and whether it is sound. Later checks may rely on earlier ones."""
+    """Pairs of a key and a function that says whether its value is sound. Later functions may rely on earlier ones having passed."""
 
     def whole(value: Any, low: int, high: int = 2**53) -> bool:
         return type(value) is int and low <= value <= high
@@ -140,7 +153,7 @@ def _checks(run: dict[str, Any]) -> Iterable[tuple[str, Callable[[], bool]]]:
 
 
 def _sound_inside(position: Any, epoch: int) -> bool:
-    """Whether the position of a state inside of an epoch can be relied on."""
+    """Whether the position of a state that was saved inside of an epoch is sound."""
     if not isinstance(position, dict) or type(position.get("step")) is not int or position["step"] < 1:
         return False
     if type(position.get("number")) is not int or not epoch <= position["number"] < 2**53:

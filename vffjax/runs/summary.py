@@ -1,4 +1,4 @@
-"""What a run leaves at its end: summary.json, curves.png, features.png."""
+"""What a run writes at its end: summary.json, curves.png and features.png."""
 
 import functools
 import pathlib
@@ -14,41 +14,39 @@ from vffjax.files import write_json
 from vffjax.networks.groups import GroupState
 from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
+from vffjax.runs.trained import Trained
 from vffjax.training.augment import normalise
 from vffjax.training.plan import Plan
 
 
-def conclude(
-    plan: Plan,
-    dataset: Dataset,
-    states: tuple[GroupState, ...],
-    task: Task,
-    run: dict[str, Any],
-    measured: dict[str, Any],
-    last: dict[str, Any],
-    workdir: pathlib.Path,
-) -> dict[str, Any]:
-    """Writes the summary and the figures of the chosen epoch; `run` is its checkpoint's state, `measured` its test error, `last` the state
-    of the run's last checkpoint.
+def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """Writes summary.json, curves.png and features.png of a finished run; returns what summary.json holds.
 
-    `seconds` and `images_per_second` are those of training alone; compilation stands apart, validation and saving are not counted.
+    `seconds` and `images_per_second` are those of training alone. Compilation has its own entry; validation and saving are not counted.
+
+    Args:
+        best: the run as it was after its best epoch.
+        dataset: the run's data, of which the pictures show test images.
+        measured: the test errors of that epoch.
+        last: the state of the run after its last epoch.
+        workdir: the run's folder.
     """
     summary = measured | {
-        "val_error": run["val_error"],
-        "voting": run["voting"],
-        "epochs": plan.total_epochs,
-        "best_epoch": run["epoch"],
+        "val_error": best.run["val_error"],
+        "voting": best.run["voting"],
+        "epochs": best.plan.total_epochs,
+        "best_epoch": best.run["epoch"],
         "images_per_second": float(np.median([m["images_per_second"] for m in last["history"]])),
         "seconds": sum(m["seconds"] for m in last["history"]),
         **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256", "init_from_sha256", "code_sha256") if key in last},
         **last["origins"][-1],
         "earlier_origins": last["origins"][:-1],
-        "seed": plan.config.seed,
+        "seed": best.plan.config.seed,
     }
     write_json(workdir / "summary.json", summary)
     plot_curves(workdir)
     with aid(f"{workdir / 'features.png'}"):
-        draw_features(workdir / "features.png", plan, dataset, states, task)
+        draw_features(workdir / "features.png", best.plan, dataset, best.states, best.task)
     return summary
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's events of a run, where tensorboardX is installed. An aid: whatever fails is one line on stderr, and training goes on."""
+"""TensorBoard events of a run, if tensorboardX is installed. They are an aid: if they fail, one line on stderr is all that happens."""
 
 import contextlib
 import pathlib
@@ -8,12 +8,13 @@ from typing import Any
 
 from vffjax.errors import notice
 
-# An epoch's scalars take far less. Without a limit tensorboardX waits for ever once its own thread has died, for example of a full disk.
+# Writing an epoch's scalars takes far less. The limit is needed because tensorboardX waits for its thread, which may have died, for example
+# of a full disk.
 SECONDS = 30.0
 
 
 class Events:
-    """Scalars by epoch, in a folder. After the first failure nothing more is written."""
+    """Writes scalars of each epoch into a folder. After the first failure it writes nothing more."""
 
     def __init__(self, folder: pathlib.Path, first_epoch: int):
         self._writer: Any = None
@@ -33,23 +34,23 @@ class Events:
                 raise
             return
         others = set(threading.enumerate())
-        self._is_own = lambda thread: thread not in others  # while it is being made, which may start a thread that dies at once
+        self._is_own = lambda thread: thread not in others  # until all of its threads are known; one may die at once
         self._other_hook, threading.excepthook = threading.excepthook, self._thread_died
-        # Purged also at a fresh start: an earlier run here may have died before its first checkpoint.
-        # The suffix: tensorboardX names its file by the second, and would overwrite that of a run resumed within one.
+        # Later events are purged even if the run starts anew, because an earlier run may have died before its first checkpoint. The suffix
+        # is needed because tensorboardX names files by the second: a run that goes on within one second would overwrite its own file.
         self._writer = SummaryWriter(str(folder), purge_step=first_epoch + 1, filename_suffix=f".from{first_epoch + 1}")
         own = set(threading.enumerate()) - others
         self._is_own = own.__contains__
 
     def _thread_died(self, failure: Any) -> None:
-        """Instead of the traceback that Python prints."""
+        """Reports a thread of tensorboardX that has died by one line, in place of Python's traceback."""
         if self._is_own(failure.thread):
             self._fail(failure.exc_value)
         else:
             self._other_hook(failure)
 
     def write(self, scalars: Sequence[tuple[str, float]], epoch: int) -> None:
-        """Writes and flushes them."""
+        """Writes tagged scalars of an epoch, and flushes them."""
         writer = self._writer
 
         def add() -> None:
@@ -61,7 +62,7 @@ class Events:
             self._limited(add)
 
     def close(self) -> None:
-        """May be called twice."""
+        """Closes the file. May be called twice."""
         writer, self._writer = self._writer, None
         if writer is not None and not self._failed:
             self._limited(writer.close)
@@ -69,7 +70,7 @@ class Events:
             threading.excepthook = self._other_hook
 
     def _limited(self, function: Callable[[], None]) -> None:
-        """Calls the function, and waits for it no longer than `SECONDS`."""
+        """Calls a function in a thread, and waits at most `SECONDS` for it."""
         failures: list[BaseException] = []
 
         def attempt() -> None:
@@ -92,7 +93,7 @@ class Events:
         self._failed = True
         notice(f"TensorBoard fails ({type(error).__name__}: {error}); the training goes on without its events")
         writer = self._writer
-        if writer is not None:  # what is written already is closed, if it can be, and nobody waits for it
+        if writer is not None:  # try to close the file, without waiting for that
 
             def give_up() -> None:
                 with contextlib.suppress(Exception):

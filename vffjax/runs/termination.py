@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C. The work runs in a thread of its own, so that the main thread can answer a signal at any instant.
+"""Handles SIGTERM, which a cluster sends before it takes a machine away, and Ctrl-C.
 
-Python serves signals in its main thread alone, and between two of its own instructions: a main thread that compiles, or waits for the
-device, would answer after that. SIGTERM is what a cluster sends before it takes a machine away.
+The work runs in a thread of its own, so that the main thread can answer a signal at any instant. Python handles signals in the main thread
+only, between two of its instructions. If the main thread were compiling, or waiting for the device, the answer would have to wait as well.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from vffjax.errors import notice
 
 T = TypeVar("T")
-# Settings of JAX that a `with` statement of the caller changes for its own thread.
+# JAX's settings that a `with` statement changes for the current thread only. The thread that does the work takes them over.
 _OF_THREAD = (
     *("default_device", "default_matmul_precision", "debug_nans", "debug_infs", "enable_x64", "numpy_dtype_promotion"),
     *("numpy_rank_promotion", "enable_custom_prng", "transfer_guard", "disable_jit"),
@@ -24,7 +24,7 @@ _OF_THREAD = (
 
 
 class Terminated(Exception):
-    """The run was told to leave, and has: the message says what is saved."""
+    """A run was told to leave and has done so. The message says what is saved."""
 
 
 NOTHING = "nothing is saved yet; the same command begins anew"
@@ -32,13 +32,13 @@ KEPT = "what was saved before is kept; the same command goes on from there"
 
 
 class Request:
-    """What the signals ask of one run, and what the run says of itself."""
+    """What the signals ask of one run, and what the run reports about itself."""
 
     def __init__(self) -> None:
-        self.made = False  # SIGTERM: save and leave
-        self.abandoned = False  # Ctrl-C: nobody waits for the run any more, so end where it can
+        self.made = False  # SIGTERM has come: the run shall save and leave
+        self.abandoned = False  # Ctrl-C has come: nobody waits for the run any more, and it shall end as soon as it can
         self.idle = True  # nothing would be lost if the run ended now
-        self.saved = NOTHING  # what is saved already, in words
+        self.saved = NOTHING  # what is saved, in words
 
     @property
     def leave(self) -> bool:
@@ -51,10 +51,10 @@ _abandoned: list[threading.Thread] = []
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Request]:
-    """SIGTERM ends nothing in here: it sets `made`, for the run to look at between two segments."""
+    """Within, SIGTERM ends nothing but sets the request's `made`, which the run reads between two segments."""
     request = Request()
     _running.append(request)
-    request.abandoned = threading.current_thread() in _abandoned  # the interrupt came before
+    request.abandoned = threading.current_thread() in _abandoned  # Ctrl-C may have come before
     try:
         yield request
     finally:
@@ -67,10 +67,10 @@ def saved() -> str:
 
 
 def interruptible(work: Callable[[], T]) -> T:
-    """What `work` returns or raises. It runs in a thread of its own, and this one waits for it and answers signals meanwhile.
+    """Runs `work` in a thread of its own, while this thread answers signals; returns or raises what `work` does.
 
-    Called in another thread than the main one, it does nothing but call `work`. A `KeyboardInterrupt` is raised here at once; the work
-    ends when it next looks at its request, and a later call waits for that.
+    In another thread than the main one, `work` is simply called. Ctrl-C raises `KeyboardInterrupt` here at once. The work itself ends when
+    it next looks at its request, and a later call of this function waits for that.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -95,13 +95,13 @@ def interruptible(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=target, name="vffjax")
     with _answering_sigterm():
-        try:  # from here on: an interrupt may come while the thread is being started
+        try:  # around the start too, because Ctrl-C may come during it
             thread.start()
-            while not done.wait(0.1):  # not for ever at once: on Windows no signal would end that
+            while not done.wait(0.1):  # with a timeout, because on Windows no signal would end the wait
                 if any(request.made and request.idle for request in _running):
-                    raise Terminated(saved())  # it compiles, or reads data, and would not look at its request for long
+                    raise Terminated(saved())  # it compiles or reads data, and may not look at its request for a long time
         except BaseException:
-            _abandoned.append(thread)  # first: a run that begins in it now is to know
+            _abandoned.append(thread)  # first, so that a run which begins in it just now knows
             for request in _running:
                 request.abandoned = True
             raise
@@ -112,9 +112,9 @@ def interruptible(work: Callable[[], T]) -> T:
 
 
 def settle(seconds: float) -> str:
-    """Waits for work that was interrupted to end by itself, for so many seconds at the most; returns what is saved then, as `saved`.
+    """Waits at most so many seconds for interrupted work to end by itself; returns what is saved then, in words, as `saved`.
 
-    A run that is between two segments clears up after itself meanwhile, and one that saves may come to its end.
+    In this time a run between two segments can clean up, and one that is saving may finish.
     """
     until, words = time.monotonic() + seconds, saved()
     while working() and time.monotonic() < until:
@@ -124,14 +124,14 @@ def settle(seconds: float) -> str:
 
 
 def working() -> bool:
-    """Whether work that was interrupted still goes on."""
-    # One that an interrupt met while it was being started has no number yet, and may begin at any moment.
+    """Whether interrupted work is still going on."""
+    # A thread that was interrupted while it was being started has no number yet, and may begin at any moment.
     return any(thread.is_alive() or thread.ident is None for thread in _abandoned)
 
 
 @contextlib.contextmanager
 def _answering_sigterm() -> Iterator[None]:
-    """In here SIGTERM asks every run to save and leave. Where none is running it does what it would do otherwise."""
+    """Within, SIGTERM asks every run to save and leave. If none is running it has its usual effect."""
     before = signal.getsignal(signal.SIGTERM)
 
     def answer(number: int, frame: Any) -> None:
@@ -148,11 +148,11 @@ def _answering_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that is not Python's
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None stands for a handler that Python did not install
 
 
 def _settings_of_this_thread() -> dict[str, Any]:
-    """JAX's settings as they hold in this thread, by name; none before JAX has been imported."""
+    """JAX's settings that hold in this thread, by name; none if JAX has not been imported."""
     jax: Any = sys.modules.get("jax")
     if not hasattr(jax, "config"):
         return {}
@@ -161,7 +161,7 @@ def _settings_of_this_thread() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _with_settings(settings: dict[str, Any]) -> Iterator[None]:
-    """Puts settings of another thread in force in this one, where they differ."""
+    """Within, the settings of another thread hold in this one."""
     here = _settings_of_this_thread()
     with contextlib.ExitStack() as stack:
         for name, value in settings.items():

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, that one process writes it, where its run goes on, and what can be read back without the data."""
+"""A run's folder: which run it belongs to, its lock, the epoch from which its run goes on, and how a trained run is read from it."""
 
 import contextlib
 import itertools
@@ -12,12 +12,12 @@ from vffjax.errors import UserError, bad_key, notice
 from vffjax.files import read_json, write_json
 from vffjax.networks.groups import GroupState
 from vffjax.paths import check_run_folder, local
-from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import FOLDER, Checkpoints
 from vffjax.runs.lock import take
 from vffjax.runs.origin import check_code
 from vffjax.runs.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
+from vffjax.runs.trained import Trained
 from vffjax.training.checks import from_json
 from vffjax.training.plan import Plan, make_plan
 
@@ -26,7 +26,8 @@ _Read = TypeVar("_Read")
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Refuses a workdir that holds another configuration's run, or whose checkpoints could not be found again."""
+    """Raises `UserError` if a run by `config` cannot use this workdir: it holds a run by another configuration, is no folder, contains
+    links that lead out of it, or has a path under which checkpoints could not be found again."""
     check_run_folder(workdir)
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -43,9 +44,12 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
-    """Writes config.json of a run that begins, or that goes on with other settings; returns what has changed, a line for each key.
+    """Writes config.json for a run that begins, or that goes on with other settings.
 
-    Where the data lie stays as the run began: they may lie elsewhere for one start alone.
+    config.data_dir stays as it was when the run began, because the data may lie elsewhere only this time.
+
+    Returns:
+        A line for each key that has changed, and one more if these changes can change the bits of the result.
     """
     path = workdir / "config.json"
     before = read_config(workdir) if path.exists() else config
@@ -58,17 +62,20 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
 
 
 def _refuse_links(workdir: pathlib.Path) -> None:
-    """What a run writes must lie in its workdir, also in one that somebody else has packed."""
+    """Raises `UserError` if a link leads out of the workdir, which may have been packed by somebody else: a run writes nowhere else."""
     root = os.path.realpath(workdir)
     for path in itertools.chain(workdir.glob("*"), *((workdir / name).rglob("*") for name in (FOLDER, "tensorboard"))):
-        # Not resolve(), which raises where links lead round in a circle.
+        # Not resolve(), which raises if links form a circle.
         if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
             raise UserError(f"{path}: a link that leads out of --workdir {workdir}; remove it, or give another --workdir")
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this process. A lock is the kernel's: it goes with its process, however that ends."""
+    """Locks the workdir for this process. The kernel releases the lock when the process ends, however it ends.
+
+    Raises `UserError` if another process holds the lock. If the file system has no locks, one line on stderr says so.
+    """
     with open(workdir / LOCK, "a") as file:
         try:
             free = take(file)
@@ -82,17 +89,21 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, SavedEpoch], SavedEpoch | None]:
-    """The saved epochs with no fault, by number, and where the run goes on: inside of an epoch, or at the newest of them, or None.
+    """Finds the saved epochs that are sound, and the one from which the run goes on. Each file is read once.
 
-    Epochs with a fault are set aside. Each file is read once.
+    Epochs with a fault are set aside, and lines on stderr say what is damaged, incomplete or missing.
 
-    stderr says what was found damaged, incomplete or missing. Raises `UserError` if there are saved epochs and all have a fault, or if the
-    best has, or is gone, and nothing that the run will train can take its place.
+    Returns:
+        The sound epochs by their numbers; and what the run goes on from: a save inside of an epoch, the newest sound epoch, or None.
+
+    Raises:
+        UserError: all saved epochs have a fault; or the best one has a fault or is gone, and no epoch that is still to be trained can
+            replace it.
     """
     saved = {epoch: checkpoints.opened(epoch) for epoch in checkpoints.epochs()}
     faults = {epoch: fault for epoch, step in saved.items() if (fault := step.fault(config))}
     for fault in faults.values():
-        if fault.repair not in (AGAIN, OWN_CONFIG):  # such as a foreign file: a moment's work, and a whole epoch if it were set aside
+        if fault.repair not in (AGAIN, OWN_CONFIG):  # such as a foreign file, which is quickly removed; to train again would take an epoch
             raise fault
     sound = {epoch: step for epoch, step in saved.items() if epoch not in faults}
     newest = max(sound, default=0)
@@ -102,7 +113,7 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, Sa
     for epoch in checkpoints.incomplete():
         lost[epoch] = f"{checkpoints.folder / str(epoch)}: not completely saved, or its digests are lost"
     if newest and newest > max([*faults, *lost], default=0):
-        # Else something newer was there, for which an earlier best may have been deleted.
+        # Only then: if a newer epoch was lost, it may have been the best, and the one that was best before it may have been deleted.
         check_best(checkpoints, sound[newest].run, sound, faults | {epoch: Fault(problem, AGAIN) for epoch, problem in lost.items()})
     for epoch, fault in faults.items():
         lost[epoch] = f"{fault.problem}; now {checkpoints.set_aside(epoch)}"
@@ -113,11 +124,12 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, Sa
     inside = None if lost else _sound_inside(checkpoints, config, newest)
     if inside is not None and run_state.best_epoch(inside.run) in {0, *sound}:
         return sound, inside
-    return sound, sound.get(newest)  # also where the best epoch by a save inside of an epoch is gone: it will be trained again
+    # Also if the save inside of an epoch names a best epoch that is gone: that epoch will be trained again.
+    return sound, sound.get(newest)
 
 
 def _sound_inside(checkpoints: Checkpoints, config: Config, newest: int) -> SavedEpoch | None:
-    """The newest save inside of an epoch that is further than epoch `newest`, and has no fault; None if there is none."""
+    """The newest sound save inside of an epoch that comes after epoch `newest`; None if there is none."""
     for number in reversed(checkpoints.inside.epochs()):
         saved = checkpoints.inside.opened(number)
         if fault := saved.fault(config):
@@ -130,9 +142,16 @@ def _sound_inside(checkpoints: Checkpoints, config: Config, newest: int) -> Save
 def check_best(
     checkpoints: Checkpoints, run: dict[str, Any], sound: Mapping[int, SavedEpoch], faults: Mapping[int, Fault] | None = None
 ) -> SavedEpoch | None:
-    """The best epoch of a run by its record, among the `sound` ones or those saved since; None before the first.
+    """The best epoch by a run's record; None if there is none yet.
 
-    Raises `UserError` if it has a fault or is gone: another epoch would be taken for it.
+    Args:
+        checkpoints: the run's checkpoints.
+        run: the run's state, which holds the record.
+        sound: saved epochs that have been read already, by their numbers.
+        faults: the faults of the others.
+
+    Raises:
+        UserError: that epoch has a fault or is gone. Otherwise another epoch would be taken for the best.
     """
     best = run_state.best_epoch(run)
     if not best:
@@ -146,7 +165,7 @@ def check_best(
 
 
 def _repair(checkpoints: Checkpoints, fault: Fault, sound: Mapping[int, SavedEpoch]) -> UserError:
-    """The error for a saved epoch without which the run cannot go on; it advises the smallest repair, and nothing that destroys."""
+    """The error for a fault in a saved epoch that the run needs. It advises the smallest repair, and never to delete anything."""
     if fault.repair != AGAIN:
         return fault
     others = f", or read epoch {max(sound)} with vffjax evaluate --epoch {max(sound)}" if sound else ""
@@ -155,7 +174,7 @@ def _repair(checkpoints: Checkpoints, fault: Fault, sound: Mapping[int, SavedEpo
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-    """The configuration of the run in `workdir`."""
+    """The configuration of the run in `workdir`. Raises `UserError` if there is none, or if it cannot be read."""
     path = workdir / "config.json"
     try:
         return from_json(read_json(path), str(path))
@@ -165,20 +184,25 @@ def read_config(workdir: pathlib.Path) -> Config:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or start in a new --workdir") from None
 
 
-def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
-    """A trained run without its data: plan, groups, task and run state of the `best`, the `latest`, or a numbered epoch.
+def load_run(workdir: pathlib.Path | str, epoch: str = "best") -> Trained:
+    """A trained run, read without its data set. The run may be training meanwhile.
 
-    The run may be training meanwhile.
+    Args:
+        workdir: the run's folder.
+        epoch: best, latest, or the number of a saved epoch.
+
+    Raises:
+        UserError: there is no run, no such epoch, or one of its files is damaged.
     """
-
-    def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, tuple[GroupState, ...], Task, dict[str, Any]]:
-        return plan, *saved.restore(plan), saved.run
-
-    return _read_run(workdir, epoch, read)
+    return _read_run(workdir, epoch, lambda saved, plan: Trained(plan, *saved.restore(plan), saved.run))
 
 
 def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> tuple[Plan, GroupState, dict[str, Any]]:
-    """One group of a trained run, with its plan and run state. No file of another group is read, so that those may be damaged."""
+    """One group of a trained run, with its plan and run state.
+
+    No file of another group is read, so that the group can be saved from a run whose other files are damaged. Arguments and errors are
+    those of `load_run`; it is also an error if the network has no such group.
+    """
 
     def read(saved: SavedEpoch, plan: Plan) -> tuple[Plan, GroupState, dict[str, Any]]:
         if group >= len(plan.groups):
@@ -201,7 +225,7 @@ def _read_run(workdir: pathlib.Path | str, epoch: str, read: Callable[[SavedEpoc
 
 
 def while_it_trains(checkpoints: Checkpoints, epoch: str, read: Callable[[SavedEpoch], _Read]) -> _Read:
-    """What `read` makes of the chosen epoch. A run that trains may delete that epoch meanwhile: then the choice is made again."""
+    """The result of `read` for the chosen epoch. If a run that is training deletes that epoch meanwhile, it is chosen again."""
     while True:
         listed = checkpoints.epochs()
         try:

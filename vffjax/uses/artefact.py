@@ -1,12 +1,11 @@
-"""The trained ensemble as one file that runs without this package: StableHLO by `jax.export`, for CPU, CUDA and TPU.
+"""Export of the trained ensemble as one file that runs without this package: StableHLO, written by `jax.export`, for CPU, CUDA and TPU.
 
-JAX and flatbuffers run it; JAX uses flatbuffers to read the file and does not install it.
+The program takes byte images [b, h, w, c] of the data set's own size, for any b, and returns log-probabilities. Weights and pixel
+statistics are constants in it; nothing in it is for training. Beside FILE.stablehlo lies FILE.json, which says what the file is, gives its
+digest, and shows how to call it. To run it takes JAX and flatbuffers, which JAX needs to read the file but does not install.
 
-Byte images [b, h, w, c] of the data's own size go in, for any b; log-probabilities come out. Weights and pixel statistics are constants
-in it, and nothing that trains. Beside FILE.stablehlo lies FILE.json, which says what the file is, its digest, and how to call it.
-
-By JAX's promise (`SEE`) a file runs on a jaxlib that was built up to 6 months after the one that wrote it, or up to 3 weeks before: to
-keep a run for longer, keep its weights. And a file is a program: JAX runs any of its own custom calls that it names. Load no stranger's.
+JAX promises (`SEE`) that a file runs on any jaxlib that was built up to 6 months after the one that wrote it, or up to 3 weeks before.
+To keep a run for longer, keep its weights. The file is a program, and may name any of JAX's own custom calls: load none from strangers.
 """
 
 import contextlib
@@ -23,35 +22,40 @@ from jaxtyping import Array, Float, UInt8
 
 from vffjax.errors import UserError
 from vffjax.files import read_json, replace_file, sha256, write_json
-from vffjax.networks.groups import GroupState
-from vffjax.rules.streams import Task
+from vffjax.runs.trained import Trained
 from vffjax.training.augment import normalised
-from vffjax.training.plan import Plan
 from vffjax.training.trainer import clean_log_p
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
 SEE = "https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees"
-# What a flatbuffer holds at the most, less what is not weights.
+# A flatbuffer holds less than 2 GiB; some of it is left for what is not weights.
 _MAX_BYTES = 2**31 - 2**24
 
 
-def make_ensemble(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], voting: tuple[int, ...], trained: int
-) -> Callable[[UInt8[Array, "batch h w c"]], dict[str, Float[Array, "*axes"]]]:
-    """Log-probabilities of images by the `trained` first groups' heads, `groups`, and by those that vote, `ensemble`. No label goes in."""
+def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], dict[str, Float[Array, "*axes"]]]:
+    """The function that is exported: from byte images to log-probabilities, by the heads of a trained run. It takes no label.
+
+    Returns:
+        A function of images [batch, h, w, c], which returns `groups` [groups, batch, classes], for all groups that have trained, and
+        `ensemble` [batch, classes], the normalised mean over the groups that vote.
+    """
+    plan, states, task, _ = trained
 
     def ensemble(images: Array) -> dict[str, Array]:
-        log_p = clean_log_p(plan, task, states, normalised(task, images), trained)
-        # The mean is that of inference.ensemble, which need not be normalised to be compared.
-        votes = jnp.stack([log_p[group] for group in voting])
+        log_p = clean_log_p(plan, task, states, normalised(task, images), trained.groups)
+        # Evaluation takes the same mean (`scores.ensemble`), without the normalisation, which changes no comparison.
+        votes = jnp.stack([log_p[group] for group in trained.voting_heads])
         return {"ensemble": jax.nn.log_softmax(votes.mean(axis=0)), "groups": log_p}
 
     return ensemble
 
 
 def export_ensemble(function: Callable[..., Any], image_shape: tuple[int, int, int]) -> jax.export.Exported:
-    """`function` of any number of byte images, lowered for all `PLATFORMS`. Equal programs give equal bytes, in any folder and process."""
+    """`function`, lowered for any number of byte images of this shape (h, w, c) and for all `PLATFORMS`.
+
+    Equal programs give equal bytes, in whatever folder and process.
+    """
     (batch,) = jax.export.symbolic_shape("b")
     with _without_locations():
         return jax.export.export(jax.jit(function), platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8))
@@ -59,7 +63,7 @@ def export_ensemble(function: Callable[..., Any], image_shape: tuple[int, int, i
 
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
-    """Lowers without Python's file names and lines: they tell of this machine, and of what was traced here before."""
+    """Leaves Python's file names and line numbers out of what is lowered: they depend on this machine and on what was traced before."""
     settings = {"jax_include_full_tracebacks_in_locations": True, "jax_traceback_in_locations_limit": 0}
     before = {key: getattr(jax.config, key) for key in settings}
     try:
@@ -72,18 +76,21 @@ def _without_locations() -> Iterator[None]:
 
 
 def sidecar(path: pathlib.Path) -> pathlib.Path:
-    """Where the description of an artefact lies."""
+    """The path of an artefact's description."""
     return path.with_suffix(".json")
 
 
 def check_place(path: pathlib.Path) -> None:
-    """Raises `UserError` if no artefact can be written, or if its description would replace another file, such as a run's config.json."""
+    """Raises `UserError` if no artefact can be written to `path`: its description would replace another file, such as a run's config.json,
+    or flatbuffers is not installed."""
     beside = sidecar(path)
-    # Not exists(), which is false of a link to nothing.
+    # exists() alone is false for a broken link.
     if (beside.exists() or beside.is_symlink()) and not _described(beside):
-        raise UserError(f"--out={path}: {beside} beside it is not of an export and would be replaced; give another .stablehlo file")
+        raise UserError(
+            f"--out={path}: {beside} beside it was not written by an export and would be replaced; give another .stablehlo file"
+        )
     if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("--format=stablehlo: JAX writes it by flatbuffers, which is not installed; pip install flatbuffers")
+        raise UserError("--format=stablehlo: JAX needs flatbuffers to write it, which is not installed; pip install flatbuffers")
 
 
 def _described(path: pathlib.Path) -> bool:
@@ -93,19 +100,24 @@ def _described(path: pathlib.Path) -> bool:
         return False
 
 
-def write_artefact(path: pathlib.Path | str, plan: Plan, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> dict[str, Any]:
-    """Writes the ensemble of a run, as `workdir.load_run` gives it, and its description; returns the description.
+def write_artefact(path: pathlib.Path | str, trained: Trained) -> dict[str, Any]:
+    """Writes the ensemble of a trained run, and its description.
 
-    Each file is replaced in one step, the description last: until then its `sha256` is not that of the file. Raises `UserError`, `OSError`.
+    Each file is replaced in one step, the description last. Until then the digest in an old description does not fit the new file.
+
+    Returns:
+        The description: what FILE.json holds.
+
+    Raises:
+        UserError: the files cannot be written there (see `check_place`), or the weights do not fit into one file.
+        OSError: the disk refuses.
     """
-    path, trained = pathlib.Path(path), run["trained_groups"]
+    path, run = pathlib.Path(path), trained.run
     check_place(path)
-    size = sum(leaf.nbytes for state in states[:trained] for leaf in jax.tree.leaves((state.params, state.batch_stats)))
+    size = sum(leaf.nbytes for state in trained.states[: trained.groups] for leaf in jax.tree.leaves((state.params, state.batch_stats)))
     if size > _MAX_BYTES:
         raise UserError(f"--format=stablehlo: {size / 1e9:.1f} GB of weights, and a file holds 2; use --format=safetensors")
-    # The voting groups were chosen for the configured inference; a sweep's choice says nothing of the heads.
-    voting = tuple(run["voting"]) if plan.config.inference == "heads" else tuple(range(trained))
-    exported = export_ensemble(make_ensemble(plan, task, states, voting, trained), tuple(run["image_shape"]))
+    exported = export_ensemble(make_ensemble(trained), tuple(run["image_shape"]))
     content = bytes(exported.serialize(vjp_order=0))
     replace_file(path, content)
     described = {
@@ -116,8 +128,8 @@ def write_artefact(path: pathlib.Path | str, plan: Plan, states: tuple[GroupStat
         "class_names": run["class_names"],
         "image_shape": list(run["image_shape"]),
         "image_dtype": "uint8",
-        "groups": [group.name for group in plan.groups[:trained]],
-        "voting": list(voting),
+        "groups": [group.name for group in trained.plan.groups[: trained.groups]],
+        "voting": list(trained.voting_heads),
         "platforms": list(exported.platforms),
         "jax": importlib.metadata.version("jax"),
         "jaxlib": importlib.metadata.version("jaxlib"),
@@ -132,7 +144,7 @@ def write_artefact(path: pathlib.Path | str, plan: Plan, states: tuple[GroupStat
 
 
 def _call(name: str, image_shape: tuple[int, int, int], classes: int) -> list[str]:
-    """Three lines of Python that classify `images`."""
+    """Three lines of Python that load the file `name` and classify `images` by it."""
     shape = ", ".join(map(str, image_shape))
     return [
         "import pathlib, jax.export",

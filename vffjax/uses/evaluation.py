@@ -1,4 +1,4 @@
-"""What a run is worth: validation and test error, of a trained run or of the weights that a configuration starts from."""
+"""Validation and test errors: of a trained run, or of the weights that a configuration starts from."""
 
 import dataclasses
 import pathlib
@@ -11,13 +11,11 @@ from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import UserError, printable
-from vffjax.networks.groups import GroupState
-from vffjax.rules.streams import Task
 from vffjax.runs.experiment import plan_for, start
 from vffjax.runs.loop import on_device
+from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
-from vffjax.training.plan import Plan
 from vffjax.training.scores import measure, validate
 from vffjax.uses import early_exit
 
@@ -31,19 +29,34 @@ def evaluate(
     early: early_exit.Wanted = early_exit.DEFAULT,
     other_data: bool = False,
 ) -> dict[str, Any]:
-    """Validation and, unless `test` is off, test errors in percent of a trained run; voting groups are chosen on the validation data.
+    """Errors of a trained run. The groups that vote are chosen on the validation images, which are also measured.
 
-    `early` is of early exit alone, whose threshold is chosen on the validation data too if none is given. The data must be those that the
-    run has seen, or with `other_data` any images of the same shape and classes. Raises `UserError` if they are not.
+    Args:
+        workdir: the run's folder.
+        inference_name: heads, sweep or early_exit; empty: as the run was configured.
+        epoch: best, latest, or the number of a saved epoch.
+        data_dir: the folder of the data set, if it is no longer where it was when the run was trained.
+        test: whether test images are classified too.
+        early: what is asked of an early exit. Its threshold is also chosen on the validation images, if none is given.
+        other_data: whether images are accepted on which the run was not trained, if their shape and classes are the same.
+
+    Returns:
+        Errors in percent and the groups that vote, as for `vffjax evaluate --json`.
+
+    Raises:
+        UserError: the run cannot be read, or the data do not fit it.
     """
-    plan, states, task, run = load_run(workdir, epoch)
-    dataset = data_module.load(dataclasses.replace(plan.config, data_dir=data_dir or plan.config.data_dir))
-    about = {"workdir": str(workdir), "epoch": run["epoch"], "own_data": _check_data(dataset, run, data_dir, other_data)}
-    return about | _judge(plan, states, task, dataset, run["trained_groups"], inference_name, test, early)
+    trained = load_run(workdir, epoch)
+    config = trained.plan.config
+    dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
+    own_data = _check_data(dataset, trained.run, data_dir, other_data)
+    about = {"workdir": str(workdir), "epoch": trained.run["epoch"], "own_data": own_data}
+    return about | _judge(trained, dataset, inference_name, test, early)
 
 
 def _check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool) -> bool:
-    """Whether the data are the run's own. Raises `UserError` if they do not fit the run, or are others and that was not asked for."""
+    """Whether a data set is the one that the run was trained on. If it is not, and `other_data` is false, raises `UserError`; so it does
+    if the data set has images of another shape, or other classes."""
     where = f"--data_dir={data_dir}" if data_dir else f"config.dataset={dataset.name!r}"
     if dataset.image_shape != tuple(run["image_shape"]):
         here, there = ("x".join(map(str, shape)) for shape in (dataset.image_shape, run["image_shape"]))
@@ -64,44 +77,41 @@ def _some(names: Sequence[str]) -> str:
 
 
 def evaluate_start(config: Config, inference_name: str = "", early: early_exit.Wanted = early_exit.DEFAULT) -> dict[str, Any]:
-    """As `evaluate`, of the weights that a run of `config` would start from: what config.init_from is worth as it is."""
+    """Errors of the weights that a run of `config` would start from, before any training. Arguments and results are those of `evaluate`.
+
+    Raises:
+        UserError: the weights do not fit the network, or bring no head although the heads are to classify.
+    """
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     states, task = start(plan, dataset)
     if (inference_name or config.inference) != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
         fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
-        raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and new ones know nothing; {fix}")
-    about = {"init_from": config.init_from, "epoch": 0}
-    return about | _judge(plan, states, task, dataset, len(plan.groups), inference_name, True, early)
+        raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and a new head cannot classify; {fix}")
+    trained = Trained(plan, states, task, {"trained_groups": len(plan.groups)})
+    return {"init_from": config.init_from, "epoch": 0} | _judge(trained, dataset, inference_name, True, early)
 
 
-def _judge(
-    plan: Plan,
-    states: tuple[GroupState, ...],
-    task: Task,
-    dataset: Dataset,
-    trained: int,
-    inference_name: str,
-    test: bool,
-    early: early_exit.Wanted,
-) -> dict[str, Any]:
+def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, early: early_exit.Wanted) -> dict[str, Any]:
+    """Errors on validation and, with `test`, test images."""
+    plan, states, task, _ = trained
     name = inference_name or plan.config.inference
     if name == "sweep" and plan.rule.fits is None:
         raise UserError(f"--inference=sweep: rule {plan.config.rule} never sees a labelled image; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
-    validated = validate(seen, validation.labels, trained)
+    validated = validate(seen, validation.labels, trained.groups)
     header = {"inference": name} | validated
     leaving = None
     if name == "early_exit":
         votes = early_exit.votes_of(tuple(validated["voting"]), early.exits, seen, validation.labels)
-        leaving = early_exit.EarlyExit(plan, task, states, votes, seen, validation.labels)
+        leaving = early_exit.EarlyExit(trained, votes, seen, validation.labels)
         header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
     if not test:
         return header
     unseen = on_device(dataset.test)
-    found = np.asarray(scores(task, states, unseen.images))[:trained]
+    found = np.asarray(scores(task, states, unseen.images))[: trained.groups]
     header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
     if leaving is not None:
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)

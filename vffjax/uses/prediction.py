@@ -1,4 +1,4 @@
-"""Image files in, ranked classes out."""
+"""Prediction: image files in, ranked classes out."""
 
 import contextlib
 import io
@@ -17,12 +17,12 @@ from vffjax.files import read_bytes
 from vffjax.runs.workdir import load_run
 from vffjax.training.scores import ensemble, make_scores
 
-# A file that claims more pixels than this is refused before it is decoded: 64 Mi pixels take 530 MB to decode and convert.
+# Larger files, and files that claim more pixels, are refused before they are decoded: 64 Mi pixels take 530 MB to decode and convert.
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 
 
-# How a picture is turned upright, by the EXIF orientation that it was stored with; from 5 on its sides change places.
+# How to turn a picture upright, by the EXIF orientation that it is stored with. From 5 on, width and height change places.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,30 +32,33 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, which Pillow uses too
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow
 
 
 def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
-    """One PNG or JPEG as a person sees it, in grey or colour as the network wants it. Raises `UserError` naming the file.
+    """Reads one PNG or JPEG file as a person would see it, at the network's size and in grey or colour as the network takes it.
 
-    It is turned upright by its EXIF orientation. Its short side is resized to that of (h, w), and the middle is cut out, as is usual
-    when image classifiers are evaluated; nothing is squashed. What is transparent shows a background: black, or white where less than a
-    tenth of what is visible is brighter than middle grey, so that dark ink stays visible too. Of an animation the first frame is read.
+    The image is turned upright by its EXIF orientation. Its short side is resized to that of (h, w), and the middle is cut out, as is
+    usual when image classifiers are evaluated; nothing is squashed. Transparent parts show a background: black, or white where less than
+    a tenth of what is visible is brighter than middle grey, so that dark ink stays visible too. Of an animation the first frame is read.
+
+    Raises:
+        UserError: the file is missing, too large, or not a readable image; the message names it.
     """
     h, w, c = shape
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit warns; ours refuses
+            warnings.simplefilter("ignore")  # Pillow warns above a limit of its own; `_decoded` refuses above ours
             image = _decoded(path)
             orientation = _orientation(image)
-            size = (h, w) if orientation >= 5 else (w, h)  # before the turn, which costs least memory on the small picture
+            size = (h, w) if orientation >= 5 else (w, h)  # of the picture before it is turned; turning the small one takes less memory
             box = _middle(image.size, size)
             if image.mode.startswith("I"):
                 image = _eight_bit(image)
             if image.has_transparency_data:
-                # Each name replaces the last: three copies of a large image would take more memory than it may.
+                # One name for all steps, so that a large image is not kept in three versions at once.
                 image = image.convert("RGBA")
-                image = image.convert("RGBa")  # multiplied by alpha, so that the colour of invisible pixels does not shine through
+                image = image.convert("RGBa")  # premultiplied by alpha, so that resizing does not mix in the colour of invisible pixels
                 image = _on_background(image.resize(size, Image.Resampling.BILINEAR, box)).convert("L" if c == 1 else "RGB")
             else:
                 image = image.convert("L" if c == 1 else "RGB")
@@ -64,7 +67,7 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
                 image = image.transpose(_TURNS[orientation])
     except UserError:
         raise
-    except Image.DecompressionBombError:  # beyond Pillow's own limit
+    except Image.DecompressionBombError:  # Pillow refuses twice as many pixels as it warns of
         raise UserError(f"{path}: far too many pixels; give an image of at most {MAX_PIXELS} pixels") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{path}: not a readable PNG or JPEG image ({type(error).__name__}); convert or replace it") from None
@@ -72,12 +75,12 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
 
 
 def _decoded(path: pathlib.Path) -> Image.Image:
-    """The pixels of a file that is small enough, as they are stored."""
+    """The decoded picture as it is stored in the file. Raises `UserError` if the file cannot be read, or is too large."""
     try:
         content = read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a PNG or JPEG image") from None
-    # From memory: from a file, Pillow would set aside as many bytes as a chunk claims to have, up to 4 GB.
+    # Read into memory first: from a file, Pillow would allocate as many bytes as a chunk claims to have, up to 4 GB.
     image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{path}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
@@ -86,7 +89,7 @@ def _decoded(path: pathlib.Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, from 1 to 8. Where the EXIF block is damaged, or says something else, viewers show the picture as it is stored: 1."""
+    """The EXIF orientation, from 1 to 8. If the EXIF block is damaged or holds another value it is 1, upright, as viewers take it."""
     with contextlib.suppress(Exception):
         found = image.getexif().get(ExifTags.Base.Orientation)
         if found in _TURNS:
@@ -95,7 +98,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _middle(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box in the middle of an image whose sides have the ratio of those that are wanted: left, top, right, bottom."""
+    """The largest centred box of an image of this size (width, height) with the wanted ratio of sides: left, top, right, bottom."""
     scale = min(side / to for side, to in zip(size, wanted, strict=True))
     inner = [min(scale * to, side) for side, to in zip(size, wanted, strict=True)]
     left, top = ((side - part) / 2 for side, part in zip(size, inner, strict=True))
@@ -103,14 +106,14 @@ def _middle(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, floa
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip at 255, with the one value that may stand for transparent."""
+    """A 16-bit grey picture scaled to 8 bits; Pillow itself would clip it at 255. The value that stands for transparent becomes alpha."""
     deep = np.asarray(image)
     grey, clear = Image.fromarray((deep // 257).astype(np.uint8)), image.info.get("transparency")
     return grey if clear is None else Image.merge("LA", (grey, Image.fromarray((deep != clear) * np.uint8(255))))
 
 
 def _on_background(image: Image.Image) -> Image.Image:
-    """A picture that was multiplied by its alpha, on black or, if hardly any of it is bright, on white."""
+    """A picture that is premultiplied by its alpha, put on black or, if hardly any of it is bright, on white."""
     pixels = np.asarray(image).astype(np.float32)
     colour, alpha = pixels[..., :3], pixels[..., 3]
     bright = alpha[colour @ _LUMINANCE > alpha / 2].sum()
@@ -120,10 +123,13 @@ def _on_background(image: Image.Image) -> Image.Image:
 
 
 def oddity(image: UInt8[np.ndarray, "h w c"], mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> str:
-    """In what an image differs from those of the training so much that its answer means little; empty if in nothing.
+    """Says why an image is so unlike the training images that its classification means little; empty if it is not.
 
-    `mean` and `std` are those by which the run normalises pixels, per channel, on the scale where 255 is 1: of its training images, or with
-    config.pixel_statistics=imagenet of ImageNet's.
+    Args:
+        image: the image as the network gets it, in bytes.
+        mean: per channel, the mean by which the run normalises pixels, on the scale where 255 is 1: that of its training images or, with
+            config.pixel_statistics=imagenet, of ImageNet's.
+        std: the same for the standard deviation.
     """
     found = image.mean((0, 1)) / 255
     here, there = f"{100 * found.mean():.0f} %", f"{100 * mean.mean():.0f} %"
@@ -133,34 +139,45 @@ def oddity(image: UInt8[np.ndarray, "h w c"], mean: Float[np.ndarray, " c"], std
         return (
             f"its pixels are {here} of white on average, far from the {there} that the run expects; the network has hardly seen one like it"
         )
-    # Deviations of pixels say little where most are black or white. But where the training images are mostly dark, or mostly bright, a
-    # negative gives itself away: its mean is that of a training image, mirrored.
+    # Where most pixels are black or white, the test above is weak, since their deviation is large. But if the training images are mostly
+    # dark, or mostly bright, a negative can be recognised: its mean is near 1 minus that of the training images.
     if np.abs(mean.mean() - 0.5) > 0.15 and np.abs(found.mean() - mean.mean()) > 2 * np.abs(1 - found.mean() - mean.mean()):
         return f"it looks like a negative: its pixels are {here} of white on average, those that the run expects {there}; try it inverted"
     return ""
 
 
 def rank(log_p: Float[np.ndarray, " classes"], class_names: list[str], top: int) -> list[dict[str, Any]]:
-    """The likeliest classes with their probabilities; `log_p` need not be normalised."""
+    """The `top` likeliest classes with their probabilities, from log-probabilities that need not be normalised."""
     p = np.exp(log_p - log_p.max())
     p /= p.sum()
     return [{"class": class_names[i], "probability": float(p[i])} for i in np.argsort(-p, kind="stable")[:top]]
 
 
 def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], epoch: str = "best", top: int = 3) -> list[dict[str, Any]]:
-    """For each file the top classes of every group's head, and of the ensemble of the groups that vote; and a `note` if it looks unlike
-    the training images. How a file becomes an image of the network's size: see `read_image`."""
-    plan, states, task, run = load_run(workdir, epoch)
+    """Classifies image files by a trained run.
+
+    Args:
+        workdir: the run's folder.
+        paths: PNG or JPEG files; `read_image` says how they become images of the network's size.
+        epoch: best, latest, or the number of a saved epoch.
+        top: how many classes are listed.
+
+    Returns:
+        For each file its path as `image`; as `by` the likeliest classes by each trained group's head and by the voting `ensemble`; and a
+        `note` if the image looks unlike the training images (see `oddity`).
+
+    Raises:
+        UserError: the run or an image cannot be read.
+    """
+    trained = load_run(workdir, epoch)
+    plan, states, task, run = trained
     images = np.stack([read_image(pathlib.Path(path), tuple(run["image_shape"])) for path in paths])
     scores = np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(images)))
     names = run["class_names"]
     found = []
-    trained = range(run["trained_groups"])
-    # The voting groups were chosen for the configured inference; a sweep's choice says nothing of the heads.
-    voting = tuple(run["voting"]) if plan.config.inference == "heads" else tuple(trained)
     for i, path in enumerate(paths):
-        by = {plan.groups[g].name: rank(scores[g, i], names, top) for g in trained}
-        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], voting)[0], names, top)
+        by = {plan.groups[g].name: rank(scores[g, i], names, top) for g in range(trained.groups)}
+        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], trained.voting_heads)[0], names, top)
         note = oddity(images[i], np.asarray(task.mean), np.asarray(task.std))
         found.append({"image": str(path), "by": by} | ({"note": note} if note else {}))
     return found

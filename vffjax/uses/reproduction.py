@@ -1,4 +1,4 @@
-"""A finished run once more, from its config.json alone, and what came out differently."""
+"""Trains a finished run again from its config.json alone, and compares what came out."""
 
 import dataclasses
 import itertools
@@ -16,16 +16,24 @@ from vffjax.runs.logbook import read_metrics
 from vffjax.runs.origin import check_code
 from vffjax.runs.workdir import load_run, read_config
 
-# They say how fast and where it ran, not what came out.
+# Entries of the summary that say how fast and where a run was trained. They are not results.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
 SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins", "settings")
 
 
 def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: str = "") -> dict[str, Any]:
-    """Trains the finished run of `workdir` again in the folder `into`, where it goes on if it was interrupted, and compares the two.
+    """Trains a finished run again and compares both to the bit.
 
-    `data_dir`: where the data lie now, if not where they lay then. Returns what `compare` does. Raises `UserError` if there is no
-    finished run, or if `into` is its own folder.
+    Args:
+        workdir: the folder of the finished run, in which nothing is changed.
+        into: the folder of the second run. If that was interrupted before, it goes on there.
+        data_dir: where the data set lies now, if not where it lay when the run was trained.
+
+    Returns:
+        What `compare` returns.
+
+    Raises:
+        UserError: there is no finished run in `workdir`, `into` is the same folder, or the data have changed.
     """
     workdir, into = pathlib.Path(workdir), pathlib.Path(into)
     config = read_config(workdir)
@@ -38,9 +46,12 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
-    """Two finished runs, to the bit: `identical`, `differences` of results, and of `surroundings`, each a line.
+    """Compares two finished runs to the bit: their summaries, the records of all epochs, and every array of every saved epoch. Times and
+    peak memory are not compared.
 
-    Compared are the summary, the record of every epoch, and every array of every saved epoch; not times and peak bytes.
+    Returns:
+        `identical`; `arrays` and `epochs`, how many were compared; `differences` of the results, and of the `surroundings` in which they
+        were trained, each as lines of text.
     """
     first, second = _summary(one), _summary(other)
     ignored = {*COSTS, *SURROUNDINGS}
@@ -60,7 +71,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """`compare`'s result for people."""
+    """The result of `compare` in words."""
     lines = [f"  {line}" for line in found["differences"]]
     if found["surroundings"]:
         lines += ["ran under other conditions:", *(f"  {line}" for line in found["surroundings"])]
@@ -73,7 +84,8 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     try:
         summary = read_json(path)
-        missing = [key for key in (*SURROUNDINGS[:-1], "data_sha256") if key not in summary]  # settings came later
+        # Without `settings`, which the first versions did not write.
+        missing = [key for key in (*SURROUNDINGS[:-1], "data_sha256") if key not in summary]
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None
     except (OSError, ValueError, TypeError) as error:
@@ -89,7 +101,7 @@ def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> list[str]
 
 
 def _compare_checkpoints(one: pathlib.Path, other: pathlib.Path) -> tuple[int, list[str]]:
-    """How many arrays both have, and a line for each that differs."""
+    """The number of arrays that both runs have saved, and a line for each that differs."""
     epochs, count, found = [Checkpoints(folder).epochs() for folder in (one, other)], 0, []
     if epochs[0] != epochs[1]:
         found.append(f"checkpoints: epochs {epochs[0]} then, {epochs[1]} now")
@@ -104,7 +116,7 @@ def _compare_checkpoints(one: pathlib.Path, other: pathlib.Path) -> tuple[int, l
 
 
 def _arrays(workdir: pathlib.Path, epoch: int) -> list[tuple[str, np.ndarray]]:
-    _, states, task, _ = load_run(workdir, str(epoch))
-    named = {f"group{i}": state for i, state in enumerate(states)} | {"task": task}
+    run = load_run(workdir, str(epoch))
+    named = {f"group{i}": state for i, state in enumerate(run.states)} | {"task": run.task}
     leaves = jax.tree_util.tree_leaves_with_path(named)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf)) for path, leaf in leaves]

@@ -1,4 +1,4 @@
-"""A weight file as tensors by their names, whatever it is saved by and wrapped in. What cannot be taken is named as what it is."""
+"""Opens weight files of every kind that is read, as tensors by their names. A file that cannot be read is refused by what it is."""
 
 import contextlib
 import pathlib
@@ -12,22 +12,27 @@ from vffjax.errors import UserError
 from vffjax.weights import torch_files
 from vffjax.weights.tensor_files import Tensor, of_safetensors
 
-# What DataParallel, trainers and torch.compile put before every name.
+# Prefixes that DataParallel, trainers and torch.compile put before every name.
 PREFIXES = ("module.", "model.", "_orig_mod.", "net.")
 
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path | str, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors of a file, by name, to be read while it is open. PyTorch reads a file whole, so it may have `most_bytes`.
+    """Opens a weight file; gives its tensors by their names, whose content can be read while the file is open.
 
-    Raises `UserError` naming the file: none that can be read, not sound, or not of tensors alone.
+    Args:
+        path: a safetensors file, or one of PyTorch's.
+        most_bytes: the largest file of PyTorch's that is accepted, since PyTorch reads a file whole.
+
+    Raises:
+        UserError: the file cannot be opened, is damaged, or holds other things than tensors. The message names it.
     """
     if not str(path).endswith(WEIGHT_FILES):
         kind = file_kinds.by_name(str(path))
         what = f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file, nor PyTorch's"
         raise UserError(f"{path}: {what}; give one that vffjax export, torchvision or timm has written")
     if re.search(r"-\d{5}-of-\d{5}\.\w+$", str(path)):
-        raise UserError(f"{path}: one of several files that hold the weights together; save them as one, and give that")
+        raise UserError(f"{path}: one of several files that together hold the weights; save them as one, and give that")
     with _open(path) as file:
         found = of_safetensors(path, file) if str(path).endswith(WEIGHT_FILES[0]) else torch_files.tensors(path, file, most_bytes)
         found = unwrapped(found)
@@ -37,9 +42,9 @@ def opened(path: pathlib.Path | str, most_bytes: int) -> Iterator[dict[str, Tens
 
 
 def unwrapped(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the `PREFIXES` that all their names share, in whatever order they stand.
+    """The tensors without the `PREFIXES` that all their names share, several of them and in any order.
 
-    torch.optim.swa_utils.AveragedModel keeps a counter beside the network, `n_averaged`, which is passed over.
+    The counter `n_averaged`, which torch.optim.swa_utils.AveragedModel keeps beside the network, is ignored.
     """
     if any(name.startswith(PREFIXES) for name in found):
         found = {name: tensor for name, tensor in found.items() if name != "n_averaged"}
@@ -53,4 +58,4 @@ def _open(path: pathlib.Path | str) -> IO[bytes]:
         return files.opened(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{path}: cannot be read ({reason}); give a file that vffjax export, torchvision or timm has written")
+        raise UserError(f"{path}: cannot be read ({reason}); give a file that vffjax export, torchvision or timm has written") from None

@@ -1,7 +1,7 @@
 """Weight files from the Hugging Face Hub, by address: hf://OWNER/NAME[/FILE][@REVISION][#sha256=HEX].
 
-huggingface_hub downloads, caches and signs in. What it gives is compared with the SHA-256 that the Hub states, and with the address's own:
-a run that is to be repeated names one.
+huggingface_hub downloads, caches and signs in. The file's SHA-256 is compared with the one that the Hub states and, if the address holds
+one, with that. Put it into the address of a run that others are to repeat.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ from vffjax.files import sha256_of
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _ADDRESS = re.compile(rf"{HUB}({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_NAME}(?:/{_NAME})*))?(?:#sha256=([0-9a-fA-F]{{64}}))?", re.ASCII)
 _SHA256 = re.compile("[0-9a-f]{64}")
-# By the names of huggingface_hub's errors, which have moved between its modules. Any other: the Hub does not answer.
+# What errors of huggingface_hub mean, by their names, because they have moved between its modules. Any other error means that the Hub does
+# not answer.
 _REFUSED = {
     "GatedRepoError": "the owner must grant access first; ask on its page, then sign in by `hf auth login`",
     "RepositoryNotFoundError": "no such repository, or a private one",
     "RevisionNotFoundError": "no such revision",
-    "LocalEntryNotFoundError": "",  # a kind of the next
+    "LocalEntryNotFoundError": "",  # a subclass of the next; the Hub does not answer
     "EntryNotFoundError": "no such file there",
     "HFValidationError": "no name of a repository",
 }
@@ -39,7 +40,7 @@ class Address:
 
     @classmethod
     def parsed(cls, text: str) -> "Address":
-        """Raises `UserError` where it is malformed, or names another file than safetensors."""
+        """The address in a configuration. Raises `UserError` if it is malformed, or if its file is not a safetensors file."""
         match = _ADDRESS.fullmatch(text)
         if not match:
             raise bad_key("init_from", text, "no address", f"give {HUB}OWNER/NAME[/FILE][@REVISION][#sha256=64 hexadecimal digits]")
@@ -55,9 +56,19 @@ class Address:
 
 @functools.cache
 def downloaded(text: str, most_bytes: int) -> str:
-    """The path, in huggingface_hub's cache, of the file at an address, at most `most_bytes` long. Says its SHA-256 on stderr, once.
+    """Downloads the file at an address, unless it is in huggingface_hub's cache; one line on stderr gives its SHA-256.
 
-    Without a network, what lies in the cache is taken. Raises `UserError`.
+    Without a network connection the file in the cache is taken.
+
+    Args:
+        text: the address.
+        most_bytes: the largest file that is downloaded.
+
+    Returns:
+        The path of the file in the cache.
+
+    Raises:
+        UserError: the address is malformed, the file is not there or too large, or its digest is another.
     """
     address = Address.parsed(text)
     try:
@@ -67,7 +78,7 @@ def downloaded(text: str, most_bytes: int) -> str:
     about, silent = None, ""
     try:
         about = hub.get_hf_file_metadata(hub.hf_hub_url(address.repository, address.file, revision=address.revision))
-    except Exception as error:  # its own, and its HTTP library's, which differs between versions
+    except Exception as error:  # of huggingface_hub or of its HTTP library, which differs between versions
         silent = f"the Hub does not answer ({type(error).__name__}: {printable(str(error), 200)})"
         if reason := _reason(error):
             raise bad_key("init_from", text, reason, "see its page on huggingface.co") from None
@@ -89,6 +100,7 @@ def _reason(error: Exception) -> str:
 
 
 def _compare(text: str, address: Address, path: str, about: Any) -> None:
+    """Raises `UserError` if the file's SHA-256 is not the one that the Hub or the address states; else reports it on stderr."""
     digest = sha256_of(path)
     stated = about.etag if about and _SHA256.fullmatch(about.etag or "") else None
     for expected, whose in ((stated, "the Hub"), (address.sha256, "its address")):

@@ -1,7 +1,7 @@
-"""Named tensors of a file, and how safetensors are read. Nothing in them is executed.
+"""The tensors of a weight file, and how safetensors files are read. Nothing in them is executed.
 
-They may come from anyone: the sizes that a header claims are compared with the file's length, and a tensor's content is read when it is
-asked for, by when its shape has been compared with a network's. So nothing large is set aside by what a file claims.
+A file may come from anyone. So the sizes that its header claims are compared with the file's length, and a tensor's content is read only on
+request, after its shape has been compared with the network's. No claim in a file makes us allocate more memory than that.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from vffjax.errors import UserError, printable
 
 # A thousand layers need less than 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
 MAX_HEADER = 2**21
-# NumPy has no bfloat16: its bits.
+# NumPy has no bfloat16, so its bits are read as whole numbers.
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 AGAIN = "download or export it again, or set config.init_from=''"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a file says of one tensor; `read` gives its content as float32, if its type is one of `FLOATS`."""
+    """One tensor as a file's header describes it; `read` returns its content as float32, if its type is one of `FLOATS`."""
 
-    dtype: str  # in the words of safetensors
+    dtype: str  # by safetensors' name, such as F32
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
@@ -38,7 +38,10 @@ class Tensor:
 
 
 def of_safetensors(path: pathlib.Path | str, file: IO[bytes]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, whose bytes follow each other and are exactly those of the file behind the header."""
+    """The tensors of a safetensors file, by their names.
+
+    Raises `UserError` unless the header is sound and the bytes of the tensors follow each other and fill the rest of the file exactly.
+    """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):
@@ -52,7 +55,7 @@ def of_safetensors(path: pathlib.Path | str, file: IO[bytes]) -> dict[str, Tenso
         found, spans = {}, []
         for name, entry in plain.items():
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            # NumPy has no more axes, and a product of many long numbers would take minutes.
+            # NumPy allows 64 axes, and the product of many long numbers would take minutes.
             sound = isinstance(dtype, str) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
             width = FLOATS[dtype].itemsize if sound and dtype in FLOATS else 0
             if not sound or start > end or (width and width * math.prod(shape) != end - start):
@@ -83,7 +86,7 @@ def _content(path: pathlib.Path | str, file: IO[bytes], start: int, dtype: str, 
     file.seek(start)
     count = math.prod(shape)
     raw = file.read(count * FLOATS[dtype].itemsize)
-    if len(raw) != count * FLOATS[dtype].itemsize:  # it was longer when it was opened
+    if len(raw) != count * FLOATS[dtype].itemsize:  # the file has shrunk since it was opened
         raise UserError(f"{path}: truncated while it was read; {AGAIN}")
     array = np.frombuffer(raw, FLOATS[dtype]).reshape(shape)
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array.astype(np.float32)

@@ -1,8 +1,8 @@
-"""PyTorch's files, read by PyTorch. Nothing in them is executed.
+"""PyTorch's weight files, read by PyTorch. Nothing in them is executed.
 
-A file holds a pickle and the bytes of its tensors. The pickle is first gone through as a list of instructions, and none is followed: it may
-only ask for what plain values and tensors need, and may not claim more memory than the file has bytes. Then
-`torch.load(weights_only=True)` loads it.
+A file holds a pickle and the bytes of its tensors. We first go through the pickle's instructions without following any of them: it may only
+ask for the functions that plain values and tensors need, and may not claim more memory than the file has bytes. Only then does
+`torch.load(weights_only=True)` load the file.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from vffjax import file_kinds
 from vffjax.errors import UserError, printable
 from vffjax.weights.tensor_files import AGAIN, Tensor
 
-# Where trainers put the state dict among what else they save; one may lie in another.
+# The keys under which trainers save the state dict beside other things; one may contain another.
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
-# Before it, a file could make `torch.load` run code in spite of weights_only (CVE-2025-32434).
+# In earlier versions a file could make `torch.load` run code in spite of weights_only (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
-# A state dict of a thousand layers, with an optimizer's, takes less than 1 MiB; a longer one would take minutes to go through.
+# A state dict of a thousand layers, with that of an optimizer, takes less than 1 MiB. A much longer one would take minutes to go through.
 _MAX_PICKLE = 2**22
-# None of these sets memory aside by a number that the file states, as bytearray and torch.Tensor do. A chain of _codecs.encode could make
-# it grow without bound.
+# What a pickle may ask for. None of these allocates as much memory as a number in the file says, as bytearray and torch.Tensor do, nor can
+# a chain of them make data grow without bound, as _codecs.encode can.
 _ALLOWED = re.compile(
     r"collections\.(OrderedDict|Counter)|argparse\.Namespace|(builtins|__builtin__)\.(set|complex)|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
     r"|torch\.(Size|device|[A-Z]\w*Storage|b?float\w*|u?int\d+|bool|complex\d+|half|double|long|short)"
@@ -40,11 +40,15 @@ _PLAIN = "save a plain state dict by torch.save, or use safetensors"
 
 
 class _Unfit(Exception):
-    """What a file is or holds, in words, for which it is not taken."""
+    """A file that is not accepted; the message says what it is or holds."""
 
 
 def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[str, Tensor]:
-    """The tensors of the state dict in a file of at most `most_bytes`, by their names there. Raises `UserError` naming the file."""
+    """The tensors of the state dict in a file, by their names.
+
+    Raises `UserError`, which names the file, if it is larger than `most_bytes`, unsafe, damaged, or holds no state dict, or if PyTorch is
+    missing or too old.
+    """
     try:
         import torch
     except ImportError:
@@ -55,11 +59,11 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
     if size > most_bytes:
         raise UserError(f"{path}: {size} bytes, where this network and any classifier take less than {most_bytes}; {AGAIN}")
     try:
-        content = io.BytesIO(file.read())  # a file would set aside as much memory as a text in it claims to be long
+        content = io.BytesIO(file.read())  # reading from a file, pickle would allocate whatever length a string claims to have
         storages = _storages(content)
         content.seek(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's advice is of several lines
+            warnings.simplefilter("ignore")  # PyTorch's warnings take several lines
             with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that trainers save beside the weights
                 loaded = torch.load(content, map_location="cpu", weights_only=True)
         plain = _state_dict(loaded)
@@ -71,17 +75,17 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
             raise ValueError("tensors of other sizes than the file holds")
     except _Unfit as what:
         raise UserError(f"{path}: {what}; {_PLAIN}") from None
-    except Exception as error:  # PyTorch's of many kinds
+    except Exception as error:  # PyTorch raises many kinds
         asks, why = re.search(r"GLOBAL (\S+)", str(error)), type(error).__name__
         if asks:
             why = f"it asks for {printable(asks[1], 100)}"
-        elif "weights_only" not in str(error):  # else it is advice, among it to load the file unsafely
+        elif "weights_only" not in str(error):  # a message with that word advises to load the file unsafely
             why = f"{why}: {printable(str(error), 200)}"
         raise UserError(f"{path}: not tensors alone, or damaged ({why}); {_PLAIN}") from None
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.float64: "F64"}
 
     def tensor(value: Any) -> Tensor:
-        # A copy with its own bytes: of an expanded tensor, the file holds fewer than it shows.
+        # A copy with bytes of its own, because an expanded tensor has fewer bytes than elements.
         return Tensor(
             names.get(value.dtype, str(value.dtype)), tuple(value.shape), lambda: np.array(value.to(torch.float32).numpy(force=True))
         )
@@ -90,7 +94,7 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
 
 
 def _state_dict(loaded: Any) -> Mapping[Any, Any]:
-    """The state dict in what was loaded, without what a trainer saved beside it."""
+    """The state dict in a loaded object, without what a trainer saved beside it. Raises `_Unfit` if there is none."""
     for _ in range(len(STATE_DICTS)):
         if not isinstance(loaded, Mapping):
             break
@@ -106,8 +110,10 @@ def _state_dict(loaded: Any) -> Mapping[Any, Any]:
 
 
 def _storages(file: io.BytesIO) -> collections.Counter[int]:
-    """How many storages of how many bytes a file holds, of either format. Raises `_Unfit` or `ValueError` where it is not as
-    `torch.save` writes it."""
+    """The sizes in bytes of the storages in a file of either format, each with its count.
+
+    Raises `_Unfit` or `ValueError` if the file is not as `torch.save` writes it.
+    """
     if file.getvalue().startswith(file_kinds.LEGACY_TORCH):
         return _of_legacy(file)
     if file.read(4) != b"PK\x03\x04":
@@ -123,7 +129,7 @@ def _storages(file: io.BytesIO) -> collections.Counter[int]:
             raise _Unfit("NumPy arrays (.npz), not a file of torch.save")
         if any(name.endswith(".h5") for name in names):
             raise _Unfit("a Keras model, not a file of torch.save")
-        # Compressed, it would claim more memory than the file has bytes.
+        # Compressed entries could take far more memory than the file has bytes.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed")
         if len(pickles) != 1 or len(set(names)) != len(names):
@@ -133,21 +139,22 @@ def _storages(file: io.BytesIO) -> collections.Counter[int]:
 
 
 def _of_legacy(file: io.BytesIO) -> collections.Counter[int]:
-    """Of the format before PyTorch 1.6: pickles, of which the fourth is the object and the fifth the keys of the storages, then those."""
+    """The same for the format before PyTorch 1.6: five pickles, the fourth of which is the object and the fifth the keys of the storages,
+    and then the storages."""
     file.seek(0)
     claims: dict[str, int] = {}
     for _ in range(5):
         claims |= _walk(file, legacy=True)
     here = file.getbuffer().nbytes - file.tell()
-    if sum(claims.values()) > here:  # PyTorch would set them aside before it reads
+    if sum(claims.values()) > here:  # PyTorch would allocate them before it reads
         raise ValueError(f"tensors of {sum(claims.values())} bytes, where the file holds {here}")
     return collections.Counter(claims.values())
 
 
 def _walk(file: IO[bytes], legacy: bool = False) -> dict[str, int]:
-    """Goes through one pickle and follows no instruction of it; returns the bytes of each storage that it claims, by its key.
+    """Goes through the instructions of one pickle without following any; returns the bytes of each storage that it claims, by its key.
 
-    Raises `_Unfit` where it asks for what no plain value needs, and `ValueError` where a storage is not stated as `torch.save` does.
+    Raises `_Unfit` if it asks for anything that plain values do not need, and `ValueError` if it is not as `torch.save` writes it.
     """
     start, claims = file.tell(), dict[str, int]()
     recent, memo = list[tuple[str, Any]](), dict[Any, tuple[str, Any]]()
@@ -176,8 +183,10 @@ def _walk(file: IO[bytes], legacy: bool = False) -> dict[str, int]:
 
 
 def _claim(recent: list[tuple[str, Any]], legacy: bool) -> tuple[str, int, int]:
-    """Key, bytes of an entry, and entries of the storage that the last instructions state, and nothing else: a tuple of 'storage', its
-    type, key, place, entries and, in the older format, None."""
+    """The key, bytes per element and number of elements of the storage that the last instructions describe.
+
+    They must build exactly this tuple: 'storage', its type, key, device, number of elements and, in the older format, None.
+    """
     ends = ["NONE", "TUPLE"] if legacy else ["TUPLE"]
     stated = recent[-4 - len(ends) :]
     nothing: list[tuple[str, Any]] = [("", None)] * 4

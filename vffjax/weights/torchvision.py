@@ -1,8 +1,8 @@
-"""ResNets of torchvision, timm and transformers as ours, and ours as torchvision's: which tensor is which, and what does not fit.
+"""Converts weights of ResNets between torchvision's names and layout and ours, and says what does not fit.
 
-NumPy, no training. timm has torchvision's names, and those of transformers are first turned into them. torchvision and we both name a
-tensor by its layer and its place there (`layer2.0.conv1.weight`; `group1.params.layers_0.conv1.kernel`). Their one BatchNorm
-statistic fills both of our streams; of ours, theirs is that of clean images.
+timm uses torchvision's names; those of transformers are first turned into them. torchvision and we both name a tensor by its layer and its
+place there (`layer2.0.conv1.weight`; `group1.params.layers_0.conv1.kernel`). torchvision has one set of BatchNorm statistics, and we have
+one for clean images and one for labelled copies: an import fills both from theirs, and an export writes those of clean images.
 """
 
 import dataclasses
@@ -20,16 +20,26 @@ from vffjax.networks.resnet import STEMS, stem_width
 from vffjax.registry import NETWORKS, SOURCES
 from vffjax.weights.tensor_files import FLOATS, Tensor
 
-SHOWN = 5  # tensors named in an error
+SHOWN = 5  # how many tensors an error names
 _FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _FC = ("fc.weight", "fc.bias")
 
 
 def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """A file's tensors by the names of `leaves`, of which only shapes are used, as float32; and what was left out, in words.
+    """Converts the tensors of a file to our names and layout.
 
-    Raises `UserError` naming the file and its tensors: missing, of another network, misshapen, not floating point, not finite, or a
-    negative variance.
+    Args:
+        path: the file, for messages.
+        config: the configuration of the run that starts from it.
+        leaves: the run's leaves by our names; only their shapes are used.
+        found: the tensors of the file.
+
+    Returns:
+        Float32 arrays by our names, and what was not taken from the file, in words.
+
+    Raises:
+        UserError: a tensor is missing, belongs to another network, has another shape, is not floating point, not finite, or is a negative
+            variance. The message names the file and the tensors.
     """
     if config.norm == "layer":
         raise bad_key("norm", config.norm, f"has no running statistics, which {printable(str(path), 200)} holds", "use norm=batch")
@@ -62,7 +72,7 @@ def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mappin
 
 
 def _from_transformers(path: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of transformers' ResNetModel or ResNetForImageClassification by torchvision's names; others as they are."""
+    """The tensors of transformers' ResNetModel or ResNetForImageClassification by torchvision's names; other names stay as they are."""
     here: dict[str, Tensor] = {}
     for name, tensor in found.items():
         theirs = _torchvision_name(name)
@@ -73,7 +83,7 @@ def _from_transformers(path: Any, found: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _torchvision_name(name: str) -> str:
-    """torchvision's name of a tensor that transformers names; any other name as it is."""
+    """torchvision's name for a tensor, from that of transformers; any other name stays as it is."""
     kinds = {"convolution": ("conv", "0"), "normalization": ("bn", "1")}
     if match := re.fullmatch(r"(?:resnet\.)?embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
         return f"{kinds[match[1]][0]}1.{match[2]}"
@@ -88,7 +98,10 @@ def _torchvision_name(name: str) -> str:
 
 
 def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Our tensors by their names in their layout, and what was left out, in words. The last group's head is `fc` if it sees a mean."""
+    """Converts our tensors to torchvision's names and layout; returns them, and what is left out, in words.
+
+    The last group's head becomes `fc` if it reads the mean over all positions, as torchvision's classifier does.
+    """
     names, notes = _names(config, leaves), []
     if not _sees_mean(config, leaves):
         notes.append(f"fc is left out: {_other_inputs(config, leaves)}")
@@ -104,7 +117,7 @@ def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.nd
 
 
 def _names(config: Config, leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Our name of each of their tensors, from input to output; `fc` is the last group's head."""
+    """Our name for each of torchvision's tensors, in the order of the layers; `fc` is the last group's head."""
     layers: dict[tuple[int, int], list[tuple[str, str]]] = {}
     last = max(int(name.partition(".")[0][5:]) for name in leaves)
     for name in leaves:
@@ -134,11 +147,11 @@ def _to_theirs(array: np.ndarray, ours: str) -> np.ndarray:
 def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.ndim > 1:
         return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0))
-    return np.broadcast_to(array, shape).copy()  # the same statistics for every stream
+    return np.broadcast_to(array, shape).copy()  # statistics, the same for both streams
 
 
 def _head(leaves: Mapping[str, Any]) -> tuple[int, int]:
-    """Inputs and classes of the last group's head."""
+    """The numbers of inputs and of classes of the last group's head."""
     last = max(int(name.partition(".")[0][5:]) for name in leaves)
     return tuple(leaves[f"group{last}.params.head.kernel"].shape)
 
@@ -162,7 +175,7 @@ def _other_inputs(config: Config, leaves: Mapping[str, Any]) -> str:
 
 
 def _left_out(config: Config, leaves: Mapping[str, Any], here: Mapping[str, Tensor]) -> list[str]:
-    """Why `fc` is not taken, if it is not; then every head stays as it starts."""
+    """Why `fc` is not taken from the file, if it is not; then every head starts from the seed."""
     classes = here["fc.weight"].shape[:1] if "fc.weight" in here else ()
     if not here.keys() & set(_FC):
         why = "fc is not there"
@@ -193,7 +206,7 @@ def _more(count: int) -> str:
 
 
 def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration that the file's names and its first kernel speak for, where it is another."""
+    """The configuration keys, with values, that would fit the file better, judged by its names and its first kernel."""
     found: dict[str, Any] = {}
     names = {match[0] for name in here if (match := re.match(r"layer\d+\.\d+", name))}
     bottleneck = any(name.endswith(".conv3.weight") for name in here)

@@ -1,15 +1,15 @@
-"""Weight files: what a run has learnt, to hand on or to start from, by our names or by torchvision's. No pickle of ours.
+"""Weight files: what a run has learnt, for other programs or as the start of another run; by our names, or by torchvision's.
 
-By our names each group's parameters and batch statistics are float32 tensors named after their place, such as
-`group0.params.layers_0.kernel`: those of all groups, or of one. torchvision's are those of a ResNet without groups; see
-`networks.pretrained`. One metadata entry, `vffjax`, holds JSON: format, network, classes, image shape. Files are opened, checked and
-unwrapped by `weight_files`.
+By our names, each group's parameters and batch statistics are float32 tensors whose names say where they belong, such as
+`group0.params.layers_0.kernel`. A file holds all groups, or one. If the run's rule has parameters of its own in a group, they are called
+`group0.params.rule...`. torchvision's names are those of a ResNet without groups; see `weights.torchvision`. One metadata entry, `vffjax`,
+holds JSON: format, network, classes and image shape. We write safetensors; `weights.formats` opens what is read.
 """
 
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,13 +39,25 @@ _OTHER = "give weights of this network, as vffjax export writes them, or set con
 def write_weights(
     path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...], about: Mapping[str, Any], names: str = "auto"
 ) -> list[str]:
-    """Writes parameters and batch statistics, float32, to a .safetensors file; returns what was left out, in words.
+    """Writes the parameters and batch statistics of all groups to a safetensors file, as float32.
 
-    `names`: vffjax, of every group; torchvision, of a ResNet as PyTorch has it; auto, torchvision's where there are such. `about` holds
-    JSON values such as class_names and image_shape. Equal weights give equal bytes; an existing file is replaced in one step. Raises
-    `OSError`, and `UserError` where torchvision has no names.
+    Equal weights give equal bytes. An existing file is replaced in one step.
+
+    Args:
+        path: the file.
+        plan: the run's plan.
+        states: the groups.
+        about: JSON values for the metadata, such as class_names and image_shape.
+        names: vffjax: our names, for any network. torchvision: torchvision's, for a ResNet. auto: torchvision's if it has such a network.
+
+    Returns:
+        What is not in the file, in words.
+
+    Raises:
+        UserError: torchvision has no names for this network.
+        OSError: the file cannot be written.
     """
-    from vffjax.weights import torchvision as pretrained  # not above, for the sake of JAX
+    from vffjax.weights import torchvision as pretrained  # not at the top: it imports JAX
 
     config = plan.config
     nameless = f"there is no {config.network}" if networks.find(config).blocks is None else ""
@@ -53,62 +65,90 @@ def write_weights(
     if names == "torchvision" and nameless:
         raise UserError(f"--names=torchvision: {nameless} in torchvision; use --names=vffjax")
     theirs = names != "vffjax" and not nameless
-    leaves = {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states).items()}
-    tensors, notes = pretrained.exported(config, leaves) if theirs else (leaves, [])
-    _write(path, config, tensors, "torchvision" if theirs else "vffjax", about)
+    leaves, notes = _float32(states), list[str]()
+    if theirs:
+        network = _with_rule_of(leaves, ())
+        notes = ["the rule's own parameters have no name there; --names=vffjax keeps them"] * (len(network) < len(leaves))
+        leaves, others = pretrained.exported(config, network)
+        notes = others + notes
+    _write(path, config, leaves, "torchvision" if theirs else "vffjax", about)
     return notes
 
 
 def write_group(path: pathlib.Path | str, plan: "Plan", group: int, state: "GroupState", about: Mapping[str, Any]) -> None:
-    """Writes one group alone, by our names, as `write_weights` does all. A run that starts from it takes the other groups from its seed."""
-    leaves = {name: np.array(leaf, np.float32, order="C") for name, leaf in _named((state,), group).items()}
-    _write(path, plan.config, leaves, "vffjax", {**about, "group": group})
+    """Writes one group alone, by our names, and else as `write_weights`. A run that starts from it takes other groups from its seed."""
+    _write(path, plan.config, _float32((state,), group), "vffjax", {**about, "group": group})
 
 
 def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarray], names: str, about: Mapping[str, Any]) -> None:
     network = {key: getattr(config, key) for key in ("network", *networks.find(config).keys, "norm", "grouping")}
     described = {"format": FORMAT, "names": names, "network": network, **about}
-    # One entry, because safetensors writes several in random order.
+    # One metadata entry, because safetensors writes several of them in random order.
     replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
 
 
 def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...]) -> tuple[tuple["GroupState", ...], list[str]]:
-    """`states` with the parameters and statistics of a file, and what of it was left out, in words. Optimizer states stay, and so do heads
-    that the file does not hold. The given leaves need only a shape.
+    """Puts the parameters and statistics of a file into the groups of a run that starts from it.
 
-    By our names, to the bit, of all groups or of some, each whole; a ResNet by torchvision's or transformers' too, converted to float32.
-    Raises `UserError` naming the file and the tensor: not a sound file, a tensor that is missing, not of this network, misshapen, of
-    another type, not finite, or a negative variance.
+    By our names, the file holds all groups or some, each of them whole, and every number is taken to the bit. A ResNet is also read by the
+    names of torchvision or transformers, and converted to float32. Optimizer states stay as they are, and so do heads and parameters of the
+    rule that the file does not hold.
+
+    Args:
+        path: the file.
+        plan: the run's plan.
+        states: the groups as they start without the file. Of their leaves only shapes and types are needed.
+
+    Returns:
+        The groups, and what was not taken from the file or is not in it, in words.
+
+    Raises:
+        UserError: the file is not sound, or a tensor is missing, belongs to another network, has another shape or type, is not finite, or
+            is a negative variance. The message names the file and the tensor.
     """
+    import jax
     import jax.numpy as jnp
 
     from vffjax.weights import torchvision as pretrained
 
     leaves, config = _named(states), plan.config
     with _opened(path, config) as found:
-        if networks.find(config).blocks and not any(re.match(r"group\d+\.", name) for name in found):
-            arrays, notes = pretrained.imported(path, config, leaves, found)
-        else:
-            arrays, notes = _own(path, config, leaves, found)
+        theirs = networks.find(config).blocks and not any(re.match(r"group\d+\.", name) for name in found)
+        leaves, found, notes = _matched(leaves, found)
+        arrays, others = (pretrained.imported if theirs else _own)(path, config, leaves, found)
 
-    def read(i: int, kind: str, tree: Any) -> Any:
-        return _mapped(lambda name, leaf: jnp.asarray(arrays[name]) if name in arrays else leaf, tree, f"group{i}.{kind}")
+    def taken(name: str, leaf: Any) -> Any:
+        return jnp.asarray(arrays[name], leaf.dtype) if name in arrays else leaf
 
-    read_states = tuple(state._replace(**{kind: read(i, kind, getattr(state, kind)) for kind in _KINDS}) for i, state in enumerate(states))
-    return read_states, notes
+    new = []
+    for i, state in enumerate(states):
+        read = [taken(name, leaf) for name, leaf in _named((state,), i).items()]
+        new.append(state._replace(**jax.tree.unflatten(jax.tree.structure(_weights(state)), read)))
+    return tuple(new), others + notes
+
+
+def _matched(leaves: dict[str, Any], found: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """The leaves of a run and the tensors of a file, without the rule's parameters of a group where only one of them has any; and what that
+    means, in words. A file may come from a run by another rule."""
+    groups, in_file = ({_group(name) for name in names} for names in (leaves, found))
+    ours, theirs = ({_group(name) for name in names if _is_of_rule(name)} for names in (leaves, found))
+    fresh, extra = sorted((ours - theirs) & (groups & in_file or groups)), sorted((theirs - ours) & groups)
+    notes = [f"holds no parameters of the rule for {', '.join(fresh)}, which start from the seed"] * bool(fresh)
+    notes += [f"parameters of another rule ({', '.join(extra)}) are left out"] * bool(extra)
+    return _with_rule_of(leaves, theirs), _with_rule_of(found, theirs.difference(extra)), notes
 
 
 def _own(
     path: pathlib.Path | str, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of a file by our names, and what is not in it, in words. It holds every group or only some, and each of them whole."""
-    groups = dict.fromkeys(name.partition(".")[0] for name in leaves)
-    present = {name.partition(".")[0] for name in found} & groups.keys() or groups.keys()
+    """The tensors of a file by our names, which holds all groups or some, each of them whole; and which groups it lacks, in words."""
+    groups = dict.fromkeys(map(_group, leaves))
+    present = set(map(_group, found)) & groups.keys() or groups.keys()
     absent = [group for group in groups if group not in present]
     if absent and config.norm_statistics == "frozen":
         problem = f"{printable(str(path), 200)} holds no statistics of {', '.join(absent)}"
         raise bad_key("norm_statistics", config.norm_statistics, problem, "use batch, or give weights of every group")
-    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in leaves.items() if name.partition(".")[0] in present}
+    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in leaves.items() if _group(name) in present}
     for name in sorted(wanted.keys() | found.keys()):
         here, there = str(found.get(name, "missing")), wanted.get(name, f"of this {config.network} network")
         if here != there:
@@ -122,10 +162,10 @@ def _own(
 
 
 def check_start(config: Config) -> None:
-    """Raises `UserError` if a run of `config` could not start from config.init_from. Needs no data; nothing is compiled."""
+    """Raises `UserError` if a run of `config` could not start from config.init_from. No data are read and nothing is compiled."""
     if config.init_from:
         path = local_file(config)
-        with _opened(path, config):  # a header is checked without JAX
+        with _opened(path, config):  # a bad header is found without importing JAX, which takes seconds
             pass
         backend.start()
         import jax
@@ -138,14 +178,14 @@ def check_start(config: Config) -> None:
 
 
 def local_file(config: Config) -> str:
-    """The file that config.init_from names; of an address, what is downloaded, once."""
+    """The path of the file that config.init_from names. A file on the Hub is downloaded, once."""
     if config.init_from.startswith(HUB):
         return hub.downloaded(config.init_from, _most_bytes(config))
     return str(local(config.init_from, "config.init_from"))
 
 
 def _most_bytes(config: Config) -> int:
-    """What a file of this network's weights may take, in float64 and with a classifier of any classes."""
+    """An upper bound for the bytes of a file with this network's weights, be they float64 and with a large classifier."""
     sizes = sizes_of(config)
     return 8 * sum(kernel for kernel, _ in layer_sizes(groups_of(config, sizes.classes), sizes.image_shape)) + 2**28
 
@@ -158,16 +198,33 @@ def _opened(path: pathlib.Path | str, config: Config) -> Any:
     return opened(path, _most_bytes(config))
 
 
+def _weights(state: "GroupState") -> dict[str, Any]:
+    """What a file holds of a group."""
+    return {kind: getattr(state, kind) for kind in _KINDS}
+
+
 def _named(states: tuple["GroupState", ...], first: int = 0) -> dict[str, Any]:
-    """Every leaf of parameters and statistics by its name in the file; `first` is the number of the first group."""
-    out: dict[str, Any] = {}
-    for i, state in enumerate(states, first):
-        for kind in _KINDS:
-            _mapped(out.__setitem__, getattr(state, kind), f"group{i}.{kind}")
-    return out
+    """Every leaf of parameters and statistics by its name in a file; `first` is the number of the first group."""
+    import jax
+
+    paths = (path for i, state in enumerate(states, first) for path in jax.tree.leaves_with_path({f"group{i}": _weights(state)}))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
-def _mapped(function: Callable[[str, Any], Any], tree: Any, prefix: str) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _mapped(function, value, f"{prefix}.{key}") for key, value in tree.items()}
-    return function(prefix, tree)
+def _float32(states: tuple["GroupState", ...], first: int = 0) -> dict[str, np.ndarray]:
+    return {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states, first).items()}
+
+
+def _group(name: str) -> str:
+    """The group of a tensor by our names, such as group0."""
+    return name.partition(".")[0]
+
+
+def _is_of_rule(name: str) -> bool:
+    """Whether a tensor by our names is one of the rule's own parameters, such as `group0.params.rule.kernel`."""
+    return re.match(r"group\d+\.params\.rule(\.|$)", name) is not None
+
+
+def _with_rule_of(named: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:
+    """Leaves or tensors by their names, with the rule's own parameters of these groups only."""
+    return {name: value for name, value in named.items() if not _is_of_rule(name) or _group(name) in groups}

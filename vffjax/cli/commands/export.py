@@ -35,10 +35,11 @@ def run(arguments: list[str]) -> None:
     if form == "stablehlo":
         artefact.check_place(path)
     with naming_files(a.workdir):
-        plan, states, task, run = load_run(a.workdir, a.epoch)
+        trained = load_run(a.workdir, a.epoch)
+    plan, states, task, run = trained
     with naming_files(path, "--out"):
         if form == "stablehlo":
-            found = artefact.write_artefact(path, plan, states, task, run)
+            found = artefact.write_artefact(path, trained)
             where = f"for {', '.join(found['platforms'])}; {artefact.sidecar(path)} says how to call it"
             print(printable(f"{path}: groups {found['voting']} of epoch {run['epoch']} vote, {where}"))
             return
