@@ -41,7 +41,7 @@ def check(config: Config) -> Config:
     return config
 
 
-def from_json(plain: Mapping[str, Any], path: str) -> Config:
+def from_json(plain: Any, path: str) -> Config:
     """The configuration of a workdir, from its `config.json` or its checkpoints.
 
     One that an older version wrote lacks keys that came later, and these have their defaults: the default of a new key has to be what
