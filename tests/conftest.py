@@ -19,10 +19,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
+import jaxtyping
 import pytest
 
-from oracles import traced_afresh
-from vffjax.cli import main as cli
+# Annotations are checked at each call where arrays are passed: jaxtyping's shapes and dtypes. An int may stand for a float, as for mypy.
+CHECKED = ["vffjax.ops", "vffjax.networks", "vffjax.rules", "vffjax.training", "vffjax.proofs"]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from oracles import traced_afresh  # noqa: E402
+from vffjax.cli import main as cli  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
