@@ -111,7 +111,7 @@ def test_validation_names_what_is_wrong(flags, fails):
 def test_every_command_of_the_page(call, fails, page):
     """In the order of the page, and then what the page says of a run with code from outside."""
     for command in COMMANDS:
-        status, out, err = call(*shlex.split(command)[1:])
+        status, _, err = call(*shlex.split(command)[1:])
         assert status == 0, (command, err)
         assert "Traceback" not in err
     run = page / "runs" / "mine"
@@ -128,7 +128,7 @@ def test_every_command_of_the_page(call, fails, page):
     outside._folders.clear()
     for words in (["evaluate", f"--workdir={run}"], ["export", f"--workdir={run}"], ["reproduce", run]):
         fails(*words, parts=["config.rule='my_rule:RULE': my_rule.py is code from outside of vffjax", "give its folder by --code"])
-    with pytest.raises(UserError, match="my_rule.py is code from outside"):
+    with pytest.raises(UserError, match=r"my_rule\.py is code from outside"):
         load_run(run)
     outside.allow(page)
     assert load_run(run)[3]["epoch"] in (1, 2)
