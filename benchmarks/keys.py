@@ -13,6 +13,7 @@ from vffjax import rules
 from vffjax.config import FIELDS, Config
 from vffjax.errors import bad_key
 from vffjax.networks.layers import ConvLayer, DenseLayer
+from vffjax.rules import head, vff
 from vffjax.training.plan import groups_of
 
 
@@ -86,6 +87,14 @@ def _owns_parameters(config: Config) -> bool:
     return rules.find(config).parameters is not None
 
 
+def _is_head(config: Config) -> bool:
+    return rules.find(config) is head.RULE
+
+
+def _is_vff(config: Config) -> bool:
+    return rules.find(config) is vff.RULE
+
+
 def _predicts(config: Config) -> bool:
     return rules.find(config).predicts(config)
 
@@ -120,13 +129,9 @@ PEER = Known(
         "init_from": RANDOM_WEIGHTS,
         "rule": Only(("vff", "head"), "the PyTorch contenders have no such rule", "use rule=vff or rule=head"),
         "rule_options": Only(({},), "the PyTorch contenders know no options of a rule", "leave it empty"),
-        "grouping": Only(
-            ("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", lambda c: c.rule == "head"
-        ),
-        "labelling": Only(
-            ("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", lambda c: c.rule == "vff"
-        ),
-        "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", lambda c: c.rule == "vff"),
+        "grouping": Only(("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", _is_head),
+        "labelling": Only(("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", _is_vff),
+        "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", _is_vff),
         "negatives": Only(("uniform",), "the PyTorch contenders draw wrong labels uniformly", "use negatives=uniform", _predicts),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the PyTorch contenders keep no features", "use feature_cache=none"),

@@ -26,6 +26,7 @@ from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
+from vffjax.rules import head, vff
 from vffjax.rules.similarity import EPSILON as LEAST_SQUARED_NORM
 from vffjax.rules.streams import Task
 from vffjax.training.plan import Plan
@@ -271,7 +272,7 @@ class Peer:
 
     def _whole(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss of all groups as one graph. `PEER` lets no other rule in."""
-        return {"head": self._back_propagated_loss, "vff": self._sum_of_losses}[self._config.rule]
+        return {head.RULE: self._back_propagated_loss, vff.RULE: self._sum_of_losses}[self._plan.rule]
 
     def use_optimizers(self, implementation: str) -> None:
         """Fresh optimizers, one per group, of one of `IMPLEMENTATIONS`."""

@@ -64,7 +64,7 @@ class Config:
     width_factor: float = key(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
     stem: str = key("cifar", "resnet: first layers: 3x3, or 7x7 and max-pooling of stride 2 each (imagenet)", ("cifar", "imagenet"))
     image_size: int = key(0, "conv, vgg, resnet: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
-    norm: str = key("auto", "normalisation; auto: batch, for rule ff input", ("auto", "batch", "anchor", "layer", "input", "none"))
+    norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", ("auto", "batch", "anchor", "layer", "input", "none"))
     norm_statistics: str = key("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
     head_grid: int = key(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
     grouping: str = key("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))

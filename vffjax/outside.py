@@ -16,7 +16,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from vffjax import files
@@ -181,7 +181,7 @@ class _Beside:
         self._folder = folder
         self.sha256: dict[str, str] = {}
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(name, [self._folder] if path is None else path)
         if spec is None or spec.origin is None or not self._is_own(name, spec.origin):
             return None
@@ -204,7 +204,8 @@ class _Beside:
         return top not in ("vffjax", "__main__") and (place == own or os.path.abspath(place).startswith((f"{own}.", f"{own}{os.sep}")))
 
 
-def _digest(file: str) -> str:
+def _digest(file: pathlib.Path | str) -> str:
+    """The SHA-256 of a file; empty if it cannot be read."""
     try:
         return files.sha256(files.read_bytes(file))
     except OSError:

@@ -6,11 +6,13 @@
 import dataclasses
 from typing import Any
 
+from vffjax import rules
 from vffjax.config import Config
 from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
 from vffjax.errors import UserError
 from vffjax.networks import find
+from vffjax.registry import NETWORKS
 from vffjax.training.checks import check_against_data, make_config
 from vffjax.training.plan import groups_of, make_plan
 
@@ -18,7 +20,7 @@ TARGETS = ("here", "cpu", "tpu")
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
 
-_BP = {"rule": "head", "grouping": "all", "schedule": "joint", "rematerialise": False}
+_BP = rules.BACK_PROPAGATION | {"schedule": "joint", "rematerialise": False}
 
 
 def methods(rule: str) -> dict[str, dict[str, Any]]:
@@ -59,7 +61,8 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     that does not fit.
     """
     if depths and find(config).deepened is None:
-        raise UserError(f"--depths: {config.network} has its own depth; leave it out, or use --config.network=conv")
+        able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).deepened)
+        raise UserError(f"--depths: {config.network} has its own depth; leave it out, or set config.network to one of {able}")
     networks = [deepened(config, depth) for depth in depths] or [config]
     found = []
     for batch in batches or [config.batch_size]:

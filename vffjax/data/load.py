@@ -23,7 +23,7 @@ def load(config: Config) -> Dataset:
     train, test, names = source.read(config)
     for split, about in ((train, "training"), (test, "test")):
         if problem := _problem(split, source.sizes) or (len(names) != source.sizes.classes and f"{len(names)} names of classes"):
-            expected = f"uint8 images of {source.sizes.image_shape} and int32 labels of {source.sizes.classes} classes, with a name for each"
+            expected = f"uint8 images of {source.sizes.image_shape}, int32 labels and names of {source.sizes.classes} classes"
             raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
     train, validation = _cut(train, config)
     mean, std = _moments(train.images)

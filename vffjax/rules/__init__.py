@@ -1,8 +1,13 @@
 """Local rules, one module each. `config.rule` is the module's name, or `my_module:RULE` of a file beside the configuration."""
 
+from typing import Any
+
 from vffjax.config import Config
 from vffjax.registry import RULES
 from vffjax.rules.local import Rule
+
+# One group that learns from its head alone.
+BACK_PROPAGATION: dict[str, Any] = {"rule": "head", "grouping": "all"}
 
 
 def find(config: Config) -> Rule:

@@ -212,7 +212,12 @@ def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[
     bottleneck = any(name.endswith(".conv3.weight") for name in here)
     for network, record in ((name, NETWORKS.find(name)) for name in NETWORKS.names):
         blocks = record.blocks(config) if record.blocks else []
-        if blocks and network != config.network and names == {block.name for block in blocks} and bottleneck == blocks[0].bottleneck:
+        if (
+            blocks
+            and record is not networks.find(config)
+            and names == {block.name for block in blocks}
+            and bottleneck == blocks[0].bottleneck
+        ):
             found["network"] = network
     first = here["conv1.weight"].shape if "conv1.weight" in here else ()
     if len(first) == 4:
