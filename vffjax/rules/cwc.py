@@ -4,7 +4,10 @@ The channels of a group's features are cut into one set for each class. The good
 and the loss is the cross-entropy of the softmax over these. There are no negative images: classes compete by channels. The goodness also
 scores the classes (`config.inference = "rule"`). The head of the group only reads.
 
-Our reading: where the channels cannot be shared out evenly, sets differ by one channel.
+We differ in the network: the layers are those of `config.network`, where the paper alternates full convolutions with convolutions within
+each class's channels (its CFSE blocks), and all groups train on each batch, or in turn by `config.schedule`. Our reading: where the
+channels cannot be shared out evenly, sets differ by one channel; `config.label_smoothing` acts here too. The mean of the voting groups'
+log-probabilities ranks the classes as their mean goodness does.
 """
 
 import jax

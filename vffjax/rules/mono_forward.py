@@ -3,7 +3,9 @@
 `G = f W`, without bias, of the whole flattened feature map, and the cross-entropy of `softmax(G)`. `G` also scores the classes
 (`config.inference = "rule"`). The head of the group only reads.
 
-Our reading: the projection starts at small random numbers; a map is not pooled.
+Our reading: the projection starts at random numbers whose variance is 1 / the number of features; a map is not pooled;
+`config.label_smoothing` acts here too. The paper classifies by the last layer's `G` or by the sum over layers. Here the groups vote that
+err least on the validation data; the mean of their log-probabilities ranks the classes as the sum of their `G` does.
 """
 
 import math

@@ -5,8 +5,9 @@
 Work on contrastive forward-forward learning (HCL-FF, CVPR 2026) found that such a contrast with a linear projection adds most. A share of
 the head's loss, `config.head_weight`, trains the group too; `tau` is `config.temperature`.
 
-Our reading: a feature map is mean-pooled to a few cells before the projection, and an image without another of its class counts
-nothing.
+We differ from Khosla et al. in that each group has a contrast of its own, that an image is seen once and not in two augmented views, that
+the projection is linear and not a network of two layers, and that the loss is the mean over images and not their sum. Our reading: a
+feature map is mean-pooled to a few cells before the projection, and an image without another of its class is left out of the mean.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 `log(1 + exp(-alpha (G_positive - G_negative)))`, the mean over pairs of an image with its right label and the same image with a wrong one.
 It needs no threshold, and pushes both ways equally.
 
-Our reading: the goodness is the mean squared activity, as under rule ff, and so are the labels in the first pixels, where the paper joins
-a class pattern to the input.
+We differ in how a label is told: it stands in the first pixels, as under rule ff, where the paper joins a fixed random pattern of the class
+to the input. Our reading: the goodness is the mean squared activity, over positions too, so that `alpha` does not depend on the width.
 """
 
 import dataclasses
