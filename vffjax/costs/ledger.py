@@ -67,7 +67,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
         UserError: a batch size does not fit, the network has a fixed depth, or a configuration does not fit the data.
     """
     if depths and find(config).deepened is None:
-        raise UserError(f"--depths: {config.network} has its own depth; leave it out, or use --config.network=conv")
+        raise UserError(f"--depths: the depth of {config.network} is fixed; leave the flag out, or use --config.network=conv")
     sizes = sizes_of(config)
     images = split_sizes(config, sizes.train_images)[0]
     same = {"overrides": {}, "frozen_groups": 0, "inference": "heads", "feature_cache": "none"}
