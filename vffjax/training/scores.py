@@ -36,7 +36,7 @@ def sweep_scores(
     def features(x: Array, clean: int) -> list[Array]:
         return [z for _, _, z in evaluated(plan, states, x, clean)]
 
-    clean = features(rule.shown(task, x), len(x))
+    clean = features(rule.shown(task, x), x.shape[0])
 
     def score(label: Array) -> Array:
         labelled = features(told(task, x, label), 0)
@@ -52,7 +52,7 @@ def own_scores(
     rule = plan.rule
     if rule.scores is None:
         raise UserError(f"inference=rule: rule {plan.config.rule} has no scores of its own; use inference=heads")
-    options, maps = rule.options_of(plan.config), evaluated(plan, states, rule.shown(task, x), len(x))
+    options, maps = rule.options_of(plan.config), evaluated(plan, states, rule.shown(task, x), x.shape[0])
     return jnp.stack([rule.scores(options, z, state.params.get("rule", {}), plan.classes) for _, state, z in maps])
 
 

@@ -160,7 +160,7 @@ def clean_log_p(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
     """Log-probabilities by the heads of the `first` groups (None: all), for normalised images, with running statistics."""
-    maps = itertools.islice(evaluated(plan, states, plan.rule.shown(task, x), len(x)), first)
+    maps = itertools.islice(evaluated(plan, states, plan.rule.shown(task, x), x.shape[0]), first)
     return jnp.stack([jax.nn.log_softmax(group.logits(state.params, z)) for group, state, z in maps])
 
 
