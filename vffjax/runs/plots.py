@@ -189,8 +189,8 @@ def plot_features(path: pathlib.Path, **what: Any) -> pathlib.Path | None:
 def features_figure(
     images: np.ndarray,
     class_names: Sequence[str],
-    labels: Sequence[int],
-    wrong_labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
+    wrong_labels: Sequence[int] | np.ndarray,
     codebook: np.ndarray | None,
     streams: Sequence[np.ndarray],
     filters: np.ndarray | None,
