@@ -119,14 +119,6 @@ def _owns_parameters(config: Config) -> bool:
     return rules.find(config).parameters is not None
 
 
-def _is_head(config: Config) -> bool:
-    return rules.find(config) is head.RULE
-
-
-def _is_vff(config: Config) -> bool:
-    return rules.find(config) is vff.RULE
-
-
 def _predicts(config: Config) -> bool:
     return rules.find(config).predicts(config)
 
