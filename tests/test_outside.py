@@ -109,7 +109,7 @@ def test_nor_does_a_process_whose_path_begins_where_it_lies(start, planted, tmp_
 
 
 @pytest.mark.slow
-def test_what_only_a_checkpoint_names_does_not_run_either(tmp_path, fails):
+def test_what_only_a_checkpoint_names_does_not_run_either(tmp_path, call, fails):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "evil.py").write_text(EVIL)
     outside.allow(tmp_path / "code")
@@ -123,7 +123,9 @@ def test_what_only_a_checkpoint_names_does_not_run_either(tmp_path, fails):
     config = json.loads((workdir / "config.json").read_text()) | {"rule": "head"}
     (workdir / "config.json").write_text(json.dumps(config))
     flags = [f"--config.{key}={value}" for key, value in (changes | {"rule": "head"}).items()]
-    fails("train", CONFIG, "--config.checkpoint_every=1", *flags, f"--workdir={workdir}", parts=["config.rule='evil:RULE'"])
+    status, out, err = call("train", CONFIG, "--config.checkpoint_every=1", *flags, f"--workdir={workdir}")
+    assert (status, out) == (2, "")
+    assert "checkpoints/1: foreign checkpoint: config.rule='evil:RULE': evil.py is code from outside" in err.splitlines()[-1]
     fails("evaluate", f"--workdir={workdir}", parts=["evil.py: not the code by which the run began"])
     assert ran(tmp_path) == []
 

@@ -99,7 +99,7 @@ def is_key(node):
 
 
 def asked(source):
-    """Lines where a module asks one of the keys what it is: `config.rule == x`, `config.rule in x`, `match config.rule` and so on."""
+    """Lines where a module asks what one of the keys is: `config.rule == x`, `config.rule in x`, `match config.rule`, `x[c.rule]`."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):

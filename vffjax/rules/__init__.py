@@ -7,7 +7,7 @@ from vffjax.registry import RULES
 from vffjax.rules.local import Rule
 
 # One group that learns from its head alone.
-BACK_PROPAGATION: dict[str, Any] = {"rule": "head", "grouping": "all"}
+BACK_PROPAGATION: dict[str, Any] = {"rule": "head", "rule_options": {}, "grouping": "all"}
 
 
 def find(config: Config) -> Rule:
