@@ -1,12 +1,14 @@
-"""The locality certificate: whether any gradient crosses between groups, by the traced program and by numbers, and what a group sees.
+"""The locality certificate: a proof, from the traced training program, that no gradient crosses from one group to another.
 
-The program is `trainer.run_segment`, which an epoch calls, on abstract inputs of the data set's sizes: nothing is read, and no segment is
-compiled. `dataflow` says what each new parameter depends on. docs/method.md says what that proves and what it does not.
+The program is `trainer.run_segment`, which an epoch calls, traced on abstract inputs of the data set's sizes. No data set is read, and no
+segment is compiled. `dataflow` finds the inputs on which each new parameter depends, and `probes` confirms the verdict with numbers.
+docs/method.md says what the certificate proves and what it does not.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +28,19 @@ from vffjax.training.plan import Plan, abstract_start, make_plan
 
 
 def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
-    """The certificate of a configuration, in plain JSON types; `local` is the verdict, `violations` is empty if it is true.
+    """Decides whether training by a configuration is local, that is, whether no gradient crosses from one group to another.
 
-    A violation has a `kind` (forward, backward, nothing learns, ...), the `program` that shows it, and the leaves `from` which something
-    came `to` which. With `numeric`, gradients are computed as well, on random inputs. Raises `UserError` if the configuration does not fit
-    its data set.
+    Args:
+        config: a checked configuration.
+        numeric: whether to confirm the proof with gradients on random images as well, which compiles programs.
+
+    Returns:
+        The certificate, in plain JSON types. `local` is the verdict, and `violations` lists what contradicts it. A violation has a `kind`
+        (forward, backward, nothing learns, ...), the `program` that shows it, and the leaves `from` which something passes `to` others.
+        `sees` lists what each group learns from. `inside` lists gradients between the layers of one group, which are allowed.
+
+    Raises:
+        UserError: the configuration does not fit its data set.
     """
     sizes = sizes_of(config)
     images = split_sizes(config, sizes.train_images)[0]
@@ -40,90 +50,76 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     numbers = probe(plan, sizes.image_shape) if numeric else None
 
     programs = _programs(plan, sizes.image_shape, images)
-    steps = [program for program in programs if program.name == "step"]
-    inside = {name: _crossings(_of(steps, i), _layers(_of(steps, i), name), ("backward",)) for i, name in enumerate(layers)}
-    # Of one group there is no border to cross: its layers are held to what groups are held to.
-    single = next(iter(layers)) if len(layers) == 1 else ""
-    violations: list[dict[str, Any]] = []
-    for program in programs:
-        parts = _layers(program, single) if single else {name: _leaves(program, f"{name}/") for name in layers}
-        trivial = single and layers[single] == 1
-        found = [] if trivial else _crossings(program, parts, ("backward",) if single else ("forward", "backward"))
-        known = {(v["kind"], v["from_part"], v["to_part"]) for v in violations}
-        violations += [v for v in found if (v["kind"], v["from_part"], v["to_part"]) not in known]
-        violations += _idle(program, list(layers), plan.config.frozen_groups)
+    step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
+    inside = {name: _crossings(step, _layers(step, name), ("backward",)) for name, step in step_of.items()}
+    violations = _violations(programs, layers, config.frozen_groups)
     if numbers is not None:
         violations += numbers.pop("violations")
         for v in [*itertools.chain(*inside.values()), *violations]:
             group, _, layer = v["to_part"].partition("/")
             if layer:
                 v["max_abs"] = numbers["layers"][group][layer]
-    local = not violations
     return {
-        "local": local,
-        "verdict": _verdict(local, layers, violations),
+        "local": not violations,
+        "verdict": _verdict(layers, violations),
         "configuration": config.to_dict(),
         "groups": layers,
         "violations": violations,
-        "sees": {name: _sees(_of(steps, i), i, list(layers)) for i, name in enumerate(layers)},
+        "sees": {name: _sees(step, i, list(layers)) for i, (name, step) in enumerate(step_of.items())},
         "inside": inside,
         "programs": [{"program": p.name, "trains": p.trains, "sources": len(p.sources) - 1, "results": len(p.found)} for p in programs],
         "numeric": numbers,
     }
 
 
-def _verdict(local: bool, layers: dict[str, int], violations: list[dict[str, Any]]) -> str:
+def _verdict(layers: dict[str, int], violations: list[dict[str, Any]]) -> str:
     kinds = {v["kind"] for v in violations}
-    if local and len(layers) == 1:
-        return "one group of one layer: there is no border, it is local trivially"
-    if local:
-        return "no gradient crosses a border between groups"
-    if len(layers) == 1 and "backward" in kinds:
-        (count,) = layers.values()
-        crossed = {
-            (v["from_part"], v["to_part"])
-            for v in violations
-            if v["kind"] == "backward" and not v["from_part"].endswith(("/head", "/rule"))
-        }
-        return f"gradients cross {'every layer' if len(crossed) == count * (count - 1) // 2 else 'layers'}: this is back-propagation"
-    return f"found: {', '.join(sorted(kinds))}"
+    if not violations:
+        alone = "one group of one layer: there is no border, it is local trivially"
+        return alone if len(layers) == 1 else "no gradient crosses a border between groups"
+    if len(layers) > 1 or "backward" not in kinds:
+        return f"found: {', '.join(sorted(kinds))}"
+    (count,) = layers.values()
+    backward = {(v["from_part"], v["to_part"]) for v in violations if v["kind"] == "backward"}
+    crossed = [pair for pair in backward if not pair[0].endswith(("/head", "/rule"))]
+    return f"gradients cross {'every layer' if len(crossed) == count * (count - 1) // 2 else 'layers'}: this is back-propagation"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # The traced programs
 
 
-_STEPS = 2  # of a traced segment: its loop has one body, whatever its length
+_STEPS = 2  # The loop of a segment has one body, whatever its length, so a segment of two steps stands for all.
 
 
 class _Program(NamedTuple):
-    name: str  # segment, step, losses
-    trains: list[str]  # groups that change in it
-    sources: list[str]  # names of the flattened inputs
-    found: dict[str, dataflow.Flow]  # of the new leaves of the states, or of the losses
-    undrawn: dict[str, dataflow.Flow]  # the same, where labels that were drawn from predictions come from nowhere
+    name: str  # segment, step or losses
+    trains: list[str]  # the groups that change in it
+    sources: list[str]  # the names of the flattened inputs
+    # The sources of each result, by kind of path, as sets of `dataflow`: value, real and gradient are those of `dataflow.Flow`, and undrawn
+    # is value without the paths through labels that were drawn from predictions. Results are new leaves of the states, or losses.
+    found: dict[str, dict[str, int]]
 
-    def reaching(self, results: Sequence[str], path: str) -> list[str]:
-        """Names of the sources that any of the results depends on by `path`: value, real, gradient; undrawn: value, not by drawn labels."""
-        found = self.undrawn if path == "undrawn" else self.found
-        flow, path = dataflow.union(found[name] for name in results), "value" if path == "undrawn" else path
-        return [self.sources[i] for i in dataflow.members(getattr(flow, path))]
+    def reaching(self, results: Iterable[str], path: str) -> list[str]:
+        """The names of the sources on which any of the results depends by a kind of path."""
+        reached = functools.reduce(operator.or_, (self.found[name][path] for name in results), 0)
+        return [self.sources[i] for i in dataflow.members(reached)]
 
 
 def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> list[_Program]:
-    """Every stage's step and segment, traced, and the chain of losses. Steps first: they name the leaves that cross at once."""
-    size = plan.config.batch_size
-    shape: Any = jax.ShapeDtypeStruct
+    """Traces the step and the segment of every stage, and the chain of losses.
+
+    Steps come first, because a violation is reported by the first program that shows it, and a step names exactly the leaves that cross.
+    """
+    size, groups, program = plan.config.batch_size, len(plan.groups), plan.program
     task, states = abstract_start(plan, image_shape)
-    program, groups = plan.program, len(plan.groups)
-    batch = abstract_batch(size, image_shape, groups)
     steps, segments = [], []
     for active in [None] if plan.config.schedule == "joint" else range(plan.stages):
         trains = [group.name for group in plan.groups if active in (None, group.index)]
         cached = None
         if active and plan.config.feature_cache != "none":
-            every_image = shape((images, *image_shape), jnp.uint8)
-            cached = jax.eval_shape(lambda *a, active=active: clean_features(program, active, *a), task, states, every_image)
+            every_image = jax.ShapeDtypeStruct((images, *image_shape), jnp.uint8)
+            cached = jax.eval_shape(functools.partial(clean_features, program, active), task, states, every_image)
         step, segment = (functools.partial(f, program, active) for f in (trainer.train_step, trainer.run_segment))
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))
@@ -132,20 +128,18 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> lis
     def chain(task: Any, states: Any, batch: Any) -> Any:
         return losses(program, [s.params for s in states], states, trainer.step_streams(program, None, task, states, batch), batch)[0]
 
-    return [*steps, *segments, _traced("losses", [], chain, task, states, batch)]
+    return [*steps, *segments, _traced("losses", [], chain, task, states, abstract_batch(size, image_shape, groups))]
 
 
 def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, states: Any, batch: Any) -> _Program:
     program, out = jax.make_jaxpr(f, return_shape=True)(task, states, batch)
     sources = [*leaf_names("task", task), *leaf_names("", states), *leaf_names("data", batch)]
     results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else leaf_names("", out[0])
-    found = [dict(zip(results, dataflow.flows(program, named=named), strict=False)) for named in (None, {DRAWN: len(sources)})]
-    return _Program(name, trains, [*sources, DRAWN], *found)
-
-
-def _of(steps: list[_Program], group: int) -> _Program:
-    """The step in which a group trains."""
-    return steps[group if len(steps) > 1 else 0]
+    # Once more with the drawn labels as a source of their own, so that nothing reaches a result through them.
+    plain, undrawn = (dataflow.flows(program, named=named) for named in (None, {DRAWN: len(sources)}))
+    # A step returns metrics too, which are left out: they follow the states.
+    each = zip(results, plain, undrawn, strict=False)
+    return _Program(name, trains, [*sources, DRAWN], {result: flow._asdict() | {"undrawn": rest.value} for result, flow, rest in each})
 
 
 def _leaves(program: _Program, prefix: str) -> list[str]:
@@ -157,26 +151,57 @@ def _params(program: _Program, group: str) -> list[str]:
 
 
 def _layers(program: _Program, group: str) -> dict[str, list[str]]:
-    """The leaves of each layer of a group; its head and what its rule owns come last."""
+    """The leaves of each layer of a group in order, then those of its head and of its rule."""
     parts: dict[str, list[str]] = {}
     for name in _params(program, group):
         parts.setdefault("/".join(name.split("/")[:2]), []).append(name)
     return {part: parts[part] for part in sorted(parts, key=lambda p: (p.endswith(("/head", "/rule")), len(p), p))}
 
 
+# ----------------------------------------------------------------------------------------------------------------------------------
+# What the programs show
+
+
+def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -> list[dict[str, Any]]:
+    """What contradicts locality: crossings, each from the first program that shows it, and kernels that do not learn."""
+    # A network of one group has no border between groups, so its layers are judged as if each were a group.
+    single = next(iter(layers)) if len(layers) == 1 else ""
+    kinds = ("backward",) if single else ("forward", "backward")
+    crossed: set[tuple[str, ...]] = set()
+    found: list[dict[str, Any]] = []
+    for program in programs:
+        parts = _layers(program, single) if single else {name: _leaves(program, f"{name}/") for name in layers}
+        for v in [] if single and layers[single] == 1 else _crossings(program, parts, kinds):
+            where = v["kind"], v["from_part"], v["to_part"]
+            found += [] if where in crossed else [v]
+            crossed.add(where)
+        found += _idle(program, list(layers), frozen)
+    return found
+
+
 def _crossings(program: _Program, parts: dict[str, list[str]], kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """What passes between parts of a network, given from input to output. Forward: a later part's results could be differentiated in
-    an earlier part's leaves. Backward: an earlier part's results are computed from a later part's leaves, as back-propagation does;
-    between groups in any way but by labels drawn from predictions, inside a group by floating point."""
+    """What passes between the parts of a network.
+
+    Forward: results of a later part could be differentiated with respect to leaves of an earlier part. Backward: results of an earlier part
+    are computed from leaves of a later part, as in back-propagation. Between groups every path backward counts, except through labels that
+    were drawn from predictions. Between layers of one group only floating-point paths count.
+
+    Args:
+        program: a traced program.
+        parts: groups, or layers of a group, in order from input to output, with the names of their results.
+        kinds: which of `forward` and `backward` to look for.
+
+    Returns:
+        One violation for each kind and pair of parts between which something passes.
+    """
     found = []
-    for (a, earlier), (b, later) in itertools.combinations(parts.items(), 2):
-        for kind, source, target, path in (("forward", a, b, "gradient"), ("backward", b, a, "real" if "/" in a else "undrawn")):
-            # A source's leaves have the names of the results, except in the program of the losses, which has other results.
-            begins, ends = f"{source}/", earlier if target == a else later
-            if kind not in kinds:
-                continue
-            reached = {name: [s for s in program.reaching([name], path) if s.startswith(begins)] for name in ends}
-            reached = {name: sources for name, sources in reached.items() if sources}
+    for (early, early_results), (late, late_results) in itertools.combinations(parts.items(), 2):
+        backward = "real" if "/" in early else "undrawn"
+        ways = {"forward": (early, late, late_results, "gradient"), "backward": (late, early, early_results, backward)}
+        for kind in kinds:
+            source, target, results, path = ways[kind]
+            each = {name: [s for s in program.reaching([name], path) if s.startswith(f"{source}/")] for name in results}
+            reached = {name: sources for name, sources in each.items() if sources}
             if not reached:
                 continue
             to = min(reached, key=_plainness)
@@ -189,57 +214,63 @@ def _crossings(program: _Program, parts: dict[str, list[str]], kinds: Sequence[s
 
 
 def _plainness(name: str) -> tuple[int, bool, bool, str]:
-    """Parameters before statistics before an optimizer's state, kernels first, a head's last."""
+    """Sorts parameters before statistics before the state of an optimizer. Among parameters kernels come first, the head's last."""
     words = name.split("/")
     return ("batch_stats" in words) + 2 * ("opt_state" in words), words[-1] != "kernel", "head" in words, name
 
 
 def _nearness(name: str) -> tuple[int, bool, bool, str]:
-    """As `_plainness`, but a head's kernel first: what comes down from a loss comes through it."""
+    """Sorts like `_plainness`, but with the head's kernel first, because a gradient of the loss comes through it."""
     kind, other, head, name = _plainness(name)
     return kind, other, not head, name
 
 
 def _idle(program: _Program, groups: list[str], frozen: int) -> list[dict[str, Any]]:
-    """Kernels that do not learn from images and labels: without these a proof that nothing crosses says nothing. Of the first `frozen`
-    groups the head alone has to."""
-    out = []
-    kernels = (name for group in groups if group in program.trains for name in _params(program, group) if name.endswith("kernel"))
-    for name in (name for name in kernels if not name.startswith(tuple(f"{group}/layers_" for group in groups[:frozen]))):
+    """Kernels that do not learn from images and labels. If nothing learns, the absence of crossings proves nothing.
+
+    In the first `frozen` groups only the head has to learn.
+    """
+    fixed = tuple(f"{group}/layers_" for group in groups[:frozen])
+    found = []
+    for name in (name for group in program.trains for name in _params(program, group)):
+        if not name.endswith("kernel") or name.startswith(fixed):
+            continue
         value = {"data/images" if s == "data/features" else s for s in program.reaching([name], "value")}
         missing = [source for source in ("data/images", "data/labels") if source not in value]
         missing += [] if name in program.reaching([name], "gradient") else [name]
-        out += [{"kind": "nothing learns", "program": program.name, "from": source, "to": name} for source in missing]
-    return [v | {"from_part": "", "to_part": v["to"].split("/")[0]} for v in out]
+        about = {"kind": "nothing learns", "program": program.name}
+        found += [about | {"from": source, "to": name, "from_part": "", "to_part": name.split("/")[0]} for source in missing]
+    return found
 
 
 def _sees(program: _Program, group: int, groups: list[str]) -> dict[str, Any]:
-    """What a group's new parameters are computed from, in one step: sources of other groups by how they arrive."""
+    """What the new parameters of a group are computed from in one step."""
     own = groups[group]
-    value, real = (program.reaching(_params(program, own), path) for path in ("value", "real"))
-
-    def how(kind: str, others: list[str], by: Sequence[str] = value, by_real: Sequence[str] = real) -> dict[str, str]:
-        """`floating point` or `whole numbers` for each group that has leaves of a kind among the sources."""
-        found = {name: [s for s in by if s.startswith(f"{name}/{kind}")] for name in others}
-        return {name: "floating point" if set(of) & set(by_real) else "whole numbers" for name, of in found.items() if of}
-
-    layers = [name for name in _params(program, own) if name.startswith(f"{own}/layers_")]
-    of_layers = [program.reaching(layers, path) for path in ("value", "real")]
-    others = [name for name in groups if name != own]
+    params = _params(program, own)
+    layers = [name for name in params if name.startswith(f"{own}/layers_")]
+    value = program.reaching(params, "value")
+    ways = functools.partial(_ways, program, params)
     return {
         "images": "data/images" in value,
         "cached_features": "data/features" in value,
-        "images_pass": list(how("layers_", groups[:group])),
+        "images_pass": list(ways(groups[:group], "layers_")),
         "labels": "data/labels" in value,
         "class_noise": "task/codebook" in value,
         "pixel_statistics": "task/mean" in value,
-        "own_head": how("head/", [own], *of_layers).get(own, "no"),
-        "own_rule": how("rule/", [own], *of_layers).get(own, "no"),
-        "own_optimizer_state": bool(how("opt_state/", [own])),
-        "running_statistics": list(how("batch_stats/", groups)),
-        "heads_of_others": how("head/", others),
-        "later_groups": how("", groups[group + 1 :]),
+        "own_head": _ways(program, layers, [own], "head/").get(own, "no"),
+        "own_rule": _ways(program, layers, [own], "rule/").get(own, "no"),
+        "own_optimizer_state": bool(ways([own], "opt_state/")),
+        "running_statistics": list(ways(groups, "batch_stats/")),
+        "heads_of_others": ways([name for name in groups if name != own], "head/"),
+        "later_groups": ways(groups[group + 1 :], ""),
     }
+
+
+def _ways(program: _Program, results: list[str], groups: list[str], kind: str) -> dict[str, str]:
+    """For each group of which leaves of this kind reach the results: whether as `floating point` or only as `whole numbers`."""
+    value, real = (set(program.reaching(results, path)) for path in ("value", "real"))
+    found = {name: {source for source in value if source.startswith(f"{name}/{kind}")} for name in groups}
+    return {name: "floating point" if leaves & real else "whole numbers" for name, leaves in found.items() if leaves}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -247,7 +278,7 @@ def _sees(program: _Program, group: int, groups: list[str]) -> dict[str, Any]:
 
 
 def text(certificate: dict[str, Any]) -> str:
-    """A certificate to read."""
+    """A certificate as text for a person to read."""
     numbers, layers = certificate["numeric"], certificate["groups"]
     lines = [f"{'local' if certificate['local'] else 'NOT LOCAL'}: {certificate['verdict']}"]
     for v in certificate["violations"]:
@@ -259,45 +290,47 @@ def text(certificate: dict[str, Any]) -> str:
     for name, seen in certificate["sees"].items():
         lines.append(f"{name}, {layers[name]} layer{'s' * (layers[name] > 1)}, learns from")
         lines += [f"    {line}" for line in _seen(seen, numbers and numbers["images"][name])]
-        crossed = [f"{_short(v['from_part'])} to {_short(v['to_part'])}" for v in certificate["inside"][name]]
+        crossed = [" to ".join(v[key].rpartition("/")[2] for key in ("from_part", "to_part")) for v in certificate["inside"][name]]
         lines.append(f"    gradients inside the group: {', '.join(crossed) or 'none from one layer to another'}")
-    if numbers is None:
-        return "\n".join(lines)
+    return "\n".join(lines + (_numbers(numbers, list(layers)) if numbers else []))
+
+
+def _numbers(numbers: dict[str, Any], groups: list[str]) -> list[str]:
+    """The table of gradients, and whether later groups interfere with earlier ones."""
     count = numbers["images_in_batch"]
-    lines += ["", f"largest absolute gradient of each group's loss (row) in each group's parameters (column), {count} random images"]
-    lines.append(" " * 9 + "".join(f"{name:>12s}" for name in layers))
-    for name, row in zip(layers, numbers["gradients"], strict=True):
+    lines = ["", f"largest absolute gradient of each group's loss (row) in each group's parameters (column), {count} random images"]
+    lines.append(" " * 9 + "".join(f"{name:>12s}" for name in groups))
+    for name, row in zip(groups, numbers["gradients"], strict=True):
         lines.append(f"{name:9s}" + "".join(f"{'not finite' if x is None else f'{x:.3g}':>12s}" for x in row))
     interference = numbers["interference"]
     if "skipped" in interference:
-        return "\n".join([*lines, f"interference of later parameters with earlier groups' steps: not tried, {interference['skipped']}"])
+        return [*lines, f"interference of later parameters with earlier groups' steps: not tried, {interference['skipped']}"]
     for name, same in interference.items():
         lines.append(f"other parameters in {name}: earlier groups' new states {'bitwise the same' if same else 'CHANGE'}")
-    return "\n".join(lines)
-
-
-def _short(part: str) -> str:
-    return part.rpartition("/")[2]
+    return lines
 
 
 def _seen(seen: dict[str, Any], images: dict[str, Any] | None) -> list[str]:
-    through = f" through {', '.join(seen['images_pass'])}" if seen["images_pass"] else ""
-    lines = [f"images{through}"] if seen["images"] else []
-    lines += ["kept features of images"] if seen["cached_features"] else []
-    noise = ", and the class noise of the codebook" if seen["class_noise"] else ""
-    lines += [f"labels{noise}"] if seen["labels"] else []
-    lines += ["the training images' pixel statistics"] if seen["pixel_statistics"] else []
+    """What a group learns from, one line for each source; `images` is what the probe found about clean images, if there was one."""
+    through, statistics = (", ".join(seen[key]) for key in ("images_pass", "running_statistics"))
+    clean = ""
     if images:
         others = "with the other clean images of the batch (batch statistics)" if images["other_images"] else "by itself"
-        lines.append(f"each clean image {others}; labelled copies change its features by {images['labelled_copies']:.3g}")
-    lines += [f"running statistics of {', '.join(seen['running_statistics'])}"] if seen["running_statistics"] else []
-    lines += ["its optimizer's state"] if seen["own_optimizer_state"] else []
+        clean = f"each clean image {others}; labelled copies change its features by {images['labelled_copies']:.3g}"
     head = {"floating point": "by gradient", "whole numbers": "by whole numbers alone", "no": "not at all"}[seen["own_head"]]
-    lines.append(f"its head, which reaches the layers {head}")
-    lines += ["its rule's own parameters, which reach the layers by gradient"] if seen["own_rule"] != "no" else []
-    for name, how in seen["heads_of_others"].items():
-        drawn = "as drawn labels" if how == "whole numbers" else "as floating-point numbers"
-        lines.append(f"predictions of {name}'s head, {drawn}")
+    lines = {
+        f"images through {through}" if through else "images": seen["images"],
+        "kept features of images": seen["cached_features"],
+        "labels, and the class noise of the codebook" if seen["class_noise"] else "labels": seen["labels"],
+        "the training images' pixel statistics": seen["pixel_statistics"],
+        clean: clean,
+        f"running statistics of {statistics}": statistics,
+        "its optimizer's state": seen["own_optimizer_state"],
+        f"its head, which reaches the layers {head}": True,
+        "its rule's own parameters, which reach the layers by gradient": seen["own_rule"] != "no",
+    }
+    drawn = {"floating point": "as floating-point numbers", "whole numbers": "as drawn labels"}
+    heads = [f"predictions of {name}'s head, {drawn[how]}" for name, how in seen["heads_of_others"].items()]
     later = [name for name, how in seen["later_groups"].items() if how == "floating point"]
     never = "never, but for those drawn labels" if seen["later_groups"] else "never"
-    return [*lines, f"parameters of later groups: {', '.join(later) or never}"]
+    return [*(line for line, present in lines.items() if present), *heads, f"parameters of later groups: {', '.join(later) or never}"]

@@ -1,5 +1,7 @@
-"""Probes of locality by numbers: gradients of every group's loss in every group's parameters, what a change of a later group's parameters
-does to earlier groups, and which images of a batch touch a clean image's features. Random inputs, random variables, a small batch.
+"""Numerical probes of locality, which confirm the proof on random images, random variables and a small batch.
+
+Three things are measured: the gradient of every group's loss with respect to every group's parameters; whether other parameters in a later
+group change the update of an earlier one; and which images of a batch influence the features of a clean image.
 """
 
 import dataclasses
@@ -21,14 +23,26 @@ from vffjax.training import trainer
 from vffjax.training.batch import Batch
 from vffjax.training.plan import Plan, init_states, make_plan
 
-IMAGES = 6  # of a probe's batch
+IMAGES = 6  # in the batch of a probe
 
 
 def losses(
     plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, batch: Batch
 ) -> tuple[list[Float[Array, ""]], list[Float[Array, "rows *feature"]]]:
-    """Every group's loss and output rows as functions of all groups' `params`: the forward chain that `train_step` runs on the streams
-    of its batch, without its per-group differentiation, which would hide a dependence."""
+    """Computes the loss of every group as a function of the parameters of all groups.
+
+    This is the forward chain of `train_step` without its differentiation group by group, so that every derivative can still be taken.
+
+    Args:
+        plan: the plan of a run.
+        params: the parameters of each group, in the place of those in `states`.
+        states: the state of each group.
+        streams: what the step on `batch` gives to the first group.
+        batch: the batch, for its hyper-parameters and its key.
+
+    Returns:
+        The loss of each group, and the rows of features that each group passes on.
+    """
     known = tuple(state._replace(params=own) for state, own in zip(states, params, strict=True))
     found, rows, given = [], [], streams
     for i, (group, state) in enumerate(zip(plan.groups, known, strict=True)):
@@ -44,13 +58,22 @@ def losses(
 def loss_gradients(
     plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, batch: Batch
 ) -> tuple[Float[Array, " groups"], list[list[Any]]]:
-    """Losses of all groups; [i][j], the gradient of loss `i` in the parameters of group `j`. See `losses`."""
+    """Computes the gradient of every loss with respect to the parameters of every group.
+
+    The arguments are those of `losses`.
+
+    Returns:
+        The losses; and as element [i][j] the gradient of the loss of group `i` with respect to the parameters of group `j`.
+    """
     values, pull = jax.vjp(lambda params: jnp.stack(losses(plan, params, states, streams, batch)[0]), list(params))
     return values, [pull(row)[0] for row in jnp.eye(len(plan.groups), dtype=values.dtype)]
 
 
 def random_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
-    """States as `init_states` shapes them, no variable at its initial value (a zero head hides gradients), optimizers at zero."""
+    """States with the shapes of `init_states`, random variables, and optimizers at zero.
+
+    No variable has its initial value, because a head that is zero hides gradients.
+    """
     out = []
     for i, state in enumerate(jax.eval_shape(functools.partial(init_states, plan, image_shape))):
         params, stats = (random_variables(tree, i) for tree in (state.params, state.batch_stats))
@@ -59,7 +82,10 @@ def random_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupS
 
 
 def random_variables(shapes: Any, seed: int = 0) -> Any:
-    """Variables of a module of given shapes: kernels of usual size, scales and variances positive. From NumPy: nothing is compiled."""
+    """Random variables for a tree of shapes: kernels with He's standard deviation, scales and variances from 0.5 to 2, other leaves near 0.
+
+    They are drawn by NumPy, so that nothing is compiled.
+    """
     rng = np.random.default_rng(seed)
 
     def leaf(path: Any, shape: Any) -> Array:
@@ -72,58 +98,83 @@ def random_variables(shapes: Any, seed: int = 0) -> Any:
 
 
 def probe(plan: Plan, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """All probes of a plan's configuration, in plain JSON types, its `violations` among them; see `locality.certify`.
+    """Runs all probes of a plan's configuration.
 
-    `gradients[i][j]`: the largest absolute value of d loss_i / d params_j; null is NaN or infinity. `layers`: the same of each group's own
-    loss by layer. `images`, per group: whether another clean image changes a clean image's features, and by how much, at most, labelled
-    copies do. `interference`: for each later group whose parameters were changed, whether earlier groups' new states are bitwise the same.
+    Args:
+        plan: the plan of a run.
+        image_shape: height, width and channels of an image.
+
+    Returns:
+        In plain JSON types:
+            images_in_batch: the size of the probes' batch.
+            gradients: [i][j] is the largest absolute value in d loss_i / d params_j; null stands for NaN or infinity.
+            layers: for each group the largest absolute gradient of its own loss, by layer.
+            images: for each group, whether another clean image changes the features of a clean image (`other_images`), and the largest
+                change that other labelled copies make (`labelled_copies`).
+            interference: for each later group, whether earlier groups' new states stay bitwise the same with other parameters in it.
+            violations: what of this contradicts locality; see `locality.certify`.
     """
+    plan, task, states, batch = _setting(plan, image_shape)
+    names = [group.name for group in plan.groups]
+    streams = quick_jit(functools.partial(trainer.step_streams, plan, None))(task, states, batch)
+    params = [state.params for state in states]
+    _, gradients = jax.device_get(quick_jit(functools.partial(loss_gradients, plan))(params, states, streams, batch))
+    violations: list[dict[str, Any]] = []
+    for i, loss in enumerate(names):
+        for j, name in enumerate(names):
+            violations += _strange(loss, name, gradients[i][j], i - j, plan.groups[j].frozen)
+    images, by_copies = _touching(plan, params, states, streams, batch)
+    interference, by_later = _interference(plan, task, states, batch)
+    return {
+        "images_in_batch": IMAGES,
+        "gradients": [[_largest(tree) for tree in row] for row in gradients],
+        "layers": {name: {layer: _largest(tree) for layer, tree in gradients[i][i].items()} for i, name in enumerate(names)},
+        "images": images,
+        "interference": interference,
+        "violations": violations + by_copies + by_later,
+    }
+
+
+def _setting(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Plan, Task, tuple[GroupState, ...], Batch]:
+    """The plan for a small batch, and a random task, random states and a batch of random images for it."""
     classes = plan.classes
     plan = make_plan(dataclasses.replace(plan.config, batch_size=IMAGES), IMAGES, classes)
-    rng, names = np.random.default_rng(0), [group.name for group in plan.groups]
+    rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (IMAGES, *image_shape), dtype=np.uint8))
     labels = jnp.asarray(np.arange(IMAGES) % classes, jnp.int32)
     codebook = plan.config.noise_scale * rng.normal(size=(classes, *image_shape))
     pixels = np.full(image_shape[2], 0.5)
     task = Task(*(jnp.asarray(a, jnp.float32) for a in (codebook, pixels, pixels / 2)))
-    states, hyper = random_states(plan, image_shape), at_peak(plan.config, len(plan.groups))
-    batch = Batch(images, labels, jnp.arange(IMAGES), jnp.int32(0), jax.random.key(1), jax.tree.map(jnp.asarray, hyper))
-    plan = plan.program
+    hyper = jax.tree.map(jnp.asarray, at_peak(plan.config, len(plan.groups)))
+    batch = Batch(images, labels, jnp.arange(IMAGES), jnp.int32(0), jax.random.key(1), hyper)
+    return plan.program, task, random_states(plan, image_shape), batch
 
-    streams = quick_jit(functools.partial(trainer.step_streams, plan, None))(task, states, batch)
-    params = [state.params for state in states]
-    _, gradients = jax.device_get(quick_jit(functools.partial(loss_gradients, plan))(params, states, streams, batch))
-    violations: list[dict[str, Any]] = []
-    largest = [[_largest(tree) for tree in row] for row in gradients]
-    for i, loss in enumerate(names):
-        for j, name in enumerate(names):
-            violations += _strange(loss, name, gradients[i][j], i - j, plan.groups[j].frozen)
 
-    forward, touching = quick_jit(lambda streams: losses(plan, params, states, streams, batch)[1]), {}
+def _touching(
+    plan: Plan, params: Sequence[Any], states: Sequence[GroupState], streams: Streams, batch: Batch
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Which rows of a batch influence the features of clean images, by group, and a violation where labelled copies do."""
+    forward = quick_jit(lambda streams: losses(plan, params, states, streams, batch)[1])
+    rng = np.random.default_rng(1)
     others, copies = np.array(streams.rows), np.array(streams.rows)
     others[1] = rng.normal(size=others[1].shape)
     copies[IMAGES:] = rng.normal(size=copies[IMAGES:].shape)
     each = [jax.device_get(forward(streams._replace(rows=jnp.asarray(rows)))) for rows in (streams.rows, others, copies)]
-    for name, before, by_others, by_copies in zip(names, *each, strict=True):
-        by_copies = float(np.abs(by_copies[:IMAGES].astype(np.float32) - before[:IMAGES]).max())
-        touching[name] = {"other_images": bool((by_others[0] != before[0]).any()), "labelled_copies": by_copies}
-        if by_copies:
-            where = {"from": "labelled copies", "to": f"{name}: features of clean images", "max_abs": by_copies}
-            violations.append(_violation("labelled copies touch clean images", "", name) | where)
-    layers = [{layer: _largest(tree) for layer, tree in row[i].items()} for i, row in enumerate(gradients)]
-    found, interfering = _interference(plan, task, states, batch)
-    return {
-        "images_in_batch": IMAGES,
-        "gradients": largest,
-        "layers": dict(zip(names, layers, strict=True)),
-        "images": touching,
-        "interference": found,
-        "violations": violations + interfering,
-    }
+    found, violations = {}, []
+    for group, before, by_others, by_copies in zip(plan.groups, *each, strict=True):
+        change = float(np.abs(by_copies[:IMAGES].astype(np.float32) - before[:IMAGES]).max())
+        found[group.name] = {"other_images": bool((by_others[0] != before[0]).any()), "labelled_copies": change}
+        if change:
+            where = {"from": "labelled copies", "to": f"{group.name}: features of clean images", "max_abs": change}
+            violations.append(_violation("labelled copies touch clean images", "", group.name) | where)
+    return found, violations
 
 
 def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """By the jitted `train_step`; in the sequential schedule that of the last stage behind which a group is left."""
+    """Whether other parameters in a later group change an earlier group's update, and the violations where they do.
+
+    The jitted `train_step` is run. In the sequential schedule it is that of the last stage behind which there is still a group.
+    """
     if plan.rule.predicts(plan.config):
         return {"skipped": "wrong labels are drawn from the predictions of all heads, later ones among them"}, []
     if len(plan.groups) == 1:
@@ -145,8 +196,15 @@ def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], batch:
 
 
 def _strange(loss: str, group: str, gradient: Any, later: int, frozen: bool) -> list[dict[str, Any]]:
-    """What is wrong with the gradient of a group's loss in a group's parameters; `later` by so many groups is that of the loss. The layers
-    of a `frozen` group need not learn."""
+    """What is wrong with the gradient of one group's loss with respect to one group's parameters.
+
+    Args:
+        loss: the name of the group that has the loss.
+        group: the name of the group that has the parameters.
+        gradient: the gradient.
+        later: by how many groups the loss lies behind the parameters: 0 in the same group, below 0 before them.
+        frozen: whether the layers of `group` are frozen, and so need not learn.
+    """
     out = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name, most = "/".join([group, *(key.key for key in path)]), _largest(leaf)
@@ -167,14 +225,21 @@ def _violation(kind: str, source: str, target: str) -> dict[str, Any]:
 
 
 def _largest(tree: Any) -> float | None:
-    """The largest absolute value of all leaves; None if one is not finite."""
+    """The largest absolute value in all leaves, or None if any value is not finite."""
     most = max(float(np.abs(np.asarray(leaf, np.float64)).max()) if np.isfinite(leaf).all() else math.inf for leaf in jax.tree.leaves(tree))
     return most if math.isfinite(most) else None
 
 
 def leaf_names(root: str, tree: Any) -> list[str]:
-    """Of every leaf, under `root`, such as task/codebook; without one the tree is the states of all groups: group1/layers_0/kernel,
-    group1/batch_stats/layers_0/norm/mean, group1/opt_state/..."""
+    """Names the leaves of a tree, in the order in which JAX flattens it.
+
+    Args:
+        root: the name of the tree, such as `task`. If it is empty, the tree is the states of all groups.
+        tree: any pytree.
+
+    Returns:
+        Names such as task/codebook; of states group1/layers_0/kernel, group1/batch_stats/layers_0/norm/mean or group1/opt_state/0/count.
+    """
 
     def name(path: Any) -> str:
         words = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))) for key in path]
@@ -185,5 +250,5 @@ def leaf_names(root: str, tree: Any) -> list[str]:
 
 
 def quick_jit(f: Any) -> Any:
-    """`jax.jit` for what runs a few times: on CPU it compiles faster, without the optimisations that pay off in a long run."""
+    """`jax.jit` for a function that runs a few times. On CPU it skips the optimisations that pay off only in a long run."""
     return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None)
