@@ -1,9 +1,10 @@
-"""The memory ledger: the bytes that one training step takes by the compiler's own plan, for VFF and for back-propagation.
+"""The memory ledger: the bytes that one training step takes by the compiler's own plan, for a local rule and for back-propagation.
 
-Counted are a step's arguments (states, batch, codebook), outputs, the part of the outputs that lies where arguments were, and
-temporaries: everything between. Nothing is run, and no data set is read. Not counted are the rest of the data set on the device, the
-scratch memory of the runtime and its libraries, and on a TPU what the compiler keeps in the chip's vector memory, 128 MiB on a v5e: there
-small networks seem to take nothing.
+The compiler counts a step's arguments (states, batch, codebook), its outputs, the part of the outputs that overwrites arguments, and
+temporaries, which are everything in between. Nothing is run, and no data set is read.
+
+Three things are not counted: the rest of the data set on the device; the scratch memory of the runtime and its libraries; and on a TPU what
+the compiler keeps in the chip's vector memory, which is 128 MiB on a v5e, so that a small network may seem to take no memory.
 """
 
 import functools
@@ -35,9 +36,19 @@ BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_b
 def accumulated_step(
     plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch
 ) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
-    """`train_step` of a single group, whose gradient is the mean over `MICRO_BATCHES` parts of the batch, one after the other.
+    """`train_step` for a network of one group, with its gradient accumulated over parts of the batch.
 
-    One update. Batch statistics are those of each part. The batch must be a multiple of the parts. Metrics: `loss`, `accuracy`.
+    The batch is cut into `MICRO_BATCHES` equal parts, which are computed one after the other. There is one update, by the mean of their
+    gradients. Batch statistics are those of each part.
+
+    Args:
+        plan: a plan with one group. Its batch size must be a multiple of `MICRO_BATCHES`.
+        task: the codebook and the pixel statistics.
+        states: the state of the group.
+        batch: the batch.
+
+    Returns:
+        The new state, and the metrics `loss` and `accuracy`, means over the parts.
     """
     (group,), (state,) = plan.groups, states
     setting = plan.setting(0, batch.hyper, batch.key)
@@ -61,7 +72,7 @@ def accumulated_step(
 
 
 def least_bytes(config: Config) -> int:
-    """What training takes at the very least: parameters with their optimizer's states, and the largest feature map of a step once."""
+    """A lower bound on the bytes that training takes: parameters, optimizer states, and the largest feature map of a step once."""
     sizes = sizes_of(config)
     plan = make_plan(config, sizes.train_images, sizes.classes)
     states = jax.tree.leaves(abstract_start(plan, sizes.image_shape)[1])
@@ -71,7 +82,10 @@ def least_bytes(config: Config) -> int:
 
 
 def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
-    """A case's plan, and its step of `(task, states, batch)`; in the sequential schedule the last group trains."""
+    """The plan of a case and its training step, a function of `(task, states, batch)`.
+
+    In the sequential schedule it is a step of the last stage, in which the last group trains behind all others.
+    """
     sizes = sizes_of(case.config)
     plan = make_plan(case.config, split_sizes(case.config, sizes.train_images)[0], sizes.classes)
     if case.method == ACCUMULATED:
@@ -80,7 +94,7 @@ def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
 
 
 def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
-    """What a step takes, abstract, on the target: task, states, and a batch."""
+    """The abstract arguments of a plan's step, placed on the target: task, states and batch."""
     sizes, batch = sizes_of(plan.config), plan.config.batch_size
     task, states = abstract_start(plan, sizes.image_shape)
     given = abstract_batch(batch, sizes.image_shape, len(plan.groups))
@@ -88,7 +102,7 @@ def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
 
 
 def compile_step(case: Case, target: Target) -> jax.stages.Compiled | None:
-    """The step, its states donated; None if the compiler finds that it does not fit the device."""
+    """Compiles a case's step with donated states; None if the compiler finds that the step does not fit the device."""
     plan, step = make_step(case)
     try:
         return jax.jit(step, donate_argnums=1).lower(*step_arguments(plan, target)).compile()
@@ -99,12 +113,22 @@ def compile_step(case: Case, target: Target) -> jax.stages.Compiled | None:
 
 
 def measure(case: Case, target: Target) -> dict[str, Any]:
-    """The ledger's row of a case, see `row`."""
+    """Compiles a case for a target and returns its row of the ledger; see `row`."""
     return row(case, target, compile_step(case, target))
 
 
 def row(case: Case, target: Target, compiled: jax.stages.Compiled | None) -> dict[str, Any]:
-    """`Case.about`, the device's kind, and the compiled step's `BYTES`; these are None, and `problem` says why, if there is no step."""
+    """The row of the ledger for a compiled step.
+
+    Args:
+        case: the case.
+        target: the device.
+        compiled: the step, or None if it does not fit the device.
+
+    Returns:
+        `Case.about`, the kind of the `device`, the `BYTES` of the step, and a `problem`. Without a step, the bytes are None, and `problem`
+        says why.
+    """
     about = case.about | {"device": target.device.device_kind}
     if compiled is None:
         return about | dict.fromkeys(BYTES) | {"problem": "does not fit the device"}

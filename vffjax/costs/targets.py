@@ -1,4 +1,4 @@
-"""Devices to compile for, a TPU that is not there among them."""
+"""Devices to compile for, among them a TPU that need not be present."""
 
 import dataclasses
 import importlib.util
@@ -13,33 +13,41 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vffjax.errors import UserError
 
-# What a TPU's own machine would say of it. Without, the TPU library looks for a cloud machine's metadata server, for minutes. And no
-# lock: a compiler, unlike a chip, serves several processes.
-_TPU_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-_TPU_MACHINE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_TPU_MACHINE = {
+    # The TPU library would otherwise search minutes for the metadata server of a cloud machine.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # The library's lock protects a chip. Several processes may compile at the same time.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One device; arrays that only have a shape and a type are placed on it."""
+    """A device on which abstract arrays, which have only a shape and a dtype, can be placed."""
 
     device: Any
 
     def array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An abstract array on the device."""
+        """An abstract array of a shape and a dtype on the device."""
         sharding = NamedSharding(Mesh(np.array([self.device]), ("device",)), PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def place(self, tree: Any) -> Any:
-        """The tree's leaves, abstract, on the device."""
+        """A tree with an abstract array on the device for each leaf of `tree`."""
         return jax.tree.map(lambda leaf: self.array(*leaf.shape, dtype=leaf.dtype), tree)
 
 
 def find(name: str) -> Target:
-    """`here` JAX's first device, `cpu` this machine's processor, `tpu` a chip of a TPU v5e, which need not be there.
+    """Finds a device by its name.
 
-    For `tpu`, libtpu, Google's own TPU compiler, makes a real executable, the same on every machine. Raises `UserError` if it is not
-    installed, or if JAX may not use the CPU.
+    Args:
+        name: `here` for JAX's first device, `cpu` for this machine's processor, or `tpu` for a chip of a TPU v5e. The chip need not be
+            present, because libtpu, Google's TPU compiler, makes the same executable on every machine.
+
+    Raises:
+        UserError: the name is not known, libtpu is not installed, or JAX may not use the CPU.
     """
     if name == "here":
         return Target(jax.devices()[0])
@@ -58,5 +66,5 @@ def find(name: str) -> Target:
 
 
 def has_tpu_compiler() -> bool:
-    """Whether `find("tpu")` can work."""
+    """Whether libtpu is installed, which `find("tpu")` needs."""
     return importlib.util.find_spec("libtpu") is not None
