@@ -1,26 +1,36 @@
-"""The command lines of the benchmarks: bad input of any kind ends them with status 2 and one line on stderr."""
+"""The command lines of the benchmarks. Bad input of any kind ends a benchmark with exit status 2 and one line on stderr."""
 
 import argparse
 import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from vffjax.cli.flags import checked, parse_train
-from vffjax.cli.options import Parser
+from vffjax.cli.options import Parser, json_file
 from vffjax.config import Config
 from vffjax.errors import UserError, printable
 
 
-def parser_of(file: str, about: str | None) -> Parser:
-    """The parser of the benchmark in `file`; `about` is the module's docstring."""
+def parser_of(file: str, about: str | None, *shared: str) -> Parser:
+    """Makes the parser of a benchmark.
+
+    Args:
+        file: the benchmark's file.
+        about: the benchmark's docstring, which `--help` prints.
+        shared: the names of those flags in `_SHARED` that the benchmark has.
+    """
     prog = f"python benchmarks/{pathlib.Path(file).name}"
-    return Parser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in shared:
+        parser.add_argument(flag, **_SHARED[flag])
+    return parser
 
 
 @contextlib.contextmanager
 def one_line(file: str) -> Iterator[None]:
-    """Ends the process with status 2, and a line that begins with the name of the benchmark, at a `UserError` or `OSError` within."""
+    """Turns a `UserError` or `OSError` into exit status 2 and one line on stderr that begins with the name of the benchmark in `file`."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -28,10 +38,18 @@ def one_line(file: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def read_config(arguments: Sequence[str], instead: str) -> tuple[Config, str]:
-    """The checked configuration of --config and --config.KEY=VALUE, and its name. No device is used.
+def read_config(arguments: Sequence[str], instead: str = "use --out") -> tuple[Config, str]:
+    """Reads the configuration from --config and --config.KEY=VALUE. No device is used.
 
-    Raises `UserError`, also for --workdir: a benchmark has none, and `instead` says what to use.
+    Args:
+        arguments: the command line without the benchmark's own options.
+        instead: what to do instead of giving --workdir, which no benchmark has.
+
+    Returns:
+        The checked configuration and its name.
+
+    Raises:
+        UserError: an argument is not known, the configuration is not valid, or --workdir was given.
     """
     config, name, workdir = parse_train(list(arguments), "the benchmark's own options")
     if workdir:
@@ -40,14 +58,14 @@ def read_config(arguments: Sequence[str], instead: str) -> tuple[Config, str]:
 
 
 def seeds(text: str) -> list[int]:
-    """The value of --seeds."""
+    """The value of --seeds. Raises `UserError` if it is not a list of whole numbers."""
     if not all(word.isdecimal() and len(word) < 10 for word in text.split(",")):
         raise UserError(f"--seeds={text}: not whole numbers; give for example 0,1,2")
     return [int(word) for word in text.split(",")]
 
 
 def some_of(flag: str, known: Mapping[str, object]) -> Callable[[str], list[str]]:
-    """The type of a flag whose value is a comma-separated list of known names; each is taken once, in order."""
+    """The type of a flag whose value is a comma-separated list of known names. A name that is given twice is taken once."""
 
     def chosen(text: str) -> list[str]:
         for name in text.split(","):
@@ -56,3 +74,10 @@ def some_of(flag: str, known: Mapping[str, object]) -> Callable[[str], list[str]
         return list(dict.fromkeys(text.split(",")))
 
     return chosen
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--out": {"type": json_file, "metavar": "FILE.json", "help": "file of the results"},
+    "--seeds": {"type": seeds, "default": "0,1,2", "help": "comma-separated; default: 0,1,2"},
+    "--set": {"default": [], "action": "append", "metavar": "RULE.KEY=VALUE", "help": "a configuration value for one row; may be repeated"},
+}

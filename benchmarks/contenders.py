@@ -1,4 +1,4 @@
-"""The contenders of `throughput.py`: what each trains; built, compiled and warmed up, ready to run one epoch after another."""
+"""The contenders of `throughput.py`. Each is built, compiled and warmed up, and can then run one epoch after another."""
 
 import functools
 import time
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, Only, refuse, refuse_other_groups
+from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, own_rule, refuse, refuse_other_groups
 from rates import PRODUCTS
 from vffjax.config import Config
 from vffjax.data import sizes_of
@@ -33,23 +33,19 @@ TORCH_BP = ("torch-bp", "torch-bp-compiled")
 TORCH_VFF = ("torch-vff", "torch-vff-compiled")
 CONTENDERS = RULES | dict.fromkeys(TORCH_BP, RULES["bp"]) | dict.fromkeys(TORCH_VFF, RULES["vff-triplet"])
 
-# Keys whose values the benchmark sets itself, for every contender of either library.
-SET_HERE = {
-    "rule": Only(("vff",), "every contender has a rule of its own", "leave it at vff and choose by --only"),
-    "init_from": RANDOM_WEIGHTS,
-    "schedule": JOINT,
-}
+# Keys whose values the benchmark sets itself for all contenders.
+SET_HERE = {"rule": own_rule("contender", "--only"), "init_from": RANDOM_WEIGHTS, "schedule": JOINT}
 
-# With its default mode a GPU waits for Python to launch each kernel; "max-autotune" replays CUDA graphs, and takes minutes to compile.
+# In the default mode a GPU waits while Python launches each kernel. "max-autotune" replays CUDA graphs, but takes minutes to compile.
 _COMPILE_MODES = {"cpu": ("default",), "cuda": ("default", "max-autotune")}
 
 
 class Unavailable(Exception):
-    """A contender that cannot run here; the message says why."""
+    """Raised for a contender that cannot run on this machine. The message says why."""
 
 
 class TorchImages(NamedTuple):
-    """A workload's images and labels on PyTorch's `device`, as tensors."""
+    """The images and labels of a workload as tensors on a device of PyTorch."""
 
     device: str
     images: Any
@@ -62,7 +58,7 @@ def variant(config: Config, name: str) -> Config:
 
 
 def check_keys(config: Config, names: list[str]) -> None:
-    """Raises `UserError` where the configuration says something that one of these contenders would not do."""
+    """Raises `UserError` for a key of the configuration that one of the named contenders would not obey."""
     refuse(config, SET_HERE)
     refuse_other_groups(config, {name: CONTENDERS[name].get("grouping", config.grouping) for name in names}, "--only")
     for name in names:
@@ -73,7 +69,12 @@ def check_keys(config: Config, names: list[str]) -> None:
 
 
 class Workload:
-    """Random images of the data set's size and random labels, as many as make `steps` steps."""
+    """Random images of the data set's size with random labels.
+
+    Args:
+        config: the configuration of all contenders.
+        steps: the number of batches to make images for.
+    """
 
     def __init__(self, config: Config, steps: int):
         _, self.shape, self.classes = sizes_of(config)
@@ -88,10 +89,10 @@ class Workload:
 
     @functools.cached_property
     def for_torch(self) -> TorchImages:
-        """On the device that JAX uses. Raises `Unavailable` if PyTorch is missing or does not reach it."""
+        """The images on the device that JAX uses. Raises `Unavailable` if PyTorch is not installed or cannot use this device."""
         try:
             import torch
-        except (ImportError, OSError) as error:  # OSError: installed, but a library of its own does not load
+        except (ImportError, OSError) as error:  # OSError: PyTorch is installed, but a library that it needs does not load
             raise Unavailable(f"PyTorch cannot be imported ({_line(error)}); pip install -e '.[bench]'") from error
         backend = jax.default_backend()
         device = {"cpu": "cpu", "gpu": "cuda"}.get(backend)
@@ -100,17 +101,22 @@ class Workload:
         return TorchImages(device, *(torch.from_numpy(a).to(device) for a in (self._images, self._labels.astype(np.int64))))
 
     def start(self, config: Config) -> tuple[Plan, Task, tuple[GroupState, ...]]:
-        """Groups, codebook and fresh states of one contender."""
+        """The plan, the task and the initial states of a contender."""
         plan = make_plan(config, self.examples, self.classes)
         return plan, blank_task(plan, self.shape), jax.jit(functools.partial(init_states, plan, self.shape))()
 
     def check(self, config: Config) -> None:
-        """Raises `UserError` where a contender's configuration does not fit the images."""
+        """Raises `UserError` if the configuration of a contender does not fit the images."""
         check_against_data(make_plan(config, self.examples, self.classes), self.examples, self.shape)
 
 
 class JaxContender:
-    """The epoch as `vffjax.training.epochs` runs it, compiled ahead of time; its states go on from epoch to epoch."""
+    """The epoch of `vffjax.training.epochs`, compiled ahead of time. Each epoch goes on from the states of the one before.
+
+    Args:
+        config: the configuration of the contender.
+        work: its images.
+    """
 
     library = "jax"
 
@@ -126,27 +132,35 @@ class JaxContender:
             "peak_bytes_from": "the compiler's plan for a segment of the epoch: arguments, outputs and temporaries",
         }
         self.epoch()
-        # Never falls: it is the greatest of all contenders so far.
+        # This never falls: it is the peak over all contenders that ran before in this process.
         self.facts["process_peak_bytes_in_use"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def epoch(self) -> None:
-        """Returns when the device has done all of it."""
+        """Runs one epoch and waits until the device has finished it."""
         self._states, _ = self._epoch(self._task, self._states, self._data, self._number)
         self._number += 1
         jax.block_until_ready(self._states)
 
 
 class TorchContender:
-    """A peer of `torch_peers`, in the fastest of PyTorch's ways to do the same: `facts["tried"]` has the seconds of an epoch of each.
+    """A peer of `torch_peers`, with the compile mode and optimizer implementation that are fastest on this machine.
 
-    With `compiled`, raises `Unavailable` where `torch.compile` fails, for example without a C++ compiler.
+    `facts["tried"]` has the seconds of an epoch for each combination that was tried.
+
+    Args:
+        config: the configuration of the contender.
+        work: its images.
+        compiled: whether to use `torch.compile`.
+
+    Raises:
+        Unavailable: PyTorch cannot run here, or `torch.compile` fails in every mode, for example because there is no C++ compiler.
     """
 
     library = "torch"
 
     def __init__(self, config: Config, work: Workload, compiled: bool):
         self._data, first = work.for_torch, slice(config.batch_size)
-        from torch_peers import IMPLEMENTATIONS, Peer  # only now: it needs PyTorch
+        from torch_peers import IMPLEMENTATIONS, Peer  # not at the top, because it needs PyTorch
 
         plan, task, states = work.start(config)
         self.facts: dict[str, Any] = {"tried": {}, "failed": {}, "compile_seconds": None}
@@ -155,7 +169,7 @@ class TorchContender:
             peer = Peer(plan, task, states, self._data.device, mode)
             try:
                 compile_seconds = self._seconds(functools.partial(peer.step, self._data.images[first], self._data.labels[first]))
-            except Exception as error:  # of a compiler anything may fail; another mode, and the other contenders, may do without it
+            except Exception as error:  # A compiler may fail in any way. Another mode and the other contenders may still work.
                 if mode is None:
                     raise
                 self.facts["failed"][mode] = _line(error)
@@ -176,7 +190,7 @@ class TorchContender:
         self._measure_peak()
 
     def epoch(self) -> None:
-        """Returns when the device has done all of it."""
+        """Runs one epoch and waits until the device has finished it."""
         self._seconds(lambda: self._peer.epoch(self._data.images, self._data.labels))
 
     def _seconds(self, run: Callable[[], Any]) -> float:
@@ -199,7 +213,13 @@ class TorchContender:
 
 
 def torch_products(size: int, precision: str, device: str) -> Callable[[], None]:
-    """For `rates.product_rate`: PyTorch's matrix products at its default precision for `f32`."""
+    """Makes PyTorch's chain of matrix products for `rates.product_rate`.
+
+    Args:
+        size: rows and columns of the matrices.
+        precision: `bf16`, or `f32` with PyTorch's default precision of products.
+        device: the device of PyTorch.
+    """
     import torch
 
     x = torch.randn(size, size, device=device).to(chosen("precision", precision, {"bf16": torch.bfloat16, "f32": torch.float32}))

@@ -1,9 +1,10 @@
-"""Which keys of the configuration a benchmark obeys. It refuses what it would ignore, so that no figure belongs to another configuration
-than its title says.
+"""Which keys of the configuration a benchmark obeys.
 
-There are two kinds. `PEER` and `FLOPS` stand for code that does again what the trainer does: the PyTorch networks, and the count of FLOPs.
-Their lists name every key that they know; any other key must keep its default, so a new key is refused until somebody lists it. All other
-benchmarks hand the configuration to the trainer, which obeys every key; they list only the keys whose values they set themselves.
+A benchmark refuses a key that it would ignore, so that every figure belongs to the configuration that its title names.
+
+`PEER` and `FLOPS` describe code that reimplements a part of the trainer: the PyTorch networks, and the count of FLOPs. They list every key
+that this code knows. Any other key must keep its default, so that a new key is refused until somebody lists it. All other benchmarks give
+the configuration to the trainer, which obeys every key. They list only the keys whose values they set themselves.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +14,19 @@ from vffjax import rules
 from vffjax.config import FIELDS, Config
 from vffjax.errors import bad_key
 from vffjax.networks.layers import ConvLayer, DenseLayer
-from vffjax.rules import head, vff
+from vffjax.rules import vff
 from vffjax.training.plan import groups_of
 
 
 class Only(NamedTuple):
-    """The values of a key that a benchmark takes, and what it says of any other. `matters` tells for which configurations."""
+    """The values of a key that a benchmark accepts.
+
+    Attributes:
+        accepted: the values.
+        problem: what is wrong with any other value.
+        fix: what to do about it.
+        matters: whether the key is checked at all for a configuration.
+    """
 
     accepted: tuple[Any, ...]
     problem: str
@@ -27,41 +35,51 @@ class Only(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What code that does the trainer's work again makes of the keys. Every key is in one of the three."""
+    """How code that reimplements a part of the trainer treats the keys. Each key that it knows is in one of the last three fields.
+
+    Attributes:
+        who: the code, for messages.
+        obeyed: keys that it obeys with any value.
+        immaterial: keys that have no influence on its result.
+        only: keys that it obeys only with some values.
+    """
 
     who: str
     obeyed: tuple[str, ...]
-    immaterial: tuple[str, ...]  # its result does not depend on them
+    immaterial: tuple[str, ...]
     only: Mapping[str, Only]
 
     def check(self, config: Config, otherwise: str = "") -> None:
-        """Raises `UserError` for the first key whose value would be ignored; `otherwise` is one more way to mend it."""
-        refuse(config, self._unknown() | dict(self.only), otherwise)
-
-    def _unknown(self) -> dict[str, Only]:
+        """Raises `UserError` for the first key whose value would be ignored. `otherwise` is another fix, which the message adds."""
         known = {*self.obeyed, *self.immaterial, *self.only}
-        return {
-            key: Only((default(key),), f"{self.who} do not know this key", f"use {default(key)!r}") for key in FIELDS if key not in known
-        }
+        problem = f"{self.who} do not know this key"
+        unknown = {key: Only((default(key),), problem, f"use {default(key)!r}") for key in FIELDS if key not in known}
+        refuse(config, unknown | dict(self.only), otherwise)
 
 
 def default(key: str) -> Any:
-    """The value of a key that nobody has set."""
+    """The default value of a key."""
     return getattr(Config(), key)
 
 
 def refuse(config: Config, only: Mapping[str, Only], otherwise: str = "") -> None:
-    """Raises `UserError` for the first key of `only` that has another value than those accepted."""
+    """Raises `UserError` for the first key that has a value which is not accepted.
+
+    Args:
+        config: a checked configuration.
+        only: the accepted values by key. Other keys are not checked.
+        otherwise: another fix, which the message adds.
+    """
     for key, rule in only.items():
         if rule.matters(config) and getattr(config, key) not in rule.accepted:
             raise bad_key(key, getattr(config, key), rule.problem, rule.fix + (f", {otherwise}" if otherwise else ""))
 
 
 def refuse_other_groups(config: Config, groupings: Mapping[str, str], flag: str = "") -> None:
-    """Raises `UserError` where keys that count or name groups meet a contender that cuts the network into other groups.
+    """Raises `UserError` if a key that counts or names groups is set, and a contender cuts the network into other groups.
 
     Args:
-        config: the configuration of all contenders.
+        config: the configuration that all contenders share.
         groupings: the grouping of each contender, by its name.
         flag: the flag that chooses the contenders, if there is one.
     """
@@ -78,6 +96,20 @@ SEEDS = Only((0,), "every run takes its seed from --seeds", "leave it at 0 and g
 RANDOM_WEIGHTS = Only(("",), "every contender starts from random weights", "leave it empty")
 
 
+def own_rule(who: str, flag: str) -> Only:
+    """The key `rule` of a benchmark in which each of `who` has a rule of its own, chosen by a flag."""
+    return Only((default("rule"),), f"every {who} has a rule of its own", f"leave it at {default('rule')} and choose by {flag}")
+
+
+def head_alone(config: Config) -> bool:
+    """Whether groups learn by the loss of their heads alone, which is back-propagation where there is one group."""
+    return rules.find(config).loss is None
+
+
+def _is_vff(config: Config) -> bool:
+    return rules.find(config) is vff.RULE
+
+
 def _has_other_layers(config: Config) -> bool:
     """Whether the network has layers that are neither plain convolutions nor dense."""
     return not all(isinstance(layer, (ConvLayer, DenseLayer)) for group in groups_of(config, 2) for layer in group.module.layers)
@@ -85,14 +117,6 @@ def _has_other_layers(config: Config) -> bool:
 
 def _owns_parameters(config: Config) -> bool:
     return rules.find(config).parameters is not None
-
-
-def _is_head(config: Config) -> bool:
-    return rules.find(config) is head.RULE
-
-
-def _is_vff(config: Config) -> bool:
-    return rules.find(config) is vff.RULE
 
 
 def _predicts(config: Config) -> bool:
@@ -107,16 +131,12 @@ PEER = Known(
         *("learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides", "precision"),
     ),
     immaterial=(
-        *("data_dir", "train_examples", "val_fraction"),  # no data set is read, nothing is held out
-        "copies_per_class",  # of labelling=shared
-        *("goodness_threshold", "peer_normalisation"),  # of rule=ff
-        *(
-            "inference",
-            "eval_batch_size",
-            "checkpoint_every",
-            "checkpoint_seconds",
-            "segment_steps",
-        ),  # nothing is classified, nothing is saved
+        # No data set is read, and nothing is held out for validation.
+        *("data_dir", "train_examples", "val_fraction"),
+        # These belong to labellings and rules that the peers do not have.
+        *("copies_per_class", "goodness_threshold", "peer_normalisation"),
+        # Nothing is classified, and nothing is saved.
+        *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the PyTorch contenders have plain layers alone", "use conv4 or vgg8b", _has_other_layers),
@@ -127,9 +147,11 @@ PEER = Known(
         "norm_statistics": Only(("batch",), "the PyTorch contenders train by the batch's statistics alone", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
-        "rule": Only(("vff", "head"), "the PyTorch contenders have no such rule", "use rule=vff or rule=head"),
+        "rule": Only(
+            (), "the PyTorch contenders have no such rule", "use rule=vff or rule=head", lambda c: not (_is_vff(c) or head_alone(c))
+        ),
         "rule_options": Only(({},), "the PyTorch contenders know no options of a rule", "leave it empty"),
-        "grouping": Only(("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", _is_head),
+        "grouping": Only(("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", head_alone),
         "labelling": Only(("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", _is_vff),
         "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", _is_vff),
         "negatives": Only(("uniform",), "the PyTorch contenders draw wrong labels uniformly", "use negatives=uniform", _predicts),
@@ -147,20 +169,17 @@ FLOPS = Known(
         *("copies_per_class", "negatives", "head_weight", "batch_size"),
     ),
     immaterial=(
-        *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),  # the caller gives image shape and classes
-        *(
-            "flip",
-            "alternating_flip",
-            "crop_padding",
-            "cutout",
-            "pixel_statistics",
-            "noise_scale",
-        ),  # images count nothing until the first layer has them
-        *("norm", "norm_statistics", "contrast", "similarity", "margin", "temperature", "label_smoothing"),  # nor do these, see rates.py
-        *("goodness_threshold", "peer_normalisation", "on_nonfinite"),
-        *("optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides"),
-        *("epochs", "precision", "rematerialise"),  # the model's FLOPs of one step, not those that a program executes
-        *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),  # not of training
+        # The caller gives the shape of an image and the number of classes.
+        *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
+        # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
+        *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
+        *("contrast", "similarity", "margin", "temperature", "label_smoothing", "goodness_threshold", "peer_normalisation"),
+        *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
+        "overrides",
+        # The FLOPs are those of the model in one step, and not those that a program executes.
+        *("epochs", "precision", "rematerialise"),
+        # These do not belong to training.
+        *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the count of FLOPs knows plain layers alone", "use conv4 or vgg8b", _has_other_layers),

@@ -3,23 +3,25 @@
     python benchmarks/memory.py --config configs/cifar10.py:yardstick --out FILE.json [--config.KEY=VALUE ...] [--quick]
                                 [--depths 2,4,8,16] [--batches 128,512]
 
-Methods: `bp` back-propagation on the same network; `bp checkpointed` the same, keeping the inputs of segments of about sqrt(depth)
-layers and recomputing the rest; `bp accumulated` the same, its gradient the mean over four parts of the batch, one after the other; `vff
-joint` all groups on each batch; `vff sequential` the last group on its frozen predecessors, or the same of another config.rule. There each
-layer is a group. A network
-of given depth has layers of the configuration's first width, without pooling. Devices: this machine's CPU, in the configuration's
-precision; a TPU v5e by libtpu's compiler, which makes a real executable without the chip, in bf16, skipped where libtpu is not
-installed; and JAX's own device, in bf16, where that is a GPU or TPU.
+Methods: `bp` is back-propagation on the same network; `bp checkpointed` keeps the inputs of segments of about sqrt(depth) layers and
+recomputes the rest; `bp accumulated` computes four parts of the batch one after the other and takes the mean of their gradients; `vff
+joint` trains all groups on each batch; `vff sequential` trains the last group behind its frozen predecessors. Another config.rule has the
+same two rows under its own name. For the local rule each layer is a group. A network of given depth has layers of the configuration's first
+width, without pooling.
 
-Bytes are those of the compiler's plan for one step whose states are donated: arguments (states, batch, codebook), outputs, the part
-of the outputs that lies where arguments were, and temporaries. Not counted are the rest of the data set on the device, the scratch memory
-of the runtime and its libraries, and on a TPU what the compiler keeps in the chip's vector memory, 128 MiB on a v5e: where the maps of a
-small batch fit there, back-propagation takes little of the counted memory, and less than VFF. On CPU the plan is that of XLA's default
-schedule, in which training runs. It allocates the outputs of all gradient loops of `bp` before the first begins, a quarter of its
-temporaries; that of `bp checkpointed` hardly does.
+Devices: this machine's CPU in the configuration's precision; a TPU v5e in bf16, which need not be present, because libtpu's compiler makes
+a real executable without it (skipped if libtpu is not installed); and JAX's own device in bf16, if it is a GPU or TPU.
 
-On a GPU or TPU each row also has the peak that the allocator measured over two steps; it includes what the compiler took to try kernels.
-Every row has a process of its own, so that peaks do not mix. Writes FILE.json after every row, then a plot FILE.png; prints the table.
+Bytes are those of the compiler's plan for one step with donated states: arguments (states, batch, codebook), outputs, the part of the
+outputs that overwrites arguments, and temporaries. Three things are not counted: the rest of the data set on the device; the scratch memory
+of the runtime and its libraries; and on a TPU what the compiler keeps in the chip's vector memory, which is 128 MiB on a v5e. If the
+feature maps of a small batch fit there, back-propagation takes little of the counted memory, and less than VFF. On CPU the plan is that of
+XLA's default schedule, which training uses too. It allocates the outputs of all gradient loops of `bp` before the first one begins, which
+is a quarter of the temporaries of `bp`. This hardly happens for `bp checkpointed`.
+
+On a GPU or TPU each row also has the peak that the allocator measured over two steps. It includes the memory that the compiler used to try
+kernels. Every row is measured in a process of its own, so that each peak belongs to one row. The script writes FILE.json after every row
+and the plot FILE.png at the end, and prints the table.
 """
 
 import argparse
@@ -62,33 +64,49 @@ STYLES = {
 SET_HERE = {
     "frozen_groups": Only((0,), "methods and depths have other groups than the configuration", "use 0"),
     "overrides": Only(({},), "methods and depths have other groups than the configuration", "leave it out"),
-    "feature_cache": Only(("none",), "the sequential step of the ledger computes what frozen groups put out", "use feature_cache=none"),
+    "feature_cache": Only(("none",), "the sequential step of the ledger computes the output of frozen groups", "use feature_cache=none"),
 }
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
-    """Own options, completed and checked; the configuration and its name. Raises `UserError`."""
+    """Reads the command line.
+
+    Returns:
+        The benchmark's own options with their defaults filled in, the configuration, and its name.
+
+    Raises:
+        UserError: an option or the configuration is not valid.
+    """
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json", help="results; the plot is FILE.png")
     parser.add_argument("--depths", metavar="N,N", help="layers of the networks; default: 2,4,8,16; quick: 2,4")
     parser.add_argument("--batches", metavar="N,N", help="images in a step; default: 128,512; quick: 32")
-    parser.add_argument("--quick", action="store_true", help="a look: small networks, which leave much of the difference to other things")
+    parser.add_argument("--quick", action="store_true", help="a first look at small networks, which show less of the difference")
     own, rest = parser.parse_known_args(arguments)
     own.depths = whole_numbers("--depths", own.depths or ("2,4" if own.quick else "2,4,8,16"))
     own.batches = whole_numbers("--batches", own.batches or ("32" if own.quick else "128,512"))
-    config, name = read_config(rest, "use --out")
+    config, name = read_config(rest)
     refuse(config, SET_HERE)
     return own, config, name
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a process that ends with it, as does all that it held on the device."""
+    """Calls a function in a new process and returns its result. The process then ends, and frees what it held on the device."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measured_row(case: Case, target: str) -> dict[str, Any]:
-    """A row of the ledger; of a device that is here also `measured_peak_bytes`, None where it does not count them."""
+    """Measures one row of the ledger.
+
+    Args:
+        case: the case.
+        target: the name of the device; see `targets.find`.
+
+    Returns:
+        The row, with the name of the `target`, and `measured_peak_bytes`: the peak of two steps on JAX's own device, or None if they were
+        not run or the device does not count bytes.
+    """
     place = targets.find(target)
     compiled = compile_step(case, place)
     found = {"target": target} | row(case, place, compiled) | {"measured_peak_bytes": None}
@@ -99,7 +117,7 @@ def measured_row(case: Case, target: str) -> dict[str, Any]:
 
 
 def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
-    """Some steps on random images, from fresh states; the last states and metrics."""
+    """Runs a compiled step a few times on random images, from initial states. Returns the last states and metrics."""
     sizes, (plan, _) = sizes_of(case.config), make_step(case)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (plan.config.batch_size, *sizes.image_shape), np.uint8))
@@ -114,11 +132,12 @@ def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Temporaries against depth: a line for each method, a panel for each device and batch."""
+    """Plots temporaries against depth to a file, with a line for each method and a panel for each device and batch size."""
     drawing.draw(path, lambda: figure_of(rows))
 
 
 def figure_of(rows: list[dict[str, Any]]) -> Any:
+    """The plot as a Matplotlib figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -130,7 +149,7 @@ def figure_of(rows: list[dict[str, Any]]) -> Any:
     for (target, batch), axes in zip(panels, grid.ravel(), strict=True):
         shown = [r for r in rows if (r["target"], r["batch"]) == (target, batch)]
         for method in dict.fromkeys(r["method"] for r in shown):
-            color, style = STYLES[method if method in STYLES else method.split()[-1]]  # of `vff joint`, the schedule
+            color, style = STYLES[method if method in STYLES else method.split()[-1]]  # "joint" for "vff joint"
             points = [(r["depth"], r["temp_bytes"] / 1e6) for r in shown if r["method"] == method and not r["problem"]]
             axes.plot([p[0] for p in points], [p[1] for p in points], style, color=color, marker="o", markersize=3.5, label=method)
         axes.set_xscale("log", base=2)
@@ -148,7 +167,7 @@ def figure_of(rows: list[dict[str, Any]]) -> Any:
 @one_line(__file__)
 def main() -> None:
     own, config, name = parse(sys.argv[1:])
-    # Not asked here: a process that has asked holds the device.
+    # A process that asks JAX for its device also holds the device, so another process asks.
     precisions = {"cpu": config.precision, "tpu": "bf16"} | ({} if in_own_process(jax.default_backend) == "cpu" else {"here": "bf16"})
     skipped = {} if targets.has_tpu_compiler() else {"tpu": "libtpu is not installed; pip install -e '.[tpu-compiler]'"}
     cases = {}

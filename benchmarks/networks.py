@@ -1,13 +1,13 @@
-"""Every published network in one table: groups, parameters, the locality certificate, bytes of a training step, and a TPU's executable.
+"""Measures every published network: its groups, parameters, locality certificate, and the bytes of a training step on a TPU.
 
     pip install -e ".[tpu-compiler]"
     JAX_PLATFORMS=cpu python benchmarks/networks.py --out networks.json [--networks vgg8b,resnet18] [--config.KEY=VALUE ...] [--skip-tpu]
 
-Networks are those of configs/vgg8b.py and configs/resnet18.py with `config.network` changed: CIFAR-10, batch 128, the 32x32 stem, in
-bfloat16. For each grouping the certificate is made on the traced program; a training step, back-propagation's and VFF's for
-each grouping, is compiled for one chip of a TPU v5e by Google's own compiler, whose ledger is shown. Nothing is trained, no data set read.
-Half an hour of two cores in all; what FILE.json holds of the same configuration and packages is kept, so that a stopped run goes on.
-It does not know of changes to this package's own code: after one, give another file.
+The networks are those of configs/vgg8b.py and configs/resnet18.py with `config.network` changed: CIFAR-10, batch 128, the 32x32 stem,
+bfloat16. For each grouping the certificate is made from the traced program. A training step of back-propagation, and one of VFF for each
+grouping, are compiled for one chip of a TPU v5e by Google's own compiler. Nothing is trained, and no data set is read. All of it takes half
+an hour on two cores. Results in FILE.json that belong to the same configuration and package versions are kept, so that a stopped run goes
+on. Changes to the code of this package are not noticed: give another file after a change.
 """
 
 import importlib.metadata
@@ -17,10 +17,9 @@ import sys
 import time
 from typing import Any
 
-import jax
-
 from arguments import one_line, parser_of, read_config, some_of
-from keys import JOINT, Only, refuse
+from keys import JOINT, Only, default, refuse
+from records import parameters
 from vffjax.cli.options import json_file
 from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
@@ -29,14 +28,15 @@ from vffjax.files import write_json
 from vffjax.proofs import locality
 from vffjax.registry import NETWORKS
 from vffjax.training.checks import make_config
-from vffjax.training.plan import init_states, make_plan
+from vffjax.training.plan import make_plan
 
 GROUPINGS = ("width", "block", "layer")
-# Keys whose values the table sets itself, for one row or column after another.
-PUBLISHED = ("vgg8b", "vgg11b", "resnet18", "resnet34", "resnet50")
+# The networks with published widths. Sorted by length first, vgg8b comes before vgg11b.
+PUBLISHED = sorted((name for name in NETWORKS.names if "width_factor" in NETWORKS.find(name).keys), key=lambda name: (len(name), name))
+# Keys whose values the table sets itself.
 SET_HERE = {
     "grouping": Only(("width",), "every row has all groupings", "leave it out"),
-    "rule": Only(("vff",), "every row has VFF and back-propagation", "leave it at vff"),
+    "rule": Only((default("rule"),), "every row has VFF and back-propagation", f"leave it at {default('rule')}"),
     "schedule": JOINT,
     "frozen_groups": Only((0,), "back-propagation and each grouping have other groups", "use 0"),
     "overrides": Only(({},), "back-propagation and each grouping have other groups", "leave it out"),
@@ -46,7 +46,10 @@ VERSIONS = ("jax", "libtpu")
 
 
 def certificates(config: Config) -> dict[str, Any]:
-    """Of each grouping: its groups, whether it is local, and the seconds that took; back-propagation, one group, must fail."""
+    """For each grouping: whether it is local, the number of layers in each group, and the seconds that the certificate took.
+
+    The grouping `all` is back-propagation, and must not be local.
+    """
     found = {}
     for grouping in (*GROUPINGS, "all"):
         start = time.perf_counter()
@@ -56,18 +59,15 @@ def certificates(config: Config) -> dict[str, Any]:
     return found
 
 
-def parameters(config: Config) -> dict[str, int]:
-    """Entries of all parameters, and those of the heads among them."""
+def counted(config: Config) -> dict[str, int]:
+    """The number of scalar parameters in the whole network (`all`), and of those in its `heads`."""
     sizes = sizes_of(config)
-    plan = make_plan(config, sizes.train_images, sizes.classes)
-    trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, sizes.image_shape))]
-    return {
-        name: sum(leaf.size for leaf in jax.tree.leaves(parts)) for name, parts in (("all", trees), ("heads", [t["head"] for t in trees]))
-    }
+    count = parameters(make_plan(config, sizes.train_images, sizes.classes))
+    return {"all": sum(count.values()), "heads": count["heads"]}
 
 
 def steps(config: Config) -> list[ledger.Case]:
-    """Back-propagation's, and VFF's for each grouping."""
+    """The training steps to compile: that of back-propagation, and that of VFF for each grouping."""
     groupings = [ledger.cases(make_config(config.to_dict() | {"grouping": grouping}), [], []) for grouping in GROUPINGS]
     bp = [case for case in groupings[0] if case.method == "bp"]
     return bp + [case for cases in groupings for case in cases if case.method == f"{config.rule} joint"]
@@ -76,24 +76,24 @@ def steps(config: Config) -> list[ledger.Case]:
 @one_line(__file__)
 def main() -> None:
     parser = parser_of(__file__, __doc__)
-    parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json")
+    parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json", help="file of the results")
     parser.add_argument(
         "--networks", type=some_of("--networks", dict.fromkeys(PUBLISHED)), default=",".join(PUBLISHED), help="comma-separated"
     )
-    parser.add_argument("--skip-tpu", action="store_true", help="certificates and parameters alone")
+    parser.add_argument("--skip-tpu", action="store_true", help="make only certificates and counts of parameters")
     own, rest = parser.parse_known_args()
     found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     for network in own.networks:
         file = "configs/resnet18.py" if NETWORKS.find(network).blocks else "configs/vgg8b.py"
         given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
-        config = read_config(given, "use --out")[0]
+        config = read_config(given)[0]
         refuse(config, {"network": Only((network,), "the networks are those of --networks", "leave it out")} | SET_HERE)
         print(f"== {network}", file=sys.stderr, flush=True)
         about = {"config": json.loads(json.dumps(config.to_dict())), "versions": versions}
         row: dict[str, Any] = found.get(network, {})
         if {key: row.get(key) for key in about} != about:
-            row = found[network] = about | {"parameters": parameters(config), "certificates": certificates(config), "ledger": []}
+            row = found[network] = about | {"parameters": counted(config), "certificates": certificates(config), "ledger": []}
             write_json(own.out, found)
         known = [(step["method"], step["grouping"]) for step in row["ledger"]]
         missing = [case for case in steps(config) if (case.method, case.config.grouping) not in known]
@@ -106,7 +106,10 @@ def main() -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: temporaries of a step in MB, of back-propagation and of VFF for each grouping, with the ratio of the two."""
+    """The results as a Markdown table.
+
+    Bytes are the temporaries of a step in MB, for back-propagation and for VFF in each grouping, with the ratio of the two.
+    """
     titles = ["network", "million parameters (heads)", f"groups by {', '.join(GROUPINGS)}", "local", "bp"]
     titles += [f"vff by {grouping}" for grouping in GROUPINGS]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

@@ -1,7 +1,8 @@
-"""The arithmetic of a training step, and how fast this machine multiplies matrices: together, the share of the machine that is used.
+"""The FLOPs of a training step, and the FLOP/s of matrix products on this machine. Together they say how much of the machine is used.
 
-FLOPs are those of the model, counted from layer shapes, not those that a program executes. A fast convolution algorithm (Winograd, FFT)
-may execute fewer, and padding counts as if it were image. Normalisation, activation, pooling, CSCL and the optimizer count nothing.
+FLOPs are those of the model, counted from the shapes of its layers, and not those that a program executes. A fast convolution algorithm
+(Winograd, FFT) may execute fewer. Padding is counted like image. Normalisation, activations, pooling, CSCL and the optimizer are not
+counted.
 """
 
 import math
@@ -21,19 +22,25 @@ from vffjax.hyperparameters import at_peak
 from vffjax.networks.layers import ConvLayer
 from vffjax.training.plan import groups_of
 
-KERNEL = 3  # side of every convolution's kernel, in positions
+KERNEL = 3  # side of the kernel of every convolution, in positions
 PRODUCTS, TRIALS = 8, 5
 
 
 class GroupWork(NamedTuple):
-    """Multiplications that one row needs on its way forward: in each layer of a group, and in its head."""
+    """The multiplications of one row's forward pass, in each layer of a group and in its head."""
 
     layers: tuple[int, ...]
     head: int
 
 
 def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int) -> tuple[GroupWork, ...]:
-    """The multiplications of each group for images (h, w, c)."""
+    """The multiplications in each group for one row.
+
+    Args:
+        config: a configuration of plain layers.
+        image_shape: height, width and channels of an image.
+        classes: the number of classes.
+    """
     shape: tuple[int, ...] = image_shape
     work = []
     for group in groups_of(config, classes):
@@ -51,11 +58,19 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
 
 
 def training_flops(config: Config, image_shape: tuple[int, int, int], classes: int) -> int:
-    """Model FLOPs of one training step of all groups, two for each multiplication.
+    """The model FLOPs of one training step of all groups, two for each multiplication.
 
-    Every layer goes forward and has a kernel gradient for each row, clean or labelled; each but the first of its group has an input
-    gradient as well, and so has a head whose gradient enters the group. The layers of a frozen group only go forward, and no gradient
-    enters them. Heads count for clean rows only. Raises `UserError` for a configuration whose step is not counted (see `keys.FLOPS`).
+    For each row, clean or labelled, every layer has a forward pass and a kernel gradient. Every layer but the first of its group also has
+    an input gradient, and so has a head whose gradient trains the group. The layers of a frozen group have a forward pass only. Heads are
+    counted for clean rows only.
+
+    Args:
+        config: a checked configuration.
+        image_shape: height, width and channels of an image.
+        classes: the number of classes.
+
+    Raises:
+        UserError: the step of this configuration cannot be counted; see `keys.FLOPS`.
     """
     FLOPS.check(config)
     batch = config.batch_size
@@ -67,13 +82,18 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
         frozen = group < config.frozen_groups
         total += rows * (sum(layers) if frozen else 3 * sum(layers) - layers[0])
         total += batch * head * (3 if enters and not frozen else 2)
-        if rule.predicts(config):  # one more clean pass, forward alone
+        if rule.predicts(config):  # The predictions take one more forward pass of the clean rows.
             total += batch * (sum(layers) + head)
     return 2 * total
 
 
 def product_rate(products: Callable[[], None], size: int) -> float:
-    """FLOP/s of `products`, which multiplies matrices of `size` x `size` `PRODUCTS` times and waits: the median of `TRIALS` runs."""
+    """The FLOP/s of matrix products, as the median of `TRIALS` runs after one to warm up.
+
+    Args:
+        products: multiplies matrices `PRODUCTS` times, and waits for the result.
+        size: rows and columns of the matrices.
+    """
     products()
     seconds = []
     for _ in range(TRIALS):
@@ -84,11 +104,16 @@ def product_rate(products: Callable[[], None], size: int) -> float:
 
 
 def jax_products(size: int, precision: str) -> Callable[[], None]:
-    """For `product_rate`: JAX at its default precision for `f32`, in and out of bfloat16 for `bf16`."""
+    """Makes JAX's chain of matrix products for `product_rate`.
+
+    Args:
+        size: rows and columns of the matrices.
+        precision: `bf16`, for which factors and products are bfloat16, or `f32` with JAX's default precision of products.
+    """
     dtype = chosen("precision", precision, {"bf16": jnp.bfloat16, "f32": jnp.float32})
     multiply: Any = jax.jit(jnp.matmul)
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
-    step = x / math.sqrt(size)  # products of products stay near 1
+    step = x / math.sqrt(size)  # so that repeated products stay near 1
 
     def run() -> None:
         y = x

@@ -1,24 +1,25 @@
-"""The ledger: `results/NAME.json`, one small file for each run that counts, from which all tables are made.
+"""The ledger of results: one small file `results/NAME.json` for each run that is published. All tables are made from these files.
 
-A record holds the configuration, the errors (percent), the curves by epoch, what trained it (commit, versions, device) and what it took.
+A record holds the configuration, the errors in percent, the curves by epoch, the code and machine that trained it (commit, versions,
+device), and the time and memory that it took.
 """
 
 import json
 import pathlib
 import re
-import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from rates import training_flops
+from spread import Spread
 from vffjax.config import Config
 from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import read_json, write_json
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.origin import origin
-from vffjax.training.plan import Plan, init_states
+from vffjax.training.plan import Plan, abstract_start
 
 FORMAT = 1
 CURVES = ("val_error", "train_accuracy", "loss", "seconds")
@@ -26,25 +27,16 @@ _FROM_SUMMARY = ("test_error", "test_error_per_group", "val_error", "voting", "b
 _ORIGIN = ("commit", "versions", "device", "cores", "flags", "data_sha256", "seconds", "images_per_second", "compile_seconds", "peak_bytes")
 
 
-class Row(NamedTuple):
-    """Mean and sample standard deviation (None for one run) of a figure over the seeds of a name."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.sd is None else f" ± {self.sd:.2f}")
-
-
 def record(name: str, config_name: str, changes: dict[str, Any], plan: Plan, workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    """The record of a finished run: what its workdir holds, and what can be counted from its plan.
+    """Makes the record of a finished run from its workdir and its plan.
 
     Args:
-        name: of the run, without the folder and `.json`.
-        config_name, changes: the configuration file, and the keys that differ from it.
-        plan, workdir: of the run.
-        quiet: whether its seconds can be trusted.
+        name: the name of the run, such as `cifar10-small-vff-s0`.
+        config_name: the configuration file, as the list of runs names it.
+        changes: the keys that differ from this file.
+        plan: the plan of the run.
+        workdir: the folder of the run.
+        quiet: whether the machine was quiet, so that the seconds can be trusted.
     """
     summary, history = read_json(workdir / "summary.json"), read_metrics(workdir)
     return {
@@ -57,7 +49,7 @@ def record(name: str, config_name: str, changes: dict[str, Any], plan: Plan, wor
         "parameters": parameters(plan),
         "quiet": quiet,
         **{key: summary[key] for key in _ORIGIN},
-        # Where a machine keeps its files is nobody's business, and changes no result.
+        # Variables that name folders describe the machine, and do not change a result.
         "flags": {key: value for key, value in summary["flags"].items() if not key.endswith("_DIR")},
         "earlier_origins": len(summary["earlier_origins"]),
         "curves": {key: [_short(line.get(key)) for line in history] for key in CURVES},
@@ -66,14 +58,22 @@ def record(name: str, config_name: str, changes: dict[str, Any], plan: Plan, wor
 
 
 def failed(name: str, config_name: str, changes: dict[str, Any], config: Config, problem: str) -> dict[str, Any]:
-    """The record of a run that could not be finished, such as one that diverged: a trial that was lost counts as well."""
+    """Makes the record of a run that could not be finished, such as one that diverged, so that failed trials are reported too.
+
+    Args:
+        name: the name of the run.
+        config_name: the configuration file, as the list of runs names it.
+        changes: the keys that differ from this file.
+        config: the configuration of the run.
+        problem: why the run ended.
+    """
     about = {"format": FORMAT, "name": name, "config_name": config_name, "changes": changes, "problem": problem, "seed": config.seed}
     about |= {key: value for key, value in origin(config).items() if key in ("commit", "versions", "device", "cores")}
     return about | {"config": config.to_dict() | {"data_dir": ""}}
 
 
 def model_flop(plan: Plan) -> int | None:
-    """Floating-point operations of the whole training as `rates` counts them; None for what it does not count."""
+    """The floating-point operations of the whole training as `rates` counts them, or None for a configuration that it does not count."""
     sizes = sizes_of(plan.config)
     try:
         return training_flops(plan.config, sizes.image_shape, sizes.classes) * plan.steps_per_epoch * plan.config.epochs
@@ -82,23 +82,22 @@ def model_flop(plan: Plan) -> int | None:
 
 
 def parameters(plan: Plan) -> dict[str, int]:
-    """How many numbers the layers have, and the heads."""
-    trees = [state.params for state in jax.eval_shape(lambda: init_states(plan, sizes_of(plan.config).image_shape))]
+    """The number of scalar parameters in all `heads`, and in everything else (`layers`)."""
     count = {"layers": 0, "heads": 0}
-    for tree in trees:
-        for part, leaves in tree.items():
+    for state in abstract_start(plan, sizes_of(plan.config).image_shape)[1]:
+        for part, leaves in state.params.items():
             count["heads" if part == "head" else "layers"] += sum(leaf.size for leaf in jax.tree.leaves(leaves))
     return count
 
 
 def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
-    """Writes a record as `folder/NAME.json`."""
+    """Writes a record to `folder/NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{found['name']}.json", found)
 
 
 def read_all(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The records of a folder by name. Raises `UserError` for a file that is none, or of another format."""
+    """Reads all records of a folder, by name. Raises `UserError` for a JSON file that is not a record or has another format."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -113,21 +112,20 @@ def read_all(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def seeds_of(found: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The records of all seeds of a name, `NAME-s0` and so on, in the order of the seeds."""
+    """The records of all seeds of a name (`NAME-s0`, `NAME-s1`, ...), in the order of the seeds."""
     own = [one for key, one in found.items() if re.fullmatch(re.escape(name) + r"-s\d+", key)]
     return sorted(own, key=lambda one: one["seed"])
 
 
-def over_seeds(found: dict[str, dict[str, Any]], name: str, key: str) -> Row:
-    """A figure of the seeds of a name. Raises `UserError` if there is none, or if a seed lacks it."""
+def over_seeds(found: dict[str, dict[str, Any]], name: str, key: str) -> Spread:
+    """The figure `key` over all seeds of a name. Raises `UserError` if no record has this name, or if a seed lacks the figure."""
     own = seeds_of(found, name)
     if not own:
         raise UserError(f"results: no record is named {name}-sSEED; correct the name, or train it")
     values = [one.get(key) for one in own]
     if not all(isinstance(value, (int, float)) for value in values):
         raise UserError(f"results: {name} has no {key} for each of its seeds ({json.dumps(values)}); leave it out, or say so in words")
-    numbers = [float(value) for value in values if value is not None]
-    return Row(statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+    return Spread.of(value for value in values if value is not None)
 
 
 def _short(value: Any) -> Any:

@@ -1,10 +1,9 @@
-"""An epoch in segments against the same steps in a Python loop, with compile times; and whether a second epoch compiles anything.
+"""Compares an epoch in segments with the same steps in a Python loop, and checks whether a second epoch compiles anything.
 
     python benchmarks/scan_overhead.py --config configs/cifar10.py:small [--config.KEY=VALUE ...]
 
-Random images of the data set's size, as many as make 24 steps. Both run in turn, five times after a warm-up; the ratio is taken pair by
-pair. The loop calls a jitted `train_step` that donates its states, waits for the device once at its end, and gathers its batches by
-the same order as the epoch.
+Both train 24 steps on random images of the data set's size. They run in turn, five times after a warm-up, and the ratio is taken for each
+pair. The loop calls a jitted `train_step` with donated states, gathers its batches one by one, and waits for the device once at its end.
 """
 
 import functools
@@ -20,6 +19,7 @@ import numpy as np
 
 from arguments import one_line, parser_of, read_config
 from keys import JOINT, RANDOM_WEIGHTS, refuse
+from spread import median_and_range
 from vffjax.config import Config
 from vffjax.data import sizes_of
 from vffjax.hyperparameters import HyperParameters
@@ -33,7 +33,14 @@ STEPS, PAIRS = 24, 5
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds of an epoch of `STEPS` steps both ways, and their ratio, scan over loop. Raises `UserError` for what it would not obey."""
+    """Measures the seconds of an epoch of `STEPS` steps both ways, and their ratio.
+
+    Returns:
+        The result in plain JSON types. `scan_over_loop` is the time of the segments divided by that of the loop.
+
+    Raises:
+        UserError: a key of the configuration would be ignored, or the configuration does not fit the data.
+    """
     refuse(config, {"schedule": JOINT, "init_from": RANDOM_WEIGHTS})
     _, shape, classes = sizes_of(config)
     n = STEPS * config.batch_size
@@ -87,8 +94,7 @@ def measure(config: Config) -> dict[str, Any]:
         "scan_compile_seconds": scan_compile,
         "scan_seconds": statistics.median(a for a, _ in pairs),
         "loop_seconds": statistics.median(b for _, b in pairs),
-        "scan_over_loop": statistics.median(a / b for a, b in pairs),
-        "scan_over_loop_range": [min(a / b for a, b in pairs), max(a / b for a, b in pairs)],
+        **median_and_range("scan_over_loop", [a / b for a, b in pairs]),
         "segments": len(epoch.pieces),
         "compilations_of_another_epoch": len(compilations),
         "device": jax.devices()[0].device_kind,

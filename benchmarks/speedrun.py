@@ -1,31 +1,29 @@
-"""Seconds of training to a validation accuracy, by local rules only.
+"""Measures the seconds of training that a local rule needs to reach a validation accuracy.
 
     python benchmarks/speedrun.py --target 0.80 [--config configs/cifar10_speed.py] [--config.KEY=VALUE ...] [--seeds 0,1,2]
                                   [--out FILE.json]
 
-The rules of the board:
+The rules of the race:
 
-1. No gradient crosses a group. A configuration whose layers make one group is refused.
-2. Training sees the data set's training images without the validation part, which the seed draws (`config.val_fraction`). The test images
-   are looked at once, after the clock has stopped for good, and nothing depends on them.
-3. The accuracy is that of all groups' heads together on the validation images, after each epoch, in one clean pass. No group is left out
-   and nothing is chosen.
-4. The clock runs while an epoch runs, augmentation included, from its dispatch until its last parameter is there. It stands still while
-   the accuracy is taken. It stops at the end of the first epoch that reaches the target. The schedule is what the configuration says, fixed
-   before the start: it does not know when the target will come.
-5. Before the clock starts, the data lie on the device, all programs are compiled, that of the accuracy too, and one whole epoch has run on
-   other parameters with random labels, so that nothing trained leaks into the run. Compilation is reported apart.
-6. Every seed counts. One that never reaches the target makes the board's mean meaningless, so the number of seeds that reached it is
-   part of the result, and mean and standard deviation are over those. Under `config.on_nonfinite=stop` a seed whose loss is no longer
-   finite is stopped, and has not reached the target.
-7. Weights start from the seed, and every seed comes from `--seeds`: keys that say otherwise are refused.
+1. No gradient crosses from one group to another. A configuration that puts all layers into one group is refused.
+2. The network trains on the training images without the validation part, which the seed draws (`config.val_fraction`). The test images are
+   used once, after the clock has stopped for good, and nothing depends on them.
+3. The accuracy is that of all groups' heads together on the validation images. It is taken after each epoch, in one clean pass. No group is
+   left out, and nothing is chosen.
+4. The clock runs while an epoch runs, with its augmentation, from the dispatch of the epoch until its last parameter is computed. It is
+   paused while the accuracy is taken. It stops at the end of the first epoch that reaches the target. The schedule of the learning rate is
+   fixed by the configuration, and does not depend on when the target is reached.
+5. Before the clock starts, the data lie on the device, and all programs are compiled, including that of the accuracy. One whole epoch has
+   run on other parameters with random labels, so that nothing that was learnt enters the race. Compile time is reported separately.
+6. Every seed counts. The result says how many seeds reached the target, because the mean and the standard deviation are over these seeds
+   only. Under `config.on_nonfinite=stop` a seed whose loss is not finite is stopped, and has not reached the target.
+7. Weights start from the seed, and every seed comes from `--seeds`. Keys that say otherwise are refused.
 
-The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epochs in place of steps.
+The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epochs in the place of steps.
 """
 
 import dataclasses
 import pathlib
-import statistics
 import sys
 import time
 from typing import Any
@@ -34,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arguments import one_line, parser_of, read_config, seeds
+from arguments import one_line, parser_of, read_config
 from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, refuse
-from vffjax.cli.options import json_file
+from spread import Spread
 from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.errors import UserError, bad_key
@@ -48,16 +46,16 @@ from vffjax.training.checks import make_config
 from vffjax.training.epochs import Epoch, segment_length
 from vffjax.training.plan import Plan, init_states, make_task
 
-# Keys whose values the board sets itself.
+# Keys whose values the race sets itself.
 SET_HERE = {
     "schedule": JOINT,
     "init_from": RANDOM_WEIGHTS,
-    "inference": Only(("heads",), "the board's accuracy is that of all heads together", "use inference=heads"),
+    "inference": Only(("heads",), "the accuracy of the race is that of all heads together", "use inference=heads"),
 }
 
 
 def check_rules(plan: Plan) -> None:
-    """Refuses what the board does not admit."""
+    """Raises `UserError` for a plan that the rules of the race do not admit."""
     config = plan.config
     if len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1:
         raise bad_key("grouping", config.grouping, "one group of all layers is back-propagation", "use grouping=layer or width")
@@ -67,7 +65,16 @@ def check_rules(plan: Plan) -> None:
 
 
 def race(config: Config, target: float) -> dict[str, Any]:
-    """One seed: seconds to `target`, or None, and what each epoch reached. `target` is a share of 1."""
+    """Runs the race of one seed.
+
+    Args:
+        config: a checked configuration.
+        target: the validation accuracy to reach, between 0 and 1.
+
+    Returns:
+        The result in plain JSON types. `seconds_to_target` is None if the target was not reached. `curve` has the seconds and the
+        validation accuracy after each epoch.
+    """
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     check_rules(plan)
@@ -103,7 +110,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
             reached = seconds
             break
         if config.on_nonfinite == "stop" and np.any(metrics["nonfinite_steps"]):
-            print(f"seed {config.seed}: a loss is not finite; the race of this seed is over", file=sys.stderr, flush=True)
+            print(f"seed {config.seed}: a loss is not finite; the race of this seed ends here", file=sys.stderr, flush=True)
             break
     return {
         "seed": config.seed,
@@ -117,38 +124,32 @@ def race(config: Config, target: float) -> dict[str, Any]:
 
 
 def summarise(races: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation in seconds over the seeds that reached the target, and how many did."""
+    """The number of seeds, how many reached the target, and the mean and standard deviation of their seconds."""
     times = [r["seconds_to_target"] for r in races if r["seconds_to_target"] is not None]
-    return {
-        "reached": len(times),
-        "n": len(races),
-        "seconds_mean": statistics.mean(times) if times else None,
-        "seconds_sd": statistics.stdev(times) if len(times) > 1 else None,
-        "test_accuracy_mean": statistics.mean(r["test_accuracy"] for r in races),
-    }
+    mean, sd, _ = Spread.of(times) if times else (None, None, 0)
+    accuracy = Spread.of(r["test_accuracy"] for r in races).mean
+    return {"reached": len(times), "n": len(races), "seconds_mean": mean, "seconds_sd": sd, "test_accuracy_mean": accuracy}
 
 
 def line(result: dict[str, Any], target: float) -> str:
-    """The board's line."""
-    sd = "" if result["seconds_sd"] is None else f" ± {result['seconds_sd']:.1f}"
-    seconds = "never" if result["seconds_mean"] is None else f"{result['seconds_mean']:.1f}{sd} s"
-    of_seeds = f"{result['reached']} of {result['n']} seeds"
+    """The result of `summarise` in one line."""
+    reached, mean = result["reached"], result["seconds_mean"]
+    seconds = "never" if mean is None else f"{Spread(mean, result['seconds_sd'], reached):.1f} s"
+    of_seeds = f"{reached} of {result['n']} seeds"
     return f"{target:.0%} validation accuracy: {seconds} ({of_seeds}); test accuracy then {result['test_accuracy_mean']:.2%}"
 
 
 @one_line(__file__)
 def main() -> None:
-    parser = parser_of(__file__, __doc__)
-    parser.add_argument("--target", type=float, required=True, help="validation accuracy, a share of 1 such as 0.80")
-    parser.add_argument("--seeds", type=seeds, default="0,1,2", help="comma-separated")
-    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="write the result to a file")
+    parser = parser_of(__file__, __doc__, "--seeds", "--out")
+    parser.add_argument("--target", type=float, required=True, help="validation accuracy to reach, between 0 and 1, such as 0.80")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "cifar10_speed.py"), *rest]
     if not 0 < own.target < 1:
-        raise UserError(f"--target={own.target}: not a share of 1; give for example 0.80")
-    config, name = read_config(rest, "use --out")
-    refuse(config, SET_HERE | {"seed": SEEDS})  # before any data are read
+        raise UserError(f"--target={own.target}: not between 0 and 1; give for example 0.80")
+    config, name = read_config(rest)
+    refuse(config, SET_HERE | {"seed": SEEDS})  # `race` would refuse them too, but only after the data have been read
     races = [race(make_config(dataclasses.replace(config, seed=seed).to_dict()), own.target) for seed in own.seeds]
     result = {"target": own.target, "config_name": name, "device": jax.devices()[0].device_kind} | summarise(races)
     if own.out:

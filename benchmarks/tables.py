@@ -1,15 +1,16 @@
-"""Makes the tables of the documentation from the ledger, and checks that every quoted figure agrees with it.
+"""Makes the tables of the documentation from the ledger of results, and checks that every quoted figure agrees with it.
 
     python benchmarks/tables.py [--results results] [--write] [FILE ...]
 
-Without --write nothing is changed: status 1, and a line for each table and figure that differs from the ledger. FILE defaults to README.md,
-docs/*.md and configs/*.py. In Markdown, a table stands between two comments, of which the first says what it shows:
+Without --write nothing is changed. The script then prints a line for each table and figure that differs from the ledger, and ends with
+status 1 if there are any. FILE defaults to README.md, docs/*.md and configs/*.py. In Markdown, a table stands between two comments. The
+first of them says what the table shows:
 
     <!-- ledger: NAME, NAME columns: test_error, val_error, model_flop -->
     <!-- end of ledger -->
 
-It has a row for each NAME, and mean ± standard deviation over its seeds (`results/NAME-s0.json` and so on). `NAME*` stands for all names
-that begin so. Anywhere, also in a configuration, a figure that names its source is checked:
+Each NAME has a row with mean ± standard deviation over its seeds (`results/NAME-s0.json`, `results/NAME-s1.json`, ...). `NAME*` stands for
+all names with this beginning. A figure that names its source is checked wherever it stands, also in a configuration:
 
     28.3 ± 0.8 % (n = 3, results/NAME)              the test error
     0.84 % (n = 1, results/NAME, val_error)         any other figure of the ledger
@@ -45,7 +46,7 @@ _TITLES = {
 
 
 def names_of(found: dict[str, dict[str, Any]], pattern: str) -> list[str]:
-    """The names, without their seeds, that a table's pattern stands for."""
+    """The names, without their seeds, that match a table's pattern. Raises `UserError` if there are none."""
     every = sorted({re.sub(r"-s\d+$", "", name) for name in found})
     matching = fnmatch.filter(every, pattern)
     if not matching:
@@ -54,7 +55,7 @@ def names_of(found: dict[str, dict[str, Any]], pattern: str) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Any]], names: list[str], columns: list[str]) -> str:
-    """A Markdown table with a row for each name."""
+    """A Markdown table with a row for each name. Raises `UserError` for a column that is not known."""
     for column in columns:
         if column not in _TITLES:
             raise UserError(f"columns: {column}: not known; choose from {', '.join(_TITLES)}")
@@ -81,11 +82,20 @@ def _cell(found: dict[str, dict[str, Any]], name: str, column: str) -> str:
     if column == "seconds":
         trusted = all(one["quiet"] for one in own)
         return f"{records.over_seeds(found, name, 'seconds').mean:,.0f}" if trusted else "(busy machine)"
-    return str(records.over_seeds(found, name, column))
+    return f"{records.over_seeds(found, name, column):.2f}"
 
 
 def differences(found: dict[str, dict[str, Any]], text: str, where: str) -> list[str]:
-    """What a text quotes otherwise than the ledger has it, a line each."""
+    """The tables and figures of a text that differ from the ledger.
+
+    Args:
+        found: the records of the ledger, by name.
+        text: the text.
+        where: the name of its file.
+
+    Returns:
+        A line for each difference, which begins with the file and the line number.
+    """
     wrong = []
     for match in _TABLE.finditer(text):
         if match["body"] != _made(found, match):
@@ -93,11 +103,9 @@ def differences(found: dict[str, dict[str, Any]], text: str, where: str) -> list
             wrong.append(f"{where}:{line}: the table of {match['names']} differs from the ledger; run benchmarks/tables.py --write")
     for match in _FIGURE.finditer(text):
         row = records.over_seeds(found, match["name"], match["key"] or "test_error")
-        digits = len(match["mean"].partition(".")[2])
-        sd = None if row.sd is None else f"{row.sd:.{digits}f}"
-        if (match["mean"], match["sd"], int(match["n"])) != (f"{row.mean:.{digits}f}", sd, row.n):
+        shown = f"{row:.{len(match['mean'].partition('.')[2])}f}"
+        if (" ± ".join(filter(None, (match["mean"], match["sd"]))), int(match["n"])) != (shown, row.n):
             line = text[: match.start()].count("\n") + 1
-            shown = f"{row.mean:.{digits}f}" + (f" ± {sd}" if sd else "")
             wrong.append(f"{where}:{line}: {' '.join(match[0].split())}: the ledger has {shown} % (n = {row.n})")
     return wrong
 
@@ -113,7 +121,7 @@ def main() -> None:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results")
-    parser.add_argument("--write", action="store_true", help="make the tables anew")
+    parser.add_argument("--write", action="store_true", help="write the tables into the files")
     a = parser.parse_args()
     files = a.files or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
     found, wrong = records.read_all(a.results), []

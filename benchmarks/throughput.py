@@ -1,21 +1,21 @@
-"""Training images per second: every rule of `vffjax`, and PyTorch on the same network, in one run on one machine.
+"""Measures training images per second for rules of `vffjax` and for PyTorch, on the same network, in one run on one machine.
 
     python benchmarks/throughput.py --config configs/cifar10.py:yardstick --out FILE.json [--config.KEY=VALUE ...] [--quick]
                                     [--only NAME,NAME] [--steps N] [--repeats N]
 
-Contenders of `vffjax`, each as the scanned epoch: `vff` as configured, `vff-triplet` with a right and a wrong copy of each image, `head`
-the head loss alone, `ff` Hinton's forward-forward, `bp` back-propagation. Of PyTorch (see `torch_peers.py`): `torch-bp` back-propagation,
-`torch-vff` the three streams of `vff-triplet`; `torch-bp-compiled` and `torch-vff-compiled` the same by torch.compile. All have the
-network, batch, precision, augmentation and optimizer of the configuration, and train on random images of the data set's size; no data set
-is read. A key that one of the contenders would not obey is refused (see `keys.py`).
+The contenders of `vffjax` run the trainer's epoch: `vff` as configured, `vff-triplet` with a right and a wrong copy of each image, `head`
+the head loss alone, `ff` Hinton's forward-forward, and `bp` back-propagation. Those of PyTorch (see `torch_peers.py`) are `torch-bp`
+back-propagation and `torch-vff`, which has the three streams of `vff-triplet`; `torch-bp-compiled` and `torch-vff-compiled` are the same
+under torch.compile. All have the network, batch, precision, augmentation and optimizer of the configuration. They train on random images of
+the data set's size, and no data set is read. A key that a contender would not obey is refused (see `keys.py`).
 
-Like is compared with like: `vff-triplet` with the faster of the two `torch-vff`, `bp` with the faster of the two `torch-bp`. `vff` with
-shared copies is another, cheaper algorithm, and the table says so where it sets it beside the others.
+Equal algorithms are compared with each other: `vff-triplet` with the faster of the two `torch-vff`, and `bp` with the faster of the two
+`torch-bp`. `vff` with shared copies is another, cheaper algorithm. The table says so wherever it compares `vff` with the others.
 
-After compiling and warming up, contenders take turns: a round times an epoch of `--steps` steps of each. Ratios are taken within a round.
-Achieved FLOP/s count the model's arithmetic (see `rates.py`), and are set against the rate of
-large matrix products in the same precision, the better of the two libraries'. In f32 on a GPU each library keeps its default of TF32,
-which the JSON records; bf16 compares like with like. Writes FILE.json, a bar chart FILE.png, and the table to standard output.
+After compiling and warming up, contenders take turns. A round times an epoch of `--steps` steps of each, and ratios are taken within a
+round. FLOP/s count the model's arithmetic (see `rates.py`). They are compared with the rate of large matrix products in the same precision,
+in the library where it is higher. In f32 on a GPU each library keeps its own default for TF32, which the JSON records; bf16 is the same
+arithmetic in both. The script writes FILE.json and a bar chart FILE.png, and prints the table.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import sys
 import time
 from typing import Any
 
-# JAX would take three quarters of a GPU's memory for itself, and PyTorch would starve.
+# JAX would otherwise reserve three quarters of a GPU's memory, and leave too little for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Compile seconds are to be those of a first run, as ours are.
+# Without PyTorch's cache its compile time is that of a first run, like ours.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import jax
@@ -48,6 +48,7 @@ from contenders import (
     variant,
 )
 from rates import jax_products, product_rate, training_flops
+from spread import median_and_range
 from vffjax.cli.options import a_count, json_file
 from vffjax.config import Config
 from vffjax.errors import UserError
@@ -55,12 +56,12 @@ from vffjax.files import write_json
 from vffjax.rules.vff import in_batch
 from vffjax.runs import drawing
 
-# On CPU both libraries have a thread pool of all cores, and OpenMP's idle threads spin before they sleep: GNU's for some milliseconds,
-# Intel's for 200. Without a pause a contender of JAX would share its cores with the spinning threads of the PyTorch contender before it.
-# A GPU has no such threads, and would lower its clock.
-_PAUSE = 0.25 if jax.default_backend() == "cpu" else 0.0  # seconds
+# The pause before each contender, in seconds. On CPU both libraries have a thread pool of all cores, and idle threads of OpenMP spin before
+# they sleep: GNU's for some milliseconds, Intel's for 200. Without a pause a contender of JAX would share its cores with spinning threads
+# of PyTorch. A GPU has no such threads, and would lower its clock in a pause.
+_PAUSE = 0.25 if jax.default_backend() == "cpu" else 0.0
 
-# Each with the peers whose fastest it is set against.
+# Contenders, each with the peers of which the fastest is compared with it.
 COMPARED = (
     ("vff-triplet", TORCH_VFF),
     ("bp", TORCH_BP),
@@ -72,7 +73,14 @@ COMPARED = (
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
-    """Own options, completed and checked; the configuration and its name. Raises `UserError`."""
+    """Reads the command line.
+
+    Returns:
+        The benchmark's own options with their defaults filled in, the configuration, and its name.
+
+    Raises:
+        UserError: an option or the configuration is not valid, or a contender would not obey a key.
+    """
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--out", type=json_file, required=True, metavar="FILE.json", help="results; the chart is FILE.png")
     parser.add_argument(
@@ -80,9 +88,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     )
     parser.add_argument("--steps", type=a_count, help="training steps in a timed epoch; default: 8 on CPU, else 200; quick: 2, 20")
     parser.add_argument("--repeats", type=a_count, help="timed epochs of each contender; default: 5; quick: 2")
-    parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
+    parser.add_argument("--quick", action="store_true", help="a first look that is no measurement")
     own, rest = parser.parse_known_args(arguments)
-    config, name = read_config(rest, "use --out")
+    config, name = read_config(rest)
     check_keys(config, own.only)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active" and any(name.startswith("torch") for name in own.only):
         raise UserError("OMP_WAIT_POLICY=active: idle PyTorch threads would spin through the rounds of JAX; unset it")
@@ -93,7 +101,16 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
 
 
 def build(names: list[str], config: Config, work: Workload) -> tuple[dict[str, JaxContender | TorchContender], dict[str, str]]:
-    """Contenders, compiled and warm; and those that cannot run here, with the reason."""
+    """Builds, compiles and warms up contenders.
+
+    Args:
+        names: the contenders.
+        config: the configuration that they share.
+        work: their images.
+
+    Returns:
+        The contenders that are ready, by name; and for those that cannot run on this machine, the reason by name.
+    """
     ready: dict[str, JaxContender | TorchContender] = {}
     missing = {}
     for name in names:
@@ -109,7 +126,18 @@ def build(names: list[str], config: Config, work: Workload) -> tuple[dict[str, J
 
 
 def measure(contenders: dict[str, JaxContender | TorchContender], repeats: int, images: int) -> list[dict[str, float]]:
-    """Images per second of each contender in each round; a round starts one contender further on, so that none always follows the same."""
+    """Times an epoch of each contender in each round.
+
+    Each round starts with the next contender, so that no contender always follows the same one.
+
+    Args:
+        contenders: the contenders by name.
+        repeats: the number of rounds.
+        images: the number of images in an epoch.
+
+    Returns:
+        For each round the images per second of each contender.
+    """
     names, rounds = list(contenders), []
     for number in range(repeats):
         _progress(f"round {number + 1} of {repeats}")
@@ -125,7 +153,17 @@ def measure(contenders: dict[str, JaxContender | TorchContender], repeats: int, 
 
 
 def matrix_product_rates(precision: str, quick: bool, work: Workload, with_torch: bool) -> dict[str, Any]:
-    """FLOP/s of large matrix products in each library, and the better one's."""
+    """Measures the FLOP/s of large matrix products in each library.
+
+    Args:
+        precision: `f32` or `bf16`.
+        quick: whether to take smaller matrices.
+        work: the workload, for the device of PyTorch.
+        with_torch: whether to measure PyTorch too.
+
+    Returns:
+        The side of the matrices as `size`, the FLOP/s of each library by its name, and those of the faster one as `best`.
+    """
     size = (256 if quick else 1024) if jax.default_backend() == "cpu" else (4096 if quick else 8192)
     rates = {"jax": product_rate(jax_products(size, precision), size)}
     if with_torch:
@@ -137,7 +175,15 @@ def matrix_product_rates(precision: str, quick: bool, work: Workload, with_torch
 def summarise(
     name: str, contender: JaxContender | TorchContender, rounds: list[dict[str, float]], flops_per_image: float, product_rate: float
 ) -> dict[str, Any]:
-    """The row of one contender."""
+    """The row of one contender.
+
+    Args:
+        name: the name of the contender.
+        contender: the contender.
+        rounds: the result of `measure`.
+        flops_per_image: the model FLOPs of training on one image.
+        product_rate: the FLOP/s of large matrix products.
+    """
     speeds = [speed[name] for speed in rounds]
     best_peers = [max((speed[peer] for peer in TORCH_BP if peer in speed), default=None) for speed in rounds]
     ratios = [speed / peer for speed, peer in zip(speeds, best_peers, strict=True) if peer is not None]
@@ -145,11 +191,9 @@ def summarise(
     return {
         "contender": name,
         "library": contender.library,
-        "images_per_second": statistics.median(speeds),
-        "images_per_second_range": [min(speeds), max(speeds)],
+        **median_and_range("images_per_second", speeds),
         "n": len(speeds),
-        "over_torch_bp": statistics.median(ratios) if ratios else None,
-        "over_torch_bp_range": [min(ratios), max(ratios)] if ratios else None,
+        **median_and_range("over_torch_bp", ratios),
         "model_flops_per_image": flops_per_image,
         "flops_per_second": achieved,
         "share_of_matrix_product_rate": achieved / product_rate,
@@ -158,7 +202,15 @@ def summarise(
 
 
 def comparisons(rounds: list[dict[str, float]], variants: dict[str, Config]) -> list[dict[str, Any]]:
-    """Ratios of images per second to the fastest peer of the same round, and whether the two train by the same algorithm."""
+    """Compares contenders with the fastest of their peers in the same round.
+
+    Args:
+        rounds: the result of `measure`.
+        variants: the configuration that each contender trains.
+
+    Returns:
+        For each comparison the ratios of images per second, and whether both sides train by the same algorithm.
+    """
     found = []
     for name, peers in COMPARED:
         present = [peer for peer in peers if rounds and peer in rounds[0]]
@@ -170,8 +222,7 @@ def comparisons(rounds: list[dict[str, float]], variants: dict[str, Config]) -> 
                 "contender": name,
                 "peers": present,
                 "same_algorithm": _algorithm(variants[name]) == _algorithm(variants[present[0]]),
-                "ratio": statistics.median(ratios),
-                "ratio_range": [min(ratios), max(ratios)],
+                **median_and_range("ratio", ratios),
                 "n": len(ratios),
             }
         )
@@ -183,7 +234,7 @@ def _algorithm(config: Config) -> dict[str, Any]:
 
 
 def comparison_table(found: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines, those of equal algorithms first."""
+    """The lines of a Markdown table of comparisons, in which those of equal algorithms come first."""
     lines = ["| compared | with the fastest of | ratio of images/s | least - most | n | algorithm |", "|---" * 6 + "|"]
     for row in sorted(found, key=lambda row: not row["same_algorithm"]):
         low, high = row["ratio_range"]
@@ -194,7 +245,7 @@ def comparison_table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """All results as Markdown."""
     head = ["images/s", "least - most", "n", "over best PyTorch BP", "model GFLOP/s", "of matrix products", "compile s", "peak MB"]
     lines = [f"### {found['title']}", "", f"| contender | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for row in found["rows"]:
@@ -219,11 +270,12 @@ def _shown(value: float | None, digits: int) -> str:
 
 
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws a bar chart of the results to a file."""
     drawing.draw(path, lambda: figure_of(found))
 
 
 def figure_of(found: dict[str, Any]) -> Any:
-    """A bar for each row: the median, with a line from the least to the greatest."""
+    """The chart as a Matplotlib figure, with a bar for the median of each row and a line for its range."""
     from matplotlib.figure import Figure
 
     rows = found["rows"][::-1]
@@ -244,8 +296,8 @@ def figure_of(found: dict[str, Any]) -> Any:
 
 
 def machine(work: Workload, with_torch: bool) -> dict[str, Any]:
-    """Versions, devices, threads and the settings on which the arithmetic of f32 depends."""
-    # Not os.cpu_count() alone: a container or taskset may leave fewer.
+    """The versions, devices and threads, and the settings on which the arithmetic of f32 depends."""
+    # A container or taskset may allow fewer cores than os.cpu_count() reports.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     found: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "torch": None},

@@ -1,15 +1,15 @@
-"""What the trainer is measured against: the same networks trained by PyTorch, written as a PyTorch user would who cares for speed.
+"""The same networks trained by PyTorch, as a comparison for the trainer. They are written as a PyTorch user would write them for speed.
 
-Back-propagation (`rule=head`, `grouping=all`), and VFF in its plain form: anchor, positive and negative as three passes through each
-group. Convolutions are NCHW in channels_last memory, images lie on the device as bytes, and no step waits for the host. Parameters are
-float32; `precision=bf16` is autocast, heads included, where `vffjax` computes its heads in float32. In float32 PyTorch's defaults stand:
-on GPUs that have it, TF32 for convolutions and not ("highest") for matrix products.
+There are two kinds: back-propagation (`rule=head`, `grouping=all`), and VFF in its plain form, in which anchors, positives and negatives
+pass through each group one after the other. Convolutions are NCHW in channels_last memory, images lie on the device as bytes, and no step
+waits for the host. Parameters are float32. `precision=bf16` means autocast of everything including the heads, whereas `vffjax` computes its
+heads in float32. In float32 the defaults of PyTorch hold: GPUs that have TF32 use it for convolutions but not for matrix products.
 
-Eager VFF updates a group before the next one begins, and so keeps one group's maps at a time. Compiled VFF is one graph of all groups, each
-on detached inputs: the same gradients, and more for the compiler to fuse.
+Eager VFF updates each group before the next one begins, and so keeps the feature maps of one group at a time. Compiled VFF is one graph of
+all groups, each with detached inputs. This gives the same gradients and lets the compiler fuse more.
 
-Batch normalisation differs from ours in two points that cost no time: the running variance is PyTorch's unbiased one, and each of the
-three streams is normalised by itself, where `vffjax` takes both labelled copies as one stream.
+Batch normalisation differs from ours in two points that cost no time: PyTorch's running variance is the unbiased one, and each of the three
+streams is normalised by its own statistics, whereas `vffjax` takes both labelled copies as one stream.
 """
 
 import math
@@ -26,12 +26,11 @@ from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.networks.layers import EPSILON, MOMENTUM, ConvLayer
-from vffjax.rules import head, vff
 from vffjax.rules.similarity import EPSILON as LEAST_SQUARED_NORM
 from vffjax.rules.streams import Task
 from vffjax.training.plan import Plan
 
-IMPLEMENTATIONS = ("fused", "foreach")  # of torch.optim; which is faster depends on the device and the network
+IMPLEMENTATIONS = ("fused", "foreach")  # in torch.optim; which one is faster depends on the device and the network
 
 
 class Dense(nn.Module):
@@ -63,7 +62,7 @@ class Conv(nn.Module):
 
 
 class Group(nn.Module):
-    """The layers of one of `vffjax`'s groups and its linear head, for inputs of `shape` (h, w, c) or (units,)."""
+    """The layers and the linear head of one group of `vffjax`, for inputs of `shape` (h, w, c) or (units,)."""
 
     def __init__(self, group: LayerGroup, shape: tuple[int, ...], classes: int):
         super().__init__()
@@ -76,28 +75,28 @@ class Group(nn.Module):
                 layers.append(Dense(math.prod(shape), layer.width))
                 shape = (layer.width,)
         self.layers = nn.Sequential(*layers)
-        self.shape = shape  # of one feature map, in our order
+        self.shape = shape  # of one feature map: (h, w, c) or (units,)
         self.cells = [min(group.module.head_grid, side) for side in shape[:-1]]
         self.head = nn.Linear(math.prod(self.cells) * shape[-1], classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Feature map, [batch, c, h, w] or [batch, units]."""
+        """The feature maps, [batch, c, h, w] or [batch, units], for a batch of inputs."""
         return self.layers(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Class scores [batch, classes] of the features mean-pooled to the head's grid."""
+        """The class scores [batch, classes] for feature maps, which are mean-pooled to the head's grid."""
         if features.ndim == 4 and list(features.shape[2:]) != self.cells:
             features = F.adaptive_avg_pool2d(features, (self.cells[0], self.cells[1]))
         return self.head(flat(features))
 
 
 def flat(x: Tensor) -> Tensor:
-    """Rows flattened in the order h, w, c, so that our kernels fit; of channels_last memory it is a view."""
+    """Each row flattened in the order h, w, c, which is that of our kernels. In channels_last memory this is a view."""
     return x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x
 
 
 def build_network(groups: Sequence[LayerGroup], image_shape: tuple[int, ...], classes: int) -> list[Group]:
-    """The groups in order, parameters as PyTorch initialises them, for images (h, w, c)."""
+    """Builds the groups in order for images (h, w, c), with PyTorch's initial parameters."""
     network: list[Group] = []
     for group in groups:
         network.append(Group(group, network[-1].shape if network else image_shape, classes))
@@ -106,7 +105,13 @@ def build_network(groups: Sequence[LayerGroup], image_shape: tuple[int, ...], cl
 
 @torch.no_grad()
 def load_from_jax(network: Sequence[Group], params_of_groups: Sequence[Any], batch_stats_of_groups: Sequence[Any]) -> None:
-    """Copies our parameters, and the running statistics of our clean stream, into the same network."""
+    """Copies our parameters and the running statistics of our clean stream into the same network in PyTorch.
+
+    Args:
+        network: the groups of `build_network`.
+        params_of_groups: our parameters of each group.
+        batch_stats_of_groups: our running statistics of each group.
+    """
     for group, params, stats in zip(network, params_of_groups, batch_stats_of_groups, strict=True):
         for i, layer in enumerate(group.layers):
             ours, norm = params[f"layers_{i}"], stats[f"layers_{i}"]["norm"]
@@ -125,13 +130,13 @@ def _weight(kernel: Any) -> np.ndarray:
 def _assign(module: nn.Module, values: dict[str, Any]) -> None:
     own = module.state_dict()
     for name, value in values.items():
-        if own[name].shape != value.shape:  # copy_ would broadcast
+        if own[name].shape != value.shape:  # `copy_` would broadcast silently
             raise ValueError(f"{name}: shape {tuple(own[name].shape)}, given {value.shape}")
         own[name].copy_(torch.from_numpy(np.array(value)))
 
 
 def augment(images: Tensor, config: Config) -> Tensor:
-    """Mirrored and shifted views of bytes [batch, h, w, c], each image by its own draw."""
+    """Randomly mirrored and shifted views of images, bytes [batch, h, w, c]. Each image has its own draw."""
     n, device = images.shape[0], images.device
     if not config.flip and not config.crop_padding:
         return images
@@ -141,15 +146,19 @@ def augment(images: Tensor, config: Config) -> Tensor:
 
 
 def take_views(images: Tensor, mirrored: Tensor, starts: Tensor, padding: int) -> Tensor:
-    """Images [n, h, w, c], mirrored left to right where `mirrored` [n], padded with black, cropped from row and column `starts` [2, n].
+    """Mirrors, pads and crops images in one gather of whole pixels, which takes a third of the time of two indexed steps on CPU.
 
-    One gather of whole pixels: a third of the time of the two indexed steps on CPU.
+    Args:
+        images: [n, h, w, c].
+        mirrored: [n], whether to mirror each image left to right.
+        starts: [2, n], the row and the column in the padded image where each crop begins.
+        padding: pixels of black on each side.
     """
     n, h, w, c = images.shape
     height, width = h + 2 * padding, w + 2 * padding
     number, row, column = (torch.arange(size, device=images.device) for size in (n, h, w))
     rows, columns = starts[0][:, None] + row, starts[1][:, None] + column
-    # Mirroring before the padding is reading the padded image from its other end.
+    # To mirror an image before it is padded is the same as to read the padded image from its other end.
     columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
     pixels = (number[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -157,7 +166,7 @@ def take_views(images: Tensor, mirrored: Tensor, starts: Tensor, padding: int) -
 
 
 def cut_out(x: Tensor, side: int) -> Tensor:
-    """One square of `side` pixels of each normalised image [batch, c, h, w] becomes 0."""
+    """Sets one random square of `side` pixels in each normalised image [batch, c, h, w] to 0."""
     n, _, h, w = x.shape
     inside = torch.ones((), dtype=torch.bool, device=x.device)
     for size, shape in ((h, (1, h, 1)), (w, (1, 1, w))):
@@ -167,7 +176,7 @@ def cut_out(x: Tensor, side: int) -> Tensor:
 
 
 def embed(features: Tensor, similarity: str) -> Tensor:
-    """Vectors [batch, d] whose dot product is `config.similarity` of two feature maps; float32."""
+    """Float32 vectors [batch, d] whose dot products are the cosines of feature maps that `config.similarity` names."""
     z, least = features.float(), LEAST_SQUARED_NORM**0.5
     cells = chosen("similarity", similarity, {"grid": 2, "pooled": 1, "position": None, "flat": None})
     if z.ndim == 4 and similarity == "position":
@@ -178,18 +187,29 @@ def embed(features: Tensor, similarity: str) -> Tensor:
 
 
 def cscl_triplet(anchors: Tensor, positives: Tensor, negatives: Tensor, config: Config) -> Tensor:
-    """Mean over the batch of `tau softplus((s(a, n) - s(a, p) + m) / tau)` of three feature maps."""
+    """CSCL, the mean over the batch of `tau softplus((s(a, n) - s(a, p) + m) / tau)` for the maps of anchors, positives and negatives."""
     a, p, n = (embed(z, config.similarity) for z in (anchors, positives, negatives))
     difference = (a * (n - p)).sum(1)
     return config.temperature * F.softplus((difference + config.margin) / config.temperature).mean()
 
 
 def head_loss(config: Config, group: Group, features: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of a group's head on its feature maps, with `config.label_smoothing`."""
     return F.cross_entropy(group.logits(features), labels, label_smoothing=config.label_smoothing)
 
 
 def three_stream_loss(config: Config, group: Group, streams: Iterable[Tensor], labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """CSCL and head loss of one group on its inputs (anchors, positives, negatives), and its features of the three."""
+    """The loss of one group in VFF.
+
+    Args:
+        config: the configuration as the group has it.
+        group: the group.
+        streams: its inputs: anchors, positives and negatives.
+        labels: [batch], the labels of the anchors.
+
+    Returns:
+        The sum of CSCL and the head's loss, and the feature maps of the three streams.
+    """
     anchors, positives, negatives = (group.features(z) for z in streams)
     share = config.head_weight
     if share == 0:
@@ -201,13 +221,16 @@ def three_stream_loss(config: Config, group: Group, streams: Iterable[Tensor], l
 
 
 class GroupOptimizer:
-    """`vffjax.training.trainer.make_optimizer` for one group: warm-up, cosine decay, decoupled decay of kernels alone, clipping."""
+    """The optimizer of one group, as `vffjax.training.optimizers.make_optimizer` defines it.
+
+    It has a linear warm-up, cosine decay, decoupled weight decay of the kernels, and clipping by the gradient's norm.
+    """
 
     def __init__(self, config: Config, module: nn.Module, steps_per_epoch: int, implementation: str):
         self._params = list(module.parameters())
         self._kernels: list[Tensor] = [p for p in self._params if p.ndim > 1]
         self._clip_norm = config.clip_norm
-        # torch.optim.SGD has decay only inside the gradient, where momentum averages it.
+        # The weight decay of torch.optim.SGD is a part of the gradient, which momentum averages, so ours is applied apart.
         self._decay_apart = chosen("optimizer", config.optimizer, {"sgd": config.weight_decay, "adamw": 0.0})
         options: Any = {"lr": config.learning_rate, implementation: True}
         self._optimizer: torch.optim.Optimizer
@@ -221,7 +244,7 @@ class GroupOptimizer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _share_of_rate(config, steps_per_epoch))
 
     def step(self) -> None:
-        """One update by the gradients that are there; they are gone afterwards."""
+        """Makes one update with the accumulated gradients, and then drops them."""
         if self._clip_norm > 0:
             nn.utils.clip_grad_norm_(self._params, self._clip_norm)
         if self._decay_apart > 0:
@@ -233,7 +256,7 @@ class GroupOptimizer:
 
 
 def _share_of_rate(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
-    """The rate of a step, counted from 0, as a share of the peak."""
+    """A function from the number of a step, from 0, to its learning rate as a fraction of the peak."""
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
 
@@ -246,10 +269,17 @@ def _share_of_rate(config: Config, steps_per_epoch: int) -> Callable[[int], floa
 
 
 class Peer:
-    """A network under training: back-propagation if `plan.config.rule` is `head` and there is one group, else three-stream VFF.
+    """A network in training by PyTorch: by back-propagation if the rule is the head's loss alone, else by three-stream VFF.
 
-    Starts from `states`, ours, on `device`, `cpu` or `cuda`. With a `compile_mode`, `torch.compile` takes augmentation, network and
-    losses of all groups as one graph. Raises `UserError` for a configuration that it would not obey (see `keys.PEER`).
+    Args:
+        plan: the plan of the same run in `vffjax`.
+        task: its codebook and pixel statistics.
+        states: our states, from which the network starts.
+        device: `cpu` or `cuda`.
+        compile_mode: the mode of `torch.compile`, which then takes augmentation, network and losses of all groups as one graph; or None.
+
+    Raises:
+        UserError: the peer would not obey a key of the configuration; see `keys.PEER`.
     """
 
     def __init__(self, plan: Plan, task: Task, states: Sequence[GroupState], device: str, compile_mode: str | None = None):
@@ -264,18 +294,17 @@ class Peer:
             group.to(**place)
         mean, std, codebook = (torch.from_numpy(np.array(a)).to(device) for a in (task.mean, task.std, task.codebook))
         self._scale, self._shift = (1 / (255 * std)).reshape(1, -1, 1, 1), (mean / std).reshape(1, -1, 1, 1)
-        self._codebook = codebook.permute(0, 3, 1, 2)  # channels_last memory, as the images
-        self._whole_loss = None
-        if compile_mode is not None:
-            self._whole_loss = torch.compile(self._whole(), mode=compile_mode)
+        self._codebook = codebook.permute(0, 3, 1, 2)  # in channels_last memory, like the images
+        self._back_propagates = plan.rule.loss is None
+        self._whole_loss = None if compile_mode is None else torch.compile(self._whole(), mode=compile_mode)
         self.use_optimizers(IMPLEMENTATIONS[0])
 
     def _whole(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss of all groups as one graph. `PEER` lets no other rule in."""
-        return {head.RULE: self._back_propagated_loss, vff.RULE: self._sum_of_losses}[self._plan.rule]
+        """The loss of all groups as one function. `PEER` accepts only these two rules."""
+        return self._back_propagated_loss if self._back_propagates else self._sum_of_losses
 
     def use_optimizers(self, implementation: str) -> None:
-        """Fresh optimizers, one per group, of one of `IMPLEMENTATIONS`."""
+        """Gives each group a new optimizer, in one of the `IMPLEMENTATIONS`."""
         last = len(self.network) - 1
         self.optimizers = [
             GroupOptimizer(for_group(self._config, i, last - i), group, self._plan.steps_per_epoch, implementation)
@@ -283,7 +312,7 @@ class Peer:
         ]
 
     def epoch(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Every batch of bytes [n, h, w, c] and labels [n] in a random order; the mean loss, still on the device."""
+        """Trains one epoch on images, bytes [n, h, w, c], and labels [n] in random order. Returns the mean loss, still on the device."""
         steps, batch = self._plan.steps_per_epoch, self._config.batch_size
         order = torch.randperm(len(labels), device=self._device)[: steps * batch].reshape(steps, batch)
         total = torch.zeros((), device=self._device)
@@ -292,11 +321,11 @@ class Peer:
         return total / steps
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update of every group on one batch; the sum of their losses, on the device.
+        """Updates every group once on one batch, and returns the sum of their losses, still on the device.
 
-        A compiled peer may overwrite the result at its next step.
+        A compiled peer may overwrite the returned tensor in its next step.
         """
-        if self._whole_loss is None and self._whole() != self._back_propagated_loss:
+        if self._whole_loss is None and not self._back_propagates:
             return self._three_stream_step(images, labels)
         loss = (self._whole_loss or self._back_propagated_loss)(images, labels)
         loss.backward()
@@ -305,7 +334,7 @@ class Peer:
         return loss.detach()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Bytes [batch, h, w, c] to augmented, normalised float32 [batch, c, h, w] in channels_last memory."""
+        """Augments and normalises bytes [batch, h, w, c] to float32 [batch, c, h, w] in channels_last memory."""
         x = augment(images, self._config).permute(0, 3, 1, 2).float() * self._scale - self._shift
         return cut_out(x, self._config.cutout) if self._config.cutout else x
 
@@ -318,13 +347,13 @@ class Peer:
             return head_loss(self._config, group, group.features(self.prepare(images)), labels)
 
     def _streams(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Anchors, and their copies with the right and with a wrong label."""
+        """The anchors, their copies with the right label, and their copies with a wrong label."""
         x, classes = self.prepare(images), len(self._codebook)
         wrong = (labels + torch.randint(1, classes, labels.shape, device=self._device)) % classes
         return x, x + self._codebook[labels], x + self._codebook[wrong]
 
     def _sum_of_losses(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Of all groups. A group's inputs are detached, so the gradient of the sum is that of each group's own loss."""
+        """The sum of all groups' losses. Inputs are detached, so each group's gradient of the sum is that of its own loss."""
         streams, total = self._streams(images, labels), torch.zeros((), device=self._device)
         for i, group in enumerate(self.network):
             with self._autocast():
@@ -334,7 +363,7 @@ class Peer:
         return total
 
     def _three_stream_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """A group is updated before the next one begins, so that one group's maps are alive at a time."""
+        """Updates each group before the next one begins, so that the maps of one group are alive at a time."""
         streams, total = self._streams(images, labels), torch.zeros((), device=self._device)
         for i, (group, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
             with self._autocast():

@@ -1,13 +1,14 @@
-"""Compiles a configuration's training for a TPU that is not there, and reads what the compiler says of it.
+"""Compiles the training of a configuration for a TPU that need not be present, and reports what the compiler says about it.
 
     pip install -e ".[tpu-compiler]"
     JAX_PLATFORMS=cpu python benchmarks/tpu_compile.py --config configs/cifar10.py:yardstick [--config.KEY=VALUE ...] [--out FILE.json]
 
-libtpu is Google's own TPU compiler; given a topology it makes a real executable without the device, the same on every machine. No
-data set is read: only its sizes matter. Memory is that of a segment, of which an epoch calls several; flops, bytes and the compiler's own
-estimates, which are not measurements, are those of one training step, compiled by itself: the compiler cannot cost a loop. There are two
-such estimates, and they differ: `optimal_seconds` of the cost analysis, which knows the chip's peak rates, and the sum of the cycles that
-the scheduler expects of each operation, which counts operations as if none ran beside another.
+libtpu is Google's own TPU compiler. Given a topology, it makes a real executable without the device, the same on every machine. No data set
+is read, because only its sizes matter. Memory is that of a segment, of which an epoch calls several. FLOPs, bytes and estimates of time are
+those of one training step that is compiled by itself, because the compiler cannot estimate a loop.
+
+There are two estimates of time, which differ, and neither is a measurement. `optimal_seconds` of the cost analysis uses the chip's peak
+rates. The other is the sum of the cycles that the scheduler expects for each operation, as if no two operations ran at the same time.
 """
 
 import functools
@@ -22,7 +23,6 @@ import jax.numpy as jnp
 
 from arguments import one_line, parser_of, read_config
 from keys import JOINT, refuse
-from vffjax.cli.options import json_file
 from vffjax.config import Config
 from vffjax.costs import targets
 from vffjax.costs.memory import step_arguments
@@ -37,9 +37,10 @@ from vffjax.training.trainer import train_step
 
 
 class Target:
-    """Abstract arguments of a configuration's epoch and step, placed on one chip of a TPU.
+    """The abstract arguments of a configuration's epoch and step, placed on one chip of a TPU.
 
-    Raises `UserError` for a configuration that does not fit the data, or whose groups do not train together.
+    Raises:
+        UserError: the configuration does not fit its data set, its groups do not train together, or libtpu is not installed.
     """
 
     def __init__(self, config: Config):
@@ -54,7 +55,7 @@ class Target:
         self.batches = self.tpu.place(abstract_batch(config.batch_size, sizes.image_shape, len(self.plan.groups), steps=(self.length,)))
 
     def compile_segment(self) -> dict[str, Any]:
-        """Compile seconds, and memory in bytes of a segment, which is what an epoch calls."""
+        """The compile time in seconds and the memory in bytes of a segment, which is what an epoch calls."""
         start = time.perf_counter()
         compiled = segment.lower(self.plan.program, self.plan.active(0), self.task, self.states, self.batches).compile()
         memory: Any = compiled.memory_analysis()
@@ -70,7 +71,7 @@ class Target:
         }
 
     def compile_gather(self) -> dict[str, Any]:
-        """Memory in bytes of what gathers the images of a segment, and how often the compiler copies the whole set there."""
+        """The temporaries in bytes of the program that gathers the images of a segment, and how often it copies the whole data set."""
         sizes = sizes_of(self.plan.config)
         n, row = split_sizes(self.plan.config, sizes.train_images)[0], math.prod(sizes.image_shape)
         images, ids = self.tpu.array(n, row, dtype=jnp.uint8), self.tpu.array(self.length, self.plan.config.batch_size)
@@ -80,7 +81,7 @@ class Target:
         return {"gather_temp_bytes": memory.temp_size_in_bytes, "copies_of_the_data_set": len(copies)}
 
     def compile_step(self) -> dict[str, Any]:
-        """The compiler's cost of one training step."""
+        """The temporaries of one training step in bytes, and the compiler's estimates of its cost."""
         function = functools.partial(train_step, self.plan.program, self.plan.active(0))
         step = jax.jit(function, donate_argnums=1).lower(self.task, self.states, self.batch).compile()
         cost: Any = step.cost_analysis()
@@ -91,8 +92,8 @@ class Target:
             "step_temp_bytes": memory.temp_size_in_bytes,
             "flops_per_step": cost["flops"],
             "bytes_accessed_per_step": cost["bytes accessed"],
-            # The compiler adds -1 for each operation that it cannot estimate; a step takes far less than a second, so both parts
-            # can be told apart.
+            # The compiler adds -1 for each operation that it cannot estimate. A step takes far less than a second, so the fraction is the
+            # estimate, and the whole part counts these operations.
             "optimal_seconds_per_step": seconds - math.floor(seconds),
             "operations_without_estimate": -math.floor(seconds),
             "estimated_cycles_per_step": sum(cycles),
@@ -101,19 +102,11 @@ class Target:
 
 @one_line(__file__)
 def main() -> None:
-    parser = parser_of(__file__, __doc__)
-    parser.add_argument("--out", type=json_file, metavar="FILE.json", help="the result, also printed")
-    own, rest = parser.parse_known_args()
-    config, name = read_config(rest, "use --out")
+    own, rest = parser_of(__file__, __doc__, "--out").parse_known_args()
+    config, name = read_config(rest)
     target = Target(config)
-    found = target.compile_segment() | target.compile_gather() | target.compile_step() | {"jax": jax.__version__}
-    found = {
-        "config": name,
-        "rule": config.rule,
-        "grouping": config.grouping,
-        "precision": config.precision,
-        "batch_size": config.batch_size,
-    } | found
+    found = {"config": name} | {key: getattr(config, key) for key in ("rule", "grouping", "precision", "batch_size")}
+    found |= target.compile_segment() | target.compile_gather() | target.compile_step() | {"jax": jax.__version__}
     print(json.dumps(found, indent=2))
     if own.out:
         write_json(own.out, found)

@@ -1,4 +1,4 @@
-"""Trains the runs of a list, one after the other, at the lowest priority, and writes each into the ledger.
+"""Trains the runs of a list one after the other, at the lowest priority, and writes a record of each into the ledger of results.
 
     python benchmarks/train_queue.py FILE.toml [--results results] [--runs runs/queue] [--quiet]
 
@@ -10,15 +10,17 @@ The list is TOML. Each run has a name, a configuration file, the keys that diffe
     seeds = [0, 1, 2]
     set = { learning_rate = 1e-2 }
 
-which is three runs, `cifar10-small-vff-s0` and so on. What all runs have in common may stand once in a table [common] with the keys config,
-seeds and set; a run's own keys win. A run whose file `results/NAME.json` exists is passed over. Before each run the list
-is read again, so that it may grow, shrink or change its order meanwhile. SIGTERM saves within seconds and leaves with status 143; the same
-command goes on from there, inside of an epoch too. To time something else meanwhile, stop the process (SIGSTOP) and let it go on (SIGCONT).
+This makes three runs, `cifar10-small-vff-s0` to `-s2`. Values that all runs share can be given once in a table [common] with the keys
+config, seeds and set; a run's own keys take precedence. A run whose record `results/NAME.json` exists is skipped. The list is read again
+before each run, so that runs can be added, removed and reordered at any time. On SIGTERM the run saves its state within seconds and the
+script ends with status 143; the same command goes on from there, also within an epoch. To time something else meanwhile, pause the process
+with SIGSTOP and resume it with SIGCONT.
 
-`quiet` in the ledger says whether the seconds of a run can be trusted: only with --quiet, which states that nothing else runs, and only if
-the machine's load did not contradict it.
+`quiet` in a record says whether the seconds of the run can be trusted. This needs --quiet, which states that nothing else runs on the
+machine, and a load of the machine that does not contradict it.
 
-This is not named queue.py, because every script of this folder that needs the standard library's `queue`, as PyTorch does, would get it.
+This file is not named queue.py, because scripts in this folder would then import it in the place of the standard library's `queue`, which
+PyTorch needs.
 """
 
 import os
@@ -43,22 +45,28 @@ from vffjax.runs import experiment
 from vffjax.runs.termination import Terminated, interruptible
 from vffjax.training.checks import make_config
 
-# Other processes that may want a processor while a run still counts as quiet.
-_IDLE_LOAD = 0.5
-_stopped: list[int] = []  # holds something if the process was stopped, and went on, since the run began
+_IDLE_LOAD = 0.5  # A machine is quiet if no more other processes than this want a processor, on average.
+_stopped: list[int] = []  # not empty if the process was paused and resumed since the run began
 
 
 class Run(NamedTuple):
     """One run of a list."""
 
-    name: str  # with its seed
+    name: str  # ends with its seed
     config_name: str
     changes: dict[str, Any]
     config: Config
 
 
 def read_list(path: pathlib.Path) -> list[Run]:
-    """The runs of a list in their order, one for each seed, every configuration checked. Raises `UserError` that names the run."""
+    """Reads a list of runs from a TOML file.
+
+    Returns:
+        The runs in order, one for each seed, with checked configurations.
+
+    Raises:
+        UserError: the file cannot be read, or a run in it is not valid. The message names the file and the run.
+    """
     try:
         found = tomllib.loads(read_bytes(path).decode())
     except (OSError, ValueError) as error:
@@ -93,9 +101,16 @@ def _runs(path: pathlib.Path, entry: Any) -> list[Run]:
 
 
 def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:
-    """Trains one run, or goes on with it, and writes its record. A run that diverges gets a record of its problem."""
+    """Trains one run, or goes on with it, and writes its record. If the run diverges, its record names the problem.
+
+    Args:
+        run: the run.
+        runs: the folder of all runs.
+        results: the folder of the records.
+        quiet: whether the machine is said to be quiet.
+    """
     workdir, load = runs / run.name, os.getloadavg()[0]
-    quiet = quiet and not workdir.exists()  # a run that goes on has seconds of another time
+    quiet = quiet and not workdir.exists()  # Some seconds of a run that goes on were measured at another time.
     _stopped.clear()
     try:
         with naming_files(workdir):
@@ -114,7 +129,14 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
 
 
 def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:
-    """Trains the list until every run of it has a record."""
+    """Trains runs until each run of the list has a record.
+
+    Args:
+        path: the list.
+        runs: the folder of all runs.
+        results: the folder of the records.
+        quiet: whether the machine is said to be quiet.
+    """
     backend.start()
     while True:
         left = [run for run in read_list(path) if not (results / f"{run.name}.json").exists()]
@@ -128,9 +150,9 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
 def main() -> None:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("file", type=pathlib.Path, metavar="FILE.toml")
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="the ledger's folder; default: results")
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/queue"), help="where the runs lie; default: runs/queue")
-    parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine, so that seconds can be trusted")
+    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of the records; default: results")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/queue"), help="folder of the runs; default: runs/queue")
+    parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine, so that the seconds can be trusted")
     a = parser.parse_args()
     if hasattr(os, "nice") and not a.quiet:
         os.nice(19)
@@ -140,7 +162,7 @@ def main() -> None:
         interruptible(lambda: work(a.file, a.runs, a.results, a.quiet))
     except Terminated as leave:
         print(f"train_queue: told to leave (SIGTERM): {leave}", file=sys.stderr, flush=True)
-        os._exit(143)  # it may still be compiling what nobody will use
+        os._exit(143)  # at once, without waiting for a program that may still be compiling
     except KeyboardInterrupt:
         os._exit(130)
 
