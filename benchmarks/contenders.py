@@ -1,6 +1,11 @@
-"""The contenders of `throughput.py`. Each is built, compiled and warmed up, and can then run one epoch after another."""
+"""The contenders of `throughput.py`, and the machine on which they run.
+
+Each contender is built, compiled and warmed up, and can then run one epoch after another.
+"""
 
 import functools
+import os
+import platform
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -97,7 +102,7 @@ class Workload:
         backend = jax.default_backend()
         device = {"cpu": "cpu", "gpu": "cuda"}.get(backend)
         if device is None or (device == "cuda" and not torch.cuda.is_available()):
-            raise Unavailable(f"JAX runs on {backend}, this PyTorch {torch.__version__} does not")
+            raise Unavailable(f"JAX runs on {backend}, but this PyTorch {torch.__version__} does not")
         return TorchImages(device, *(torch.from_numpy(a).to(device) for a in (self._images, self._labels.astype(np.int64))))
 
     def start(self, config: Config) -> tuple[Plan, Task, tuple[GroupState, ...]]:
@@ -210,6 +215,32 @@ class TorchContender:
         self.epoch()
         source = "torch.cuda.max_memory_allocated over an epoch, parameters and images of the other PyTorch contenders included"
         self.facts |= {"peak_bytes": torch.cuda.max_memory_allocated(), "peak_bytes_from": source}
+
+
+def machine(work: Workload, with_torch: bool) -> dict[str, Any]:
+    """The versions, devices and threads, and the settings on which the arithmetic of f32 depends."""
+    # A container or taskset may allow fewer cores than os.cpu_count() reports.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    found: dict[str, Any] = {
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "torch": None},
+        "device": jax.devices()[0].device_kind,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "usable_cpus": usable,
+        "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    if with_torch:
+        import torch
+
+        found["versions"]["torch"] = torch.__version__
+        found |= {
+            "torch_device": torch.cuda.get_device_name() if work.for_torch.device == "cuda" else "cpu",
+            "torch_threads": torch.get_num_threads(),
+            "torch_float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "torch_cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        }
+    return found
 
 
 def torch_products(size: int, precision: str, device: str) -> Callable[[], None]:

@@ -52,7 +52,7 @@ class Known(NamedTuple):
     def check(self, config: Config, otherwise: str = "") -> None:
         """Raises `UserError` for the first key whose value would be ignored. `otherwise` is another fix, which the message adds."""
         known = {*self.obeyed, *self.immaterial, *self.only}
-        problem = f"{self.who} do not know this key"
+        problem = f"{self.who} do not take this key into account"
         unknown = {key: Only((default(key),), problem, f"use {default(key)!r}") for key in FIELDS if key not in known}
         refuse(config, unknown | dict(self.only), otherwise)
 
@@ -86,12 +86,12 @@ def refuse_other_groups(config: Config, groupings: Mapping[str, str], flag: str 
     others = [name for name, grouping in groupings.items() if grouping != config.grouping]
     for key in ("frozen_groups", "overrides"):
         if others and getattr(config, key) != default(key):
-            problem = f"means the groups of grouping={config.grouping}, and {others[0]} has grouping={groupings[others[0]]}"
+            problem = f"refers to groups of grouping={config.grouping}, but {others[0]} has grouping={groupings[others[0]]}"
             without = f", or leave {', '.join(others)} out by {flag}" if flag else ""
             raise bad_key(key, getattr(config, key), problem, f"use {default(key)!r}{without}")
 
 
-JOINT = Only(("joint",), "groups that train one after the other are several programs, not one", "use schedule=joint")
+JOINT = Only(("joint",), "groups that train one after the other are several programs, and one is measured", "use schedule=joint")
 SEEDS = Only((0,), "every run takes its seed from --seeds", "leave it at 0 and give the seed to --seeds")
 RANDOM_WEIGHTS = Only(("",), "every contender starts from random weights", "leave it empty")
 
@@ -139,18 +139,18 @@ PEER = Known(
         *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "network": Only((), "the PyTorch contenders have plain layers alone", "use conv4 or vgg8b", _has_other_layers),
+        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
-        "norm": Only(("auto", "batch"), "the PyTorch contenders normalise by batch alone", "use norm=auto"),
-        "norm_statistics": Only(("batch",), "the PyTorch contenders train by the batch's statistics alone", "use norm_statistics=batch"),
+        "norm": Only(("auto", "batch"), "the PyTorch contenders normalise only by batch", "use norm=auto"),
+        "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the statistics of the batch", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
         "rule": Only(
             (), "the PyTorch contenders have no such rule", "use rule=vff or rule=head", lambda c: not (_is_vff(c) or head_alone(c))
         ),
-        "rule_options": Only(({},), "the PyTorch contenders know no options of a rule", "leave it empty"),
+        "rule_options": Only(({},), "the PyTorch contenders have no options of rules", "leave it empty"),
         "grouping": Only(("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", head_alone),
         "labelling": Only(("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", _is_vff),
         "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", _is_vff),
@@ -182,11 +182,11 @@ FLOPS = Known(
         *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "network": Only((), "the count of FLOPs knows plain layers alone", "use conv4 or vgg8b", _has_other_layers),
+        "network": Only((), "the count of FLOPs knows only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the count of FLOPs has no ResNet", "use cifar"),
         "image_size": Only((0,), "the count of FLOPs does not resize images", "use image_size=0"),
         "rule": Only((), "the count of FLOPs knows no parameters that a rule owns", "use another rule", _owns_parameters),
         "schedule": JOINT,
-        "feature_cache": Only(("none",), "the count of FLOPs is of groups that train together", "use feature_cache=none"),
+        "feature_cache": Only(("none",), "the FLOPs are counted for groups that train together", "use feature_cache=none"),
     },
 )

@@ -21,7 +21,6 @@ arithmetic in both. The script writes FILE.json and a bar chart FILE.png, and pr
 import argparse
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -44,6 +43,7 @@ from contenders import (
     Unavailable,
     Workload,
     check_keys,
+    machine,
     torch_products,
     variant,
 )
@@ -293,32 +293,6 @@ def figure_of(found: dict[str, Any]) -> Any:
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def machine(work: Workload, with_torch: bool) -> dict[str, Any]:
-    """The versions, devices and threads, and the settings on which the arithmetic of f32 depends."""
-    # A container or taskset may allow fewer cores than os.cpu_count() reports.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    found: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "torch": None},
-        "device": jax.devices()[0].device_kind,
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "usable_cpus": usable,
-        "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-    if with_torch:
-        import torch
-
-        found["versions"]["torch"] = torch.__version__
-        found |= {
-            "torch_device": torch.cuda.get_device_name() if work.for_torch.device == "cuda" else "cpu",
-            "torch_threads": torch.get_num_threads(),
-            "torch_float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "torch_cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-        }
-    return found
 
 
 def _progress(message: str) -> None:

@@ -73,17 +73,18 @@ def read_list(path: pathlib.Path) -> list[Run]:
         raise UserError(f"{path}: cannot be read as TOML ({getattr(error, 'strerror', None) or error}); correct it") from None
     common = found.pop("common", {})
     if set(found) != {"run"} or not isinstance(found["run"], list) or not isinstance(common, dict):
-        raise UserError(f"{path}: holds {', '.join(found) or 'nothing'}; give tables [[run]], perhaps [common], and nothing else")
+        raise UserError(f"{path}: holds {', '.join(found) or 'nothing'}; give only tables [[run]], and optionally one table [common]")
     if not all(isinstance(entry, dict) and isinstance(entry.get("set", {}), dict) for entry in (common, *found["run"])):
-        raise UserError(f"{path}: a run, or its set, is no table; give [[run]] and set = {{ KEY = VALUE }}")
+        raise UserError(f"{path}: a run, or its set, is no table; write [[run]] and set = {{ KEY = VALUE }}")
     runs = [one for entry in found["run"] for one in _runs(path, common | entry | {"set": common.get("set", {}) | entry.get("set", {})})]
     for name in {run.name for run in runs}:
         if sum(run.name == name for run in runs) > 1:
-            raise UserError(f"{path}: {name} stands there more than once; give each run a name of its own")
+            raise UserError(f"{path}: {name} is given more than once; give each run a name of its own")
     return runs
 
 
 def _runs(path: pathlib.Path, entry: Any) -> list[Run]:
+    """The runs of one entry of the list, one for each seed."""
     known = {"name", "config", "seeds", "set"}
     if not isinstance(entry, dict) or not {"name", "config"} <= set(entry) or set(entry) - known:
         raise UserError(f"{path}: a run has the keys {', '.join(map(str, entry))}; it needs name and config, and may have seeds and set")
@@ -91,7 +92,7 @@ def _runs(path: pathlib.Path, entry: Any) -> list[Run]:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
         raise UserError(f"{path}: name={name!r}: not a file's name; use small letters, digits and hyphens")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or "seed" in changes:
-        raise UserError(f"{path}: {name}: seeds={seeds!r}: not a list of whole numbers; give seeds = [0, 1, 2], say, and no set.seed")
+        raise UserError(f"{path}: {name}: seeds={seeds!r}: not a list of whole numbers; give for example seeds = [0, 1, 2], and no set.seed")
     try:
         base, _, _ = parse_train(["--config", given])
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}

@@ -11,6 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare_rules  # noqa: E402
+from vffjax import registry  # noqa: E402
+from vffjax.config import Config  # noqa: E402
+from vffjax.training.checks import make_config  # noqa: E402
 
 TINY = ["--config", str(ROOT / "configs/digits.py"), "--config.epochs=1", "--config.widths=(4, 4, 8, 8)", "--config.checkpoint_every=1"]
 
@@ -35,6 +38,15 @@ def test_the_table_holds_mean_and_standard_deviation_of_the_runs(tmp_path, monke
     assert f"{found['rows'][0]['test_error']:,.2f}" in text
     # The baseline is one group, Hinton's rule one group per layer.
     assert [len(found["runs"][rule][0]["test_error_per_group"]) for rule in ("bp", "ff")] == [1, 4]
+
+
+def test_every_rule_can_be_a_row_and_keeps_its_own_normalisation_and_scores():
+    asked = Config(norm="layer", inference="heads")  # rules that measure goodness refuse this normalisation
+    rows = {name: make_config(asked.to_dict() | changes) for name, changes in compare_rules.RULES.items()}
+    assert set(registry.RULES.names) <= set(rows)
+    assert all(rows[name].rule == name for name in registry.RULES.names)
+    assert {name: row.norm for name, row in rows.items() if row.norm != asked.norm} == {"ff": "auto", "symba": "auto"}
+    assert {name for name, row in rows.items() if row.inference == "rule"} == {"cwc", "mono_forward"}
 
 
 def test_bad_arguments_end_with_status_2(tmp_path):

@@ -233,7 +233,7 @@ def test_rule_ff_takes_other_bytes_than_vff_does():
 def test_a_network_that_is_not_the_configurations_own_is_named_above_the_table(call):
     conv = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=8"]
     out = call("memory", *conv, "--depths=1", "--target=cpu")[1]
-    first = "network: conv with 1 layers of 4 channels each, without pooling, each layer a group; not the configuration's own network"
+    first = "network: conv with 1 layers of width 4, without pooling, each layer a group; not the configuration's own network"
     assert out.splitlines()[0] == f"{first} (conv4, widths 4 4 6 6, grouping width)"
     assert json.loads(call("memory", *conv, "--depths=1", "--target=cpu", "--json")[1])["network"]["own"] is False
 
