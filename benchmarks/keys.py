@@ -144,7 +144,7 @@ PEER = Known(
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
         "norm": Only(("auto", "batch"), "the PyTorch contenders normalise only by batch", "use norm=auto"),
-        "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the statistics of the batch", "use norm_statistics=batch"),
+        "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the batch's statistics", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
         "rule": Only(

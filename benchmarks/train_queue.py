@@ -92,7 +92,7 @@ def _runs(path: pathlib.Path, entry: Any) -> list[Run]:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
         raise UserError(f"{path}: name={name!r}: not a file's name; use small letters, digits and hyphens")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or "seed" in changes:
-        raise UserError(f"{path}: {name}: seeds={seeds!r}: not a list of whole numbers; give for example seeds = [0, 1, 2], and no set.seed")
+        raise UserError(f"{path}: {name}: seeds={seeds!r}: not a list of whole numbers; give for example [0, 1, 2], and no set.seed")
     try:
         base, _, _ = parse_train(["--config", given])
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
