@@ -22,7 +22,7 @@ from typing import Any
 from arguments import one_line, parser_of, read_config, some_of
 from keys import SEEDS, default, own_rule, refuse, refuse_other_groups
 from spread import Spread
-from vffjax import registry
+from vffjax import registry, rules
 from vffjax.cli.options import a_path
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
@@ -44,7 +44,7 @@ def row_of(name: str) -> dict[str, Any]:
 RULES: dict[str, dict[str, Any]] = {
     "vff": {},
     "head": row_of("head"),
-    "bp": row_of("head") | {"grouping": "all"},
+    "bp": row_of(rules.BACK_PROPAGATION["rule"]) | rules.BACK_PROPAGATION,
     "ff": row_of("ff") | {"grouping": "layer"},
     "cscl": {"head_weight": 0.0},
 }

@@ -15,6 +15,7 @@ import numpy as np
 
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, own_rule, refuse, refuse_other_groups
 from rates import PRODUCTS
+from vffjax import rules
 from vffjax.config import Config
 from vffjax.data import sizes_of
 from vffjax.data.sets import Split
@@ -32,7 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "vff-triplet": {"rule": "vff", "labelling": "triplet", "contrast": "triplet"},
     "head": {"rule": "head"},
     "ff": {"rule": "ff", "grouping": "layer", "norm": "auto"},
-    "bp": {"rule": "head", "grouping": "all"},
+    "bp": rules.BACK_PROPAGATION,
 }
 TORCH_BP = ("torch-bp", "torch-bp-compiled")
 TORCH_VFF = ("torch-vff", "torch-vff-compiled")

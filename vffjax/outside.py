@@ -193,7 +193,8 @@ class _Beside:
     def holds(self, name: str) -> bool:
         """Whether an imported module lies in the folder, or in a package there."""
         module = sys.modules.get(name)
-        places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+        path = getattr(module, "__path__", ())  # of torch.classes, not a path at all
+        places = [getattr(module, "__file__", None), *(path if isinstance(path, Iterable) else ())]
         return any(isinstance(place, str) and self._is_own(name, place) for place in places)
 
     def _is_own(self, name: str, place: str) -> bool:

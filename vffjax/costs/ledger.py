@@ -70,7 +70,8 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     """
     if depths and find(config).deepened is None:
         able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).deepened)
-        raise UserError(f"--depths: the depth of {config.network} is fixed; leave the flag out, or set config.network to one of {able}")
+        fix = f"leave the flag out, or set config.network to one of {able}"
+        raise UserError(f"--depths: the depth of {config.network} is fixed; {fix}")
     sizes = sizes_of(config)
     images = split_sizes(config, sizes.train_images)[0]
     same = {"overrides": {}, "frozen_groups": 0, "inference": "heads", "feature_cache": "none"}
