@@ -1,5 +1,6 @@
 """What a file is, in words, where it is not a file of weights that can be read: by its name, or by its first bytes."""
 
+import io
 import re
 from typing import IO
 
@@ -38,7 +39,7 @@ def by_name(name: str) -> str:
     return next((kind for ending, kind in _BY_NAME.items() if re.search(rf"({ending})$", name, re.IGNORECASE)), "")
 
 
-def by_content(file: IO[bytes]) -> str:
+def by_content(file: IO[bytes] | io.BytesIO) -> str:
     """What a file is by its first bytes; empty if they tell nothing. Afterwards it is read from where it was."""
     at = file.tell()
     file.seek(0)

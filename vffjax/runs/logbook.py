@@ -5,6 +5,7 @@ without it.
 """
 
 import contextlib
+import io
 import json
 import math
 import pathlib
@@ -31,7 +32,7 @@ class Logbook:
         stream: where progress is shown; default: standard error.
     """
 
-    def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | None = None):
+    def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | io.TextIOBase | None = None):
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         # sys.stderr is no default argument, because it may have been replaced since this module was imported.

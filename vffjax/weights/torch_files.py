@@ -151,7 +151,7 @@ def _of_legacy(file: io.BytesIO) -> collections.Counter[int]:
     return collections.Counter(claims.values())
 
 
-def _walk(file: IO[bytes], legacy: bool = False) -> dict[str, int]:
+def _walk(file: io.BytesIO, legacy: bool = False) -> dict[str, int]:
     """Goes through the instructions of one pickle without following any; returns the bytes of each storage that it claims, by its key.
 
     Raises `_Unfit` if it asks for anything that plain values do not need, and `ValueError` if it is not as `torch.save` writes it.
