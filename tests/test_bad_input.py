@@ -147,7 +147,7 @@ def on_run(command, *rest):
 # Flags of train, and what they set
 
 FLAGS = {
-    "no command": (of("trian"), ["COMMAND=trian", "evaluate, export, locality"]),
+    "no command": (of("trian"), ["COMMAND=trian", "evaluate, export, list, locality"]),
     "a command of two lines": (of("a\nvffjax: error: b"), ["COMMAND=a vffjax: error: b", "choose one of"]),
     "no --config": (of("train", "--workdir=runs/x"), ["--config: missing", "configs/digits.py"]),
     "--config without a value": (of("train", "--config"), ["--config: missing"]),
@@ -177,12 +177,12 @@ FLAGS = {
         ["config.overrides.group0.momentum.deep.er='1'", "config.overrides.group0.momentum.deep is not a dictionary"],
     ),
     "an unknown data set": (train("--config.dataset=digit"), ["config.dataset='digit'", "did you mean 'digits'?", "cifar10"]),
-    "an empty choice": (train("--config.rule="), ["config.rule=''", "choose one of vff, ff, head"]),
-    "a choice with a ligature": (train("--config.rule=vﬀ"), ["config.rule='vﬀ'", "choose one of vff, ff, head"]),
+    "an empty choice": (train("--config.rule="), ["config.rule=''", "choose one of cwc, ff, head"]),
+    "a choice with a ligature": (train("--config.rule=vﬀ"), ["config.rule='vﬀ'", "choose one of cwc, ff, head"]),
     "a choice of two lines": (train("--config.rule=a\nvffjax: error: b"), ["config.rule='a\\nvffjax: error: b'", "choose one of"]),
     "a choice that colours": (train("--config.rule=\x1b[31mred"), ["config.rule='\\x1b[31mred'", "choose one of"]),
     "a choice that is no text": (train("--config.rule=\udcff"), ["config.rule='\\udcff'", "choose one of"]),
-    "a choice of 100,000 letters": (train("--config.rule=" + "x" * 10**5), ["config.rule='xxx", " ... ", "choose one of vff, ff, head"]),
+    "a choice of 100,000 letters": (train("--config.rule=" + "x" * 10**5), ["config.rule='xxx", " ... ", "choose one of cwc, ff, head"]),
     "a negative temperature": (train("--config.temperature=-1"), ["config.temperature=-1.0", "the least is 0.0001"]),
     "a rate that is no number": (train("--config.learning_rate=nan"), ["config.learning_rate=nan", "finite"]),
     "a rate beyond floats": (train("--config.learning_rate=1e999"), ["config.learning_rate=inf", "finite"]),

@@ -21,10 +21,12 @@ from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
 from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
+from vffjax.hyperparameters import at_peak
 from vffjax.networks.groups import GroupState, layer_sizes
 from vffjax.rules import local
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
+from vffjax.training.checks import plan_of
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan, abstract_start, make_plan
@@ -74,11 +76,12 @@ def accumulated_step(
 def least_bytes(config: Config) -> int:
     """A lower bound on the bytes that training takes: parameters, optimizer states, and the largest feature map of a step once."""
     sizes = sizes_of(config)
-    plan = make_plan(config, sizes.train_images, sizes.classes)
-    states = jax.tree.leaves(abstract_start(plan, sizes.image_shape)[1])
-    largest = max(area for _, area in layer_sizes(plan.groups, sizes.image_shape))
+    plan = plan_of(config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes)
+    kernels, areas = zip(*layer_sizes(plan.groups, sizes.image_shape), strict=True)
+    optimizer = make_optimizer(config, at_peak(config, 1).of(0))
+    copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, {"kernel": jnp.zeros((1, 1))})))
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in states) + plan.rows_of_a_step * largest * itemsize
+    return 4 * sum(kernels) * (1 + copies) + plan.rows_of_a_step * max(areas) * itemsize
 
 
 def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:

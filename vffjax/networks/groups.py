@@ -184,6 +184,7 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
     return tuple(groups)
 
 
+@functools.lru_cache(maxsize=16)
 def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
     """The sizes of each layer, from input to output. Nothing is computed.
 

@@ -22,9 +22,9 @@ from vffjax.proofs.probes import leaf_names, losses, probe
 from vffjax.rules.streams import DRAWN
 from vffjax.training import trainer
 from vffjax.training.batch import abstract_batch
-from vffjax.training.checks import check_against_data
+from vffjax.training.checks import plan_of
 from vffjax.training.feature_cache import clean_features
-from vffjax.training.plan import Plan, abstract_start, make_plan
+from vffjax.training.plan import Plan, abstract_start
 
 
 def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
@@ -44,8 +44,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     """
     sizes = sizes_of(config)
     images = split_sizes(config, sizes.train_images)[0]
-    plan = make_plan(config, images, sizes.classes)
-    check_against_data(plan, images, sizes.image_shape)
+    plan = plan_of(config, images, sizes.image_shape, sizes.classes)
     layers = {group.name: len(group.module.layers) for group in plan.groups}
     numbers = probe(plan, sizes.image_shape) if numeric else None
 

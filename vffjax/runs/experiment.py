@@ -28,19 +28,17 @@ from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 from vffjax.training import feature_cache
 from vffjax.training import scores as inference
-from vffjax.training.checks import check_against_data
+from vffjax.training.checks import plan_of
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
-from vffjax.training.plan import Plan, init_states, make_plan, make_task
+from vffjax.training.plan import Plan, init_states, make_task
 from vffjax.training.scores import measure
 from vffjax.weights.weights import local_file, read_weights
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
     """The plan of a run on these data. Raises `UserError` if the configuration does not fit them; nothing is compiled."""
-    plan = make_plan(config, len(dataset.train), dataset.num_classes)
-    check_against_data(plan, len(dataset.train), dataset.image_shape)
-    return plan
+    return plan_of(config, len(dataset.train), dataset.image_shape, dataset.num_classes)
 
 
 def describe(plan: Plan) -> str:

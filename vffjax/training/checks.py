@@ -12,7 +12,7 @@ from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
 from vffjax.networks import find as find_network
 from vffjax.networks.groups import layer_sizes
-from vffjax.training.plan import Plan
+from vffjax.training.plan import Plan, make_plan
 
 
 def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -82,6 +82,13 @@ def _check_together(c: Config) -> None:
         if override.get("warmup_epochs", 0) > c.epochs:
             shown = f"overrides.{name}.warmup_epochs"
             raise bad_key(shown, override["warmup_epochs"], f"longer than the {c.epochs} epochs of the run", "lower it")
+
+
+def plan_of(config: Config, train_size: int, image_shape: tuple[int, int, int], classes: int) -> Plan:
+    """The plan of a run on data of these sizes, after `check_against_data`."""
+    plan = make_plan(config, train_size, classes)
+    check_against_data(plan, train_size, image_shape)
+    return plan
 
 
 def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int, int]) -> None:

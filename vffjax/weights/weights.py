@@ -170,10 +170,12 @@ def check_start(config: Config) -> None:
         backend.start()
         import jax
 
-        from vffjax.training.plan import init_states, make_plan
+        from vffjax.data.load import split_sizes
+        from vffjax.training.checks import plan_of
+        from vffjax.training.plan import init_states
 
         sizes = sizes_of(config)
-        plan = make_plan(config, sizes.train_images, sizes.classes)
+        plan = plan_of(config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes)
         read_weights(path, plan, jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
 
 
