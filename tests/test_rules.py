@@ -385,6 +385,29 @@ def test_a_rule_is_local(network, rule):
     assert {seen["own_rule"] for seen in found["sees"].values()} == {"floating point" if owns(rule) else "no"}
 
 
+@pytest.mark.parametrize("rule", slow_but(list(RULES.names), "predsim"))
+def test_a_frozen_group_keeps_its_layers_and_what_the_rule_owns_there(rule):
+    config = config_of(**MLP, rule=rule, frozen_groups=1, weight_decay=0.1)
+    run = small_run(config)
+    states, metrics = stepped(run)
+    before, after = run.states[0].params, states[0].params
+    assert {name for name in before if differs(before[name], after[name])} == {"head"}
+    assert all(all(moved(*pair).values()) for pair in list(zip(run.states, states, strict=True))[1:])
+    assert metrics["local_loss"][0] == 0
+    found = locality.certify(config, numeric=False)
+    assert found["local"], found["violations"]
+
+
+@pytest.mark.parametrize("rule", slow_but([rule for rule in RULES.names if owns(rule)], "predsim"))
+def test_a_run_keeps_what_a_rule_owns_in_a_frozen_group(rule, tmp_path):
+    config = tiny(rule=rule, epochs=1, train_examples=100, frozen_groups=1)
+    train(config, tmp_path)
+    plan, states, _, run = load_run(tmp_path, "1")
+    start = init_states(plan, tuple(run["image_shape"]))
+    assert_same_bits(states[0].params["rule"], start[0].params["rule"])
+    assert differs(states[1].params["rule"], start[1].params["rule"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Every rule that the registry knows: runs on digits
 
@@ -464,18 +487,24 @@ OPTIONS = [(rule, name) for rule in RULES.names for name in fields_of(RULES.find
 
 def outside(field):
     """Values that a key does not take, and what is said of each."""
-    low, high = field.metadata["low"], field.metadata["high"]
-    found = [("many", "has type str", f"give a value of type {type(field.default).__name__}")] * (not isinstance(field.default, str))
+    kind, low, high = type(field.default), field.metadata["low"], field.metadata["high"]
+    found = [(0, "has type int", "give a value of type str")] if kind is str else [("many", "type str", f"of type {kind.__name__}")]
+    found += [("zzz", "not known", "choose one of")] * bool(field.metadata["choices"])
     found += [(low - 1, "too small", f"the least is {low}")] * (low is not None)
     found += [(high + 1, "too large", f"the most is {high}")] * (high is not None)
-    found += [(float("nan"), "not a finite number", "give a finite number")] * isinstance(field.default, float)
-    return found
+    return found + [(float("nan"), "not a finite number", "give a finite number")] * (kind is float)
+
+
+def another(field):
+    """A value that a key takes and that is not its default."""
+    numbers = [type(field.default)(value) for value in (field.metadata["low"], field.metadata["high"]) if value is not None]
+    values = [*field.metadata["choices"], *numbers, *[True, False] * isinstance(field.default, bool)]
+    return next(value for value in values if value != field.default)
 
 
 @pytest.mark.parametrize(("rule", "name"), OPTIONS)
 def test_a_value_that_a_key_of_a_rule_does_not_take_is_refused_by_name(rule, name):
     field = fields_of(RULES.find(rule).options)[name]
-    assert outside(field)
     for value, problem, fix in outside(field):
         with pytest.raises(UserError) as refused:
             config_of(rule=rule, rule_options={name: value})
@@ -508,7 +537,7 @@ def test_keys_that_nobody_sets_stand_in_the_configuration_with_their_defaults(ru
 @pytest.mark.parametrize(("rule", "name"), OPTIONS)
 def test_another_value_of_a_key_of_a_rule_is_another_run_and_another_program(rule, name, tmp_path):
     field = fields_of(RULES.find(rule).options)[name]
-    one, other = (tiny(rule=rule, rule_options=changed) for changed in ({}, {name: type(field.default)(field.metadata["low"])}))
+    one, other = (tiny(rule=rule, rule_options=changed) for changed in ({}, {name: another(field)}))
     assert one.rule_options[name] != other.rule_options[name]
     assert of_program(one) != of_program(other)
     write_json(tmp_path / "config.json", to_json(one))
