@@ -114,7 +114,7 @@ def test_every_command_of_the_page(call, page):
         status, _, err = call(*shlex.split(command)[1:])
         assert status == 0, (command, err)
         assert "Traceback" not in err
-    assert load_file(page / "mine.safetensors")["group1.rule.prototypes"].shape == (10, 16)
+    assert load_file(page / "mine.safetensors")["group1.params.rule.prototypes"].shape == (10, 16)
     assert sorted(path.name for path in (page / "runs").iterdir()) == ["mine", "network", "stripes"]
 
 

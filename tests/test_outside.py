@@ -6,6 +6,7 @@ import os
 import py_compile
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -351,6 +352,19 @@ def test_a_folder_does_not_hide_a_library_of_its_name(tmp_path):
         assert set(outside.sha256({"rule": "mine:RULE"})) == {"mine.py"}
     finally:
         sys.modules.pop("wandb_like", None)
+
+
+class Odd(types.ModuleType):
+    """A module that answers every question with an error, as libraries do that load themselves late."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"asked for {name}")
+
+
+def test_modules_that_may_not_be_asked_are_left_alone(several, monkeypatch):
+    monkeypatch.setitem(sys.modules, "odd_module", Odd("odd_module"))
+    monkeypatch.setitem(sys.modules, "absent_module", None)
+    assert set(code_of(make_config({"rule": "mine:RULE"}))) == CODE
 
 
 def test_the_folder_that_was_named_last_is_searched_first(tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import itertools
 import os
 import pathlib
@@ -91,7 +92,8 @@ def _load(key: str, name: str) -> _Loaded:
     allowed = [folder for folder, modules in reversed(_folders.items()) if modules is None or module in modules]
     if not allowed:
         problem = f"{module}.py is code from outside of vffjax, and nobody who may has said where it lies"
-        raise bad_key(key, name, problem, "give its folder by --code, or a configuration file beside it that names it by --config")
+        ways = "by --code, in Python by vffjax.outside.allow, or give by --config a configuration file beside it that names it"
+        raise bad_key(key, name, problem, f"give its folder {ways}")
     file = next((path for folder in allowed if os.path.isfile(path := os.path.join(folder, f"{module}.py"))), "")
     if not file:
         raise bad_key(key, name, f"there is no {module}.py in {' or '.join(allowed)}", "put it there")
@@ -192,9 +194,9 @@ class _Beside:
 
     def holds(self, name: str) -> bool:
         """Whether an imported module lies in the folder, or in a package there."""
-        module = sys.modules.get(name)
-        path = getattr(module, "__path__", ())  # of torch.classes, not a path at all
-        places = [getattr(module, "__file__", None), *(path if isinstance(path, Iterable) else ())]
+        # Static: a module may compute its attributes, as torch.classes does, or be loaded by the first question.
+        file, path = (inspect.getattr_static(sys.modules.get(name), attribute, ()) for attribute in ("__file__", "__path__"))
+        places = [file, *(path if isinstance(path, Iterable) else ())]
         return any(isinstance(place, str) and self._is_own(name, place) for place in places)
 
     def _is_own(self, name: str, place: str) -> bool:
