@@ -17,7 +17,7 @@ from vffjax.errors import UserError
 from vffjax.hyperparameters import at_peak
 from vffjax.networks import layers
 from vffjax.rules import ff, similarity, vff
-from vffjax.rules.streams import Step
+from vffjax.rules.streams import Step, Task
 from vffjax.training import scores as inference
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan, groups_of, make_plan, make_task
@@ -41,6 +41,7 @@ def plan_of(config):
 
 
 IMAGES = jnp.zeros((2, 8, 8, 1))
+TASK = Task(jnp.zeros((10, 8, 8, 1)), jnp.zeros(1), jnp.ones(1))
 USES = {
     "optimizer": lambda c: make_optimizer(c, at_peak(c, 1).of(0)),
     "schedule": lambda c: plan_of(c).active(0),
@@ -62,7 +63,7 @@ USES = {
     "contrast": vff.in_batch,
     "similarity": lambda c: similarity.embed(IMAGES, c.similarity),
     "similarity of what is pooled": lambda c: vff.RULE.cells(c),
-    "inference": lambda c: inference.make_scores(plan_of(c), c.inference)(None, (), IMAGES),
+    "inference": lambda c: inference.make_scores(plan_of(c), c.inference)(TASK, (), IMAGES.astype(jnp.uint8)),
     "optimizer of memory": memory.least_bytes,
 }
 

@@ -68,7 +68,14 @@ def test_the_file_says_what_it_is_to_any_reader(run, file):
     assert {KERNEL, BIAS, MEAN, VARIANCE} <= names
     assert len(names) == len(jax.tree.leaves([state[:2] for state in run.states]))
     assert (about["format"], about["names"]) == ("vffjax weights 1", "vffjax")
-    assert about["network"] == {"network": "conv4", "widths": [4, 4, 6, 6], "pools": [1, 2, 1, 2], "norm": "auto", "grouping": "width"}
+    assert about["network"] == {
+        "network": "conv4",
+        "widths": [4, 4, 6, 6],
+        "pools": [1, 2, 1, 2],
+        "image_size": 0,
+        "norm": "auto",
+        "grouping": "width",
+    }
     assert (about["class_names"], about["image_shape"]) == (["a", "b", "c"], list(SHAPE))
     assert safetensors.numpy.load_file(file)[KERNEL].dtype == np.float32
 
@@ -267,7 +274,14 @@ def test_a_resnet_is_written_by_torchvisions_names_unless_asked_otherwise(narrow
     assert {"conv1.weight", "bn1.running_var", "layer2.0.downsample.0.weight", "layer4.1.bn2.bias", "fc.weight"} <= names
     assert len(names) == 20 * 5 + 2
     assert (about["format"], about["names"], about["class_names"]) == ("vffjax weights 1", "torchvision", ABOUT["class_names"])
-    assert about["network"] == {"network": "resnet18", "width_factor": 0.05, "stem": "cifar", "norm": "auto", "grouping": "all"}
+    assert about["network"] == {
+        "network": "resnet18",
+        "width_factor": 0.05,
+        "stem": "cifar",
+        "image_size": 0,
+        "norm": "auto",
+        "grouping": "all",
+    }
     own = tmp_path / "own.safetensors"
     assert weights.write_weights(own, narrow.plan, narrow.states, {}, names="vffjax") == []
     assert "group0.params.layers_0.conv1.kernel" in described(own)[0]
@@ -525,8 +539,8 @@ def test_a_group_that_is_not_there_is_refused(fails, tmp_path):
     where = f"--workdir={finished()}"
     out = f"--out={tmp_path}/w.safetensors"
     fails("export", where, out, "--group=2", parts=["--group=2: the network has 2 groups; give one from 0 to 1"])
-    fails("export", where, out, "--group=-1", parts=["--group", "'-1'", "give one from 0"])
-    fails("export", where, out, "--group=first", parts=["--group", "'first'", "give one from 0"])
+    fails("export", where, out, "--group=-1", parts=["--group", "'-1'", "give at least 0"])
+    fails("export", where, out, "--group=first", parts=["--group", "'first'", "give at least 0"])
     fails("export", where, out, "--group=1", "--names=torchvision", parts=["--group=1: torchvision knows no groups"])
     fails("export", where, "--group=1", "--format=stablehlo", parts=["--group=1: a .stablehlo file holds the ensemble"])
     assert list(tmp_path.iterdir()) == []

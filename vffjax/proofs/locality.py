@@ -229,7 +229,7 @@ def _idle(program: _Program, groups: list[str], frozen: int) -> list[dict[str, A
 
     In the first `frozen` groups only the head has to learn.
     """
-    fixed = tuple(f"{group}/layers_" for group in groups[:frozen])
+    fixed = tuple(f"{group}/{part}" for group in groups[:frozen] for part in ("layers_", "rule/"))
     found = []
     for name in (name for group in program.trains for name in _params(program, group)):
         if not name.endswith("kernel") or name.startswith(fixed):

@@ -126,7 +126,7 @@ def local_loss(
         made, options = streams._replace(rows=seen), rule.options_of(config)
         given = Seen(config, options, hyper, group.index, streams, made, logits, params.get("rule", {}), key)
         if group.frozen:
-            own = {name: jnp.zeros(metric.shape, metric.dtype) for name, metric in jax.eval_shape(rule.loss, given)[1].items()}
+            own = {name: jnp.zeros(metric.shape, metric.dtype) for name, metric in jax.eval_shape(lambda: rule.loss(given)[1]).items()}
         else:
             local, own = rule.loss(given)
     metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)} | own

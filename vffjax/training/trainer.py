@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.ops.fence import as_branch
+from vffjax.ops.normalisation import Rows
 from vffjax.rules import local
 from vffjax.rules.local import Setting
 from vffjax.rules.streams import Step, Streams, Task
@@ -165,7 +166,7 @@ def clean_log_p(
 
 
 def evaluated(
-    plan: Plan, states: tuple[GroupState, ...], rows: Float[Array, "rows *feature"], clean: int
+    plan: Plan, states: tuple[GroupState, ...], rows: Float[Array, "rows *feature"], clean: Rows
 ) -> Iterator[tuple[LayerGroup, GroupState, Array]]:
     """Yields each group with its state and its features of the rows, of which the first `clean` are clean. Uses running statistics."""
     for group, state in zip(plan.groups, states, strict=True):

@@ -33,7 +33,7 @@ def evaluate(
 
     Args:
         workdir: the run's folder.
-        inference_name: heads, sweep or early_exit; empty: as the run was configured.
+        inference_name: heads, sweep, rule or early_exit; empty: as the run was configured.
         epoch: best, latest, or the number of a saved epoch.
         data_dir: the folder of the data set, if it is no longer where it was when the run was trained.
         test: whether test images are classified too.
@@ -85,7 +85,9 @@ def evaluate_start(config: Config, inference_name: str = "", early: early_exit.W
     dataset = data_module.load(config)
     plan = plan_for(config, dataset)
     states, task = start(plan, dataset)
-    if (inference_name or config.inference) != "sweep" and not any(np.any(state.params["head"]["kernel"]) for state in states):
+    if (inference_name or config.inference) in ("heads", "early_exit") and not any(
+        np.any(state.params["head"]["kernel"]) for state in states
+    ):
         fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
         raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and a new head cannot classify; {fix}")
     trained = Trained(plan, states, task, {"trained_groups": len(plan.groups)})
@@ -98,6 +100,8 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     name = inference_name or plan.config.inference
     if name == "sweep" and plan.rule.fits is None:
         raise UserError(f"--inference=sweep: rule {plan.config.rule} never sees a labelled image; use --inference=heads")
+    if name == "rule" and plan.rule.scores is None:
+        raise UserError(f"--inference=rule: rule {plan.config.rule} has no scores of its own; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None

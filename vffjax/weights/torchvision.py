@@ -226,7 +226,7 @@ def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[
                 found["stem"] = stem
         if first[0] != stem_width(config):
             found["width_factor"] = f"{first[0] / stem_width(dataclasses.replace(config, width_factor=1.0)):g}"
-        channels = {SOURCES.find(name).sizes.image_shape[2]: name for name in SOURCES.names}
+        channels = {SOURCES.find(name).sizes.image_shape[2]: name for name in reversed(SOURCES.names) if SOURCES.find(name).prepare}
         if first[1] != wanted["conv1.weight"][1] and first[1] in channels:
             found["dataset"] = channels[first[1]]
     return found

@@ -22,6 +22,7 @@ from vffjax.errors import UserError, bad_key, printable
 from vffjax.files import replace_file
 from vffjax.networks.groups import layer_sizes
 from vffjax.paths import local
+from vffjax.registry import NETWORKS
 from vffjax.training.plan import groups_of
 from vffjax.weights import hub
 from vffjax.weights.formats import opened
@@ -194,9 +195,8 @@ def _most_bytes(config: Config) -> int:
 
 def _opened(path: pathlib.Path | str, config: Config) -> Any:
     if str(path).endswith(WEIGHT_FILES[1:]) and networks.find(config).blocks is None:
-        raise UserError(
-            f"{path}: PyTorch's files are read for residual networks such as resnet18; give a {WEIGHT_FILES[0]} file by vffjax export"
-        )
+        able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).blocks)
+        raise UserError(f"{path}: PyTorch's files are read for {able}; give a {WEIGHT_FILES[0]} file by vffjax export")
     return opened(path, _most_bytes(config))
 
 

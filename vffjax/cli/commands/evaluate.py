@@ -17,7 +17,7 @@ from vffjax.errors import UserError, bad_key, printable
 from vffjax.files import read_bytes, write_json
 
 USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
-                       [--inference heads|sweep|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
+                       [--inference heads|sweep|rule|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
                        [--epoch best|latest|N] [--data_dir DIR [--other_data]] [--code DIR] [--json]"""
 MAX_CURVE = 2**20  # bytes of a file that --curve may replace
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     weights = "a configuration as for train, whose --config.init_from names weights that were not trained here"
     parser.add_argument("--config", metavar="FILE", help=weights)
     ways = "how to classify; early_exit: by the heads, where an image leaves at the first head that is sure; default: as configured"
-    parser.add_argument("--inference", choices=("heads", "sweep", "early_exit"), default="", help=ways)
+    parser.add_argument("--inference", choices=("heads", "sweep", "rule", "early_exit"), default="", help=ways)
     sure = "early_exit: probability, above 0 and up to 1, at which an image leaves; default: chosen on validation images"
     parser.add_argument("--threshold", type=_a_threshold, metavar="T", help=sure)
     exits = "early_exit: groups at which images may leave; default: those that vote"
