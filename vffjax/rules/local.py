@@ -111,6 +111,7 @@ def local_loss(
         The loss; and as auxiliary output the new statistics, the output streams and the metrics, both detached.
     """
     rule, config, hyper, key = setting
+    loss = rule.loss
     clean = streams.labels.shape[0]
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
     seen = _pooled(rule.cells(config), group.head_grid, features)
@@ -122,13 +123,13 @@ def local_loss(
 
     local: Any = jnp.zeros((), jnp.float32)
     own: Metrics = {}
-    if rule.loss is not None:
+    if loss is not None:
         made, options = streams._replace(rows=seen), rule.options_of(config)
         given = Seen(config, options, hyper, group.index, streams, made, logits, params.get("rule", {}), key)
         if group.frozen:
-            own = {name: jnp.zeros(metric.shape, metric.dtype) for name, metric in jax.eval_shape(lambda: rule.loss(given)[1]).items()}
+            own = {name: jnp.zeros(metric.shape, metric.dtype) for name, metric in jax.eval_shape(lambda: loss(given)[1]).items()}
         else:
-            local, own = rule.loss(given)
+            local, own = loss(given)
     metrics = {"loss": local + head_loss, "local_loss": local, "head_loss": head_loss, "log_p": jax.nn.log_softmax(logits)} | own
     out, metrics = jax.lax.stop_gradient((streams._replace(rows=features), metrics))
     return local + head_loss, (batch_stats, out, metrics)
