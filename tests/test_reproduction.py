@@ -141,7 +141,7 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
 
 
 def test_summary_names_the_flags_that_can_change_numbers():
-    code = "from vffjax.config import Config; from vffjax.runs.summary import origin; print(origin(Config())['flags'])"
+    code = "from vffjax.config import Config; from vffjax.runs.origin import origin; print(origin(Config())['flags'])"
     found = in_a_process("-c", code)
     assert "'JAX_PLATFORMS': 'cpu'" in found.stdout
     with mock.patch.dict(os.environ, {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false", "UNRELATED": "1"}):

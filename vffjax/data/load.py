@@ -48,10 +48,10 @@ def prepare(name: str, data_dir: str) -> pathlib.Path:
     left as it is. TensorFlow is not needed. Archives in DATA_DIR/downloads/manual are used instead of a download. Raises
     `UserError`, and leaves no half-made folder, if the set needs no preparation or cannot be downloaded or written.
     """
-    SOURCES.check(name)
     can = {known: source.prepare for known in SOURCES.names if (source := SOURCES.find(known)).prepare}
     if name not in can:
-        raise bad_key("dataset", name, "needs no preparation", f"prepare one of {', '.join(can)}")
+        problem = "needs no preparation" if name in SOURCES.names else "not known"
+        raise bad_key("dataset", name, problem, f"prepare one of {', '.join(can)}")
     return can[name](data_dir)
 
 
