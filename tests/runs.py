@@ -45,12 +45,6 @@ def scratch():
 
 
 @contextlib.contextmanager
-def compiled_once():
-    """Lets runs of equal configurations share compiled programs: compiling is most of what a tiny run costs."""
-    yield
-
-
-@contextlib.contextmanager
 def optimizer(make):
     """Within, `make(config, hyper, frozen)` stands for `make_optimizer`, for first states and for updates."""
     with oracles.traced_afresh(), mock.patch.object(plan, "make_optimizer", make), mock.patch.object(trainer, "make_optimizer", make):
@@ -60,7 +54,6 @@ def optimizer(make):
 def train(config, workdir, plots=False):
     """`experiment.train`, by default without its plots, which take longer than the training."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(compiled_once())
         # The checkout may be changed or committed while the tests run.
         stack.enter_context(mock.patch.object(origin, "_commit", lambda: "0" * 40))
         if not plots:

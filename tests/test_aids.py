@@ -15,7 +15,7 @@ import matplotlib
 import pytest
 
 from command_lines import ROOT, TINY_FLAGS
-from runs import compiled_once, copy_of, finished, summary_of, tiny, train, untimed
+from runs import copy_of, finished, summary_of, tiny, train, untimed
 from vffjax import errors, files
 from vffjax.files import write_json
 from vffjax.runs import drawing, lock, plots, summary, tensorboard, workdir
@@ -427,7 +427,7 @@ def test_a_command_in_a_process_without_streams_does_its_work(monkeypatch, tmp_p
 
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    with pytest.raises(SystemExit) as ended, compiled_once():
+    with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", f"--workdir={finished()}"])
     assert ended.value.code == 0
     with pytest.raises(SystemExit) as ended:

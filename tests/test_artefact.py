@@ -15,7 +15,7 @@ import pytest
 from command_lines import ROOT, TINY_FLAGS, in_a_process
 from image_sets import fails as refused
 from oracles import CONV, MLP, config_of, slow_but, small_run, traced_afresh
-from runs import compiled_once, contents, copy_of, finished, tiny, train
+from runs import contents, copy_of, finished, tiny, train
 from vffjax.costs import targets
 from vffjax.data import load as data
 from vffjax.ops import winograd
@@ -45,10 +45,9 @@ def written(folder, run, **changes):
     return jax.export.deserialize(bytearray(path.read_bytes())), described
 
 
-def wanted(plan, task, states, images, voting, trained):
+def wanted(plan, task, states, images, voting, trained, inference="heads"):
     """By the program that evaluates: log-probabilities of the trained groups, and of the ensemble, normalised."""
-    with compiled_once():
-        groups = np.asarray(make_scores(plan, "heads")(task, states, jax.numpy.asarray(images)))[:trained]
+    groups = np.asarray(make_scores(plan, inference)(task, states, jax.numpy.asarray(images)))[:trained]
     votes = np.exp(ensemble(groups, tuple(voting)).astype(np.float64))
     return {"ensemble": np.log(votes / votes.sum(axis=-1, keepdims=True)), "groups": groups}
 
@@ -91,6 +90,16 @@ def test_it_says_what_the_run_says_for_any_number_of_images(kind, tmp_path):
     # Compiling is what takes the time.
     for n in BATCHES if kind in ("vff", "conv4") else (5,):
         assert_says(found.call(images[:n]), rows(expected, n))
+
+
+def test_a_run_that_the_rule_scores_is_exported_with_these_scores(tmp_path):
+    run = small_run(config_of(**MLP, rule="mono_forward", inference="rule"), shape=SHAPE)
+    images = np.asarray(run.data.images)
+    found, described = written(tmp_path, run, voting=[1])
+    said = found.call(images)
+    assert described["voting"] == [1]
+    assert_says(said, wanted(*run[:3], images, (1,), len(run.plan.groups), "rule"))
+    assert np.abs(said["groups"] - wanted(*run[:3], images, (1,), len(run.plan.groups))["groups"]).max() > 0.1, "the heads say otherwise"
 
 
 def test_bf16_convolutions_are_those_of_the_run(tmp_path, monkeypatch):
@@ -334,10 +343,9 @@ def test_a_workdir_that_holds_exports_goes_on_as_before(call, tmp_path):
     held = contents(workdir)
     assert set(held) == set(before) | exports
     assert {name: held[name] for name in before} == before
-    with compiled_once():
-        assert call("evaluate", f"--workdir={workdir}")[0] == 0
-        status, out, err = call("train", *TINY_FLAGS, f"--workdir={workdir}")
-        assert status == 0, err
+    assert call("evaluate", f"--workdir={workdir}")[0] == 0
+    status, out, err = call("train", *TINY_FLAGS, f"--workdir={workdir}")
+    assert status == 0, err
     assert out.startswith("test error")
     assert {name: contents(workdir)[name] for name in exports} == {name: held[name] for name in exports}
     # Exported again in the same place.

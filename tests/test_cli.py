@@ -8,7 +8,7 @@ import re
 import pytest
 
 from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
-from runs import compiled_once, finished, untimed
+from runs import finished, untimed
 from vffjax.cli import flags
 from vffjax.cli import main as cli
 from vffjax.cli.flags import parse_train
@@ -233,9 +233,8 @@ def test_an_epoch_on_cifar10_learns(tmp_path, call):
 
 def test_evaluate_agrees_with_the_summary(call):
     summary = json.loads((finished() / "summary.json").read_text())
-    with compiled_once():
-        status, out, err = call("evaluate", f"--workdir={finished()}", "--json")
-        text = call("evaluate", f"--workdir={finished()}")[1]
+    status, out, err = call("evaluate", f"--workdir={finished()}", "--json")
+    text = call("evaluate", f"--workdir={finished()}")[1]
     assert (status, err) == (0, "")
     found = json.loads(out)
     for key in ("test_error", "test_error_per_group", "val_error", "voting"):
@@ -247,10 +246,9 @@ def test_evaluate_agrees_with_the_summary(call):
 
 def test_evaluate_can_sweep_and_take_another_epoch(call):
     records = [json.loads(line) for line in (finished() / "metrics.jsonl").read_text().splitlines()]
-    with compiled_once():
-        second = json.loads(call("evaluate", f"--workdir={finished()}", "--epoch=2", "--json")[1])
-        swept = json.loads(call("evaluate", f"--workdir={finished()}", "--inference=sweep", "--json")[1])
-        latest = json.loads(call("evaluate", f"--workdir={finished()}", "--epoch=latest", "--json")[1])
+    second = json.loads(call("evaluate", f"--workdir={finished()}", "--epoch=2", "--json")[1])
+    swept = json.loads(call("evaluate", f"--workdir={finished()}", "--inference=sweep", "--json")[1])
+    latest = json.loads(call("evaluate", f"--workdir={finished()}", "--epoch=latest", "--json")[1])
     assert (second["epoch"], second["val_error"]) == (2, records[1]["val_error"])
     assert (latest["epoch"], latest["val_error"]) == (3, records[2]["val_error"])
     assert swept["inference"] == "sweep"

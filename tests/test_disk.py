@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from command_lines import TINY_FLAGS
-from runs import assert_same_bits, compiled_once, contents, copy_of, finished, summary_of, untimed
+from runs import assert_same_bits, contents, copy_of, finished, summary_of, untimed
 from vffjax.runs import checkpoint, origin, summary, workdir
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import Logbook
@@ -44,7 +44,7 @@ def fill(disk):
 @pytest.fixture
 def train(call):
     def run(folder):
-        with compiled_once(), mock.patch.object(origin, "_commit", lambda: "0" * 40):
+        with mock.patch.object(origin, "_commit", lambda: "0" * 40):
             return call("train", *TINY_FLAGS, f"--workdir={folder}")
 
     return run
@@ -133,8 +133,7 @@ def test_a_read_only_workdir_is_named_and_can_be_evaluated(disk, train, call):
     status, out, err = train(disk / "new")
     assert (status, out) == (2, "")
     assert f"{disk / 'new'}: Read-only file system" in err.splitlines()[-1]
-    with compiled_once():
-        status, out, err = call("evaluate", f"--workdir={folder}")
+    status, out, err = call("evaluate", f"--workdir={folder}")
     assert (status, err) == (0, "")
     assert f"test error {summary_of(finished())['test_error']:.2f} %" in out
     assert contents(folder) == before

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from oracles import CONV, MLP, config_of, slow_but, small_run
-from runs import compiled_once, copy_of, finished, tiny, train
+from runs import copy_of, finished, tiny, train
 from vffjax.data import load as data
 from vffjax.runs import plots
 from vffjax.runs.trained import Trained
@@ -271,20 +271,18 @@ def both_vote(monkeypatch):
 
 
 def evaluate(call, workdir, *options):
-    with compiled_once():
-        status, out, err = call("evaluate", f"--workdir={workdir}", "--inference=early_exit", *options)
+    status, out, err = call("evaluate", f"--workdir={workdir}", "--inference=early_exit", *options)
     assert (status, err) == (0, "")
     return out
 
 
 def test_evaluate_reports_what_the_scores_imply(call, both_vote):
     found = json.loads(evaluate(call, finished(), "--threshold=0.3", "--exits=all", "--json"))
-    with compiled_once():
-        plain = json.loads(call("evaluate", f"--workdir={finished()}", "--json")[1])
-        plan, states, task, _ = load_run(finished())
-        dataset = data.load(plan.config)
-        score = lambda split: np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(split.images)))  # noqa: E731
-        seen, unseen = score(dataset.validation), score(dataset.test)
+    plain = json.loads(call("evaluate", f"--workdir={finished()}", "--json")[1])
+    plan, states, task, _ = load_run(finished())
+    dataset = data.load(plan.config)
+    score = lambda split: np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(split.images)))  # noqa: E731
+    seen, unseen = score(dataset.validation), score(dataset.test)
     votes = votes_of(tuple(plain["voting"]), "all", seen, dataset.validation.labels)
     for split, scores, labels in (("val", seen, dataset.validation.labels), ("test", unseen, dataset.test.labels)):
         predicted, left = slow_exits(scores, votes, 0.3)
@@ -311,10 +309,9 @@ def test_the_choice_sees_no_test_image(monkeypatch, both_vote):
         return dataclasses.replace(found, test=data.Split(255 - found.test.images, found.test.labels[::-1]))
 
     load, wanted = data.load, early_exit.Wanted(exits="all")
-    with compiled_once():
-        before = evaluation.evaluate(finished(), "early_exit", test=False, early=wanted)
-        monkeypatch.setattr(data, "load", with_other_test_images)
-        after = evaluation.evaluate(finished(), "early_exit", test=False, early=wanted, other_data=True)
+    before = evaluation.evaluate(finished(), "early_exit", test=False, early=wanted)
+    monkeypatch.setattr(data, "load", with_other_test_images)
+    after = evaluation.evaluate(finished(), "early_exit", test=False, early=wanted, other_data=True)
     assert before == after | {"own_data": True}
     assert not after["own_data"]
     assert before["chosen"] == "chosen on validation images"
@@ -345,8 +342,7 @@ def test_the_curve_is_written_and_drawn(call, tmp_path, both_vote):
 def test_a_run_without_validation_images_wants_a_threshold(call, fails, tmp_path):
     train(tiny(val_fraction=0.0, epochs=1), tmp_path / "run")
     arguments = ("evaluate", f"--workdir={tmp_path / 'run'}", "--inference=early_exit")
-    with compiled_once():
-        fails(*arguments, parts=["--threshold: missing", "config.val_fraction=0.0", "give --threshold=0.9"])
+    fails(*arguments, parts=["--threshold: missing", "config.val_fraction=0.0", "give --threshold=0.9"])
     found = json.loads(evaluate(call, tmp_path / "run", "--threshold=0.5", f"--curve={tmp_path / 'c.json'}", "--json"))
     assert (found["val_error"], found["ensemble_val_error"], found["voting"]) == (None, None, [0, 1])
     assert "val_leaving_per_group" not in found

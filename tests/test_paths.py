@@ -7,7 +7,7 @@ import pytest
 
 from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
-from runs import compiled_once, copy_of, finished, tiny, train
+from runs import copy_of, finished, tiny, train
 from vffjax.cli.config_file import load_config_file, split_variant
 from vffjax.cli.flags import parse_train
 from vffjax.cli.options import json_file
@@ -41,10 +41,9 @@ def test_a_workdir_and_a_configuration_in_the_home_folder(home):
 
 def test_files_of_the_commands_in_the_home_folder(home, call):
     run = copy_of(finished(), home)
-    with compiled_once():
-        status, _, err = call("evaluate", "--workdir=~/run", "--json")
-        assert (status, err) == (0, "")
-        assert call("export", "--workdir=~/run", "--out=~/w.safetensors")[0] == 0
+    status, _, err = call("evaluate", "--workdir=~/run", "--json")
+    assert (status, err) == (0, "")
+    assert call("export", "--workdir=~/run", "--out=~/w.safetensors")[0] == 0
     assert (home / "w.safetensors").exists()
     assert json_file("~/found.json") == home / "found.json"
     (home / "seven.png").write_bytes(b"no picture")
@@ -60,9 +59,8 @@ def test_python_calls_with_the_home_folder(home):
 
 
 def test_weights_and_data_in_the_home_folder(home, call, monkeypatch):
-    with compiled_once():
-        call("export", f"--workdir={finished()}", f"--out={home / 'w.safetensors'}")
-        status, out, err = call("evaluate", *TINY_FLAGS, "--config.init_from=~/w.safetensors", "--json")
+    call("export", f"--workdir={finished()}", f"--out={home / 'w.safetensors'}")
+    status, out, err = call("evaluate", *TINY_FLAGS, "--config.init_from=~/w.safetensors", "--json")
     assert (status, err) == (0, ""), err
     fake_cifar(home / "data")
     monkeypatch.setenv("TFDS_DATA_DIR", "~/data")

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from command_lines import ROOT
-from runs import compiled_once, finished, tiny
+from runs import finished, tiny, train
 from vffjax.data import load as data
 from vffjax.runs.workdir import load_run
 from vffjax.training import trainer
 from vffjax.training.augment import normalise
+from vffjax.training.scores import make_scores
 from vffjax.uses import prediction
 
 
@@ -37,9 +38,8 @@ def test_predictions_agree_with_the_scores_of_the_test_images(call, tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image[:, :, 0]).save(path)
-    with compiled_once():
-        status, out, err = call("predict", f"--workdir={finished()}", "--top=10", "--json", *paths)
-        text = call("predict", f"--workdir={finished()}", "--top=2", paths[0])[1]
+    status, out, err = call("predict", f"--workdir={finished()}", "--top=10", "--json", *paths)
+    text = call("predict", f"--workdir={finished()}", "--top=2", paths[0])[1]
     assert (status, err) == (0, "")
     found = json.loads(out)
     assert [entry["image"] for entry in found] == list(map(str, paths))
@@ -59,6 +59,19 @@ def test_predictions_agree_with_the_scores_of_the_test_images(call, tmp_path):
     assert all(line.count("%") == 2 for line in lines[1:])
 
 
+def test_a_run_that_the_rule_scores_is_predicted_by_these_scores_and_their_voters(call, digit, tmp_path):
+    train(tiny(rule="mono_forward", inference="rule", epochs=1, grouping="layer"), tmp_path / "run")
+    status, out, err = call("predict", f"--workdir={tmp_path / 'run'}", "--top=10", "--json", digit)
+    assert (status, err) == (0, "")
+    plan, states, task, run = load_run(tmp_path / "run")
+    image = jnp.asarray(np.asarray(Image.open(digit)).reshape(1, 8, 8, 1))
+    scores = np.asarray(make_scores(plan, "rule")(task, states, image))[run["voting"]].mean(axis=0)[0]
+    p = np.exp(scores) / np.exp(scores).sum()
+    ranking = json.loads(out)[0]["by"]["ensemble"]
+    assert [r["class"] for r in ranking] == [run["class_names"][k] for k in np.argsort(-p)]
+    np.testing.assert_allclose([r["probability"] for r in ranking], np.sort(p)[::-1], rtol=1e-4, atol=1e-6)
+
+
 def test_images_of_other_kinds_and_sizes_are_taken(call, digit, tmp_path):
     pixels = np.asarray(Image.open(digit))
     colour, deep, large, photo = (tmp_path / name for name in ("colour.png", "deep.png", "large.png", "photo.jpg"))
@@ -66,8 +79,7 @@ def test_images_of_other_kinds_and_sizes_are_taken(call, digit, tmp_path):
     Image.fromarray(pixels.astype(np.uint16) * 257).save(deep)
     Image.fromarray(pixels.repeat(4, 0).repeat(4, 1)).save(large)
     Image.fromarray(pixels).save(photo, quality=100)
-    with compiled_once():
-        status, out, _ = call("predict", f"--workdir={finished()}", "--json", digit, colour, deep, large, photo)
+    status, out, _ = call("predict", f"--workdir={finished()}", "--json", digit, colour, deep, large, photo)
     assert status == 0
     found = [entry["by"] for entry in json.loads(out)]
     # The same pixels give the same answer; the others nearly the same pixels, the likeliest class.
@@ -224,8 +236,7 @@ def test_pictures_that_were_misread_are_seen_as_the_upright_one(name):
 def test_a_negative_gets_a_note_and_other_pictures_none(call, digit, tmp_path):
     negative = tmp_path / "negative.png"
     Image.fromarray(255 - np.asarray(Image.open(digit))).save(negative)
-    with compiled_once():
-        status, out, err = call("predict", f"--workdir={finished()}", "--json", digit, negative)
+    status, out, err = call("predict", f"--workdir={finished()}", "--json", digit, negative)
     assert status == 0
     assert err.startswith(f"{negative}: it looks like a negative: its pixels are ")
     assert err.count("\n") == 1

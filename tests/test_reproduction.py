@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from command_lines import TINY_FLAGS, in_a_process
-from runs import compiled_once, contents, copy_of, finished, tell_to_leave, tiny, train
+from runs import contents, copy_of, finished, tell_to_leave, tiny, train
 from vffjax.runs import experiment, origin, summary
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import Terminated
@@ -19,7 +19,7 @@ from vffjax.uses import reproduction
 def reproduce(call):
     def run(*arguments):
         quick = [mock.patch.object(summary, name) for name in ("draw_features", "plot_curves")]
-        with compiled_once(), quick[0], quick[1]:
+        with quick[0], quick[1]:
             return call("reproduce", *arguments)
 
     return run
@@ -62,7 +62,7 @@ def test_an_interrupted_reproduction_goes_on(reproduce, tmp_path):
         tell_to_leave()
         return sound(self, record)
 
-    with mock.patch.object(Logbook, "epoch", signalled), pytest.raises(Terminated), compiled_once():
+    with mock.patch.object(Logbook, "epoch", signalled), pytest.raises(Terminated):
         reproduction.reproduce(finished(), tmp_path / "again")
     status, out, err = reproduce(finished(), f"--into={tmp_path / 'again'}")
     assert (status, "epoch 1/3" in err, "epoch 2/3" in err) == (0, False, True)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from runs import TINY, compiled_once
+from runs import TINY
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import records
@@ -40,8 +40,7 @@ def write_list(path, *runs, **common):
 
 
 def work(path, folder):
-    with compiled_once():
-        train_queue.work(path, folder / "runs", folder / "results", False)
+    train_queue.work(path, folder / "runs", folder / "results", False)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -207,12 +207,24 @@ def fitting_grid(width: int) -> int:
     return side
 
 
-def init_variables(groups: tuple[LayerGroup, ...], key: PRNGKeyArray, image_shape: tuple[int, int, int]) -> tuple[tuple[Any, Any], ...]:
-    """Initial parameters and statistics of all groups. Group `i` uses the key `fold_in(key, i)`."""
+def init_variables(
+    groups: tuple[LayerGroup, ...],
+    key: PRNGKeyArray,
+    image_shape: tuple[int, int, int],
+    own: Callable[[int, tuple[int, ...]], Mapping[str, Any]] = lambda group, shape: {},
+) -> tuple[tuple[Any, Any], ...]:
+    """Initial parameters and statistics of all groups.
+
+    Args:
+        groups: from input to output.
+        key: group `i` uses `fold_in(key, i)`.
+        image_shape: height, width and channels.
+        own: further parameters of a group, from its index and the shape of its features for one image.
+    """
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     out: list[tuple[Mapping, Mapping]] = []
     for i, group in enumerate(groups):
         params, stats = group.init(jax.random.fold_in(key, i), x)
-        out.append((params, stats))
         x, _ = jax.eval_shape(functools.partial(group.features, clean=1, train=False), params, stats, x)
+        out.append((params | own(i, x.shape[1:]), stats))
     return tuple(out)

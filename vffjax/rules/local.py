@@ -64,7 +64,8 @@ class Rule:
         shown: an image as the clean stream shows it to a head.
         told: images that all carry one label, for the sweep and for pictures; None: the rule has no such images.
         fits: how well a label fits, from features of the clean images and of the same images told the label; None: there is no sweep.
-        scores: the rule's own class scores, from the clean features of a group and the rule's parameters there; None: it has none.
+        scores: the rule's own log-probabilities of the classes, from the options, the clean features of a group, the rule's parameters
+            there, and the number of classes; None: it has none.
         parameters: the rule's own parameters in a group, from the options, the shape of one row of features, the classes and a key.
         options: a frozen dataclass of the rule's own keys, `config.rule_options.KEY`, declared by `keys.key`.
         norm: what `config.norm = "auto"` means.
@@ -89,6 +90,14 @@ class Rule:
     codebook: bool = False
     check: Callable[[Config], None] = lambda config: None
     check_data: Callable[[Config, tuple[int, int, int], int, tuple[int, ...]], None] = lambda config, image_shape, classes, widths: None
+
+    def cannot_score_by(self, inference: str) -> str:
+        """Why the rule cannot score classes by a kind of inference (see `config.inference`); empty if it can."""
+        if inference == "sweep" and (self.told is None or self.fits is None):
+            return "never sees a labelled image"
+        if inference == "rule" and self.scores is None:
+            return "has no scores of its own"
+        return ""
 
     def options_of(self, config: Config) -> Any:
         """The rule's own keys as a configuration that was checked has them."""

@@ -21,10 +21,15 @@ class Trained(NamedTuple):
         return int(self.run["trained_groups"])
 
     @property
-    def voting_heads(self) -> tuple[int, ...]:
-        """The groups whose heads form the ensemble.
+    def scored_by(self) -> str:
+        """How one pass through the groups scores classes: as the run is configured, or by the heads if it is configured for a sweep, which
+        takes a pass for each class."""
+        return "heads" if self.plan.config.inference == "sweep" else self.plan.config.inference
 
-        They are those chosen on validation images if the run is configured to classify by its heads. If it is configured for another kind
-        of inference, that choice says nothing about the heads, so that all trained groups vote.
+    @property
+    def voting(self) -> tuple[int, ...]:
+        """The groups that form the ensemble of `scored_by`.
+
+        They are those chosen on validation images. Those chosen for a sweep say nothing about the heads, so that all trained groups vote.
         """
-        return tuple(self.run["voting"]) if self.plan.config.inference == "heads" else tuple(range(self.groups))
+        return tuple(self.run["voting"]) if self.plan.config.inference == self.scored_by else tuple(range(self.groups))

@@ -1,4 +1,4 @@
-"""Whether the keys of a configuration fit together, and whether they fit the data: everything that is said before anything is compiled."""
+"""Checks that the keys of a configuration fit together, and that they fit the data, before anything is compiled."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,9 +21,13 @@ def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def check(config: Config) -> Config:
-    """The configuration with the rule's own keys complete, if its keys fit together; a rule and a network are asked themselves.
+    """Checks that the keys of a configuration fit together; its rule and its network check what concerns them.
 
-    Raises `UserError` naming `config.KEY`, the value and the fix.
+    Returns:
+        The configuration, in which all keys of the rule's own (`rule_options`) have a value.
+
+    Raises:
+        UserError: names config.KEY, the value and the fix.
     """
     rule, network = rules.find(config), find_network(config)
     own = options(rule.options, config.rule_options, "rule_options")
@@ -32,10 +36,8 @@ def check(config: Config) -> Config:
     for key in ("image_size", "width_factor", "stem"):
         if key not in network.keys and getattr(config, key) != (usual := default_of(FIELDS[key])):
             raise bad_key(key, getattr(config, key), f"means nothing to network={config.network}", f"leave it at {usual!r}")
-    if config.inference == "sweep" and (rule.told is None or rule.fits is None):
-        raise bad_key("inference", config.inference, f"rule {config.rule} never sees a labelled image", "use inference=heads")
-    if config.inference == "rule" and rule.scores is None:
-        raise bad_key("inference", config.inference, f"rule {config.rule} has no scores of its own", "use inference=heads")
+    if why := rule.cannot_score_by(config.inference):
+        raise bad_key("inference", config.inference, f"rule {config.rule} {why}", "use inference=heads")
     rule.check(config)
     network.check(config, rules.norm_of(config))
     return config
@@ -120,11 +122,11 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
         raise bad_key("epochs", c.epochs, f"more than {MAX_ENTRIES} steps", "use fewer epochs or a larger batch_size")
     if c.frozen_groups > len(groups):
         raise bad_key("frozen_groups", c.frozen_groups, f"the network has {len(groups)} groups", f"use at most {len(groups)}")
-    for name in c.overrides.keys() - {group.name for group in groups}:
+    for name in sorted(c.overrides.keys() - {group.name for group in groups}):
         problem = f"the network has {len(groups)} groups"
         raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to {groups[-1].name}")
     for layer, (kernel, _) in enumerate(layer_sizes(groups, image_shape)):
         if kernel > MAX_ENTRIES:
-            key = next(key for key in ("widths", "width_factor") if key in (*find_network(c).keys, "width_factor"))
+            key = "widths" if "widths" in find_network(c).keys else "width_factor"
             problem = f"layer {layer} would have {kernel} parameters"
             raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,7 +114,7 @@ def groups_of(config: Config, classes: int) -> tuple[LayerGroup, ...]:
 
 
 def run_key(config: Config, purpose: int) -> PRNGKeyArray:
-    """The key for one of the purposes `INITIALISATION`, `CODEBOOK` and `EPOCH`, from the run's seed."""
+    """The key for one of the purposes `INITIALISATION`, `CODEBOOK`, `EPOCH` and `RULE`, from the run's seed."""
     return jax.random.fold_in(jax.random.key(config.seed), purpose)
 
 
@@ -145,24 +144,15 @@ def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task,
 
 def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
     """The states of all groups before training, from the run's seed."""
-    variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape)
+    options, make = plan.rule.options_of(plan.config), plan.rule.parameters
+
+    def own(group: int, shape: tuple[int, ...]) -> dict[str, Any]:
+        """What the rule owns in a group, whose features of one image have this shape."""
+        return {"rule": make(options, shape, plan.classes, jax.random.fold_in(run_key(plan.config, RULE), group))} if make else {}
+
+    variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape, own)
     hyper, states = at_peak(plan.config, len(plan.groups)), []
-    own = _own_parameters(plan, variables, image_shape)
     for i, (group, (params, stats)) in enumerate(zip(plan.groups, variables, strict=True)):
-        params |= own[i]
         optimizer = make_optimizer(for_group(plan.config, i), hyper.of(i), group.frozen)
         states.append(GroupState(params, stats, optimizer.init(params)))
     return tuple(states)
-
-
-def _own_parameters(plan: Plan, variables: Sequence[tuple[Any, Any]], image_shape: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """The parameters that the rule owns in each group, under the key `rule`; empty dictionaries if it owns none."""
-    if plan.rule.parameters is None:
-        return [{} for _ in plan.groups]
-    options, own = plan.rule.options_of(plan.config), []
-    x: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    for group, (params, stats) in zip(plan.groups, variables, strict=True):
-        x, _ = jax.eval_shape(functools.partial(group.features, clean=1, train=False), params, stats, x)
-        key = jax.random.fold_in(run_key(plan.config, RULE), group.index)
-        own.append({"rule": plan.rule.parameters(options, x.shape[1:], plan.classes, key)})
-    return own

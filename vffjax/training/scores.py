@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
-from vffjax.errors import UserError, chosen
+from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
@@ -30,8 +30,7 @@ def sweep_scores(
     The rule measures it on the features of the clean image and of the image that was told the label. Higher is likelier.
     """
     rule, told, fits = plan.rule, plan.rule.told, plan.rule.fits
-    if told is None or fits is None:
-        raise UserError(f"inference=sweep: rule {plan.config.rule} never sees a labelled image; use inference=heads")
+    assert told is not None and fits is not None  # see `Rule.cannot_score_by`
 
     def features(x: Array, clean: int) -> list[Array]:
         return [z for _, _, z in evaluated(plan, states, x, clean)]
@@ -49,11 +48,14 @@ def own_scores(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
 ) -> Float[Array, "groups batch classes"]:
     """The rule's own class scores by each group, from the features of the clean images. Higher is likelier."""
-    rule = plan.rule
-    if rule.scores is None:
-        raise UserError(f"inference=rule: rule {plan.config.rule} has no scores of its own; use inference=heads")
+    rule, scores = plan.rule, plan.rule.scores
+    assert scores is not None  # see `Rule.cannot_score_by`
     options, maps = rule.options_of(plan.config), evaluated(plan, states, rule.shown(task, x), x.shape[0])
-    return jnp.stack([rule.scores(options, z, state.params.get("rule", {}), plan.classes) for _, state, z in maps])
+    return jnp.stack([scores(options, z, state.params.get("rule", {}), plan.classes) for _, state, z in maps])
+
+
+# The scores of a batch of normalised images, by kind of inference.
+SCORES = {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -61,7 +63,7 @@ def program_scores(
     plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "groups n classes"]:
     """The compiled function behind `make_scores`. It takes a `Plan.program`, so that runs with other seeds or rates share the program."""
-    per_batch = chosen("inference", inference, {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores})
+    per_batch = chosen("inference", inference, SCORES)
 
     def by_image(batch: Array) -> Array:
         return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)

@@ -9,6 +9,7 @@ To keep a run for longer, keep its weights. The file is a program, and may name 
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -24,7 +25,7 @@ from vffjax.errors import UserError
 from vffjax.files import read_json, replace_file, sha256, write_json
 from vffjax.runs.trained import Trained
 from vffjax.training.augment import normalised
-from vffjax.training.trainer import clean_log_p
+from vffjax.training.scores import SCORES
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -34,18 +35,19 @@ _MAX_BYTES = 2**31 - 2**24
 
 
 def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], dict[str, Float[Array, "*axes"]]]:
-    """The function that is exported: from byte images to log-probabilities, by the heads of a trained run. It takes no label.
+    """The function that is exported: from byte images to log-probabilities, by what the run scores by (`Trained.scored_by`).
 
     Returns:
         A function of images [batch, h, w, c], which returns `groups` [groups, batch, classes], for all groups that have trained, and
         `ensemble` [batch, classes], the normalised mean over the groups that vote.
     """
-    plan, states, task, _ = trained
+    plan = dataclasses.replace(trained.plan, groups=trained.plan.groups[: trained.groups])
+    states, task = trained.states[: trained.groups], trained.task
 
     def ensemble(images: Array) -> dict[str, Array]:
-        log_p = clean_log_p(plan, task, states, normalised(task, images), trained.groups)
+        log_p = SCORES[trained.scored_by](plan, task, states, normalised(task, images))
         # Evaluation takes the same mean (`scores.ensemble`), without the normalisation, which changes no comparison.
-        votes = jnp.stack([log_p[group] for group in trained.voting_heads])
+        votes = jnp.stack([log_p[group] for group in trained.voting])
         return {"ensemble": jax.nn.log_softmax(votes.mean(axis=0)), "groups": log_p}
 
     return ensemble
@@ -129,7 +131,7 @@ def write_artefact(path: pathlib.Path | str, trained: Trained) -> dict[str, Any]
         "image_shape": list(run["image_shape"]),
         "image_dtype": "uint8",
         "groups": [group.name for group in trained.plan.groups[: trained.groups]],
-        "voting": list(trained.voting_heads),
+        "voting": list(trained.voting),
         "platforms": list(exported.platforms),
         "jax": importlib.metadata.version("jax"),
         "jaxlib": importlib.metadata.version("jaxlib"),

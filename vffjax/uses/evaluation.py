@@ -98,10 +98,8 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     """Errors on validation and, with `test`, test images."""
     plan, states, task, _ = trained
     name = inference_name or plan.config.inference
-    if name == "sweep" and plan.rule.fits is None:
-        raise UserError(f"--inference=sweep: rule {plan.config.rule} never sees a labelled image; use --inference=heads")
-    if name == "rule" and plan.rule.scores is None:
-        raise UserError(f"--inference=rule: rule {plan.config.rule} has no scores of its own; use --inference=heads")
+    if why := plan.rule.cannot_score_by(name):
+        raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None

@@ -163,7 +163,7 @@ def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], ep
         top: how many classes are listed.
 
     Returns:
-        For each file its path as `image`; as `by` the likeliest classes by each trained group's head and by the voting `ensemble`; and a
+        For each file its path as `image`; as `by` the likeliest classes by each trained group and by the voting `ensemble`; and a
         `note` if the image looks unlike the training images (see `oddity`).
 
     Raises:
@@ -172,12 +172,12 @@ def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], ep
     trained = load_run(workdir, epoch)
     plan, states, task, run = trained
     images = np.stack([read_image(pathlib.Path(path), tuple(run["image_shape"])) for path in paths])
-    scores = np.asarray(make_scores(plan, "heads")(task, states, jnp.asarray(images)))
+    scores = np.asarray(make_scores(plan, trained.scored_by)(task, states, jnp.asarray(images)))
     names = run["class_names"]
     found = []
     for i, path in enumerate(paths):
         by = {plan.groups[g].name: rank(scores[g, i], names, top) for g in range(trained.groups)}
-        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], trained.voting_heads)[0], names, top)
+        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], trained.voting)[0], names, top)
         note = oddity(images[i], np.asarray(task.mean), np.asarray(task.std))
         found.append({"image": str(path), "by": by} | ({"note": note} if note else {}))
     return found
