@@ -31,6 +31,7 @@ def lines(capsys):
 # --- pictures
 
 
+@pytest.mark.slow
 def test_importing_the_commands_imports_no_matplotlib_and_no_tqdm():
     code = "import sys; from vffjax.cli import main; from vffjax.runs import experiment, plots, summary\n"
     code += "print([m for m in ('matplotlib', 'tqdm') if m in sys.modules])"
@@ -436,6 +437,7 @@ def test_a_command_in_a_process_without_streams_does_its_work(monkeypatch, tmp_p
     assert sys.stdout is None
 
 
+@pytest.mark.slow
 def test_experiment_says_what_it_does_where_stderr_is_no_terminal_file(monkeypatch, tmp_path, no_tensorboard):
     stream = Bare()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -102,6 +102,7 @@ def test_a_run_that_the_rule_scores_is_exported_with_these_scores(tmp_path):
     assert np.abs(said["groups"] - wanted(*run[:3], images, (1,), len(run.plan.groups))["groups"]).max() > 0.1, "the heads say otherwise"
 
 
+@pytest.mark.slow
 def test_bf16_convolutions_are_those_of_the_run(tmp_path, monkeypatch):
     run = small_run(config_of(**SHORT, precision="bf16"), shape=SHAPE)
     found, _ = written(tmp_path, run)
@@ -234,6 +235,7 @@ def test_the_tpu_compiler_takes_it(tmp_path):
     assert done.stdout == "True False\n", done.stderr
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_bytes_and_nothing_of_this_machine(call, tmp_path):
     def export(name):
         assert call("export", f"--workdir={finished()}", f"--out={tmp_path / name}")[0] == 0
@@ -331,6 +333,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_done(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_workdir_that_holds_exports_goes_on_as_before(call, tmp_path):
     workdir = copy_of(finished(), tmp_path)
     before = contents(workdir)

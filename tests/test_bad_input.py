@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
 from image_sets import CIFAR_NAMES, fake_cifar, tar_gz
+from oracles import slow_but
 from runs import contents, copy_of, finished, tiny
 from test_tfds_files import edit_info, example, flip_byte, to_tfrecord, truncate_shard
 from vffjax.data import load as data
@@ -716,7 +717,7 @@ IN_A_PROCESS = [
 ]
 
 
-@pytest.mark.parametrize("name", IN_A_PROCESS)
+@pytest.mark.parametrize("name", slow_but(IN_A_PROCESS, "a command of two lines", "an unknown key"))
 def test_start_and_all_takes_less_than_five_seconds_of_a_processor(name, tmp_path):
     place = Place(tmp_path)
     argv = list(map(str, ROWS[name][0](place)))

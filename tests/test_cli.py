@@ -8,6 +8,7 @@ import re
 import pytest
 
 from command_lines import CONFIG, ROOT, TINY_FLAGS, in_a_process
+from oracles import slow_but
 from runs import finished, untimed
 from vffjax.cli import flags
 from vffjax.cli import main as cli
@@ -151,6 +152,7 @@ def test_values_that_do_not_fit_together_are_found_once_jax_is_there():
         flags.ready(config)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_prints_plain_lines_and_the_same_command_finds_it_done(tmp_path, call):
     given = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=90", "--config.train_examples=400", "--config.epochs=2"]
     command = [*given, f"--workdir={tmp_path / 'run'}"]
@@ -188,7 +190,7 @@ def test_the_default_workdir_is_the_same_for_the_same_configuration_alone(monkey
     assert re.fullmatch(r"runs/digits-[0-9a-f]{8}", seen[0].as_posix())
 
 
-@pytest.mark.parametrize("moment", ["while it trains", "before"])
+@pytest.mark.parametrize("moment", slow_but(["while it trains", "before"], "before"))
 def test_sigterm_ends_a_process_that_trains_with_status_143_and_the_way_on(moment, tmp_path):
     code = "import os, signal, sys; from vffjax.cli.main import main; from vffjax.runs import experiment, logbook\n"
     code += "sound = logbook.Logbook.epoch\n"
@@ -244,6 +246,7 @@ def test_evaluate_agrees_with_the_summary(call):
     assert f"val  error {summary['val_error']:.2f} %" in text
 
 
+@pytest.mark.slow
 def test_evaluate_can_sweep_and_take_another_epoch(call):
     records = [json.loads(line) for line in (finished() / "metrics.jsonl").read_text().splitlines()]
     second = json.loads(call("evaluate", f"--workdir={finished()}", "--epoch=2", "--json")[1])

@@ -18,6 +18,7 @@ from vffjax.training.checks import make_config  # noqa: E402
 TINY = ["--config", str(ROOT / "configs/digits.py"), "--config.epochs=1", "--config.widths=(4, 4, 8, 8)", "--config.checkpoint_every=1"]
 
 
+@pytest.mark.slow
 def test_the_table_holds_mean_and_standard_deviation_of_the_runs(tmp_path, monkeypatch, capsys):
     out = tmp_path / "table"
     monkeypatch.setattr(sys, "argv", ["compare_rules.py", "--out", str(out), "--rules", "bp,ff", "--seeds", "0,3", *TINY])
@@ -49,6 +50,7 @@ def test_every_rule_can_be_a_row_and_keeps_its_own_normalisation_and_scores():
     assert {name for name, row in rows.items() if row.inference == "rule"} == {"cwc", "mono_forward"}
 
 
+@pytest.mark.slow
 def test_bad_arguments_end_with_status_2(tmp_path):
     cases = {"nonsense": ["--rules", "vff,nonsense"], "0,x": ["--seeds", "0,x"], "config.val_fraction=0.0": ["--config.val_fraction=0.0"]}
     for named, bad in cases.items():

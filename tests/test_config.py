@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 
 import jax
 import ml_collections
 import pytest
 
+from oracles import slow_but
 from vffjax import config as config_module
 from vffjax import rules
 from vffjax.cli.config_file import load_config_file
@@ -52,7 +54,11 @@ def refused(raw, *parts):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("given", FILES, ids=lambda given: pathlib.Path(given).name)
+@pytest.mark.parametrize(
+    "given",
+    slow_but(FILES, *(given for given in FILES if not re.search("resnet(34|50)", given))),
+    ids=lambda given: pathlib.Path(given).name,
+)
 def test_every_configuration_file_is_valid_and_builds_its_groups(given):
     config = make_config(load_config_file(given)[0])
     shape, classes, images = SIZES[config.dataset]

@@ -303,6 +303,7 @@ def test_a_scan_says_where_its_carry_ends_as_jax_0_10_and_as_jax_0_12_do():
         assert found(held("scan", jaxpr=body, **layout), X, X) == [all_three(1), all_three(0)]
 
 
+@pytest.mark.slow
 def test_the_certificate_of_a_newer_jax_is_one_line(monkeypatch, fails):
     monkeypatch.setitem(dataflow._RULES, "scan", lambda equation, *_: (_ for _ in ()).throw(dataflow._not_understood(equation)))
     fails("locality", CONFIG, "--structure", parts=["this JAX is newer than the certificate understands", "'scan'", "use jax 0.10"])

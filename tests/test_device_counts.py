@@ -18,6 +18,7 @@ TOLERANCE = 1e-3
 CONV = {"network": "conv4", "widths": (4, 4, 6, 6), "pools": (1, 2, 1, 2)}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_other_devices_stays_within_the_tolerance(tmp_path):
     sound = Logbook.epoch
 

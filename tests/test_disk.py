@@ -61,6 +61,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "times", "saved"), MOMENTS.values(), ids=MOMENTS.keys())
 def test_a_full_disk_is_named_and_with_space_the_run_ends_as_if_undisturbed(where, times, saved, disk, train):
     owner, name = where
@@ -100,6 +101,7 @@ def test_a_full_disk_is_named_and_with_space_the_run_ends_as_if_undisturbed(wher
     assert reproduction.compare(finished(), folder)["differences"] == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_before_the_pictures_costs_the_pictures_alone(disk, train):
     folder, sound = disk / "run", summary.plot_curves
 

@@ -115,7 +115,8 @@ def test_the_device_lets_the_same_images_leave_as_the_simulation(name, size):
         assert len(seen) > 2  # the thresholds do differ
 
 
-@pytest.mark.parametrize("n", slow_but([1, 31, 33], 31))
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 31, 33])
 def test_any_number_of_images_in_any_place_is_classified_alike(n):
     run = run_of(eval_batch_size=16)
     votes, order = VOTES[0], np.random.default_rng(n).permutation(37)[:n]
@@ -158,6 +159,7 @@ def test_thresholds_near_one_are_told_apart():
 # The work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 40])
 def test_no_more_batches_are_computed_than_those_left_fill(size, monkeypatch):
     """Counted as they run, in every group and chunk; rows that pad a chunk fill none."""
@@ -180,6 +182,7 @@ def test_no_more_batches_are_computed_than_those_left_fill(size, monkeypatch):
     assert computed.count(0) > computed.count(1) > computed.count(2) > 0
 
 
+@pytest.mark.slow
 def test_groups_behind_the_last_voter_are_not_computed(monkeypatch):
     run, traced, plain = run_of(), set(), early_exit._group
     monkeypatch.setattr(early_exit, "_group", lambda plan, votes, g, *rest: traced.add(g) or plain(plan, votes, g, *rest))
@@ -203,6 +206,7 @@ def test_the_program_lowers_for_accelerators_without_one(name):
         assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_layers_as_defined():
     """Two 3x3 convolutions by 16 channels at 8x8 and 4x4, where a CPU would take Winograd's; a tap beyond the border costs nothing."""
     run = small_run(config_of(network="conv4", widths=(16, 16, 16, 16), pools=(2, 1, 2, 1), grouping="layer", eval_batch_size=7))
@@ -276,6 +280,7 @@ def evaluate(call, workdir, *options):
     return out
 
 
+@pytest.mark.slow
 def test_evaluate_reports_what_the_scores_imply(call, both_vote):
     found = json.loads(evaluate(call, finished(), "--threshold=0.3", "--exits=all", "--json"))
     plain = json.loads(call("evaluate", f"--workdir={finished()}", "--json")[1])
@@ -296,6 +301,7 @@ def test_evaluate_reports_what_the_scores_imply(call, both_vote):
     assert found["speedup"] == pytest.approx(found["images_per_second"] / found["ensemble_images_per_second"])
 
 
+@pytest.mark.slow
 def test_evaluate_says_the_same_in_words(call, both_vote):
     out = evaluate(call, finished(), "--exits=all")
     assert "inference early_exit, voting groups" in out
@@ -303,6 +309,7 @@ def test_evaluate_says_the_same_in_words(call, both_vote):
         assert part in out
 
 
+@pytest.mark.slow
 def test_the_choice_sees_no_test_image(monkeypatch, both_vote):
     def with_other_test_images(config):
         found = load(config)
@@ -318,6 +325,7 @@ def test_the_choice_sees_no_test_image(monkeypatch, both_vote):
     assert before["val_error"] <= before["ensemble_val_error"]
 
 
+@pytest.mark.slow
 def test_the_curve_is_written_and_drawn(call, tmp_path, both_vote):
     path = tmp_path / "exits.json"
     told = json.loads(evaluate(call, finished(), "--threshold=0.83", "--exits=all", f"--curve={path}", "--json"))
@@ -339,6 +347,7 @@ def test_the_curve_is_written_and_drawn(call, tmp_path, both_vote):
     assert stars == [(found["images_per_second"], 100 - found[f"{split}_error"]) for split in ("val", "test")]
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_images_wants_a_threshold(call, fails, tmp_path):
     train(tiny(val_fraction=0.0, epochs=1), tmp_path / "run")
     arguments = ("evaluate", f"--workdir={tmp_path / 'run'}", "--inference=early_exit")
@@ -349,6 +358,7 @@ def test_a_run_without_validation_images_wants_a_threshold(call, fails, tmp_path
     assert "threshold 0.5, given" in evaluate(call, tmp_path / "run", "--threshold=0.5")
 
 
+@pytest.mark.slow
 def test_a_group_that_has_not_trained_is_not_asked(call, tmp_path):
     """Sequential, after the first group's stage; a single group then, for which there is no earlier exit."""
     train(tiny(schedule="sequential", epochs=1), tmp_path / "run")
@@ -358,6 +368,7 @@ def test_a_group_that_has_not_trained_is_not_asked(call, tmp_path):
     assert "--exits=all" not in evaluate(call, tmp_path / "run", "--epoch=1")
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_group_alone_votes_says_how_to_gain(call, monkeypatch, tmp_path):
     workdir = copy_of(finished(), tmp_path)
     monkeypatch.setattr(inference, "choose_voting", lambda scores, labels: (len(scores) - 1,))

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from command_lines import TINY_FLAGS, in_a_process
-from oracles import config_of, slow_but
+from oracles import config_of
 from vffjax import backend
 from vffjax.cli.commands import train
 from vffjax.config import Config
@@ -144,7 +144,8 @@ def trace(changes):
     return {leaf.dtype for leaf in jax.tree.leaves(new[0])}
 
 
-@pytest.mark.parametrize("changes", slow_but(VARIANTS, VARIANTS[1]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_the_whole_program_is_traced_under_strict_promotion_and_in_64_bits(changes):
     # That every type is said is a property of the traced program; nothing is compiled.
     wanted = {np.dtype(np.float32)} | ({np.dtype(np.int32)} if changes.get("optimizer") != "sgd" else set())  # AdamW counts its steps

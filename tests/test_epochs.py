@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import CONV, assert_same, config_of, differs, slow_but, small_run
+from oracles import CONV, assert_same, config_of, differs, small_run
 from vffjax.hyperparameters import HyperParameters
 from vffjax.training import epochs, feature_cache
 from vffjax.training import scores as inference
@@ -91,13 +91,15 @@ def test_any_segmentation_gives_the_same_bits(rule):
         assert_same(trained(run, length), whole)
 
 
-@pytest.mark.parametrize("rule", slow_but(RULES, "shared, cutout"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
 def test_images_on_the_host_give_the_same_bits(rule):
     run, whole = dense(rule)
     assert_same(trained(on_host(run), 4), whole)
 
 
-@pytest.mark.parametrize("labelling", slow_but(["shared", "triplet"], "shared"))
+@pytest.mark.slow
+@pytest.mark.parametrize("labelling", ["shared", "triplet"])
 def test_features_kept_on_the_host_give_the_same_bits(labelling):
     found = {}
     for cache in ("device", "host"):
@@ -193,6 +195,7 @@ def test_a_segment_is_handed_over_while_the_one_before_it_runs_and_never_a_third
     assert log == [entry for part in wanted for entry in ("put", *part)]
 
 
+@pytest.mark.slow
 def test_each_image_is_mirrored_in_every_other_epoch_of_a_run():
     """By the numbers of the images in the data set: their places in the batches change from epoch to epoch."""
     run = small_run(config_of(**MLP, flip=True, alternating_flip=True, batch_size=8), examples=40)
@@ -302,7 +305,8 @@ def test_other_seeds_and_numbers_of_one_shape_compile_nothing():
 OTHER_PROGRAMS = [{"head_weight": 0.0}, {"clip_norm": 0.0}, {"temperature": 0.1, "norm": "layer"}]
 
 
-@pytest.mark.parametrize("changes", slow_but(OTHER_PROGRAMS, {"clip_norm": 0.0}), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", OTHER_PROGRAMS, ids=str)
 def test_what_takes_a_part_out_of_the_program_is_another_program(changes):
     base, other = (make_plan(config_of(**BASE | own), 43, 3).program for own in ({}, changes))
     assert base != other
@@ -313,6 +317,7 @@ def test_what_takes_a_part_out_of_the_program_is_another_program(changes):
     assert found
 
 
+@pytest.mark.slow
 def test_an_epoch_compiles_each_length_once_and_nothing_while_it_runs():
     run = small_run(config_of(**MLP, batch_size=8, schedule="sequential"), examples=43)
     epoch = Epoch(run.plan, 0, 2)

@@ -60,6 +60,7 @@ def test_metrics_hold_one_object_per_epoch():
     assert summary_of(finished())["seconds"] == pytest.approx(sum(r["seconds"] for r in records))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_codebook_is_drawn(tmp_path):
     changes = JOINT | {"rule": "ff"}  # trained below too, and so compiled once
     train(tiny(**changes), tmp_path, plots=True)
@@ -172,7 +173,7 @@ INTERRUPTED = [
 ]
 
 
-INTERRUPTED = slow_but(INTERRUPTED, INTERRUPTED[0], INTERRUPTED[6], several=True)
+INTERRUPTED = slow_but(INTERRUPTED, INTERRUPTED[0], several=True)
 INTERRUPTED.append(pytest.param(*INTERRUPTED[0].values, marks=pytest.mark.full_optimisation))
 
 
@@ -200,7 +201,8 @@ def assert_same_run(workdir, other, config):
         assert_same_bits(saved_states(config, workdir, epoch), saved_states(config, other, epoch))
 
 
-@pytest.mark.parametrize("schedule", slow_but(["joint", "sequential"], "joint"))
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["joint", "sequential"])
 def test_sigterm_saves_the_epoch_and_leaves_and_the_run_ends_as_if_undisturbed(schedule, tmp_path):
     # Epoch 3 is not to be saved by the schedule, and is the best of all: no undisturbed run could choose it.
     config = tiny(epochs=4, checkpoint_every=2, schedule=schedule)
@@ -278,6 +280,7 @@ def damage(workdir, *epochs):
         (workdir / "checkpoints" / str(epoch) / "group1" / "manifest.ocdbt").write_bytes(b"")
 
 
+@pytest.mark.slow
 def test_from_a_damaged_latest_checkpoint_a_run_goes_back_to_the_one_before_and_says_so(tmp_path, capsys):
     workdir = copy_of(finished(), tmp_path)
     assert Checkpoints(workdir).epochs() == [2, 3]
@@ -325,6 +328,7 @@ def test_where_every_checkpoint_is_damaged_the_run_stops(tmp_path):
     assert contents(workdir) == before
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_that_is_not_the_best_may_be_damaged(tmp_path, capsys):
     # The first of three is the best.
     sound, errors = loop.validate, iter([10.0, 30.0, 20.0])
@@ -359,6 +363,7 @@ def test_other_data_than_the_run_began_with_are_refused(tmp_path):
     assert contents(workdir) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_says_so(tmp_path):
     config = tiny(epochs=2)
     with killed_after_save(1):
@@ -372,6 +377,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path):
     assert untimed(train(config, tmp_path)) == untimed(summary)
 
 
+@pytest.mark.slow
 def test_divergence_names_step_and_group_and_leaves_earlier_checkpoints_intact(tmp_path):
     def explodes_at_step_5(config, *_):
         group1 = config.optimizer == "sgd"
@@ -394,6 +400,7 @@ def explosive(*_):
     return optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38))
 
 
+@pytest.mark.slow
 def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     # One step: the loss is that of the initial parameters, and finite; the update is not.
     with runs.optimizer(explosive):
@@ -403,6 +410,7 @@ def test_a_step_that_diverges_after_the_last_loss_is_not_saved(tmp_path):
     assert Checkpoints(tmp_path).epochs() == []
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
     """One image in the training data makes every network overflow: the steps without it train as ever."""
     config = tiny(epochs=2, on_nonfinite="skip")
@@ -436,6 +444,7 @@ def test_steps_that_are_not_finite_can_be_skipped(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved_states(config, tmp_path, 2)))
 
 
+@pytest.mark.slow
 def test_an_epoch_in_which_every_step_is_skipped_ends_the_run(tmp_path):
     found = r"epoch 1, no step of group0 was finite; there is no checkpoint yet"
     with runs.optimizer(explosive), pytest.raises(UserError, match=found):
@@ -446,6 +455,7 @@ def test_an_epoch_in_which_every_step_is_skipped_ends_the_run(tmp_path):
 # Choices
 
 
+@pytest.mark.slow
 def test_the_test_set_decides_nothing(tmp_path):
     sound = data.load
 

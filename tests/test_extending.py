@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from command_lines import ROOT
+from oracles import slow_but
 from vffjax import outside
 from vffjax.data import load as data
 from vffjax.errors import UserError
@@ -51,7 +52,10 @@ def test_your_rule_in_30_lines():
     assert sum(1 for line in FILES["my_rule.py"].splitlines() if line.strip()) <= 30
 
 
-@pytest.mark.parametrize("config", ["my_config.py", "my_network_config.py", "my_config.py --config.dataset=my_data:SOURCE"])
+LOCAL = ["my_config.py", "my_network_config.py", "my_config.py --config.dataset=my_data:SOURCE"]
+
+
+@pytest.mark.parametrize("config", slow_but(LOCAL, "my_config.py"))
 def test_its_groups_are_local_by_structure(config, call):
     """A quick case of each kind; the slow test below trains them."""
     status, out, err = call("locality", "--structure", "--json", "--config", *config.split())

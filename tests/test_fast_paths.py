@@ -96,6 +96,7 @@ def test_the_plain_path_learns_the_same(path, digits, fast, monkeypatch, traces)
     np.testing.assert_allclose(epoch["ensemble_accuracy"], fast_epoch["ensemble_accuracy"], atol=0.02)
 
 
+@pytest.mark.slow
 def test_each_path_is_one_that_this_run_takes(digits, monkeypatch, traces):
     """Or the comparison above would compare a thing with itself."""
     taken = set()

@@ -73,7 +73,8 @@ def test_later_groups_train_on_what_a_frozen_group_gives_in_evaluation(key):
     oracles.assert_same(training, evaluation)
 
 
-@pytest.mark.parametrize("changes", slow_but([CONV, RESNET, ANCHOR, MLP], MLP), ids=["conv4", "resnet18", "anchor", "mlp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [CONV, RESNET, ANCHOR, MLP], ids=["conv4", "resnet18", "anchor", "mlp"])
 def test_frozen_statistics_stay_and_all_parameters_learn(changes, key):
     run = small_run(config_of(**changes, **FROZEN), shape=(8, 8, 3))
     states, _ = stepped(run, key)
@@ -83,6 +84,7 @@ def test_frozen_statistics_stay_and_all_parameters_learn(changes, key):
         assert all(moved)
 
 
+@pytest.mark.slow
 def test_with_frozen_statistics_a_row_is_normalised_the_same_in_training_and_evaluation(key):
     run = small_run(config_of(**RESNET, **FROZEN), shape=(8, 8, 3))
     group, state = run.plan.groups[0], run.states[0]
@@ -97,6 +99,7 @@ def test_rates_fall_towards_the_image_and_overrides_win():
     assert for_group(config, 0).learning_rate == 0.1  # a single group, back-propagation
 
 
+@pytest.mark.slow
 def test_a_plan_gives_each_group_its_rate(key):
     """A step of plain SGD moves a parameter by rate times gradient: the same network at two decays."""
     moves = []
@@ -120,7 +123,8 @@ def test_imagenets_pixel_statistics_take_the_place_of_the_datas():
     oracles.assert_same(own.codebook, imagenet.codebook)
 
 
-@pytest.mark.parametrize("frozen", slow_but([1, 4], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [1, 4])
 def test_fine_tuning_is_local(frozen):
     """By the program; for frozen groups of a small network by numbers too."""
     network = CONV if frozen == 1 else RESNET
@@ -169,6 +173,7 @@ def test_what_does_not_fit_the_data_is_refused(changes, part):
         locality.certify(config_of(**changes), numeric=False)
 
 
+@pytest.mark.slow
 def test_a_resnet_goes_out_under_torchvisions_names_and_comes_in_again(call, tmp_path):
     """One network trained as a whole, its file evaluated as it is, and fine-tuned in frozen and free groups."""
     common = {"dataset": "synthetic", "train_examples": 200, "network": "resnet18", "width_factor": 0.05, "head_grid": 1, "epochs": 1}

@@ -46,6 +46,7 @@ def test_a_kept_run_is_evaluated_as_it_was(kept):
     assert len(states) == 2
 
 
+@pytest.mark.slow
 def test_a_kept_run_goes_on_inside_of_its_epoch(kept):
     (number,) = Checkpoints(kept).inside.epochs()
     step = Checkpoints(kept).inside.run(number)["inside"]["step"]

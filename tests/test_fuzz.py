@@ -22,6 +22,7 @@ def fuzz(folder, *options):
     return done.returncode, json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_mutated_images_and_weights_are_read_or_refused(tmp_path):
     status, found = fuzz(tmp_path, "--files=400", "--seed=1")
     assert (status, found["failures"], found["files"]) == (0, [], 400)
@@ -38,6 +39,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "says"), PLANTED.items(), ids=PLANTED.keys())
 def test_what_is_planted_is_found_and_its_file_kept(kind, says, tmp_path):
     # On a loaded machine memory takes its time; only what hangs is to be waited for.

@@ -57,6 +57,7 @@ def test_a_finished_run_that_is_started_again_reads_each_file_once(tmp_path):
     assert sorted(states) == Checkpoints(folder).epochs()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_each_file_once_and_what_it_writes_itself_twice(tmp_path):
     """Twice: a step that was saved by this process is verified once more where it is the best, and read at the end."""
     config = tiny(epochs=2)
@@ -132,6 +133,7 @@ def left_after(epoch):
 CHANGES = {"eval_batch_size": 37, "checkpoint_every": 2, "rematerialise": True, "segment_steps": 4, "checkpoint_seconds": 1e3}
 
 
+@pytest.mark.slow
 def test_memory_and_disk_may_be_changed_when_a_run_goes_on_and_the_change_stands_in_its_origins(tmp_path, capsys):
     # Epoch 3 was due before the change, and is the best: a change of config.checkpoint_every does not unmake it.
     with scripted([30.0, 20.0, 10.0]), left_after(3):
@@ -154,6 +156,7 @@ def test_memory_and_disk_may_be_changed_when_a_run_goes_on_and_the_change_stands
     assert "from here on" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_change_of_which_no_result_depends_is_said_without_a_warning(tmp_path, capsys):
     with left_after(1):
         train(tiny(), tmp_path)
@@ -166,6 +169,7 @@ def test_a_change_of_which_no_result_depends_is_said_without_a_warning(tmp_path,
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_no_longer_due_is_not_the_best(tmp_path):
     with scripted([30.0, 20.0]), left_after(2):
         train(tiny(epochs=5), tmp_path)
@@ -199,6 +203,7 @@ def test_a_start_that_is_refused_changes_no_setting(hurt, tmp_path):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_that_wrote_no_settings_has_not_moved(tmp_path):
     with left_after(1):
         train(tiny(), tmp_path)
@@ -208,6 +213,7 @@ def test_a_run_of_an_older_version_that_wrote_no_settings_has_not_moved(tmp_path
         assert train(tiny(), tmp_path)["earlier_origins"] == []
 
 
+@pytest.mark.slow
 def test_a_step_that_lost_its_digests_is_kept_until_it_is_trained_again(tmp_path, fails):
     folder = tmp_path / "run"
     with left_after(1):
@@ -243,6 +249,7 @@ TIMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", TIMED.values(), ids=TIMED.keys())
 def test_nothing_is_traced_or_compiled_while_an_epoch_is_timed(changes, tmp_path, monkeypatch):
     began, events, sound = [], [], (loop.Loop._train_epoch, loop.Loop._check_finite)
@@ -274,6 +281,7 @@ def test_nothing_is_traced_or_compiled_while_an_epoch_is_timed(changes, tmp_path
     assert len(traced_by_the_line_above) == 1, events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "warmed"), [(loop._SHORT_EPOCH, 1), (1.0, 0)], ids=["short", "long"])
 def test_a_short_epoch_is_run_once_for_nothing_before_it_is_timed(limit, warmed, tmp_path, monkeypatch):
     """Its results are thrown away: the run's arrays are those of a run without it."""
@@ -289,6 +297,7 @@ def test_a_short_epoch_is_run_once_for_nothing_before_it_is_timed(limit, warmed,
 # Feature caches
 
 
+@pytest.mark.slow
 def test_the_features_of_one_stage_go_before_those_of_the_next_are_made(tmp_path, monkeypatch):
     alive, sound = [], feature_cache.with_features
 
@@ -328,6 +337,7 @@ def test_what_an_operating_system_drops_into_a_checkpoint_is_no_damage(tmp_path,
     assert evaluation.evaluate(folder)["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_dropped_files_are_no_part_of_what_is_saved(tmp_path, monkeypatch):
     sound = checkpoint.check_readable
 
@@ -363,6 +373,7 @@ def test_no_advice_deletes_the_checkpoints(tmp_path):
     assert "delete " not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch):
     def busy(*_):
         raise OSError(16, "Device or resource busy")
@@ -435,6 +446,7 @@ def test_a_set_of_one_class_is_refused_before_anything_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_set_of_two_classes_trains_and_is_read_again(tmp_path):
     with with_classes(2):
         train(tiny(epochs=1), tmp_path)

@@ -93,6 +93,7 @@ def test_features_in_evaluation_leave_the_statistics_alone():
 RECOMPUTED = {"vff": CONV, "head": CONV | {"rule": "head"}, "ff": CONV | {"rule": "ff"}, "vff on dense layers": MLP | {"head_weight": 1.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", RECOMPUTED.values(), ids=RECOMPUTED.keys())
 def test_recomputed_groups_learn_the_same(changes, key):
     """Four layers in two segments, three in two of different length."""
@@ -112,6 +113,7 @@ def test_recomputed_groups_learn_the_same(changes, key):
     assert all(differs(stats[layer], state.batch_stats[layer]) for layer in stats)
 
 
+@pytest.mark.slow
 def test_recomputed_features_have_the_same_gradient_in_their_input():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8, 8, 2)), jnp.float32)
     gradients = []
@@ -123,6 +125,7 @@ def test_recomputed_features_have_the_same_gradient_in_their_input():
     assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_a_forward_pass_and_no_layer_is_computed(key):
     """Flax's own `init` computes the network; ours must give the same bits without it, whatever the images' size."""
     (group,) = groups_of(config_of(**CONV, grouping="all", head_grid=1), 10)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, slow_but, small_run
 from vffjax import config as config_module
 from vffjax.config import ARGUMENTS, FIELDS, Config
 from vffjax.costs import memory, targets
@@ -105,7 +105,7 @@ def stepped(**changes):
     return [(state, {name: values[i] for name, values in metrics.items()}) for i, state in enumerate(states)]
 
 
-@pytest.mark.parametrize("key", ARGUMENTS)
+@pytest.mark.parametrize("key", slow_but(ARGUMENTS, "weight_decay"))
 def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(key):
     rule = FF if key in ("goodness_threshold", "peer_normalisation") else {}
     base, everywhere, own = stepped(**rule), stepped(**rule | {key: OWN[key]}), stepped(**rule, overrides={"group1": {key: OWN[key]}})

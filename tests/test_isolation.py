@@ -44,10 +44,7 @@ def leaking_pairs(gradients):
     return [(i, j) for i, j in pairs if any((leaf != 0).any() for _, leaf in leaves(gradients[i][j]))]
 
 
-QUICK = [(MLP, "shared"), (MLP, "triplet, hard, head"), (CONV, "ff, hard")]
-
-
-@pytest.mark.parametrize(("network", "rule"), slow_but(CASES, *QUICK, several=True), ids=names(CASES))
+@pytest.mark.parametrize(("network", "rule"), slow_but(CASES, (MLP, "shared"), several=True), ids=names(CASES))
 def test_a_loss_has_gradients_in_its_own_group_and_nowhere_else(network, rule, key):
     run = small_run(config_of(**network, **RULES[rule]))
     losses, gradients = losses_and_gradients(run, key)
@@ -66,7 +63,8 @@ def test_a_loss_has_gradients_in_its_own_group_and_nowhere_else(network, rule, k
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("network", "rule"), slow_but(MUTANTS, (MLP, "shared"), several=True), ids=names(MUTANTS))
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "rule"), MUTANTS, ids=names(MUTANTS))
 def test_the_check_finds_a_leak_where_streams_are_not_detached(network, rule, key, monkeypatch, traces):
     class Leaky:
         lax = types.SimpleNamespace(stop_gradient=lambda x: x)
@@ -101,6 +99,7 @@ def test_a_detached_head_learns_and_leaves_its_group_alone(head_gradient):
     assert all((leaf == 0).all() for _, leaf in leaves(layers))
 
 
+@pytest.mark.slow
 def test_head_weight_scales_what_reaches_the_group_and_not_the_head(head_gradient):
     (head, layers), (head_full, layers_full) = head_gradient(0.25), head_gradient(1.0)
     assert all((leaf != 0).any() for path, leaf in leaves(layers_full) if "kernel" in path)

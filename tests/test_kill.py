@@ -42,6 +42,7 @@ def test_a_process_that_is_killed_goes_on_to_the_bits_of_an_undisturbed_one(chan
     assert kill.judge({"status": status, "signals": []}, tmp_path / "reference", workdir, signal.SIGKILL) == []
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path):
     changes = TINY | {"epochs": 20_000, "checkpoint_every": 10_000}
     run = kill.Run(changes, tmp_path / "run", dict(os.environ))
@@ -60,6 +61,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path):
     assert run.end() == 143
 
 
+@pytest.mark.slow
 def test_the_judge_sees_what_is_wrong(tmp_path):
     train(tiny(), tmp_path / "reference")
     train(tiny(seed=1), tmp_path / "run")

@@ -95,6 +95,7 @@ def accumulated(**changes):
     return run.states[0], *(quick_jit(step)(*arguments) for step in steps)
 
 
+@pytest.mark.slow
 def test_the_mean_gradient_of_the_parts_is_that_of_the_batch():
     """The momentum of a first step is its gradient."""
     start, (whole, metrics), (parts, mean) = accumulated(norm="layer")
@@ -104,6 +105,7 @@ def test_the_mean_gradient_of_the_parts_is_that_of_the_batch():
     np.testing.assert_allclose([mean["loss"], mean["accuracy"]], [metrics["loss"][0], metrics["accuracy"][0]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_statistics_move_once_for_each_part():
     start, (whole, _), (parts, _) = accumulated(widths=(4,), pools=(2,), network="conv")
     moved = [new[0].batch_stats["layers_0"]["norm"]["mean"][0] for new in (whole, parts)]
@@ -123,6 +125,7 @@ def named(cases):
     return {(case.method, len(case.config.widths), case.config.batch_size): case.config for case in cases}
 
 
+@pytest.mark.slow
 def test_without_depths_the_network_is_the_configuration_as_it_stands():
     config = config_of(**CONV, dataset="cifar10", inference="sweep", overrides={"group1": {"momentum": 0.1}})
     found = named(ledger.cases(config, [], []))
@@ -197,6 +200,7 @@ def test_only_a_lack_of_memory_is_taken_for_one(message, expected, monkeypatch):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(call, tmp_path):
     file = tmp_path / "memory.json"
     status, out, err = call("memory", *DENSE, "--target=cpu", f"--out={file}")
@@ -215,6 +219,7 @@ def test_the_command_prints_a_table_and_writes_json(call, tmp_path):
     assert found["rows"][0]["relative_to_bp"] == 1
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_the_configurations_own_rule(call):
     for rule, extra in (("ff", []), ("head", ["--config.grouping=layer"])):
         status, out, err = call("memory", *DENSE, f"--config.rule={rule}", *extra, "--target=cpu", "--json")
@@ -224,12 +229,14 @@ def test_the_rows_are_those_of_the_configurations_own_rule(call):
         assert found["network"] == {"own": True, "measured": f"mlp, widths 6 5, grouping {'layer' if rule == 'head' else 'width'}"}
 
 
+@pytest.mark.slow
 def test_rule_ff_takes_other_bytes_than_vff_does():
     rows = {rule: ledger.cases(config_of(widths=(6, 5), rule=rule), [], [8])[3] for rule in ("vff", "ff", "head")}
     assert {rule: case.config.rule for rule, case in rows.items()} == {"vff": "vff", "ff": "ff", "head": "head"}
     assert len({memory.measure(case, targets.find("cpu"))["temp_bytes"] for case in rows.values()}) == 3
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_the_configurations_own_is_named_above_the_table(call):
     conv = [CONFIG, "--config.widths=(4,4,6,6)", "--config.batch_size=8"]
     out = call("memory", *conv, "--depths=1", "--target=cpu")[1]
@@ -315,6 +322,7 @@ def test_a_row_is_made_in_a_process_of_its_own():
     assert benchmark.in_own_process(os.getpid) != os.getpid()
 
 
+@pytest.mark.slow
 def test_the_step_that_was_planned_is_run_where_the_device_is_here(monkeypatch):
     """On CPU nobody counts the peak; on a GPU or TPU the same path does."""
     ran = []

@@ -142,6 +142,7 @@ def test_layers_without_statistics_are_a_linear_map_bias_and_relu(kind, streams)
         np.testing.assert_allclose(layer.apply(variables, jnp.asarray(streams, jnp.float32), CLEAN, True), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kernels_start_with_he_variance():
     for layer, x, inputs in ((DenseLayer(64), jnp.zeros((1, 200)), 200), (ConvLayer(64), jnp.zeros((1, 4, 4, 30)), 270)):
         kernel = layer.init(jax.random.key(0), x, 1, True)["params"]["kernel"]
@@ -202,6 +203,7 @@ def test_max_pool_is_the_maximum_of_whole_windows(window):
         np.testing.assert_allclose(out[:, i, j], block.max((1, 2)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_max_pool_goes_to_maxima_in_equal_shares():
     x = jnp.asarray([[1.0, 4.0, 2.0, 2.0, 9.0], [3.0, 0.0, 2.0, 2.0, 9.0], [9.0, 9.0, 9.0, 9.0, 9.0]]).reshape(1, 3, 5, 1)
     gradient = jax.grad(lambda x: jnp.sum(max_pool(x, 2) * jnp.array([1.0, 8.0]).reshape(1, 1, 2, 1)))(x)

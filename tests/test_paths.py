@@ -7,6 +7,7 @@ import pytest
 
 from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
+from oracles import slow_but
 from runs import copy_of, finished, tiny, train
 from vffjax.cli.config_file import load_config_file, split_variant
 from vffjax.cli.flags import parse_train
@@ -51,6 +52,7 @@ def test_files_of_the_commands_in_the_home_folder(home, call):
     assert run.exists()
 
 
+@pytest.mark.slow
 def test_python_calls_with_the_home_folder(home):
     copy_of(finished(), home)
     assert load_run("~/run")[3]["epoch"] == load_run(finished())[3]["epoch"]
@@ -81,7 +83,7 @@ def test_a_workdir_that_is_not_utf_8_is_refused_before_training(home):
 # --- addresses
 
 
-@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("address", slow_but(ADDRESSES, ADDRESSES[0]))
 def test_an_address_is_refused_in_one_line_everywhere(address, home, fails, monkeypatch):
     says = ["is an address", "only local files and folders are supported", "mount"]
     fails("train", *TINY_FLAGS, f"--workdir={address}", parts=["--workdir=", address, *says])
@@ -142,6 +144,7 @@ def test_other_characters_are_allowed(name, tmp_path):
 # --- FILE:VARIANT
 
 
+@pytest.mark.slow
 def test_colons_in_files_and_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs:2026").mkdir()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from oracles import slow_but
 from vffjax.runs import plots
 from vffjax.runs.logbook import Logbook
 
@@ -111,13 +112,16 @@ def features(path, shape, classes=10, maps=((4, 4, 6), (2, 2, 6)), filters=(3, 3
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {"shape": (32, 32, 3)},
-        {"shape": (8, 8, 1), "classes": 2, "count": 1, "maps": ((3, 3, 2),)},
-        {"shape": (224, 224, 3), "classes": 100, "count": 3, "maps": ((56, 56, 2),) * 8},
-        {"shape": (28, 28, 1), "count": 3, "maps": ((30,), (31,), (1,)), "filters": (784, 20)},
+    slow_but(
+        [
+            {"shape": (32, 32, 3)},
+            {"shape": (8, 8, 1), "classes": 2, "count": 1, "maps": ((3, 3, 2),)},
+            {"shape": (224, 224, 3), "classes": 100, "count": 3, "maps": ((56, 56, 2),) * 8},
+            {"shape": (28, 28, 1), "count": 3, "maps": ((30,), (31,), (1,)), "filters": (784, 20)},
+            {"shape": (8, 8, 3), "codebook": False},
+        ],
         {"shape": (8, 8, 3), "codebook": False},
-    ],
+    ),
     ids=["conv", "smallest", "largest", "dense", "no codebook"],
 )
 def test_features_file(tmp_path, arguments):
@@ -126,6 +130,7 @@ def test_features_file(tmp_path, arguments):
     assert coloured(pixels(path)) > 0.02  # the maps are drawn in colour
 
 
+@pytest.mark.slow
 def test_filters_are_skipped_when_they_cannot_be_shown(tmp_path):
     tall = pixels(features(tmp_path / "a.png", (8, 8, 1)))
     for filters in ((3, 3, 5, 16), (65, 16), (16,)):

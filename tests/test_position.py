@@ -62,7 +62,8 @@ RUNS = {
 OPTIMISED = pytest.param("a later epoch", id="a later epoch, as a run compiles", marks=pytest.mark.full_optimisation)
 
 
-@pytest.mark.parametrize("name", [*slow_but(RUNS, "a later epoch", "sequential"), OPTIMISED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RUNS, OPTIMISED])
 def test_a_run_that_leaves_inside_of_an_epoch_goes_on_to_the_same_bits(name, tmp_path):
     changes, epoch, step = RUNS[name]
     config = tiny(**{"segment_steps": 2} | changes)
@@ -82,6 +83,7 @@ def test_a_run_that_leaves_inside_of_an_epoch_goes_on_to_the_same_bits(name, tmp
     assert not (tmp_path / "left" / "checkpoints" / "inside").exists()
 
 
+@pytest.mark.slow
 def test_a_save_inside_of_an_epoch_is_not_evaluated_and_not_chosen(tmp_path):
     workdir = tmp_path / "run"
     with leave_at(0, 2), pytest.raises(Terminated):
@@ -94,6 +96,7 @@ def test_a_save_inside_of_an_epoch_is_not_evaluated_and_not_chosen(tmp_path):
     assert Checkpoints(workdir).best() == 1
 
 
+@pytest.mark.slow
 def test_a_long_epoch_is_saved_inside_as_often_as_is_asked(tmp_path):
     """Then the run is killed: it goes on from the newest save, and from no other epoch's start."""
     config = tiny(segment_steps=2, checkpoint_seconds=1e-6)
@@ -116,8 +119,9 @@ def test_a_long_epoch_is_saved_inside_as_often_as_is_asked(tmp_path):
     assert_same_run(tmp_path, finished(), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["trained to the end", "told to leave once more, at an earlier step"])
-@pytest.mark.parametrize("hurt", slow_but(["group1/manifest.ocdbt", "run/metadata"], "run/metadata"))
+@pytest.mark.parametrize("hurt", ["group1/manifest.ocdbt", "run/metadata"])
 def test_a_save_inside_that_is_damaged_is_passed_over_and_stands_in_nobody_s_way(hurt, again, tmp_path, capsys):
     with leave_at(1, 6), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)
@@ -134,6 +138,7 @@ def test_a_save_inside_that_is_damaged_is_passed_over_and_stands_in_nobody_s_way
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_a_save_inside_behind_a_best_epoch_that_is_gone_is_given_up(tmp_path):
     """It was set aside by a start that was killed before it trained that epoch again."""
     with leave_at(2, 2), pytest.raises(Terminated):
@@ -144,6 +149,7 @@ def test_a_save_inside_behind_a_best_epoch_that_is_gone_is_given_up(tmp_path):
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_trained_and_not_yet_validated_is_a_position_too(tmp_path):
     with leave_at(1, 11), pytest.raises(Terminated, match="epoch 2 of 3, step 11 of 11, is saved"):
         train(tiny(segment_steps=2), tmp_path)
@@ -151,6 +157,7 @@ def test_an_epoch_that_is_trained_and_not_yet_validated_is_a_position_too(tmp_pa
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_a_save_inside_that_a_whole_epoch_has_overtaken_is_not_used(tmp_path):
     with leave_at(0, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)
@@ -164,6 +171,7 @@ def test_a_save_inside_that_a_whole_epoch_has_overtaken_is_not_used(tmp_path):
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_where_a_whole_epoch_is_damaged_the_run_goes_back_to_a_whole_one(tmp_path, capsys):
     """Else it would go on behind an epoch of which nothing is left to be chosen."""
     with leave_at(2, 2), pytest.raises(Terminated):
@@ -176,6 +184,7 @@ def test_where_a_whole_epoch_is_damaged_the_run_goes_back_to_a_whole_one(tmp_pat
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_the_segments_of_a_run_are_chosen_once_and_kept(tmp_path):
     with mock.patch.object(experiment, "segment_length", lambda *_: 3), leave_at(1, 3), pytest.raises(Terminated):
         train(tiny(), tmp_path)
@@ -195,6 +204,7 @@ def test_other_segments_from_a_position_inside_give_the_same_bits(tmp_path):
     assert differing[0] == differing[1]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_not_saved_inside_of_an_epoch(tmp_path):
     config = tiny(segment_steps=2, checkpoint_seconds=1e-6, rule="head", norm="none", optimizer="sgd", learning_rate=1e6, weight_decay=1e6)
     with pytest.raises(UserError, match=r"epoch 1, step \d+ of 11: the loss of group\d is not finite; there is no checkpoint yet"):
@@ -214,15 +224,16 @@ def test_metrics_inside_are_kept_to_the_bit():
     assert (state["epoch"], run_state.number(state), state["inside"]["seconds"]) == (1, 13, 0.5)
 
 
-WRONG = {
+WRONG_VALUES = {
     "step": [0, 3, "2", None],
     "number": [0, "13", None],
     "seconds": [-1, "x", None],
     "metrics": [None, {}, {"finite": "x"}, {"loss": ""}],
 }
+WRONG = [(key, value) for key, values in WRONG_VALUES.items() for value in values]
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(("key", "value"), slow_but(WRONG, ("step", None), several=True))
 def test_a_position_that_cannot_be_relied_on_is_a_fault(key, value, tmp_path, capsys):
     with leave_at(1, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)
@@ -238,6 +249,7 @@ def test_a_position_that_cannot_be_relied_on_is_a_fault(key, value, tmp_path, ca
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_runs_by_one_process_share_their_programs(tmp_path):
     """Two seeds and three rates of one shape, as whole runs: what the second and third compile is nothing of the training."""
     import jax

@@ -276,6 +276,7 @@ def png(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named(fails, digit, tmp_path):
     bad = {
         "text.png": (b"not an image", ["not a readable PNG or JPEG image"]),

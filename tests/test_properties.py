@@ -140,6 +140,7 @@ def back_propagates(config):
     return config.grouping == "all" and len(config.widths) > 1
 
 
+@pytest.mark.slow
 @examples(150)
 @hypothesis.given(valid())
 def test_a_valid_configuration_is_accepted_survives_json_and_builds(raw):
@@ -156,6 +157,7 @@ def test_a_valid_configuration_is_accepted_survives_json_and_builds(raw):
         assert {key: getattr(for_group(config, int(group[5:])), key) for key in override} == override
 
 
+@pytest.mark.slow
 def test_the_strategy_reaches_every_key_and_every_choice():
     seen = {key: set() for key in FIELDS}
 
@@ -292,6 +294,7 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.slow
 @examples(300)
 @hypothesis.given(invalid())
 def test_one_bad_value_is_refused_by_name(case):

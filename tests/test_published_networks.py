@@ -119,7 +119,8 @@ def test_a_heads_grid_is_by_width_if_the_configuration_leaves_it():
 CERTIFIED = [(network, grouping) for network in ("vgg8b", "resnet18") for grouping in ("width", "block", "layer")]
 
 
-@pytest.mark.parametrize(("network", "grouping"), oracles.slow_but(CERTIFIED, ("vgg8b", "block"), ("resnet18", "width"), several=True))
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "grouping"), CERTIFIED)
 def test_no_gradient_crosses_in_any_grouping(network, grouping):
     """By the traced program, narrow; `benchmarks/networks.py` does it for every network as published."""
     found = locality.certify(config_of(network=network, grouping=grouping, width_factor=0.02, dataset="cifar10"), numeric=False)
@@ -172,7 +173,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", oracles.slow_but(BLOCKS, "stride"))
 @pytest.mark.parametrize("side", oracles.slow_but([5, 6], 5))
 def test_a_residual_block_is_what_the_paper_says(name, train, side):
     block, x = BLOCKS[name], np.random.default_rng(0).normal(size=(5, side, side, 4))
@@ -237,6 +238,7 @@ def test_without_a_size_images_stay_as_they_are():
     assert resized(x, 5).shape == (2, 5, 5, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv4", "vgg8b", "resnet18"])
 def test_a_network_sees_its_images_resized(network):
     """The first group of images at twice the size is that of images given at twice the size; label noise is resized with its image."""

@@ -36,6 +36,7 @@ def test_a_run_is_reproduced_to_the_bit_and_left_as_it_was(reproduce, tmp_path):
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() != (finished() / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_folder_nothing_is_left(reproduce, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     status, out, _ = reproduce(finished(), "--json")
@@ -55,6 +56,7 @@ def test_two_processes_give_the_same_bits(tmp_path, monkeypatch):
     assert found["differences"] == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_reproduction_goes_on(reproduce, tmp_path):
     sound = Logbook.epoch
 
@@ -93,6 +95,7 @@ def test_what_differs_is_named(other):
     assert all(line in shown for line in found["differences"])
 
 
+@pytest.mark.slow
 def test_a_difference_of_one_bit_or_one_line_is_found(other, tmp_path):
     # The other run's last epoch in the place of the first's, but for its results.
     workdir = copy_of(finished(), tmp_path)
@@ -114,6 +117,7 @@ def test_a_difference_of_one_bit_or_one_line_is_found(other, tmp_path):
     assert any("task.codebook" in line for line in found)
 
 
+@pytest.mark.slow
 def test_a_run_that_comes_out_differently_ends_with_status_1(reproduce, tmp_path):
     sound = experiment.make_task
 

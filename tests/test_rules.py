@@ -344,7 +344,8 @@ def moved(before, after):
     return {path: bool((a != b).any()) for (path, a), (_, b) in pairs if "kernel" in path}
 
 
-@pytest.mark.parametrize(("network", "rule"), slow_but(EVERY, ("mlp", "predsim"), ("conv4", "cwc"), several=True))
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "rule"), EVERY)
 def test_a_step_is_finite_and_moves_every_kernel(network, rule):
     run = small_run(config_of(**NETWORKS[network], rule=rule, learning_rate=0.1))
     states, metrics = stepped(run)
@@ -356,7 +357,8 @@ def test_a_step_is_finite_and_moves_every_kernel(network, rule):
         assert all(found.values()), found
 
 
-@pytest.mark.parametrize("rule", slow_but(list(RULES.names), "supcon"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", list(RULES.names))
 def test_the_sequential_schedule_moves_one_group_at_a_time(rule):
     run = small_run(config_of(**MLP, rule=rule, schedule="sequential"))
     for active in range(len(run.plan.groups)):
@@ -366,7 +368,8 @@ def test_the_sequential_schedule_moves_one_group_at_a_time(rule):
             assert set(moved(before, after).values()) == {i == active}
 
 
-@pytest.mark.parametrize("rule", slow_but([rule for rule in RULES.names if owns(rule)], "predsim"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [rule for rule in RULES.names if owns(rule)])
 def test_overrides_hold_for_the_parameters_of_a_rule(rule):
     overrides = {"group0": {"learning_rate": 0.0}, "group1": {"optimizer": "sgd"}}
     run = small_run(config_of(**MLP, rule=rule, overrides=overrides))
@@ -385,7 +388,8 @@ def test_a_rule_is_local(network, rule):
     assert {seen["own_rule"] for seen in found["sees"].values()} == {"floating point" if owns(rule) else "no"}
 
 
-@pytest.mark.parametrize("rule", slow_but(list(RULES.names), "predsim"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", list(RULES.names))
 def test_a_frozen_group_keeps_its_layers_and_what_the_rule_owns_there(rule):
     config = config_of(**MLP, rule=rule, frozen_groups=1, weight_decay=0.1)
     run = small_run(config)
@@ -398,7 +402,8 @@ def test_a_frozen_group_keeps_its_layers_and_what_the_rule_owns_there(rule):
     assert found["local"], found["violations"]
 
 
-@pytest.mark.parametrize("rule", slow_but([rule for rule in RULES.names if owns(rule)], "predsim"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [rule for rule in RULES.names if owns(rule)])
 def test_a_run_keeps_what_a_rule_owns_in_a_frozen_group(rule, tmp_path):
     config = tiny(rule=rule, epochs=1, train_examples=100, frozen_groups=1)
     train(config, tmp_path)
@@ -434,7 +439,8 @@ def ways_of(rule):
     return ["heads"] + ["sweep"] * (found.fits is not None) + ["rule"] * (found.scores is not None)
 
 
-@pytest.mark.parametrize("rule", slow_but(list(RULES.names), "predsim"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", list(RULES.names))
 def test_a_run_goes_on_is_judged_exported_and_reproduced(rule, tmp_path):
     ways = ways_of(rule)
     config = tiny(rule=rule, epochs=2, train_examples=200, inference=ways[-1], overrides={"group1": {"optimizer": "sgd"}})
@@ -469,7 +475,8 @@ def test_a_run_goes_on_is_judged_exported_and_reproduced(rule, tmp_path):
     assert not differs(load_run(tmp_path / "again", "2")[1], states)
 
 
-@pytest.mark.parametrize("rule", slow_but(list(RULES.names), "mono_forward"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", list(RULES.names))
 def test_a_sequential_run_trains_every_group_and_what_the_rule_owns_there(rule, tmp_path):
     config = tiny(rule=rule, epochs=1, train_examples=100, schedule="sequential")
     assert train(config, tmp_path)["epochs"] == 2

@@ -91,6 +91,7 @@ def test_an_interrupt_is_raised_at_once_and_the_next_work_waits_for_the_last(cap
     assert not termination.working()
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_data_are_read_trains_nothing(tmp_path, monkeypatch):
     reading, interrupted, sound = threading.Event(), threading.Event(), data.load
 
@@ -173,6 +174,7 @@ WIDE = [flag for flag in TINY_FLAGS if "widths" not in flag]
 WIDE += ["--config.widths=(256, 256, 192, 192, 128, 128)", "--config.grouping=layer", "--config.epochs=1000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_it_compiles_is_answered_at_once(how, status, tmp_path):
     process = start("train", *WIDE, f"--workdir={tmp_path / 'run'}")
@@ -185,6 +187,7 @@ def test_a_signal_while_it_compiles_is_answered_at_once(how, status, tmp_path):
     assert err.splitlines()[-1] == f"vffjax: {words}nothing is saved yet; the same command begins anew"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_trains_says_what_is_saved(tmp_path):
     process = start("train", *TINY_FLAGS, "--config.epochs=100000", "--config.checkpoint_every=1", f"--workdir={tmp_path / 'run'}")
     wait_until(lambda: (tmp_path / "run" / "checkpoints" / "2.sha256.json").exists())
@@ -194,6 +197,7 @@ def test_ctrl_c_while_it_trains_says_what_is_saved(tmp_path):
     assert last.startswith("vffjax: interrupted; epoch ") and last.endswith(" of 100000 is saved; the same command goes on from there")
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_it_trains_is_answered_too():
     process = start("locality", *TINY_FLAGS)
     time.sleep(1.5)
@@ -223,6 +227,7 @@ print(experiment.train(config, workdir)["test_error"])
 """
 
 
+@pytest.mark.slow
 def test_in_python_an_interrupt_is_an_exception_and_the_next_call_goes_on(tmp_path):
     keys = [f"--config.{key}={value}" for key, value in tiny().to_dict().items() if key not in ("pools", "overrides", "widths")]
     process = start("--config=configs/digits.py", *keys, "--config.widths=(16, 12)", f"--workdir={tmp_path / 'run'}", code=KERNEL)

@@ -59,6 +59,7 @@ def test_the_clock_stops_at_the_first_epoch_that_reaches_the_target(raced):
     assert warm_start == start
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_once_the_clock_can_run(raced):
     """Neither the epoch nor the accuracy on validation or test images."""
     jax.clear_caches()  # or an earlier race has compiled it all
@@ -69,6 +70,7 @@ def test_nothing_is_compiled_once_the_clock_can_run(raced):
     assert [event for event in events[clock:] if "compile" in event] == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_race_of_its_seed(raced, capsys):
     with runs.optimizer(lambda *_: optax.chain(optax.add_decayed_weights(1e10), optax.sgd(1e38))):
         result, seen = raced(0.999, rule="head")
@@ -78,6 +80,7 @@ def test_a_loss_that_is_not_finite_ends_the_race_of_its_seed(raced, capsys):
     assert result["epochs"] == runs.TINY["epochs"]
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_said(raced):
     result, _ = raced(0.999)
     assert result["seconds_to_target"] is None

@@ -51,6 +51,7 @@ def test_the_best_epoch_is_the_one_of_least_validation_error():
     assert summary["voting"] == records[summary["best_epoch"] - 1]["voting"]
 
 
+@pytest.mark.slow
 def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
     # The second of four epochs is made the best.
     errors, sound = iter([30.0, 10.0, 20.0, 25.0]), loop.validate
@@ -67,6 +68,7 @@ def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
     assert summary["test_error_per_group"] == by_epoch[2] != by_epoch[4]
 
 
+@pytest.mark.slow
 def test_without_validation_data_all_groups_vote_at_the_last_epoch(tmp_path):
     summary = train(tiny(val_fraction=0.0, epochs=2), tmp_path)
     assert summary["val_error"] is None

@@ -75,6 +75,7 @@ def test_the_newest_whole_version_is_used(copy):
     assert tfds_files.find("cifar10", data_dir) == folder
 
 
+@pytest.mark.slow
 def test_reading_writes_nothing_to_the_terminal(cifar):
     code = """
 import sys

@@ -164,6 +164,7 @@ def run_main(monkeypatch, *arguments):
     throughput.main()
 
 
+@pytest.mark.slow
 def test_without_pytorch_its_rows_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)  # makes the import raise ImportError
     monkeypatch.delitem(sys.modules, "torch_peers", raising=False)

@@ -113,6 +113,7 @@ def test_the_list_is_read_again_before_each_run(tmp_path):
     assert seen == ["one-s0", "zero-s0"]
 
 
+@pytest.mark.slow
 def test_a_queue_that_is_told_to_leave_goes_on_inside_of_the_epoch(done, tmp_path):
     """To the same record, but for seconds and what stands there of the interruption."""
     path = write_list(tmp_path / "list.toml", {"name": "tiny"}, config=DIGITS, set=SET | {"network": "mlp", "segment_steps": 3})

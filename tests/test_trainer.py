@@ -21,6 +21,7 @@ from oracles import (
     leaves,
     quick_jit,
     random_states,
+    slow_but,
     small_run,
     streams_from,
     traced_afresh,
@@ -147,6 +148,7 @@ def test_every_group_owns_its_optimizer_state(mlp):
         assert differs(before.opt_state, after.opt_state)
 
 
+@pytest.mark.slow
 def test_overrides_change_their_group_only(mlp):
     run, _, key, (with_overrides, _) = mlp
     config = config_of(**{k: v for k, v in run.plan.config.to_dict().items() if k != "overrides"})
@@ -169,6 +171,7 @@ def test_a_step_is_a_function_of_its_key(mlp):
     assert differs([s.params for s in other], [s.params for s in states])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", [0, 1, 2])
 def test_the_sequential_schedule_changes_the_active_group_only(active):
     run = small_run(config_of(**MLP, schedule="sequential", epochs=3))
@@ -183,6 +186,7 @@ def test_the_sequential_schedule_changes_the_active_group_only(active):
     assert metrics["loss"].shape == metrics["accuracy"].shape == (1,)
 
 
+@pytest.mark.slow
 def test_hard_negatives_are_drawn_from_the_groups_that_have_trained():
     """In the first stage the other heads do not count, whatever they say."""
     run = small_run(config_of(**MLP, schedule="sequential", labelling="triplet", negatives="hard"))
@@ -191,6 +195,7 @@ def test_hard_negatives_are_drawn_from_the_groups_that_have_trained():
     assert_same((results[0][0][0], results[0][1]), (results[1][0][0], results[1][1]))
 
 
+@pytest.mark.slow
 def test_a_frozen_group_passes_on_what_evaluation_would_see(key):
     """Running statistics, each stream its own."""
     run = small_run(config_of(**MLP))
@@ -204,6 +209,7 @@ def test_a_frozen_group_passes_on_what_evaluation_would_see(key):
     assert_same((out.labels, out.copy_labels), (streams.labels, streams.copy_labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [CONV, MLP], ids=["conv4", "mlp"])
 def test_bf16_computes_in_bf16_on_float32_parameters(network, key):
     run = small_run(config_of(**network, precision="bf16", head_weight=1.0))
@@ -249,6 +255,7 @@ def looped_epoch(run, step, states, epoch):
     return states, history
 
 
+@pytest.mark.slow
 def test_an_epoch_is_the_loop_of_steps_over_the_same_order(conv):
     run, epoch, step = conv
     scanned, metrics = epoch(run.task, copied(run.states), run.data, 1)
@@ -282,6 +289,7 @@ def test_epochs_differ_in_order_and_draws(conv):
     assert differs([s.params for s in first], [s.params for s in second])
 
 
+@pytest.mark.slow
 def test_further_epochs_trace_nothing(monkeypatch, traces):
     run = small_run(config_of(network="mlp", widths=(5,)), examples=24)
     traced = []
@@ -315,6 +323,7 @@ def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((run.task, run.data)))
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_a_run_bitwise_and_another_seed_another_run():
     @traced_afresh()
     def result(seed):
@@ -341,7 +350,7 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", slow_but(LEARNERS, "head"))
 def test_two_epochs_learn_two_easy_classes(name):
     """Bright above against bright below, under noise: every group's head must read the class off its own group's features."""
     rng, labels = np.random.default_rng(0), np.arange(384) % 2

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from command_lines import CONFIG, TINY_FLAGS
 from image_sets import fails as refused
-from oracles import CONV, config_of, small_run
+from oracles import CONV, config_of, slow_but, small_run
 from runs import TINY, assert_same_bits, contents, copy_of, finished, tiny, train
 from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
@@ -318,7 +318,11 @@ OTHER_NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(("changes", "data", "parts"), OTHER_NETWORKS.values(), ids=OTHER_NETWORKS.keys())
+@pytest.mark.parametrize(
+    ("changes", "data", "parts"),
+    slow_but(OTHER_NETWORKS.values(), *(OTHER_NETWORKS[name] for name in ("another stem", "another width")), several=True),
+    ids=OTHER_NETWORKS.keys(),
+)
 def test_weights_of_another_resnet_are_refused_with_the_keys_that_they_need(changes, data, parts, theirs):
     other = resnet(**changes, **data)
     message = refused(lambda: weights.read_weights(theirs, other.plan, other.states), f"{theirs}: ", *parts, "config.init_from=''")
@@ -592,6 +596,7 @@ def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):
     assert out.startswith("test error")
 
 
+@pytest.mark.slow
 def test_an_unfit_start_is_refused_before_there_is_a_workdir(call, fails, tmp_path, monkeypatch):
     path, workdir = tmp_path / "w.safetensors", tmp_path / "run"
     assert export(call, path)[0] == 0
