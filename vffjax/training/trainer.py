@@ -157,6 +157,10 @@ def train_step(
     return tuple(new_states), out
 
 
+# Traced once for segments of every length, and for the certificate. The program that calls it holds its operations as if written there.
+traced_step = jax.jit(train_step, static_argnums=(0, 1), inline=True)
+
+
 def clean_log_p(
     plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
@@ -183,6 +187,6 @@ def run_segment(
     """
 
     def step(states: tuple[GroupState, ...], batch: Batch) -> Any:
-        return train_step(plan, active, task, states, batch)
+        return traced_step(plan, active, task, states, batch)
 
     return jax.lax.scan(step, states, batches)
