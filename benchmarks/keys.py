@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from vffjax import rules
 from vffjax.config import FIELDS, Config
 from vffjax.errors import bad_key
-from vffjax.networks.layers import ConvLayer, DenseLayer
+from vffjax.networks.layers import ConvLayer, DenseLayer, Layer, WhiteningLayer
 from vffjax.rules import vff
 from vffjax.training.plan import groups_of
 
@@ -111,8 +111,16 @@ def _is_vff(config: Config) -> bool:
 
 
 def _has_other_layers(config: Config) -> bool:
-    """Whether the network has layers that are neither plain convolutions nor dense."""
-    return not all(isinstance(layer, (ConvLayer, DenseLayer)) for group in groups_of(config, 2) for layer in group.module.layers)
+    """Whether the network has layers that are neither plain convolutions nor dense, nor a whitening layer."""
+    return not all(isinstance(layer, ConvLayer | DenseLayer | WhiteningLayer) for layer in _layers(config))
+
+
+def _pools_first(config: Config) -> bool:
+    return _has_other_layers(config) or any(isinstance(layer, ConvLayer) and layer.pools_first for layer in _layers(config))
+
+
+def _layers(config: Config) -> list[Layer]:
+    return [layer for group in groups_of(config, 2) for layer in group.module.layers]
 
 
 def _owns_parameters(config: Config) -> bool:
@@ -139,7 +147,7 @@ PEER = Known(
         *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
+        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _pools_first),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
@@ -166,20 +174,21 @@ FLOPS = Known(
     "the counted FLOPs",
     obeyed=(
         *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule_options", "labelling"),
-        *("copies_per_class", "negatives", "head_weight", "batch_size"),
+        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening"),
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
+        *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate"),
         *("contrast", "similarity", "margin", "temperature", "label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
         "overrides",
         # The FLOPs are those of the model in one step, and not those that a program executes.
         *("epochs", "precision", "rematerialise"),
         # These do not belong to training.
-        *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+        *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the count of FLOPs knows only plain layers", "use conv4 or vgg8b", _has_other_layers),

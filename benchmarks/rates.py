@@ -19,7 +19,7 @@ from vffjax import rules
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.hyperparameters import at_peak
-from vffjax.networks.layers import ConvLayer
+from vffjax.networks.layers import ConvLayer, WhiteningLayer
 from vffjax.training.plan import groups_of
 
 KERNEL = 3  # side of the kernel of every convolution, in positions
@@ -29,7 +29,8 @@ PRODUCTS, TRIALS = 8, 5
 class GroupWork(NamedTuple):
     """The multiplications of one row's forward pass, in each layer of a group and in its head."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # that learn
+    fixed: int  # of a whitening layer, whose 2 k k c filters are of k k c entries each
     head: int
 
 
@@ -44,16 +45,19 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
     shape: tuple[int, ...] = image_shape
     work = []
     for group in groups_of(config, classes):
-        layers = []
+        layers, fixed = [], 0
         for layer in group.module.layers:
-            if isinstance(layer, ConvLayer):
+            if isinstance(layer, WhiteningLayer):
+                shape = (shape[0] - layer.side + 1, shape[1] - layer.side + 1, layer.width)
+                fixed = math.prod(shape) * layer.width // 2
+            elif isinstance(layer, ConvLayer):
                 layers.append(KERNEL * KERNEL * math.prod(shape) * layer.width)
                 shape = (shape[0] // layer.pool, shape[1] // layer.pool, layer.width)
             else:
                 layers.append(math.prod(shape) * layer.width)
                 shape = (layer.width,)
         cells = math.prod(min(group.head_grid, side) for side in shape[:-1])
-        work.append(GroupWork(tuple(layers), cells * shape[-1] * classes))
+        work.append(GroupWork(tuple(layers), fixed, cells * shape[-1] * classes))
     return tuple(work)
 
 
@@ -78,12 +82,12 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     rows = batch + rule.labelled_rows(config, classes)
     enters = float(rule.head_share(config, at_peak(config, 1).of(0))) > 0
     total = 0
-    for group, (layers, head) in enumerate(forward_work(config, image_shape, classes)):
+    for group, (layers, fixed, head) in enumerate(forward_work(config, image_shape, classes)):
         frozen = group < config.frozen_groups
-        total += rows * (sum(layers) if frozen else 3 * sum(layers) - layers[0])
+        total += rows * (fixed + (sum(layers) if frozen else 3 * sum(layers) - layers[0]))
         total += batch * head * (3 if enters and not frozen else 2)
         if rule.predicts(config):  # The predictions take one more forward pass of the clean rows.
-            total += batch * (sum(layers) + head)
+            total += batch * (fixed + sum(layers) + head)
     return 2 * total
 
 

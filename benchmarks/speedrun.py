@@ -44,7 +44,7 @@ from vffjax.runs.loop import on_device, training_images
 from vffjax.training import scores as inference
 from vffjax.training.checks import make_config
 from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import Plan, init_states, make_task
+from vffjax.training.plan import Plan, init_states, make_task, whitened
 
 # Keys whose values the race sets itself.
 SET_HERE = {
@@ -82,7 +82,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
     judged = {"validation": on_device(dataset.validation), "test": on_device(dataset.test)}
     task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
     start = time.perf_counter()
-    fresh = init_states(plan, dataset.image_shape)
+    fresh = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
     epoch = Epoch(plan, None, segment_length(plan, dataset.image_shape))
     epoch.compile(task, fresh, train)
     scores_of = {name: inference.compile_scores(plan, "heads", task, fresh, split.images) for name, split in judged.items()}

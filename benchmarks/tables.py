@@ -36,6 +36,7 @@ _FIGURE = re.compile(
 _TITLES = {
     "test_error": "test error %",
     "val_error": "validation error %",
+    "test_error_views": "test error %, with views",
     "n": "n",
     "seeds": "seeds",
     "changes": "differs by",

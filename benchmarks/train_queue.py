@@ -11,7 +11,8 @@ The list is TOML. Each run has a name, a configuration file, the keys that diffe
     set = { learning_rate = 1e-2 }
 
 This makes three runs, `cifar10-small-vff-s0` to `-s2`. Values that all runs share can be given once in a table [common] with the keys
-config, seeds and set; a run's own keys take precedence. A run whose record `results/NAME.json` exists is skipped. The list is read again
+config, seeds, set and views; a run's own keys take precedence. With `views = "six"` the
+errors with test-time views are measured too. A run whose record `results/NAME.json` exists is skipped. The list is read again
 before each run, so that runs can be added, removed and reordered at any time. On SIGTERM the run saves its state within seconds and the
 script ends with status 143; the same command goes on from there, also within an epoch. To time something else meanwhile, pause the process
 with SIGSTOP and resume it with SIGCONT.
@@ -44,6 +45,7 @@ from vffjax.files import read_bytes
 from vffjax.runs import experiment
 from vffjax.runs.termination import Terminated, interruptible
 from vffjax.training.checks import make_config
+from vffjax.uses import evaluation
 
 _IDLE_LOAD = 0.5  # A machine is quiet if no more other processes than this want a processor, on average.
 _stopped: list[int] = []  # not empty if the process was paused and resumed since the run began
@@ -56,6 +58,7 @@ class Run(NamedTuple):
     config_name: str
     changes: dict[str, Any]
     config: Config
+    views: str = ""  # which views are measured besides, if any
 
 
 def read_list(path: pathlib.Path) -> list[Run]:
@@ -85,18 +88,22 @@ def read_list(path: pathlib.Path) -> list[Run]:
 
 def _runs(path: pathlib.Path, entry: Any) -> list[Run]:
     """The runs of one entry of the list, one for each seed."""
-    known = {"name", "config", "seeds", "set"}
+    known = {"name", "config", "seeds", "set", "views"}
     if not isinstance(entry, dict) or not {"name", "config"} <= set(entry) or set(entry) - known:
-        raise UserError(f"{path}: a run has the keys {', '.join(map(str, entry))}; it needs name and config, and may have seeds and set")
+        raise UserError(
+            f"{path}: a run has the keys {', '.join(map(str, entry))}; it needs name and config, and may have seeds, set and views"
+        )
     name, given, seeds, changes = str(entry["name"]), str(entry["config"]), entry.get("seeds", [0]), entry.get("set", {})
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
         raise UserError(f"{path}: name={name!r}: not a file's name; use small letters, digits and hyphens")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or "seed" in changes:
         raise UserError(f"{path}: {name}: seeds={seeds!r}: not a list of whole numbers; give for example [0, 1, 2], and no set.seed")
+    if (views := entry.get("views", "")) not in ("", "one", "mirror", "six"):
+        raise UserError(f"{path}: {name}: views={views!r}: not known; give one, mirror or six, or leave it out")
     try:
         base, _, _ = parse_train(["--config", given])
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-        return [Run(f"{name}-s{s}", given, changes, make_config(base.to_dict() | changes | {"seed": s})) for s in seeds]
+        return [Run(f"{name}-s{s}", given, changes, make_config(base.to_dict() | changes | {"seed": s}), views) for s in seeds]
     except UserError as error:
         raise UserError(f"{path}: {name}: {error}") from None
 
@@ -124,9 +131,11 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
         return
     plan = experiment.plan_for(run.config, data.load(run.config))
     load = max(load, os.getloadavg()[0]) - (os.cpu_count() or 1)
-    records.write(
-        results, records.record(run.name, run.config_name, run.changes, plan, workdir, quiet and load < _IDLE_LOAD and not _stopped)
-    )
+    found = records.record(run.name, run.config_name, run.changes, plan, workdir, quiet and load < _IDLE_LOAD and not _stopped)
+    if run.views:
+        seen = evaluation.evaluate(workdir, views=run.views)
+        found |= {"views": run.views, "test_error_views": seen["test_error"], "val_error_views": seen["val_error"]}
+    records.write(results, found)
 
 
 def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:

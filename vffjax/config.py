@@ -29,7 +29,7 @@ CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise"
 BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
 # Numbers that compiled programs take as arguments, for each step and group; see `hyperparameters`.
 ARGUMENTS: tuple[str, ...] = (
-    *("learning_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
+    *("learning_rate", "bias_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
     *("goodness_threshold", "peer_normalisation"),
 )
 # If one of these is 0, a part of the program is left out. The locality certificate must see that head_weight=0 cuts the gradient.
@@ -37,7 +37,7 @@ _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
-    *("group_decay", "warmup_epochs", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+    *("noise_cell", "group_decay", "warmup_epochs", "decay", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
 OVERRIDABLE = ("optimizer", "warmup_epochs", *ARGUMENTS)
 
@@ -64,6 +64,10 @@ class Config:
     width_factor: float = key(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
     stem: str = key("cifar", "resnet: first layers: 3x3, or 7x7 and max-pooling of stride 2 each (imagenet)", ("cifar", "imagenet"))
     image_size: int = key(0, "conv, vgg, resnet: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
+    activation: str = key("relu", "after normalisation: ReLU, or GELU in its tanh form", ("relu", "gelu"))
+    norm_scale: bool = key(True, "learn the scale of each normalised channel beside its bias")
+    initialisation: str = key("he", "kernels: He's, or the identity in the first channels (identity)", ("he", "identity"))
+    whitening: int = key(0, "side in pixels of the patches that a fixed first convolution whitens; 0: none", low=0, high=8)
     norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", ("auto", "batch", "anchor", "layer", "input", "none"))
     norm_statistics: str = key("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
     head_grid: int = key(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
@@ -75,6 +79,7 @@ class Config:
     rule_options: Mapping[str, Any] = key({}, "keys of the rule's own, as its file documents them: {'weight': 0.5}")
     labelling: str = key("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
     noise_scale: float = key(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
+    noise_cell: int = key(1, "side in pixels of the grid on which class noise is drawn and then interpolated; 1: white", low=1, high=1024)
     copies_per_class: int = key(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
     negatives: str = key("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
     contrast: str = key("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
@@ -91,7 +96,9 @@ class Config:
     epochs: int = key(10, "passes over the training images (sequential: for each group)", low=1, high=1_000_000)
     batch_size: int = key(128, "images in a step", low=1, high=2**20)
     optimizer: str = key("adamw", "optax optimizer of each group", ("adamw", "sgd"))
-    learning_rate: float = key(1e-3, "peak learning rate; cosine decay to 0 at the end", low=0.0, high=_LARGE)
+    learning_rate: float = key(1e-3, "peak learning rate; decays to 0 at the end", low=0.0, high=_LARGE)
+    decay: str = key("cosine", "how the learning rate falls after the warm-up: along a cosine or a line", ("cosine", "linear"))
+    bias_rate: float = key(1.0, "learning rate of the layers' biases, as a multiple of the kernels'", low=0.0, high=_LARGE)
     group_decay: float = key(1.0, "learning rate of a group, as a multiple of the next one's; overrides win", low=0.0, high=1.0)
     weight_decay: float = key(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0, high=_LARGE)
     momentum: float = key(0.9, "sgd: Nesterov momentum", low=0.0, high=0.9999)
@@ -103,6 +110,7 @@ class Config:
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
     inference: str = key("heads", "how classes are scored: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"))
+    views: str = key("one", "views of an image whose scores are averaged: itself, its mirror image too, or six", ("one", "mirror", "six"))
     eval_batch_size: int = key(500, "images in a step of evaluation", low=1, high=2**20)
     checkpoint_every: int = key(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
     checkpoint_seconds: float = key(0.0, "seconds after which a long epoch is saved before its end; 0: never", low=0.0, high=_LARGE)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vffjax.config import Config, for_group
+from vffjax.errors import chosen
 
 Scalar = float | Float[Array | np.ndarray, ""]  # one number of a loss, which a compiled step takes as an argument
 
@@ -17,6 +18,7 @@ class HyperParameters(NamedTuple):
     """
 
     learning_rate: Float[Array | np.ndarray, "*steps groups"]
+    bias_rate: Float[Array | np.ndarray, "*steps groups"]
     weight_decay: Float[Array | np.ndarray, "*steps groups"]
     momentum: Float[Array | np.ndarray, "*steps groups"]
     clip_norm: Float[Array | np.ndarray, "*steps groups"]
@@ -57,13 +59,14 @@ def at_peak(config: Config, groups: int) -> HyperParameters:
 
 
 def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
-    """The learning rate in each of the `steps`, which are counted from 0 over the run: linear warm-up from 0, then cosine decay to 0.
+    """The learning rate in each of the `steps`, which are counted from 0 over the run: linear warm-up from 0, then decay to 0.
 
-    The decay is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts. If the warm-up fills the whole run, one step is
-    left for the decay. The values equal those of `optax.warmup_cosine_decay_schedule`, which would compile a program for the steps of an
-    epoch; here NumPy computes them.
+    The decay is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts, or with config.decay=linear a line. If the
+    warm-up fills the whole run, one step is left for the decay. With a cosine, the values equal those of
+    `optax.warmup_cosine_decay_schedule`, which would compile a program for the steps of an epoch; here NumPy computes them.
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    decayed = 0.5 * (1 + np.cos(np.pi * np.clip((steps - warmup) / (total - warmup), 0, 1)))
+    done = np.clip((steps - warmup) / (total - warmup), 0, 1)
+    decayed = chosen("decay", config.decay, {"cosine": 0.5 * (1 + np.cos(np.pi * done)), "linear": 1 - done})
     return config.learning_rate * np.where(steps < warmup, steps / max(warmup, 1), decayed)

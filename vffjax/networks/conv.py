@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vffjax.config import Config
+from vffjax.data import sizes_of
 from vffjax.errors import bad_key
-from vffjax.networks.layers import ConvLayer, Layer, common
+from vffjax.networks.layers import OWN_CHOICE, ConvLayer, Layer, WhiteningLayer, common, plain
 from vffjax.networks.network import Network
 
 
@@ -17,11 +18,25 @@ def layers(config: Config, norm: str) -> tuple[Layer, ...]:
 
 def convolutions(config: Config, norm: str, sizes: Iterable[tuple[int, int]]) -> tuple[Layer, ...]:
     """Layers of given widths and pooling windows, the first of which resizes the images. A block ends where a layer pools."""
-    given = common(config, norm)
-    return tuple(
-        ConvLayer(width, ends_block=pool > 1, pool=pool, resize=0 if i else config.image_size, **given)
+    first = whitening(config)
+    return first + tuple(
+        ConvLayer(width, ends_block=pool > 1, pool=pool, resize=0 if i or first else config.image_size, **plain(config, norm))
         for i, (width, pool) in enumerate(sizes)
     )
+
+
+def whitening(config: Config) -> tuple[Layer, ...]:
+    """The fixed layer that whitens the images, if the configuration asks for it."""
+    if not config.whitening:
+        return ()
+    width = 2 * config.whitening**2 * sizes_of(config).image_shape[2]
+    given = {
+        "side": config.whitening,
+        "resize": config.image_size,
+        "activation": config.activation,
+        "dtype": common(config, "none")["dtype"],
+    }
+    return (WhiteningLayer(width, ends_block=False, joins_next=True, learns=False, **given),)
 
 
 def check(config: Config, norm: str) -> None:
@@ -39,14 +54,14 @@ def deepened(config: Config, depth: int) -> Mapping[str, Any]:
 
 def check_side(config: Config, key: str, pools: Iterable[int], image_shape: tuple[int, int, int], fix: str) -> None:
     """Raises `UserError` if max-pooling leaves nothing of an image."""
-    side = config.image_size or min(image_shape[:2])
+    side = (config.image_size or min(image_shape[:2])) - max(0, config.whitening - 1)
     if math.prod(pools) > side:
         raise bad_key(key, getattr(config, key), f"pools {side}x{side} images to nothing", fix)
 
 
 NETWORK = Network(
     layers,
-    keys=("widths", "pools", "image_size"),
+    keys=("widths", "pools", "image_size", "whitening", *OWN_CHOICE),
     check=check,
     check_images=lambda config, shape: check_side(config, "pools", config.pools, shape, "use smaller windows"),
     deepened=deepened,

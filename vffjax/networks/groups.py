@@ -152,7 +152,7 @@ def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ..
         grouping: `width`: consecutive layers of equal width make a group. `block`: the blocks that the network declares. `layer`: each
             layer. `all`: all layers, which is back-propagation.
 
-    A stem belongs to the group after it, unless each layer is a group.
+    A stem belongs to the group after it, unless each layer is a group. A layer that does not learn always belongs to the group after it.
     """
     if chosen("grouping", grouping, {"all": True, "width": False, "block": False, "layer": False}):
         return (layers,)
@@ -160,7 +160,7 @@ def cut(layers: tuple[Layer, ...], grouping: str) -> tuple[tuple[Layer, ...], ..
     for layer in layers:
         before = groups[-1][-1] if groups else None
         joins = {"width": before is not None and before.width == layer.width, "block": before is not None and not before.ends_block}
-        if before is not None and grouping != "layer" and (joins[grouping] or before.joins_next):
+        if before is not None and (not before.learns or (grouping != "layer" and (joins[grouping] or before.joins_next))):
             groups[-1] += (layer,)
         else:
             groups.append((layer,))

@@ -9,7 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from vffjax.config import Config
 from vffjax.errors import chosen
@@ -18,6 +19,7 @@ from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise
 from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
+FIXED = "fixed"  # the name of a parameter that is set from the training images before training and then stays
 
 
 def scaled(channels: int, factor: float) -> int:
@@ -32,6 +34,15 @@ def common(config: Config, norm: str) -> dict[str, Any]:
     return {"norm": norm, "dtype": dtype, "frozen": frozen}
 
 
+OWN_CHOICE = ("activation", "norm_scale", "initialisation")  # the keys of `plain`
+
+
+def plain(config: Config, norm: str) -> dict[str, Any]:
+    """The arguments of layers that obey the keys of activation, scales and initialisation, which published networks fix themselves."""
+    own = {"activation": config.activation, "scaled": config.norm_scale, "initialisation": config.initialisation}
+    return common(config, norm) | own
+
+
 class Layer(nn.Module):
     """A layer of a network, called as `layer(x, clean, train)`.
 
@@ -39,11 +50,13 @@ class Layer(nn.Module):
         width: output channels.
         ends_block: whether a block of the network ends with this layer, for groups that are blocks.
         joins_next: whether it is a stem, which belongs to the group of the next layer.
+        learns: whether it has parameters that training changes. A layer without them is in the next layer's group whatever the grouping.
     """
 
     width: int
     ends_block: bool = True
     joins_next: bool = False
+    learns: bool = True
 
 
 def divide_by_rms(x: Float[Array, "batch *feature"]) -> Float[Array, "batch *feature"]:
@@ -69,17 +82,20 @@ class Norm(nn.Module):
         pool: side of the max-pooling window; 1: none.
         relu: whether ReLU is applied.
         frozen: whether training uses the running statistics too, and leaves them unchanged.
+        scaled: whether each channel has a scale beside its bias.
     """
 
     kind: str
     pool: int = 1
     relu: bool = False
     frozen: bool = False
+    scaled: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch *out"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        ones = nn.initializers.ones
+        scale = self.param("scale", ones, (channels,), jnp.float32) if self.scaled else jnp.ones(channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         if self.kind == "layer":
             last = (1,) * (x.ndim - 1) + (channels,)
@@ -106,22 +122,43 @@ class Norm(nn.Module):
         return max_pool(nn.relu(z) if self.relu else z, self.pool)
 
 
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu}
+
+
+def identity_like(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "*k in out"]:
+    """A kernel whose first output channels are its input channels, and whose others are drawn as He et al. (2015) draw them.
+
+    The identity start is that of partly Dirac-initialised filters (K. Jordan, 2024, arXiv:2404.00498).
+    """
+    kernel = nn.initializers.he_normal()(key, shape, dtype)
+    same = min(shape[-2:])
+    centre = tuple(side // 2 for side in shape[:-2])
+    return kernel.at[..., :same].set(0.0).at[(*centre, jnp.arange(same), jnp.arange(same))].set(1.0)
+
+
 class _Affine(Layer):
     """Normalisation and activation, which dense layers and convolutions share. Subclasses compute the linear map."""
 
     norm: str = "batch"
     dtype: Any = jnp.float32
     frozen: bool = False
+    activation: str = "relu"
+    scaled: bool = True
+    initialisation: str = "he"
 
     def finish(self, x: Array, clean: Rows, train: bool, pool: int = 1) -> Array:
+        function = ACTIVATIONS[self.activation]
         if self.norm in ("input", "none"):
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
-            return max_pool(nn.relu(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
-        return Norm(self.norm, pool, relu=True, frozen=self.frozen, name="norm")(x, clean, train)
+            return max_pool(function(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
+        one = function is nn.relu  # ReLU and pooling are computed with the normalisation, which is faster
+        z = Norm(self.norm, pool if one else 1, one, self.frozen, self.scaled, name="norm")(x, clean, train)
+        return z if one else max_pool(function(z), pool)
 
     def kernel(self, shape: tuple[int, ...]) -> Array:
-        # He initialisation (He et al., 2015) for ReLU. Parameters are kept in float32 and cast where they are used.
-        return self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32).astype(self.dtype)
+        # Parameters are kept in float32 and cast where they are used.
+        start = chosen("initialisation", self.initialisation, {"he": nn.initializers.he_normal(), "identity": identity_like})
+        return self.param("kernel", start, shape, jnp.float32).astype(self.dtype)
 
 
 class DenseLayer(_Affine):
@@ -136,15 +173,17 @@ class DenseLayer(_Affine):
 
 
 class ConvLayer(_Affine):
-    """A 3x3 convolution with zero padding, normalisation, ReLU and max-pooling.
+    """A 3x3 convolution with zero padding, normalisation, the activation and max-pooling.
 
     Attributes:
         pool: side of the max-pooling window; 1: none.
         resize: side to which the input images are resized first; 0: none.
+        pools_first: whether the map is pooled before it is normalised.
     """
 
     pool: int = 1
     resize: int = 0
+    pools_first: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
@@ -152,4 +191,51 @@ class ConvLayer(_Affine):
         if self.norm == "input":
             x = divide_by_rms(x)
         x = conv(x, self.kernel((3, 3, x.shape[3], self.width)))
+        if self.pools_first:
+            return self.finish(max_pool(x, self.pool), clean, train)
         return self.finish(x, clean, train, self.pool)
+
+
+class WhiteningLayer(Layer):
+    """A fixed convolution without padding that whitens patches of the images, and the activation.
+
+    Its kernel is `whitening_kernel` of the training images, which `training.plan` sets before training, and which nothing changes.
+
+    Attributes:
+        side: of a patch, in pixels.
+        resize: side to which the input images are resized first; 0: none.
+    """
+
+    side: int = 2
+    resize: int = 0
+    activation: str = "relu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
+        x = resized(x, self.resize).astype(self.dtype)
+        kernel = self.param(FIXED, nn.initializers.zeros, (self.side, self.side, x.shape[3], self.width), jnp.float32)
+        kernel = jax.lax.stop_gradient(kernel).astype(self.dtype)
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return ACTIVATIONS[self.activation](x)
+
+
+def whitening_kernel(images: Float[np.ndarray, "n h w c"], side: int, smallest: float = 5e-4) -> Float[np.ndarray, "k k c d"]:
+    """The kernel whose outputs on patches of the images are uncorrelated and of variance 1, and then the same with the opposite sign.
+
+    It consists of the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue (K. Jordan, 2024,
+    arXiv:2404.00498), in order of falling eigenvalues. The entry of an eigenvector with the largest absolute value is positive. Computed in
+    float64.
+
+    Args:
+        images: normalised images, of which every patch counts.
+        side: of a patch, in pixels.
+        smallest: is added to each eigenvalue, in squared units of normalised pixels.
+    """
+    patches = np.lib.stride_tricks.sliding_window_view(np.asarray(images, np.float64), (side, side), axis=(1, 2))
+    rows = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, side * side * images.shape[3])
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
+    filters = (vectors * np.sign(largest) / np.sqrt(values + smallest))[:, ::-1]
+    kernel = filters.reshape(side, side, images.shape[3], -1)
+    return np.concatenate([kernel, -kernel], axis=3).astype(np.float32)

@@ -6,7 +6,7 @@ having no dropout.
 
 from vffjax.config import Config
 from vffjax.networks.conv import check_side, convolutions
-from vffjax.networks.layers import DenseLayer, Layer, common, scaled
+from vffjax.networks.layers import OWN_CHOICE, DenseLayer, Layer, plain, scaled
 from vffjax.networks.network import Network
 
 HIDDEN = 1024  # units of the dense layer
@@ -20,10 +20,10 @@ def vgg(convolutional: tuple[tuple[int, int], ...]) -> Network:
 
     def layers(config: Config, norm: str) -> tuple[Layer, ...]:
         sizes = ((scaled(width, config.width_factor), pool) for width, pool in convolutional)
-        dense = DenseLayer(scaled(HIDDEN, config.width_factor), **common(config, norm))
+        dense = DenseLayer(scaled(HIDDEN, config.width_factor), **plain(config, norm))
         return (*convolutions(config, norm, sizes), dense)
 
     def check_images(config: Config, image_shape: tuple[int, int, int]) -> None:
         check_side(config, "network", (pool for _, pool in convolutional), image_shape, "set config.image_size=32")
 
-    return Network(layers, keys=("width_factor", "image_size"), check_images=check_images)
+    return Network(layers, keys=("width_factor", "image_size", "whitening", *OWN_CHOICE), check_images=check_images)

@@ -37,9 +37,25 @@ class Task(NamedTuple):
         return self.codebook.shape[0]
 
 
-def make_codebook(key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float) -> Float[Array, "classes h w c"]:
-    """One fixed noise image for each class, `scale` times a standard normal, in units of normalised pixels."""
-    return scale * jax.random.normal(key, (classes, *shape), jnp.float32)
+def make_codebook(
+    key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float, cell: int = 1
+) -> Float[Array, "classes h w c"]:
+    """One fixed noise image for each class.
+
+    Args:
+        key: for the draws.
+        classes: how many there are.
+        shape: height, width and channels of an image.
+        scale: standard deviation of the noise, in units of normalised pixels.
+        cell: the noise is drawn on a grid of one point for each `cell` x `cell` pixels, and interpolated between them by cubic splines.
+            With 1 it is white.
+    """
+    h, w, c = shape
+    if cell == 1:
+        return scale * jax.random.normal(key, (classes, *shape), jnp.float32)
+    coarse = jax.random.normal(key, (classes, -(-h // cell), -(-w // cell), c), jnp.float32)
+    smooth = jax.image.resize(coarse, (classes, *shape), "cubic")
+    return scale * smooth / smooth.std(axis=(1, 2, 3), keepdims=True)
 
 
 class Step(NamedTuple):

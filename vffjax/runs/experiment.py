@@ -31,7 +31,7 @@ from vffjax.training import scores as inference
 from vffjax.training.checks import plan_of
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
-from vffjax.training.plan import Plan, init_states, make_task
+from vffjax.training.plan import Plan, init_states, make_task, whitened
 from vffjax.training.scores import measure
 from vffjax.weights.weights import local_file, read_weights
 
@@ -150,9 +150,11 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> Non
 
 def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
     """What a run begins with: groups from its seed or from config.init_from, and its task. What a weight file lacks is told on stderr."""
-    config, states = plan.config, init_states(plan, dataset.image_shape)
+    config = plan.config
+    task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+    states = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
     if config.init_from:
         states, left_out = read_weights(local_file(config), plan, states)
         for note in left_out:
             notice(f"{config.init_from}: {note}")
-    return states, make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+    return states, task

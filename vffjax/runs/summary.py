@@ -12,6 +12,7 @@ from vffjax.data.sets import Dataset
 from vffjax.errors import aid
 from vffjax.files import write_json
 from vffjax.networks.groups import GroupState
+from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
 from vffjax.runs.trained import Trained
@@ -86,4 +87,4 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tupl
 def _first_kernel(states: tuple[GroupState, ...]) -> jax.Array:
     """Of the network's first layer; a ResNet's stem keeps it under conv1."""
     leaves = jax.tree_util.tree_leaves_with_path(states[0].params["layers_0"])
-    return next(leaf for path, leaf in leaves if path[-1].key == "kernel")
+    return next(leaf for path, leaf in leaves if path[-1].key in ("kernel", FIXED))

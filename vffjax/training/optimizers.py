@@ -1,13 +1,15 @@
-"""The optimizer of each group: gradient clipping, AdamW or Nesterov SGD, and decoupled decay of kernels."""
+"""The optimizer of each group: gradient clipping, AdamW or Nesterov SGD, decoupled decay of kernels, and a rate of their own for biases."""
 
 from typing import Any
 
+import flax
 import jax
 import optax
 
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters
+from vffjax.networks.layers import FIXED
 
 
 def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False) -> optax.GradientTransformation:
@@ -33,18 +35,30 @@ def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False)
     def adamw() -> optax.GradientTransformation:
         return optax.chain(clip, optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay, mask=kernels))
 
-    optimizer = _promoting(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})())
-    if not frozen:
+    optimizer = _with_bias_rate(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})(), hyper.bias_rate)
+    if not frozen and not config.whitening:
         return optimizer
-    parts = {"learns": optimizer, "frozen": optax.set_to_zero()}
-    return optax.partition(parts, lambda params: {name: "learns" if name == "head" else "frozen" for name in params})
+
+    def labels(params: Any) -> Any:
+        if frozen:
+            return {name: "learns" if name == "head" else "frozen" for name in params}
+        return flax.traverse_util.path_aware_map(lambda path, _: "frozen" if FIXED in path else "learns", params)
+
+    return optax.partition({"learns": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, usable with JAX_NUMPY_DTYPE_PROMOTION=strict too, although optax multiplies integers by floats."""
+def _with_bias_rate(optimizer: optax.GradientTransformation, bias_rate: Any) -> optax.GradientTransformation:
+    """The optimizer, whose updates of the layers' biases are multiplied by `bias_rate`.
+
+    It is usable with JAX_NUMPY_DTYPE_PROMOTION=strict too, although optax multiplies integers by floats.
+    """
+
+    def scaled(path: Any, update: Any) -> Any:
+        return update * bias_rate if path[0].startswith("layers_") and path[-1] == "bias" else update
 
     def update(*arguments: Any, **named: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(*arguments, **named)
+            updates, state = optimizer.update(*arguments, **named)
+            return flax.traverse_util.path_aware_map(scaled, updates), state
 
     return optax.GradientTransformation(optimizer.init, update)

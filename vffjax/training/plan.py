@@ -14,13 +14,15 @@ from vffjax.config import Config, for_group, of_program
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.networks.groups import GroupState, LayerGroup, init_variables, make_groups
+from vffjax.networks.layers import FIXED, resized, whitening_kernel
 from vffjax.rules.local import Rule, Setting
 from vffjax.rules.streams import Task, make_codebook
-from vffjax.training.augment import IMAGENET_MEAN, IMAGENET_STD
+from vffjax.training.augment import IMAGENET_MEAN, IMAGENET_STD, normalise
 from vffjax.training.optimizers import make_optimizer
 
 # The seed's key is folded with one of these, so that no two uses share a key.
 INITIALISATION, CODEBOOK, EPOCH, RULE = range(4)
+WHITENED = 5_000  # training images whose patches the whitening layer is computed from
 
 
 class Images(NamedTuple):
@@ -128,7 +130,7 @@ def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], m
         mean, std: of each channel of the training images, where 255 is 1. They are ignored if config.pixel_statistics is imagenet.
     """
     mean, std = chosen("pixel_statistics", config.pixel_statistics, {"data": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)})
-    codebook = make_codebook(run_key(config, CODEBOOK), classes, image_shape, config.noise_scale)
+    codebook = make_codebook(run_key(config, CODEBOOK), classes, image_shape, config.noise_scale, config.noise_cell)
     return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
 
 
@@ -140,6 +142,17 @@ def blank_task(plan: Plan, image_shape: tuple[int, int, int]) -> Task:
 def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task, tuple[GroupState, ...]]:
     """The shapes of a run's task and first states. Nothing is computed."""
     return jax.eval_shape(lambda: (blank_task(plan, image_shape), init_states(plan, image_shape)))
+
+
+def whitened(plan: Plan, states: tuple[GroupState, ...], images: UInt8[np.ndarray, "n h w c"], task: Task) -> tuple[GroupState, ...]:
+    """The states with the kernel of the whitening layer, if there is one, by the first training images; see `whitening_kernel`."""
+    if not plan.config.whitening:
+        return states
+    first = plan.groups[0].module.layers[0]
+    x = np.asarray(resized(normalise(jnp.asarray(images[:WHITENED]), task.mean, task.std), first.resize))
+    params = states[0].params
+    kernel = jnp.asarray(whitening_kernel(x, first.side))
+    return (states[0]._replace(params=params | {"layers_0": {FIXED: kernel}}), *states[1:])
 
 
 def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:

@@ -58,6 +58,21 @@ def own_scores(
 SCORES = {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores}
 
 
+def views(images: UInt8[Array, "n h w c"], which: str) -> list[UInt8[Array, "n h w c"]]:
+    """The views of images whose scores are averaged.
+
+    Args:
+        images: as they are.
+        which: `one`: the images themselves. `mirror`: their mirror images too. `six`: also both, shifted by one pixel along the diagonal
+            towards either corner; the border is repeated (K. Jordan, 2024, arXiv:2404.00498, shifts likewise and weights the views).
+    """
+    h, w = images.shape[1:3]
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    shifts = chosen("views", which, {"one": (1,), "mirror": (1,), "six": (1, 0, 2)})
+    seen = [padded[:, first : first + h, first : first + w] if first != 1 else images for first in shifts]
+    return seen if which == "one" else [*seen, *(view[:, :, ::-1] for view in seen)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def program_scores(
     plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
@@ -66,7 +81,8 @@ def program_scores(
     per_batch = chosen("inference", inference, SCORES)
 
     def by_image(batch: Array) -> Array:
-        return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)
+        each = [per_batch(plan, task, states, normalised(task, view)) for view in views(batch, plan.config.views)]
+        return jnp.moveaxis(functools.reduce(jnp.add, each) / len(each), 0, 1)
 
     return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
 

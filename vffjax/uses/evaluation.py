@@ -16,6 +16,7 @@ from vffjax.runs.loop import on_device
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
+from vffjax.training.plan import Plan
 from vffjax.training.scores import measure, validate
 from vffjax.uses import early_exit
 
@@ -28,6 +29,7 @@ def evaluate(
     test: bool = True,
     early: early_exit.Wanted = early_exit.DEFAULT,
     other_data: bool = False,
+    views: str = "",
 ) -> dict[str, Any]:
     """Errors of a trained run. The groups that vote are chosen on the validation images, which are also measured.
 
@@ -38,6 +40,7 @@ def evaluate(
         data_dir: the folder of the data set, if it is no longer where it was when the run was trained.
         test: whether test images are classified too.
         early: what is asked of an early exit. Its threshold is also chosen on the validation images, if none is given.
+        views: one, mirror or six, whose scores are averaged (see config.views); empty: as the run was configured.
         other_data: whether images are accepted on which the run was not trained, if their shape and classes are the same.
 
     Returns:
@@ -47,11 +50,16 @@ def evaluate(
         UserError: the run cannot be read, or the data do not fit it.
     """
     trained = load_run(workdir, epoch)
+    trained = trained._replace(plan=_with_views(trained.plan, views))
     config = trained.plan.config
     dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
     own_data = _check_data(dataset, trained.run, data_dir, other_data)
     about = {"workdir": str(workdir), "epoch": trained.run["epoch"], "own_data": own_data}
     return about | _judge(trained, dataset, inference_name, test, early)
+
+
+def _with_views(plan: Plan, views: str) -> Plan:
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, views=views or plan.config.views))
 
 
 def _check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool) -> bool:
@@ -76,14 +84,16 @@ def _some(names: Sequence[str]) -> str:
     return printable(", ".join(names[:5]), 200) + ", ..." * (len(names) > 5)
 
 
-def evaluate_start(config: Config, inference_name: str = "", early: early_exit.Wanted = early_exit.DEFAULT) -> dict[str, Any]:
+def evaluate_start(
+    config: Config, inference_name: str = "", early: early_exit.Wanted = early_exit.DEFAULT, views: str = ""
+) -> dict[str, Any]:
     """Errors of the weights that a run of `config` would start from, before any training. Arguments and results are those of `evaluate`.
 
     Raises:
         UserError: the weights do not fit the network, or bring no head although the heads are to classify.
     """
     dataset = data_module.load(config)
-    plan = plan_for(config, dataset)
+    plan = _with_views(plan_for(config, dataset), views)
     states, task = start(plan, dataset)
     if (inference_name or config.inference) in ("heads", "early_exit") and not any(
         np.any(state.params["head"]["kernel"]) for state in states
@@ -98,13 +108,15 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     """Errors on validation and, with `test`, test images."""
     plan, states, task, _ = trained
     name = inference_name or plan.config.inference
+    if name == "early_exit" and plan.config.views != "one":
+        raise UserError(f"--views={plan.config.views}: an early exit looks at one view of an image; use --views=one")
     if why := plan.rule.cannot_score_by(name):
         raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
     validated = validate(seen, validation.labels, trained.groups)
-    header = {"inference": name} | validated
+    header = {"inference": name, "views": plan.config.views} | validated
     leaving = None
     if name == "early_exit":
         votes = early_exit.votes_of(tuple(validated["voting"]), early.exits, seen, validation.labels)

@@ -18,7 +18,7 @@ from vffjax.files import read_bytes, write_json
 
 USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
                        [--inference heads|sweep|rule|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
-                       [--epoch best|latest|N] [--data_dir DIR [--other_data]] [--code DIR] [--json]"""
+                       [--views one|mirror|six] [--epoch best|latest|N] [--data_dir DIR [--other_data]] [--code DIR] [--json]"""
 MAX_CURVE = 2**20  # bytes of a file that --curve may replace
 
 
@@ -34,10 +34,10 @@ def run(arguments: list[str]) -> None:
     early = early_exit.Wanted(a.threshold, a.exits or "voting", a.curve is not None)
     if config:
         with naming_files(pathlib.Path(config.init_from), "--config.init_from"):
-            found = evaluation.evaluate_start(ready(config), a.inference, early)
+            found = evaluation.evaluate_start(ready(config), a.inference, early, a.views)
     else:
         with naming_files(a.workdir):
-            found = evaluation.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, early, a.other_data)
+            found = evaluation.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, early, a.other_data, a.views)
     if a.curve:
         from vffjax.runs.plots import plot_exits
 
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
             plot_exits(a.curve.with_suffix(".png"), found)
         del found["curve"]
     lines = [] if found.get("own_data", True) else ["evaluated on other data than the run's own"]
-    lines.append(f"epoch {found['epoch']}, inference {found['inference']}, voting groups {found['voting']}")
+    lines.append(f"epoch {found['epoch']}, inference {found['inference']}, views {found['views']}, voting groups {found['voting']}")
     for split in ("val", "test"):
         if found[f"{split}_error"] is not None:
             groups = "  ".join(f"group{i} {e:.2f} %" for i, e in enumerate(found[f"{split}_error_per_group"]))
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=weights)
     ways = "how to classify; early_exit: by the heads, where an image leaves at the first head that is sure; default: as configured"
     parser.add_argument("--inference", choices=("heads", "sweep", "rule", "early_exit"), default="", help=ways)
+    seen = "views of an image whose scores are averaged: itself, its mirror image too, or six; default: as configured"
+    parser.add_argument("--views", choices=("one", "mirror", "six"), default="", help=seen)
     sure = "early_exit: probability, above 0 and up to 1, at which an image leaves; default: chosen on validation images"
     parser.add_argument("--threshold", type=_a_threshold, metavar="T", help=sure)
     exits = "early_exit: groups at which images may leave; default: those that vote"
