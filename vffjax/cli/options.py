@@ -10,10 +10,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from vffjax import outside
+from vffjax import files, outside, paths
 from vffjax.errors import UserError, printable
-from vffjax.files import write_json
-from vffjax.paths import local, problem_of
 
 MAX_DIGITS = 18  # no number that a user gives has more, and Python refuses to read one of thousands
 
@@ -40,7 +38,7 @@ def give(a: argparse.Namespace, found: Any, text: str) -> None:
     """Hands over the result of a command: as JSON in the file of --out, and on stdout, as JSON with --json, else as `text`."""
     if getattr(a, "out", None):
         with naming_files(a.out, "--out"):
-            write_json(a.out, found)
+            files.write_json(a.out, found)
     print(json.dumps(found, indent=2) if a.json else text)
 
 
@@ -75,9 +73,9 @@ def a_path(text: str) -> pathlib.Path:
     """A local path, with `~` replaced. Refuses an empty one, and control characters, which a terminal would obey."""
     if not text or any(unicodedata.category(c) == "Cc" for c in text):
         raise argparse.ArgumentTypeError(f"{text!r} is empty or holds a control character; give a path")
-    if problem := problem_of(text):
+    if problem := paths.problem_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} {problem}")
-    return local(text, "")
+    return paths.local(text, "")
 
 
 def a_data_dir(text: str) -> str:

@@ -8,13 +8,11 @@ from typing import Any
 
 from vffjax import rules
 from vffjax.config import Config
-from vffjax.data import sizes_of
-from vffjax.data.load import split_sizes
+from vffjax.data import load, sizes_of
 from vffjax.errors import UserError
 from vffjax.networks import find
 from vffjax.registry import NETWORKS
-from vffjax.training.checks import check_against_data, make_config
-from vffjax.training.plan import groups_of, make_plan
+from vffjax.training import checks, plan
 
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
@@ -44,7 +42,7 @@ class Case:
     @property
     def depth(self) -> int:
         """The number of layers. A residual block counts as one."""
-        return sum(len(group.module.layers) for group in groups_of(self.config, 2))
+        return sum(len(group.module.layers) for group in plan.groups_of(self.config, 2))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -73,16 +71,16 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
         fix = f"leave the flag out, or set config.network to one of {able}"
         raise UserError(f"--depths: the depth of {config.network} is fixed; {fix}")
     sizes = sizes_of(config)
-    images = split_sizes(config, sizes.train_images)[0]
+    images = load.split_sizes(config, sizes.train_images)[0]
     same = {"overrides": {}, "frozen_groups": 0, "inference": "heads", "feature_cache": "none"}
     found = []
     for batch in batches or [config.batch_size]:
         _check_batch(batch, images, f"--batches={batch}" if batches else f"config.batch_size={batch}")
         for network in [deepened(config, depth) for depth in depths] or [config]:
             common = network.to_dict() | same | {"batch_size": batch}
-            found += [Case(method, make_config(common | changes)) for method, changes in methods(config.rule).items()]
+            found += [Case(method, checks.make_config(common | changes)) for method, changes in methods(config.rule).items()]
     for case in found:
-        check_against_data(make_plan(case.config, images, sizes.classes), images, sizes.image_shape)
+        checks.check_against_data(plan.make_plan(case.config, images, sizes.classes), images, sizes.image_shape)
     return found
 
 

@@ -15,15 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from vffjax.config import Config
-from vffjax.data import sizes_of
-from vffjax.data.load import split_sizes
-from vffjax.proofs import dataflow
-from vffjax.proofs.probes import leaf_names, losses, probe
+from vffjax.data import load, sizes_of
+from vffjax.proofs import dataflow, probes
 from vffjax.rules.streams import DRAWN
-from vffjax.training import trainer
+from vffjax.training import checks, feature_cache, trainer
 from vffjax.training.batch import abstract_batch
-from vffjax.training.checks import plan_of
-from vffjax.training.feature_cache import clean_features
 from vffjax.training.plan import Plan, abstract_start
 
 
@@ -43,10 +39,10 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
         UserError: the configuration does not fit its data set.
     """
     sizes = sizes_of(config)
-    images = split_sizes(config, sizes.train_images)[0]
-    plan = plan_of(config, images, sizes.image_shape, sizes.classes)
+    images = load.split_sizes(config, sizes.train_images)[0]
+    plan = checks.plan_of(config, images, sizes.image_shape, sizes.classes)
     layers = {group.name: len(group.module.layers) for group in plan.groups}
-    numbers = probe(plan, sizes.image_shape) if numeric else None
+    numbers = probes.probe(plan, sizes.image_shape) if numeric else None
 
     programs = _programs(plan, sizes.image_shape, images)
     step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
@@ -118,22 +114,23 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> lis
         cached = None
         if active and plan.config.feature_cache != "none":
             every_image = jax.ShapeDtypeStruct((images, *image_shape), jnp.uint8)
-            cached = jax.eval_shape(functools.partial(clean_features, program, active), task, states, every_image)
+            cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, every_image)
         step, segment = (functools.partial(f, program, active) for f in (trainer.train_step, trainer.run_segment))
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))
         segments.append(_traced("segment", trains, segment, task, states, some))
 
     def chain(task: Any, states: Any, batch: Any) -> Any:
-        return losses(program, [s.params for s in states], states, trainer.step_streams(program, None, task, states, batch), batch)[0]
+        streams = trainer.step_streams(program, None, task, states, batch)
+        return probes.losses(program, [s.params for s in states], states, streams, batch)[0]
 
     return [*steps, *segments, _traced("losses", [], chain, task, states, abstract_batch(size, image_shape, groups))]
 
 
 def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, states: Any, batch: Any) -> _Program:
     program, out = jax.make_jaxpr(f, return_shape=True)(task, states, batch)
-    sources = [*leaf_names("task", task), *leaf_names("", states), *leaf_names("data", batch)]
-    results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else leaf_names("", out[0])
+    sources = [*probes.leaf_names("task", task), *probes.leaf_names("", states), *probes.leaf_names("data", batch)]
+    results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else probes.leaf_names("", out[0])
     # Once more with the drawn labels as a source of their own, so that nothing reaches a result through them.
     plain, undrawn = (dataflow.flows(program, named=named) for named in (None, {DRAWN: len(sources)}))
     # A step returns metrics too, which are left out: they follow the states.

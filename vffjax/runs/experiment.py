@@ -9,36 +9,32 @@ from typing import Any
 import jax
 import numpy as np
 
+from vffjax import files, paths
 from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
-from vffjax.files import sha256_of
 from vffjax.networks.groups import GroupState
-from vffjax.paths import local
 from vffjax.rules.streams import Task
+from vffjax.runs import logbook
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import restore_metrics
 from vffjax.runs.loop import Loop, on_device, what_is_saved
 from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
 from vffjax.runs.termination import KEPT, Request, deferred, interruptible
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
-from vffjax.training import feature_cache
+from vffjax.training import checks, compiled, feature_cache, scores
 from vffjax.training import scores as inference
-from vffjax.training.checks import plan_of
-from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task
-from vffjax.training.scores import measure
 from vffjax.weights.weights import local_file, read_weights
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
     """The plan of a run on these data. Raises `UserError` if the configuration does not fit them; nothing is compiled."""
-    return plan_of(config, len(dataset.train), dataset.image_shape, dataset.num_classes)
+    return checks.plan_of(config, len(dataset.train), dataset.image_shape, dataset.num_classes)
 
 
 def describe(plan: Plan) -> str:
@@ -67,12 +63,12 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
         Terminated: SIGTERM came, and the run has been saved.
         KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
-    return interruptible(functools.partial(_train, config, local(workdir, "--workdir"), data_sha256))
+    return interruptible(functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256))
 
 
 def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
     claim_workdir(workdir, config)
-    keep_compiled_programs()
+    compiled.keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(deferred())
         if (there := Checkpoints(workdir)).epochs() or there.inside.epochs():
@@ -114,7 +110,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         file = local_file(config) if config.init_from else ""
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
-        run = run_state.new_state(config, about, sha256_of(file) if file else None)
+        run = run_state.new_state(config, about, files.sha256_of(file) if file else None)
         run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
@@ -122,7 +118,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         notice(line)
     trains = run["epoch"] < plan.total_epochs
     _note_origin(run, origin(config), trains)
-    restore_metrics(workdir, run["history"])
+    logbook.restore_metrics(workdir, run["history"])
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
@@ -133,7 +129,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     trained = Trained(plan, *best.restore(plan), best.run)
     test = on_device(dataset.test)
     found = np.asarray(inference.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
-    measured = measure(found, test.labels, tuple(best.run["voting"]), "test")
+    measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test")
     return conclude(trained, dataset, measured, run, workdir)
 
 

@@ -17,13 +17,12 @@ from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints, Writer
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import NOTHING, Request, Terminated
-from vffjax.training import feature_cache
+from vffjax.training import feature_cache, trainer
 from vffjax.training import scores as inference
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan
 from vffjax.training.scores import validate
-from vffjax.training.trainer import all_finite
 
 # An epoch of fewer FLOP takes at most about a second on two CPU cores.
 _SHORT_EPOCH = 2e10
@@ -233,7 +232,7 @@ def what_is_saved(plan: Plan, epochs: int, step: int) -> str:
 @jax.jit
 def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
     """Whether the whole state of each group is finite. No loss has been computed yet from the state after an epoch's last step."""
-    return jnp.stack([all_finite(state) for state in states])
+    return jnp.stack([trainer.all_finite(state) for state in states])
 
 
 def _is_short(plan: Plan, compiled: jax.stages.Compiled) -> bool:

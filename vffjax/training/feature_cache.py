@@ -15,9 +15,8 @@ from jaxtyping import Array, Float, UInt8
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
-from vffjax.training.augment import normalised
+from vffjax.training import augment, trainer
 from vffjax.training.plan import Images, Plan, abstract_start
-from vffjax.training.trainer import before
 
 # The host fetches the features of this many batches at a time.
 BATCHES_PER_FETCH = 16
@@ -30,8 +29,8 @@ def clean_features(
     """The input of group `active` for clean images, with running statistics, in batches of `config.eval_batch_size`."""
 
     def features(batch: Array) -> Array:
-        z = plan.rule.shown(task, normalised(task, batch))
-        return before(plan, active, states, z, z.shape[0])
+        z = plan.rule.shown(task, augment.normalised(task, batch))
+        return trainer.before(plan, active, states, z, z.shape[0])
 
     return map_batches(features, images, plan.config.eval_batch_size)
 

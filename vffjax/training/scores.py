@@ -14,9 +14,8 @@ from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
-from vffjax.training.augment import normalised
+from vffjax.training import augment, trainer
 from vffjax.training.plan import Plan
-from vffjax.training.trainer import clean_log_p, evaluated
 
 # With more groups than this, only sets of consecutive last groups are tried as voters, because there are too many sets.
 _EXHAUSTIVE_GROUPS = 6
@@ -33,7 +32,7 @@ def sweep_scores(
     assert told is not None and fits is not None  # see `Rule.cannot_score_by`
 
     def features(x: Array, clean: int) -> list[Array]:
-        return [z for _, _, z in evaluated(plan, states, x, clean)]
+        return [z for _, _, z in trainer.evaluated(plan, states, x, clean)]
 
     clean = features(rule.shown(task, x), x.shape[0])
 
@@ -50,12 +49,12 @@ def own_scores(
     """The rule's own class scores by each group, from the features of the clean images. Higher is likelier."""
     rule, scores = plan.rule, plan.rule.scores
     assert scores is not None  # see `Rule.cannot_score_by`
-    options, maps = rule.options_of(plan.config), evaluated(plan, states, rule.shown(task, x), x.shape[0])
+    options, maps = rule.options_of(plan.config), trainer.evaluated(plan, states, rule.shown(task, x), x.shape[0])
     return jnp.stack([scores(options, z, state.params.get("rule", {}), plan.classes) for _, state, z in maps])
 
 
 # The scores of a batch of normalised images, by kind of inference.
-SCORES = {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores}
+SCORES = {"heads": trainer.clean_log_p, "sweep": sweep_scores, "rule": own_scores}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -66,7 +65,7 @@ def program_scores(
     per_batch = chosen("inference", inference, SCORES)
 
     def by_image(batch: Array) -> Array:
-        return jnp.moveaxis(per_batch(plan, task, states, normalised(task, batch)), 0, 1)
+        return jnp.moveaxis(per_batch(plan, task, states, augment.normalised(task, batch)), 0, 1)
 
     return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
 

@@ -24,8 +24,7 @@ from jaxtyping import Array, Float, UInt8
 from vffjax.errors import UserError
 from vffjax.files import read_json, replace_file, sha256, write_json
 from vffjax.runs.trained import Trained
-from vffjax.training.augment import normalised
-from vffjax.training.scores import SCORES
+from vffjax.training import augment, scores
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -45,7 +44,7 @@ def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], d
     states, task = trained.states[: trained.groups], trained.task
 
     def ensemble(images: Array) -> dict[str, Array]:
-        log_p = SCORES[trained.scored_by](plan, task, states, normalised(task, images))
+        log_p = scores.SCORES[trained.scored_by](plan, task, states, augment.normalised(task, images))
         # Evaluation takes the same mean (`scores.ensemble`), without the normalisation, which changes no comparison.
         votes = jnp.stack([log_p[group] for group in trained.voting])
         return {"ensemble": jax.nn.log_softmax(votes.mean(axis=0)), "groups": log_p}

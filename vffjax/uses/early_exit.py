@@ -21,10 +21,9 @@ from vffjax.networks.groups import GroupState
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.runs.trained import Trained
-from vffjax.training.augment import normalised
+from vffjax.training import augment, trainer
 from vffjax.training.plan import Images, Plan
 from vffjax.training.scores import choose_voting, ensemble, error_percent
-from vffjax.training.trainer import clean_log_p
 
 # A group computes `eval_batch_size` images divided by this at a time: in each chunk half a batch is wasted on average.
 _PARTS = 8
@@ -98,7 +97,7 @@ def make_early_exit(plan: Plan, votes: Votes) -> jax.stages.Wrapped:
         places = jnp.arange(chunk)
 
         def compute(g: int, x: Array) -> tuple[Array | None, Array | None]:
-            x = x if g else plan.rule.shown(task, normalised(task, x))
+            x = x if g else plan.rule.shown(task, augment.normalised(task, x))
             z, log_p = _group(plan, votes, g, states[g], x)
             return (z if g < last else None), log_p
 
@@ -165,7 +164,7 @@ def make_full(plan: Plan, voting: tuple[int, ...], batch: int) -> jax.stages.Wra
     """
 
     def of_batch(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:
-        log_p = clean_log_p(plan, task, states, normalised(task, images), max(voting) + 1)
+        log_p = trainer.clean_log_p(plan, task, states, augment.normalised(task, images), max(voting) + 1)
         return jax.nn.log_softmax(log_p[jnp.array(voting)].mean(axis=0))
 
     return jax.jit(lambda task, states, images: map_batches(functools.partial(of_batch, task, states), images, batch))

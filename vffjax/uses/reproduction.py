@@ -10,10 +10,8 @@ import numpy as np
 
 from vffjax.errors import UserError
 from vffjax.files import read_json
-from vffjax.runs import experiment
+from vffjax.runs import experiment, logbook, origin
 from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import read_metrics
-from vffjax.runs.origin import check_code
 from vffjax.runs.workdir import load_run, read_config
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
@@ -38,7 +36,7 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     workdir, into = pathlib.Path(workdir), pathlib.Path(into)
     config = read_config(workdir)
     summary = _summary(workdir)
-    check_code(summary, config)
+    origin.check_code(summary, config)
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
     experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into, summary["data_sha256"])
@@ -56,7 +54,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
     first, second = _summary(one), _summary(other)
     ignored = {*COSTS, *SURROUNDINGS}
     differences = _fields("summary.json", *({key: s[key] for key in s if key not in ignored} for s in (first, second)))
-    records = [[{key: r[key] for key in r if key not in COSTS} for r in read_metrics(folder)] for folder in (one, other)]
+    records = [[{key: r[key] for key in r if key not in COSTS} for r in logbook.read_metrics(folder)] for folder in (one, other)]
     for line, (a, b) in enumerate(itertools.zip_longest(*records, fillvalue={}), 1):
         differences += _fields(f"metrics.jsonl, line {line}", a, b)
     arrays, found = _compare_checkpoints(one, other)

@@ -9,10 +9,9 @@ import functools
 import re
 from typing import Any
 
-from vffjax import file_kinds
+from vffjax import file_kinds, files
 from vffjax.config import HUB, WEIGHT_FILES
 from vffjax.errors import bad_key, notice, printable
-from vffjax.files import sha256_of
 
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _ADDRESS = re.compile(rf"{HUB}({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_NAME}(?:/{_NAME})*))?(?:#sha256=([0-9a-fA-F]{{64}}))?", re.ASCII)
@@ -101,7 +100,7 @@ def _reason(error: Exception) -> str:
 
 def _compare(text: str, address: Address, path: str, about: Any) -> None:
     """Raises `UserError` if the file's SHA-256 is not the one that the Hub or the address states; else reports it on stderr."""
-    digest = sha256_of(path)
+    digest = files.sha256_of(path)
     stated = about.etag if about and _SHA256.fullmatch(about.etag or "") else None
     for expected, whose in ((stated, "the Hub"), (address.sha256, "its address")):
         if expected and expected != digest:

@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from vffjax import backend, networks
+from vffjax import backend, files, networks
 from vffjax.config import HUB, WEIGHT_FILES, Config
 from vffjax.data import sizes_of
 from vffjax.errors import UserError, bad_key, printable
-from vffjax.files import replace_file
 from vffjax.networks.groups import layer_sizes
 from vffjax.paths import local
 from vffjax.registry import NETWORKS
 from vffjax.training.plan import groups_of
-from vffjax.weights import hub
-from vffjax.weights.formats import opened
+from vffjax.weights import formats, hub
 from vffjax.weights.tensor_files import AGAIN, Tensor
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarr
     network = {key: getattr(config, key) for key in ("network", *networks.find(config).keys, "norm", "grouping")}
     described = {"format": FORMAT, "names": names, "network": network, **about}
     # One metadata entry, because safetensors writes several of them in random order.
-    replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
+    files.replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
 
 
 def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...]) -> tuple[tuple["GroupState", ...], list[str]]:
@@ -197,7 +195,7 @@ def _opened(path: pathlib.Path | str, config: Config) -> Any:
     if str(path).endswith(WEIGHT_FILES[1:]) and networks.find(config).blocks is None:
         able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).blocks)
         raise UserError(f"{path}: PyTorch's files are read for {able}; give a {WEIGHT_FILES[0]} file by vffjax export")
-    return opened(path, _most_bytes(config))
+    return formats.opened(path, _most_bytes(config))
 
 
 def _weights(state: "GroupState") -> dict[str, Any]:

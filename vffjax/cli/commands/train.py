@@ -6,8 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from vffjax.cli.flags import describe_keys, parse_train, ready
-from vffjax.cli.options import naming_files
+from vffjax.cli import flags, options
 from vffjax.config import CHANGEABLE, FIELDS, Config
 from vffjax.errors import UserError
 from vffjax.files import sha256
@@ -29,13 +28,13 @@ The keys and their defaults:
 
 def run(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE + describe_keys())
+        print(USAGE + flags.describe_keys())
         return
-    config, name, workdir = parse_train(arguments)
+    config, name, workdir = flags.parse_train(arguments)
     identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
     folder = pathlib.Path(workdir or f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
-    with naming_files(folder):
-        config = ready(config)
+    with options.naming_files(folder):
+        config = flags.ready(config)
         from vffjax.runs import experiment
         from vffjax.weights import weights
 
