@@ -34,6 +34,13 @@ def parser_of(command: str, about: str | None, *shared: str, usage: str | None =
     return parser
 
 
+def parser_with_config(command: str, about: str | None, own: str) -> Parser:
+    """The parser of a command that trains nothing but takes a configuration, besides its `own` options, --json and --out."""
+    usage = f"vffjax {command} --config FILE[:VARIANT] [--config.KEY=VALUE ...] {own} [--json] [--out FILE.json]"
+    note = "--config and --config.KEY=VALUE are those of train; see vffjax train --help."
+    return parser_of(command, about, "--json", "--out", usage=f"{usage}\n\n{note}")
+
+
 def give(a: argparse.Namespace, found: Any, text: str) -> None:
     """Hands over the result of a command: as JSON in the file of --out, and on stdout, as JSON with --json, else as `text`."""
     if getattr(a, "out", None):

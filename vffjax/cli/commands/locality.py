@@ -6,13 +6,9 @@ crosses. Nothing is trained and no data set is read.
 
 from vffjax.cli import flags, options
 
-USAGE = """vffjax locality --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--structure] [--json] [--out FILE.json]
-
---config and --config.KEY=VALUE are those of train; see vffjax train --help."""
-
 
 def run(arguments: list[str]) -> int:
-    parser = options.parser_of("locality", __doc__, "--json", "--out", usage=USAGE)
+    parser = options.parser_with_config("locality", __doc__, "[--structure]")
     parser.add_argument("--structure", action="store_true", help="prove it on the traced program only; nothing is compiled or computed")
     a, config, name = flags.parse_with_config(parser, arguments)
     config = flags.ready(config)

@@ -11,14 +11,9 @@ from vffjax.cli import flags, options
 from vffjax.config import MAX_LAYERS
 from vffjax.errors import notice
 
-USAGE = """vffjax memory --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--depths 2,4,8] [--batches 128,512]
-                     [--target here|cpu|tpu] [--json] [--out FILE.json]
-
---config and --config.KEY=VALUE are those of train; see vffjax train --help."""
-
 
 def run(arguments: list[str]) -> None:
-    parser = options.parser_of("memory", __doc__, "--json", "--out", usage=USAGE)
+    parser = options.parser_with_config("memory", __doc__, "[--depths 2,4,8] [--batches 128,512] [--target here|cpu|tpu]")
     depths = "numbers of layers to measure, each layer a group of the first width, without pooling; default: the configured network"
     parser.add_argument("--depths", default="", metavar="N,N", help=depths)
     parser.add_argument("--batches", default="", metavar="N,N", help="numbers of images in a step; default: config.batch_size")

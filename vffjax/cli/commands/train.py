@@ -1,17 +1,6 @@
-"""Trains a network by a configuration; python train.py does the same."""
+"""Trains a network by a configuration; python train.py does the same.
 
-import contextlib
-import json
-import os
-import pathlib
-from typing import Any
-
-from vffjax.cli import flags, options
-from vffjax.config import CHANGEABLE, FIELDS, Config
-from vffjax.errors import UserError
-from vffjax.files import sha256
-
-USAGE = """usage: python train.py --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR]
+usage: python train.py --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR]
 
 Trains the network of a configuration file, group by group, without back-propagation across groups. The same command
 with the same workdir continues where it stopped. The workdir gets config.json, metrics.jsonl, checkpoints/, summary.json
@@ -25,10 +14,21 @@ with the same workdir continues where it stopped. The workdir gets config.json, 
 The keys and their defaults:
 """
 
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from vffjax.cli import flags, options
+from vffjax.config import CHANGEABLE, FIELDS, Config
+from vffjax.errors import UserError
+from vffjax.files import sha256
+
 
 def run(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE + flags.describe_keys())
+        print((__doc__ or "").partition("\n\n")[2] + flags.describe_keys())
         return
     config, name, workdir = flags.parse_train(arguments)
     identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
