@@ -14,8 +14,9 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import orbax.checkpoint as ocp
 
@@ -134,10 +135,8 @@ class Checkpoints:
     def _some_epochs(self) -> list[int]:
         epochs = self.epochs()
         if not epochs and (incomplete := self.incomplete()):
-            problem = f"not completely saved, or {self._digests(incomplete[-1]).name} is lost"
-            raise UserError(
-                f"{self.folder / str(incomplete[-1])}: {problem}; restore that file, or train with --workdir {self.folder.parent}"
-            )
+            problem = f"not completely saved, or {self._digests(incomplete[-1]).name} is lost; restore that file"
+            raise UserError(f"{self.folder / str(incomplete[-1])}: {problem}, or train with --workdir {self.folder.parent}")
         if not epochs:
             raise UserError(f"{self.folder}: no complete checkpoint; train first, with --workdir {self.folder.parent}")
         return epochs
@@ -146,27 +145,19 @@ class Checkpoints:
         return self.folder / f"{epoch}.sha256.json"
 
 
-def _save_without_fsync() -> Callable[[], None]:
+def _save_without_fsync() -> contextlib.ExitStack:
     """Makes TensorStore write without flushing, for a file system that cannot flush folders; `Writer.save` flushes what can be flushed.
 
     Orbax has no setting for this, only internal tables, which another version may have renamed. If they are not there nothing is changed,
-    and TensorStore's own error will say what it cannot do. Returns a function that restores the tables.
+    and TensorStore's own error will say what it cannot do. Closing the result restores the tables.
     """
+    changed = contextlib.ExitStack()
     with contextlib.suppress(ImportError, AttributeError):
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
-        contexts = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
-        before = [dict(context) for context in contexts]
-
-        def put_back() -> None:
-            for context, values in zip(contexts, before, strict=True):
-                context.clear()
-                context.update(values)
-
-        for context in contexts:
-            context["file_io_sync"] = False
-        return put_back
-    return lambda: None
+        for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+            changed.enter_context(mock.patch.dict(context, file_io_sync=False))
+    return changed
 
 
 class Writer:
@@ -191,7 +182,7 @@ class Writer:
             checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
-        self._flushing = None if sync(folder) else _save_without_fsync()
+        self._changed = contextlib.ExitStack() if sync(folder) else _save_without_fsync()
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
         self._prune()  # the last run may have been killed before it could
 
@@ -239,8 +230,7 @@ class Writer:
     def close(self) -> None:
         """Ends the writing. To be called once."""
         self._manager.close()
-        if self._flushing is not None:
-            self._flushing()
+        self._changed.close()
 
     def _write(self, epoch: int, items: ocp.args.Composite) -> bool:
         try:

@@ -134,12 +134,9 @@ class SavedEpoch:
     @functools.cached_property
     def _expected(self) -> dict[str, str]:
         try:
-            expected = read_json(self._digests)
-            if not isinstance(expected, dict):
-                raise ValueError("no digests")
+            return read_json(self._digests)
         except (OSError, ValueError):
             raise Fault(f"{self._digests}: damaged checkpoint digests", AGAIN) from None
-        return expected
 
     def _check_config(self, config: Config) -> None:
         written = {"vffjax": self.run["origins"][-1].get("versions", {}).get("vffjax", "another version")}

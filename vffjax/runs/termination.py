@@ -4,6 +4,7 @@ The work runs in a thread of its own, so that the main thread can answer a signa
 only, between two of its instructions. If the main thread were compiling, or waiting for the device, the answer would have to wait as well.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -79,25 +80,22 @@ def interruptible(work: Callable[[], T]) -> T:
             notice("the run that was interrupted is ending; waiting for it")
             thread.join()
         _abandoned.remove(thread)
-    found: list[T] = []
-    problems: list[BaseException] = []
-    done = threading.Event()
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
     settings = _settings_of_this_thread()
 
     def target() -> None:
         try:
             with _with_settings(settings):
-                found.append(work())
+                done.set_result(work())
         except BaseException as error:
-            problems.append(error)
-        finally:
-            done.set()
+            done.set_exception(error)
 
     thread = threading.Thread(target=target, name="vffjax")
     with _answering_sigterm():
         try:  # around the start too, because Ctrl-C may come during it
             thread.start()
-            while not done.wait(0.1):  # with a timeout, because on Windows no signal would end the wait
+            while thread.is_alive():
+                thread.join(0.1)  # with a timeout, because on Windows no signal would end the wait
                 if any(request.made and request.idle for request in _running):
                     raise Terminated(saved())  # it compiles or reads data, and may not look at its request for a long time
         except BaseException:
@@ -105,10 +103,7 @@ def interruptible(work: Callable[[], T]) -> T:
             for request in _running:
                 request.abandoned = True
             raise
-    thread.join()
-    if problems:
-        raise problems[0]
-    return found[0]
+    return done.result()
 
 
 def settle(seconds: float) -> str:

@@ -175,10 +175,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """The configuration of the run in `workdir`. Raises `UserError` if there is none, or if it cannot be read."""
     path = workdir / "config.json"
     try:
-        plain = files.read_json(path)
-        if not isinstance(plain, dict):
-            raise ValueError("not a JSON object")
-        return from_json(plain, str(path))
+        return from_json(files.read_json(path), str(path))
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: no run here ({path.name} is missing); give the folder of a run") from None
     except (OSError, ValueError, AttributeError) as error:

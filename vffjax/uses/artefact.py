@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from vffjax.errors import UserError
-from vffjax.files import read_json, replace_file, sha256, write_json
+from vffjax.files import holds, replace_file, sha256, write_json
 from vffjax.runs.trained import Trained
 from vffjax.training import augment, scores
 
@@ -86,19 +86,12 @@ def check_place(path: pathlib.Path) -> None:
     or flatbuffers is not installed."""
     beside = sidecar(path)
     # exists() alone is false for a broken link.
-    if (beside.exists() or beside.is_symlink()) and not _described(beside):
+    if (beside.exists() or beside.is_symlink()) and not holds(beside, "format", FORMAT):
         raise UserError(
             f"--out={path}: {beside} beside it was not written by an export and would be replaced; give another .stablehlo file"
         )
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo: JAX needs flatbuffers to write it, which is not installed; pip install flatbuffers")
-
-
-def _described(path: pathlib.Path) -> bool:
-    try:
-        return read_json(path)["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return False
 
 
 def write_artefact(path: pathlib.Path | str, trained: Trained) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The errors are in percent, of each group and of the voting ensemble.
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 
@@ -107,13 +106,6 @@ def _a_curve(text: str) -> pathlib.Path:
     path = options.new_file("--curve", text, ".json")
     # A run's config.json has that suffix too, and its features.png.
     for there in (path, path.with_suffix(".png")):
-        if os.path.lexists(there) and not _is_curve(path):
+        if os.path.lexists(there) and not files.holds(path, "curve", most=MAX_CURVE):
             raise UserError(f"--curve={text}: {there} exists and is not of a curve; give another .json file")
     return path
-
-
-def _is_curve(path: pathlib.Path) -> bool:
-    try:
-        return "curve" in json.loads(files.read_bytes(path, MAX_CURVE))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
