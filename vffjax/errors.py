@@ -47,6 +47,11 @@ def printable(text: str, limit: int = 1_000) -> str:
     return shortened("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line), limit)
 
 
+def said(error: BaseException, limit: int = 200) -> str:
+    """What an error is and says, on one line that is safe to print."""
+    return f"{type(error).__name__}: {printable(str(error), limit)}"
+
+
 class SafeStream:
     """Wraps a text stream so that `print` and tqdm never raise.
 
@@ -123,4 +128,4 @@ def aid(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # some libraries exit Python if they cannot be imported
-        notice(f"{what} is left out ({type(error).__name__}: {printable(str(error), 300)}); the result stands")
+        notice(f"{what} is left out ({said(error, 300)}); the result stands")

@@ -144,9 +144,8 @@ def naming_files(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None
         raise UserError(f"{folder}: a file there is nested too deeply to be read; restore it, or give another {flag}") from error
     except FloatingPointError as error:  # raised by JAX if JAX_DEBUG_NANS or JAX_DEBUG_INFS is set
         fix = "unset JAX_DEBUG_NANS and JAX_DEBUG_INFS, or lower config.learning_rate"
-        raise UserError(
-            f"JAX was told to stop at a number that is not finite, and found one ({printable(str(error), 200)}); {fix}"
-        ) from error
+        problem = f"JAX was told to stop at a number that is not finite, and found one ({printable(str(error), 200)})"
+        raise UserError(f"{problem}; {fix}") from error
     except (MemoryError, RuntimeError) as error:
         # jax.errors.JaxRuntimeError has no subclass for it.
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):

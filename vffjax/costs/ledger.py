@@ -70,8 +70,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
         able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).deepened)
         fix = f"leave the flag out, or set config.network to one of {able}"
         raise UserError(f"--depths: the depth of {config.network} is fixed; {fix}")
-    sizes = sizes_of(config)
-    images = load.split_sizes(config, sizes.train_images)[0]
+    images = load.split_sizes(config, sizes_of(config).train_images)[0]
     same = {"overrides": {}, "frozen_groups": 0, "inference": "heads", "feature_cache": "none"}
     found = []
     for batch in batches or [config.batch_size]:
@@ -80,7 +79,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
             common = network.to_dict() | same | {"batch_size": batch}
             found += [Case(method, checks.make_config(common | changes)) for method, changes in methods(config.rule).items()]
     for case in found:
-        checks.check_against_data(plan.make_plan(case.config, images, sizes.classes), images, sizes.image_shape)
+        checks.plan_before_data(case.config)
     return found
 
 

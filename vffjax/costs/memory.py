@@ -19,7 +19,7 @@ from jaxtyping import Array
 from vffjax.config import Config
 from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
-from vffjax.data import load, sizes_of
+from vffjax.data import sizes_of
 from vffjax.hyperparameters import at_peak
 from vffjax.networks.groups import GroupState, layer_sizes
 from vffjax.rules import local
@@ -27,7 +27,7 @@ from vffjax.rules.streams import Task
 from vffjax.training import checks, optimizers, trainer
 from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.compiled import executable_bytes
-from vffjax.training.plan import Plan, abstract_start, make_plan
+from vffjax.training.plan import Plan, abstract_start
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
@@ -72,8 +72,7 @@ def accumulated_step(
 
 def least_bytes(config: Config) -> int:
     """A lower bound on the bytes that training takes: parameters, optimizer states, and the largest feature map of a step once."""
-    sizes = sizes_of(config)
-    plan = checks.plan_of(config, load.split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes)
+    plan, sizes = checks.plan_before_data(config)
     kernels, areas = zip(*layer_sizes(plan.groups, sizes.image_shape), strict=True)
     optimizer = optimizers.make_optimizer(config, at_peak(config, 1).of(0))
     copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, {"kernel": jnp.zeros((1, 1))})))
@@ -86,8 +85,7 @@ def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
 
     In the sequential schedule it is a step of the last stage, in which the last group trains behind all others.
     """
-    sizes = sizes_of(case.config)
-    plan = make_plan(case.config, load.split_sizes(case.config, sizes.train_images)[0], sizes.classes)
+    plan, _ = checks.plan_before_data(case.config)
     if case.method == ACCUMULATED:
         return plan, functools.partial(accumulated_step, plan.program)
     return plan, functools.partial(trainer.train_step, plan.program, plan.active(plan.total_epochs - 1))

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from vffjax.config import Config
-from vffjax.data import load, sizes_of
 from vffjax.proofs import dataflow, probes
 from vffjax.rules.streams import DRAWN
 from vffjax.training import checks, feature_cache, trainer
@@ -38,13 +37,11 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     Raises:
         UserError: the configuration does not fit its data set.
     """
-    sizes = sizes_of(config)
-    images = load.split_sizes(config, sizes.train_images)[0]
-    plan = checks.plan_of(config, images, sizes.image_shape, sizes.classes)
+    plan, sizes = checks.plan_before_data(config)
     layers = {group.name: len(group.module.layers) for group in plan.groups}
     numbers = probes.probe(plan, sizes.image_shape) if numeric else None
 
-    programs = _programs(plan, sizes.image_shape, images)
+    programs = _programs(plan, sizes.image_shape)
     step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
     inside = {name: _crossings(step, _layers(step, name), ("backward",)) for name, step in step_of.items()}
     violations = _violations(programs, layers, config.frozen_groups)
@@ -101,7 +98,7 @@ class _Program(NamedTuple):
         return [self.sources[i] for i in dataflow.members(reached)]
 
 
-def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> list[_Program]:
+def _programs(plan: Plan, image_shape: tuple[int, int, int]) -> list[_Program]:
     """Traces the step and the segment of every stage, and the chain of losses.
 
     Steps come first, because a violation is reported by the first program that shows it, and a step names exactly the leaves that cross.
@@ -113,8 +110,8 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> lis
         trains = [group.name for group in plan.groups if active in (None, group.index)]
         cached = None
         if active and plan.config.feature_cache != "none":
-            every_image = jax.ShapeDtypeStruct((images, *image_shape), jnp.uint8)
-            cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, every_image)
+            image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)  # the features of any number of images have the same shape
+            cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, image)
         step, segment = (functools.partial(f, program, active) for f in (trainer.train_step, trainer.run_segment))
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))

@@ -209,8 +209,8 @@ def _draw(sheet: "Axes", x: float, y: float, side: float, pixels: np.ndarray, cm
 
 
 def _write(sheet: "Axes", x: float, y: float, string: str, **style: Any) -> None:
-    # A class name may hold a dollar sign.
-    sheet.text(x, -y, string, parse_math=False, **{"fontsize": 8, "ha": "center", "va": "center"} | style)
+    given: dict[str, Any] = {"fontsize": 8, "ha": "center", "va": "center"} | style
+    sheet.text(x, -y, string, parse_math=False, **given)  # a class name may hold a dollar sign
 
 
 def _heading(sheet: "Axes", y: float, title: str, note: str) -> float:

@@ -8,6 +8,8 @@ import ml_collections
 
 from vffjax import file_kinds, rules, versions
 from vffjax.config import FIELDS, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
+from vffjax.data import load, sizes_of
+from vffjax.data.sets import Sizes
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
 from vffjax.networks import find as find_network
@@ -64,9 +66,8 @@ def _check_together(c: Config) -> None:
         fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
         raise bad_key("widths", c.widths, "more units or layers than can be meant", fix)
     if c.init_from and not c.init_from.startswith(HUB) and not c.init_from.endswith(WEIGHT_FILES):
-        kind = file_kinds.by_name(c.init_from)
-        problem = f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file"
-        raise bad_key("init_from", c.init_from, problem, f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME")
+        fix = f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME"
+        raise bad_key("init_from", c.init_from, file_kinds.not_weights(c.init_from), fix)
     if c.norm_statistics == "frozen" and not c.init_from:
         raise bad_key("norm_statistics", c.norm_statistics, "random weights have no statistics", "set config.init_from, or use batch")
     if c.norm_statistics == "frozen" and (norm := rules.norm_of(c)) not in ("batch", "anchor"):
@@ -91,6 +92,12 @@ def plan_of(config: Config, train_size: int, image_shape: tuple[int, int, int], 
     plan = make_plan(config, train_size, classes)
     check_against_data(plan, train_size, image_shape)
     return plan
+
+
+def plan_before_data(config: Config) -> tuple[Plan, Sizes]:
+    """The plan of a run on config.dataset and the sizes of that set, of which nothing is read. Checks and errors are those of `plan_of`."""
+    sizes = sizes_of(config)
+    return plan_of(config, load.split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes), sizes
 
 
 def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int, int]) -> None:

@@ -87,9 +87,8 @@ def check_place(path: pathlib.Path) -> None:
     beside = sidecar(path)
     # exists() alone is false for a broken link.
     if (beside.exists() or beside.is_symlink()) and not holds(beside, "format", FORMAT):
-        raise UserError(
-            f"--out={path}: {beside} beside it was not written by an export and would be replaced; give another .stablehlo file"
-        )
+        problem = f"{beside} beside it was not written by an export and would be replaced"
+        raise UserError(f"--out={path}: {problem}; give another .stablehlo file")
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo: JAX needs flatbuffers to write it, which is not installed; pip install flatbuffers")
 

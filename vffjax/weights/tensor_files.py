@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from vffjax import file_kinds
-from vffjax.errors import UserError, printable
+from vffjax.errors import UserError, printable, said
 
 # A thousand layers need less than 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
 MAX_HEADER = 2**21
@@ -63,7 +63,7 @@ def of_safetensors(path: pathlib.Path | str, file: IO[bytes]) -> dict[str, Tenso
             found[name] = Tensor(dtype, tuple(shape), functools.partial(_content, path, file, 8 + length + start, dtype, tuple(shape)))
             spans.append((start, end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: a damaged header ({type(error).__name__}: {printable(str(error), 200)}); {AGAIN}") from None
+        raise UserError(f"{path}: a damaged header ({said(error)}); {AGAIN}") from None
     total = sum(end - start for start, end in spans)
     if total != size - 8 - length:
         raise UserError(f"{path}: truncated or damaged: {size - 8 - length} bytes of tensors, not {total}; {AGAIN}")
