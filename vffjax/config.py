@@ -14,9 +14,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from vffjax import versions
+from vffjax import files, versions
 from vffjax.errors import UserError, bad_key, printable, said
-from vffjax.files import as_json
 from vffjax.keys import default_of, fields_of, key, value_of
 from vffjax.registry import ROOMS
 
@@ -130,7 +129,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, in JSON types, with lists for tuples."""
-        return {key: as_json(getattr(self, key)) for key in FIELDS}
+        return {key: files.as_json(getattr(self, key)) for key in FIELDS}
 
 
 FIELDS = fields_of(Config)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -64,12 +64,15 @@ class SafeStream:
         self.failure: Exception | None = None
 
     def write(self, text: str) -> int:
+        self._attempt(lambda: self._write(text))
+        return len(text)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
         if self._stream is not None and self.failure is None:
             try:
-                self._write(text)
+                action()
             except Exception as error:  # in a notebook the stream can be any object
                 self.failure = error
-        return len(text)
 
     def _write(self, text: str) -> None:
         try:
@@ -79,11 +82,7 @@ class SafeStream:
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
-        if self._stream is not None and self.failure is None:
-            try:
-                getattr(self._stream, "flush", lambda: None)()  # an unbuffered stream may lack it
-            except Exception as error:
-                self.failure = error
+        self._attempt(lambda: getattr(self._stream, "flush", lambda: None)())  # an unbuffered stream may lack it
 
     def isatty(self) -> bool:
         """Whether the stream says that it is a terminal."""

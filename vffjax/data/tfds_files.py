@@ -33,8 +33,7 @@ ArraysOfSplit = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]  # 
 
 def one_line(error: BaseException) -> str:
     """The message of another library's error, on one line of at most 300 characters."""
-    text = printable(str(error)) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return printable(str(error), 300) or type(error).__name__
 
 
 def data_root(data_dir: str) -> pathlib.Path:
@@ -105,11 +104,8 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, ArraysOfSplit], tup
         except ImportError as error:
             raise _not_installed(name, error) from None
         except KeyError as error:
-            raise _damaged(
-                folder / "features.json",
-                f"lacks an entry or names a class that tensorflow-datasets lacks ({one_line(error)})",
-                name,
-            ) from None
+            problem = f"lacks an entry or names a class that tensorflow-datasets lacks ({one_line(error)})"
+            raise _damaged(folder / "features.json", problem, name) from None
         except Exception as error:  # json, protobuf and array_record raise many types of errors, RuntimeError among them
             raise _damaged(folder, one_line(error), name) from error
 

@@ -16,13 +16,10 @@ from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
 from vffjax.networks.groups import GroupState
 from vffjax.rules.streams import Task
-from vffjax.runs import logbook
+from vffjax.runs import checkpoint, logbook, loop, termination
 from vffjax.runs import state as run_state
-from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.loop import Loop, on_device, what_is_saved
 from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
-from vffjax.runs.termination import KEPT, Request, deferred, interruptible
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 from vffjax.training import checks, compiled, feature_cache, scores
@@ -63,16 +60,16 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
         Terminated: SIGTERM came, and the run has been saved.
         KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
-    return interruptible(functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256))
+    return termination.interruptible(functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256))
 
 
 def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
     claim_workdir(workdir, config)
     compiled.keep_compiled_programs()
     with contextlib.ExitStack() as held:
-        request = held.enter_context(deferred())
-        if (there := Checkpoints(workdir)).epochs() or there.inside.epochs():
-            request.saved = KEPT
+        request = held.enter_context(termination.deferred())
+        if (there := checkpoint.Checkpoints(workdir)).epochs() or there.inside.epochs():
+            request.saved = termination.KEPT
         used = (workdir / LOCK).exists()
         if used:
             held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
@@ -97,12 +94,12 @@ def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
         raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
 
 
-def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: Request) -> dict[str, Any]:
-    checkpoints = Checkpoints(workdir)
+def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: termination.Request) -> dict[str, Any]:
+    checkpoints = checkpoint.Checkpoints(workdir)
     sound, begun = sound_epochs(checkpoints, config)
     if begun:
         run = copy.deepcopy(begun.run) | {"config": config.to_dict()}
-        request.saved = what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
+        request.saved = loop.what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
         run["segment_steps"] = config.segment_steps or run["segment_steps"]
         check_same_data(config, dataset, run["data_sha256"])
         check_code(run, config)
@@ -122,12 +119,12 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
-            run = Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
-    request.saved, request.idle = what_is_saved(plan, plan.total_epochs, 0), True
+            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
+    request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved
     trained = Trained(plan, *best.restore(plan), best.run)
-    test = on_device(dataset.test)
+    test = loop.on_device(dataset.test)
     found = np.asarray(inference.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
     measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test")
     return conclude(trained, dataset, measured, run, workdir)

@@ -8,8 +8,7 @@ import ml_collections
 
 from vffjax import file_kinds, rules, versions
 from vffjax.config import FIELDS, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
-from vffjax.data import load, sizes_of
-from vffjax.data.sets import Sizes
+from vffjax.data import load, sets, sizes_of
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
 from vffjax.networks import find as find_network
@@ -94,7 +93,7 @@ def plan_of(config: Config, train_size: int, image_shape: tuple[int, int, int], 
     return plan
 
 
-def plan_before_data(config: Config) -> tuple[Plan, Sizes]:
+def plan_before_data(config: Config) -> tuple[Plan, sets.Sizes]:
     """The plan of a run on config.dataset and the sizes of that set, of which nothing is read. Checks and errors are those of `plan_of`."""
     sizes = sizes_of(config)
     return plan_of(config, load.split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes), sizes

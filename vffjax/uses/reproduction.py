@@ -10,8 +10,7 @@ import numpy as np
 
 from vffjax.errors import UserError
 from vffjax.files import read_json
-from vffjax.runs import experiment, logbook, origin
-from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs import checkpoint, experiment, logbook, origin
 from vffjax.runs.workdir import load_run, read_config
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
@@ -100,7 +99,7 @@ def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> list[str]
 
 def _compare_checkpoints(one: pathlib.Path, other: pathlib.Path) -> tuple[int, list[str]]:
     """The number of arrays that both runs have saved, and a line for each that differs."""
-    epochs, count, found = [Checkpoints(folder).epochs() for folder in (one, other)], 0, []
+    epochs, count, found = [checkpoint.Checkpoints(folder).epochs() for folder in (one, other)], 0, []
     if epochs[0] != epochs[1]:
         found.append(f"checkpoints: epochs {epochs[0]} then, {epochs[1]} now")
     for epoch in sorted(set(epochs[0]) & set(epochs[1])):
