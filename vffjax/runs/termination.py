@@ -80,22 +80,24 @@ def interruptible(work: Callable[[], T]) -> T:
             notice("the run that was interrupted is ending; waiting for it")
             thread.join()
         _abandoned.remove(thread)
-    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    found: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done = threading.Event()
     settings = _settings_of_this_thread()
 
     def target() -> None:
         try:
             with _with_settings(settings):
-                done.set_result(work())
+                found.set_result(work())
         except BaseException as error:
-            done.set_exception(error)
+            found.set_exception(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=target, name="vffjax")
     with _answering_sigterm():
         try:  # around the start too, because Ctrl-C may come during it
             thread.start()
-            while thread.is_alive():
-                thread.join(0.1)  # with a timeout, because on Windows no signal would end the wait
+            while not done.wait(0.1):  # with a timeout, because on Windows no signal would end the wait
                 if any(request.made and request.idle for request in _running):
                     raise Terminated(saved())  # it compiles or reads data, and may not look at its request for a long time
         except BaseException:
@@ -103,7 +105,8 @@ def interruptible(work: Callable[[], T]) -> T:
             for request in _running:
                 request.abandoned = True
             raise
-    return done.result()
+    thread.join()
+    return found.result()
 
 
 def settle(seconds: float) -> str:
