@@ -84,7 +84,7 @@ def test_parameters_that_a_rule_owns_are_restored(tmp_path, monkeypatch):
         owned = {"projection": {"kernel": jnp.ones((4, 2))}, "scales": (jnp.zeros(2), jnp.ones(3))}
         return tuple(state._replace(params=state.params | {"rule": owned}) for state in init_states(plan, shape))
 
-    monkeypatch.setattr(saved_epoch, "init_states", planted)
+    monkeypatch.setattr("vffjax.training.plan.init_states", planted)
     plan, _, task = make()
     states = planted(plan, SHAPE)
     checkpoints = save(tmp_path, (plan, states, task), state_of(1))
