@@ -4,14 +4,13 @@ A file may come from anyone. So the sizes that its header claims are compared wi
 request, after its shape has been compared with the network's. No claim in a file makes us allocate more memory than that.
 """
 
-import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 AGAIN = "download or export it again, or set config.init_from=''"
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor as a file's header describes it; `read` returns its content as float32, if its type is one of `FLOATS`."""
 
     dtype: str  # by safetensors' name, such as F32
