@@ -6,11 +6,10 @@
 import dataclasses
 from typing import Any
 
-from vffjax import rules
+from vffjax import networks, rules
 from vffjax.config import Config
 from vffjax.data import load, sizes_of
 from vffjax.errors import UserError
-from vffjax.networks import find
 from vffjax.registry import NETWORKS
 from vffjax.training import checks, plan
 
@@ -66,7 +65,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     Raises:
         UserError: a batch size does not fit, the network has a fixed depth, or a configuration does not fit the data.
     """
-    if depths and find(config).deepened is None:
+    if depths and networks.find(config).deepened is None:
         able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).deepened)
         fix = f"leave the flag out, or set config.network to one of {able}"
         raise UserError(f"--depths: the depth of {config.network} is fixed; {fix}")
@@ -85,7 +84,7 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
 
 def deepened(config: Config, depth: int) -> Config:
     """A network of the configuration's kind with `depth` layers of its first width, no pooling, and a group for each layer."""
-    changes = find(config).deepened
+    changes = networks.find(config).deepened
     assert changes is not None  # `cases` has checked this
     return dataclasses.replace(config, **{**changes(config, depth), "grouping": "layer"})
 
@@ -93,7 +92,7 @@ def deepened(config: Config, depth: int) -> Config:
 def _size(config: Config) -> dict[str, Any]:
     """The keys that say how wide the network is, in JSON types."""
     plain = config.to_dict()
-    return {key: plain[key] for key in ("widths", "width_factor") if key in find(config).keys}
+    return {key: plain[key] for key in ("widths", "width_factor") if key in networks.find(config).keys}
 
 
 def network_of(config: Config, depths: list[int]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from vffjax.runs.summary import conclude
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
 from vffjax.training import checks, compiled, feature_cache, scores
-from vffjax.training import scores as inference
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task
 from vffjax.weights.weights import local_file, read_weights
@@ -125,7 +124,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     assert best is not None  # the last epoch is always saved
     trained = Trained(plan, *best.restore(plan), best.run)
     test = loop.on_device(dataset.test)
-    found = np.asarray(inference.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
+    found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
     measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test")
     return conclude(trained, dataset, measured, run, workdir)
 

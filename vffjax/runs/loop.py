@@ -18,11 +18,10 @@ from vffjax.runs.checkpoint import Checkpoints, Writer
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache, trainer
-from vffjax.training import scores as inference
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan
-from vffjax.training.scores import validate
+from vffjax.training.scores import compile_scores, validate
 
 # An epoch of fewer FLOP takes at most about a second on two CPU cores.
 _SHORT_EPOCH = 2e10
@@ -111,7 +110,7 @@ class Loop:
         self._finite_groups = _finite_groups.lower(states).compile()
         self._scores = None
         if len(images):
-            self._scores = inference.compile_scores(self._plan, self._config.inference, self._task, states, images)
+            self._scores = compile_scores(self._plan, self._config.inference, self._task, states, images)
         self._run["compile_seconds"] += time.perf_counter() - began
 
     def _compile_stage(self, states: tuple[GroupState, ...], epoch: int) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 
 import ml_collections
 
-from vffjax import file_kinds, rules, versions
+from vffjax import file_kinds, networks, rules, versions
 from vffjax.config import FIELDS, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
 from vffjax.data import load, sets, sizes_of
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
-from vffjax.networks import find as find_network
 from vffjax.networks.groups import layer_sizes
 from vffjax.training.plan import Plan, make_plan
 
@@ -30,7 +29,7 @@ def check(config: Config) -> Config:
     Raises:
         UserError: names config.KEY, the value and the fix.
     """
-    rule, network = rules.find(config), find_network(config)
+    rule, network = rules.find(config), networks.find(config)
     own = options(rule.options, config.rule_options, "rule_options")
     config = dataclasses.replace(config, rule_options=dataclasses.asdict(own))
     _check_together(config)
@@ -116,7 +115,7 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
         raise bad_key("dataset", c.dataset, "has one class, so that there is nothing to learn", "use a set of two classes or more")
     if max(image_shape[:2]) > MAX_SIDE:
         raise bad_key("dataset", c.dataset, f"has images of {image_shape[0]}x{image_shape[1]} pixels", f"use sides up to {MAX_SIDE}")
-    find_network(c).check_images(c, image_shape)
+    networks.find(c).check_images(c, image_shape)
     plan.rule.check_data(c, image_shape, classes, tuple(group.width for group in groups))
     if c.pixel_statistics == "imagenet" and image_shape[2] != 3:
         raise bad_key("pixel_statistics", c.pixel_statistics, "ImageNet's are those of colour images", "use data")
@@ -133,6 +132,6 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
         raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to {groups[-1].name}")
     for layer, (kernel, _) in enumerate(layer_sizes(groups, image_shape)):
         if kernel > MAX_ENTRIES:
-            key = "widths" if "widths" in find_network(c).keys else "width_factor"
+            key = "widths" if "widths" in networks.find(c).keys else "width_factor"
             problem = f"layer {layer} would have {kernel} parameters"
             raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")

@@ -15,7 +15,6 @@ from vffjax.networks.groups import GroupState, LayerGroup
 from vffjax.ops.fence import as_branch
 from vffjax.ops.normalisation import Rows
 from vffjax.rules import local
-from vffjax.rules.local import Setting
 from vffjax.rules.streams import Step, Streams, Task
 from vffjax.training.augment import augmented
 from vffjax.training.batch import Batch
@@ -24,7 +23,7 @@ from vffjax.training.plan import Plan
 
 
 def group_step(
-    setting: Setting, group: LayerGroup, state: GroupState, streams: Streams, fence: bool = False
+    setting: local.Setting, group: LayerGroup, state: GroupState, streams: Streams, fence: bool = False
 ) -> tuple[GroupState, Streams, dict[str, Array]]:
     """Updates one group on its own loss. Its detached features are the streams of the next group.
 

@@ -15,7 +15,6 @@ from vffjax.runs import experiment, loop
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
-from vffjax.training.scores import measure, validate
 from vffjax.uses import early_exit
 
 
@@ -102,7 +101,7 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = loop.on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
-    validated = validate(seen, validation.labels, trained.groups)
+    validated = inference.validate(seen, validation.labels, trained.groups)
     header = {"inference": name} | validated
     leaving = None
     if name == "early_exit":
@@ -113,7 +112,7 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
         return header
     unseen = loop.on_device(dataset.test)
     found = np.asarray(scores(task, states, unseen.images))[: trained.groups]
-    header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
+    header |= inference.measure(found, unseen.labels, tuple(validated["voting"]), "test")
     if leaving is not None:
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
     return header
