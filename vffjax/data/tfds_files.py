@@ -34,7 +34,8 @@ ArraysOfSplit = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]  # 
 
 def one_line(error: BaseException) -> str:
     """The message of another library's error, on one line of at most 300 characters."""
-    return printable(str(error), 300) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def data_root(data_dir: str) -> pathlib.Path:

@@ -22,7 +22,8 @@ from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
-from vffjax.training import checks, compiled, feature_cache, scores
+from vffjax.training import checks, feature_cache, scores
+from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task
 from vffjax.weights.weights import local_file, read_weights
@@ -64,7 +65,7 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
 
 def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
     claim_workdir(workdir, config)
-    compiled.keep_compiled_programs()
+    keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(termination.deferred())
         if (there := checkpoint.Checkpoints(workdir)).epochs() or there.inside.epochs():
