@@ -1,13 +1,12 @@
 """Image sets of tensorflow-datasets (TFDS), read and prepared without TensorFlow.
 
-array_record reads files of its own kind; TFDS needs TensorFlow for tfrecord files, which `tfrecord` reads instead. Examples are parsed with
-the protocol-buffer classes of TFDS, and Pillow decodes the images, so the feature decoding of TFDS is not needed.
+TFDS reads array_record files itself; it needs TensorFlow for tfrecord files, which `tfrecord` reads instead. Examples are parsed with the
+protocol-buffer classes of TFDS, and Pillow decodes the images, so the feature decoding of TFDS is not needed.
 """
 
 import contextlib
 import importlib.util
 import io
-import itertools
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -208,25 +207,31 @@ def _features(features: Any) -> tuple[tuple[int, int, int], tuple[str, ...]]:
 
 def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: int, folder: pathlib.Path, name: str) -> ArraysOfSplit:
     """The images and labels of one split; raises `UserError` if a file is missing or damaged, or a label is no class."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
     if split not in builder.info.splits or not builder.info.splits[split].num_examples:
         raise _damaged(folder / "dataset_info.json", f"no images in split {split!r}", name)
     info = builder.info.splits[split]
     kind = builder.info.file_format.value if builder.info.file_format else "tfrecord"
-    readers: dict[str, Callable[..., Iterable[bytes | memoryview]]] = {"array_record": _array_records, "tfrecord": _tfrecords}
-    if kind not in readers:
+    if kind not in ("array_record", "tfrecord"):
         raise UserError(f"{folder}: holds {kind} files, not array_record or tfrecord; set config.data_dir to another folder")
-    paths = list(map(pathlib.Path, info.filepaths))
-    for path in paths:
+    shards = list(zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True))
+    for path, expected in shards:
         if path.parent != folder or not path.is_file():
             problem = "missing" if path.parent == folder else "named by dataset_info.json, and outside its folder"
             raise _damaged(folder / path.name, problem, name)
-    images, labels = np.empty((info.num_examples, *shape), np.uint8), np.empty(info.num_examples, np.int64)
-    shards = (readers[kind](path, expected, name) for path, expected in zip(paths, info.shard_lengths, strict=True))
-    for n, record in enumerate(itertools.chain.from_iterable(shards)):
-        try:
-            labels[n] = _decode(record, images[n])
-        except Exception as error:  # Pillow and protobuf raise many types of errors, SyntaxError among them
-            raise _damaged(folder, f"record {n} of split {split!r} cannot be used ({one_line(error)})", name) from error
+        if kind == "array_record":  # TFDS would silently read fewer records
+            with contextlib.closing(ArrayRecordReader(os.fspath(path))) as reader:
+                _check_count(reader.num_records(), expected, path, name)
+    chunks = _array_records(builder, split) if kind == "array_record" else (_tfrecords(path, expected, name) for path, expected in shards)
+    images, labels, n = np.empty((info.num_examples, *shape), np.uint8), np.empty(info.num_examples, np.int64), 0
+    for chunk in chunks:
+        for record in chunk:
+            try:
+                labels[n] = _decode(record, images[n])
+            except Exception as error:  # Pillow and protobuf raise many types of errors, SyntaxError among them
+                raise _damaged(folder, f"record {n} of split {split!r} cannot be used ({one_line(error)})", name) from error
+            n += 1
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:
         raise _damaged(folder, f"record {wrong[0]} of split {split!r} has label {labels[wrong[0]]}, outside 0..{classes - 1}", name)
@@ -238,7 +243,7 @@ def _check_count(found: int, expected: int, path: pathlib.Path, name: str) -> No
         raise _damaged(path, f"holds {found} records, not the {expected} of dataset_info.json", name)
 
 
-def _tfrecords(path: pathlib.Path, expected: int, name: str) -> Iterable[memoryview]:
+def _tfrecords(path: pathlib.Path, expected: int, name: str) -> list[memoryview]:
     try:
         records = tfrecord.records(path)
     except ValueError as error:
@@ -247,13 +252,12 @@ def _tfrecords(path: pathlib.Path, expected: int, name: str) -> Iterable[memoryv
     return records
 
 
-def _array_records(path: pathlib.Path, expected: int, name: str) -> Iterator[bytes]:
-    from array_record.python.array_record_module import ArrayRecordReader
+def _array_records(builder: Any, split: str) -> Iterator[list[bytes]]:
+    from tensorflow_datasets.core.decode import DeserializeMethod
 
-    with contextlib.closing(ArrayRecordReader(os.fspath(path))) as reader:
-        _check_count(reader.num_records(), expected, path, name)
-        for start in range(0, expected, CHUNK):
-            yield from reader.read(start, min(start + CHUNK, expected))
+    source = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+    for start in range(0, len(source), CHUNK):
+        yield source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
 
 
 def _decode(record: bytes | memoryview, out: UInt8[np.ndarray, "h w c"]) -> int:
