@@ -21,7 +21,7 @@ from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
 from vffjax.data import sizes_of
 from vffjax.hyperparameters import at_peak
-from vffjax.networks.groups import GroupState, layer_sizes
+from vffjax.networks.groups import GroupState, States, layer_sizes
 from vffjax.rules import local
 from vffjax.rules.streams import Task
 from vffjax.training import checks, optimizers, trainer
@@ -32,9 +32,7 @@ from vffjax.training.plan import Plan, abstract_start
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
 
-def accumulated_step(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch
-) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+def accumulated_step(plan: Plan, task: Task, states: States, batch: Batch) -> tuple[States, dict[str, Array]]:
     """`train_step` for a network of one group, with its gradient accumulated over parts of the batch.
 
     The batch is cut into `MICRO_BATCHES` equal parts, which are computed one after the other. There is one update, by the mean of their

@@ -30,6 +30,9 @@ class GroupState(NamedTuple):
     opt_state: optax.OptState
 
 
+States = tuple[GroupState, ...]  # of all groups, from input to output
+
+
 class _Module(nn.Module):
     layers: tuple[Layer, ...]
     classes: int

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import sha256_of, sync, write_json
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.saved_epoch import SavedEpoch, check_readable, saved_files
@@ -96,7 +96,7 @@ class Checkpoints:
         """What is wrong with a saved epoch of a run by `config`, in one line; empty if all of its files are as they were saved."""
         return str(self.opened(epoch).fault(config) or "")
 
-    def restore(self, epoch: int, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
+    def restore(self, epoch: int, plan: Plan) -> tuple[States, Task]:
         """All groups and the task of a saved epoch."""
         return self.opened(epoch).restore(plan)
 
@@ -186,7 +186,7 @@ class Writer:
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
         self._prune()  # the last run may have been killed before it could
 
-    def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
+    def save(self, epoch: int, states: States, task: Task, run: dict[str, Any]) -> None:
         """Saves a step, and reads something of each item back before the step counts as saved. If it fails, earlier steps stay as they are.
 
         Args:

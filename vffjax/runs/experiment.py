@@ -14,7 +14,7 @@ from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import checkpoint, logbook, loop, termination
 from vffjax.runs import state as run_state
@@ -141,7 +141,7 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> Non
         run["origins"].append(here)
 
 
-def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
+def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:
     """What a run begins with: groups from its seed or from config.init_from, and its task. What a weight file lacks is told on stderr."""
     config, states = plan.config, init_states(plan, dataset.image_shape)
     if config.init_from:

@@ -19,7 +19,7 @@ from vffjax import versions
 from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import read_json, sha256_of
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.training.checks import from_json
@@ -79,7 +79,7 @@ class SavedEpoch:
             return Fault(error, OWN_CONFIG)
         return None
 
-    def restore(self, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
+    def restore(self, plan: Plan) -> tuple[States, Task]:
         """All groups and the task."""
         self.verify()
         self._check_config(plan.config)
@@ -233,7 +233,7 @@ def _check_fits(folder: pathlib.Path, tree: Any) -> None:
             raise Fault(f"{folder}: saved by another network or optimizer ({difference})", OWN_CONFIG)
 
 
-def _abstract_start(plan: Plan, run: dict[str, Any]) -> tuple[Task, tuple[GroupState, ...]]:
+def _abstract_start(plan: Plan, run: dict[str, Any]) -> tuple[Task, States]:
     # Orbax restores optax states as plain dictionaries unless it is given a tree of the same structure.
     return jax.tree.map(_abstract, abstract_start(plan, tuple(run["image_shape"])))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training import augment, trainer
@@ -23,9 +23,7 @@ BATCHES_PER_FETCH = 16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def clean_features(
-    plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
-) -> Float[Array, "n *feature"]:
+def clean_features(plan: Plan, active: int, task: Task, states: States, images: UInt8[Array, "n h w c"]) -> Float[Array, "n *feature"]:
     """The input of group `active` for clean images, with running statistics, in batches of `config.eval_batch_size`."""
 
     def features(batch: Array) -> Array:
@@ -45,7 +43,7 @@ def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
     return max((size.size * size.dtype.itemsize for size in sizes), default=0)
 
 
-def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:
+def with_features(plan: Plan, active: int, task: Task, states: States, data: Images) -> Images:
     """`data` with the input of group `active` for each image, as a JAX array, or as a NumPy array if config.feature_cache is host."""
     images = data.images.reshape(-1, *data.image_shape)
     if plan.config.feature_cache != "host":

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax.errors import chosen
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training import augment, trainer
@@ -21,9 +21,7 @@ from vffjax.training.plan import Plan
 _EXHAUSTIVE_GROUPS = 6
 
 
-def sweep_scores(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
-) -> Float[Array, "groups batch classes"]:
+def sweep_scores(plan: Plan, task: Task, states: States, x: Float[Array, "batch h w c"]) -> Float[Array, "groups batch classes"]:
     """How well each label fits each image, by each group, without heads.
 
     The rule measures it on the features of the clean image and of the image that was told the label. Higher is likelier.
@@ -43,9 +41,7 @@ def sweep_scores(
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
 
 
-def own_scores(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
-) -> Float[Array, "groups batch classes"]:
+def own_scores(plan: Plan, task: Task, states: States, x: Float[Array, "batch h w c"]) -> Float[Array, "groups batch classes"]:
     """The rule's own class scores by each group, from the features of the clean images. Higher is likelier."""
     rule, scores = plan.rule, plan.rule.scores
     assert scores is not None  # see `Rule.cannot_score_by`
@@ -59,7 +55,7 @@ SCORES = {"heads": trainer.clean_log_p, "sweep": sweep_scores, "rule": own_score
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def program_scores(
-    plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
+    plan: Plan, inference: str, task: Task, states: States, images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "groups n classes"]:
     """The compiled function behind `make_scores`. It takes a `Plan.program`, so that runs with other seeds or rates share the program."""
     per_batch = chosen("inference", inference, SCORES)
@@ -82,7 +78,7 @@ def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array, "group
     return functools.partial(program_scores, plan.program, inference)
 
 
-def compile_scores(plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: Any) -> jax.stages.Compiled:
+def compile_scores(plan: Plan, inference: str, task: Task, states: States, images: Any) -> jax.stages.Compiled:
     """`make_scores`, compiled for images of this shape. Takes `(task, states, images)`."""
     return program_scores.lower(plan.program, inference, task, states, images).compile()
 

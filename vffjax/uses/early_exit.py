@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from vffjax.errors import UserError, chosen
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.runs.trained import Trained
@@ -90,7 +90,7 @@ def make_early_exit(plan: Plan, votes: Votes) -> jax.stages.Wrapped:
     last = len(votes) - 1
 
     @jax.jit
-    def by_chunks(task: Task, states: tuple[GroupState, ...], images: Array, slack: Array) -> tuple[Array, Array]:
+    def by_chunks(task: Task, states: States, images: Array, slack: Array) -> tuple[Array, Array]:
         n = images.shape[0]
         batch = min(batch_size(plan), n)
         chunk = batch * min(_BATCHES, -(-n // batch))
@@ -163,7 +163,7 @@ def make_full(plan: Plan, voting: tuple[int, ...], batch: int) -> jax.stages.Wra
     `batch` images are computed at a time.
     """
 
-    def of_batch(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:
+    def of_batch(task: Task, states: States, images: Array) -> Array:
         log_p = trainer.clean_log_p(plan, task, states, augment.normalised(task, images), max(voting) + 1)
         return jax.nn.log_softmax(log_p[jnp.array(voting)].mean(axis=0))
 

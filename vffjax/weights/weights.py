@@ -21,7 +21,7 @@ from vffjax import files, networks
 from vffjax.config import HUB, WEIGHT_FILES, Config
 from vffjax.data import sizes_of
 from vffjax.errors import UserError, bad_key, printable
-from vffjax.networks.groups import GroupState, layer_sizes
+from vffjax.networks.groups import GroupState, States, layer_sizes
 from vffjax.paths import local
 from vffjax.registry import NETWORKS
 from vffjax.training.checks import plan_before_data
@@ -34,9 +34,7 @@ FORMAT = "vffjax weights 1"
 _OTHER = "give weights of this network, as vffjax export writes them, or set config.init_from=''"
 
 
-def write_weights(
-    path: pathlib.Path | str, plan: Plan, states: tuple[GroupState, ...], about: Mapping[str, Any], names: str = "auto"
-) -> list[str]:
+def write_weights(path: pathlib.Path | str, plan: Plan, states: States, about: Mapping[str, Any], names: str = "auto") -> list[str]:
     """Writes the parameters and batch statistics of all groups to a safetensors file, as float32.
 
     Equal weights give equal bytes. An existing file is replaced in one step.
@@ -83,7 +81,7 @@ def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarr
     files.replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
 
 
-def read_weights(path: pathlib.Path | str, plan: Plan, states: tuple[GroupState, ...]) -> tuple[tuple[GroupState, ...], list[str]]:
+def read_weights(path: pathlib.Path | str, plan: Plan, states: States) -> tuple[States, list[str]]:
     """Puts the parameters and statistics of a file into the groups of a run that starts from it.
 
     By our names, the file holds all groups or some, each of them whole, and every number is taken to the bit. A ResNet is also read by the
@@ -187,13 +185,13 @@ def _weights(state: GroupState) -> dict[str, Any]:
     return {kind: getattr(state, kind) for kind in _KINDS}
 
 
-def _named(states: tuple[GroupState, ...], first: int = 0) -> dict[str, Any]:
+def _named(states: States, first: int = 0) -> dict[str, Any]:
     """Every leaf of parameters and statistics by its name in a file; `first` is the number of the first group."""
     paths = (path for i, state in enumerate(states, first) for path in jax.tree.leaves_with_path({f"group{i}": _weights(state)}))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
-def _float32(states: tuple[GroupState, ...], first: int = 0) -> dict[str, np.ndarray]:
+def _float32(states: States, first: int = 0) -> dict[str, np.ndarray]:
     return {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states, first).items()}
 
 
