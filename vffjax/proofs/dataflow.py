@@ -265,17 +265,8 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 
 _SUPPORTED = "0.10 to 0.12"
 # Operations whose inner program need not be entered, because it only combines single entries or is a kernel. All inputs reach all outputs.
-_SCATTERS = {f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max")}
-_WHOLE = {
-    "custom_linear_solve",
-    "pallas_call",
-    "reduce",
-    "reduce_window",
-    "select_and_scatter",
-    "select_and_scatter_add",
-    "scatter",
-    *_SCATTERS,
-}
+_SCATTERS = {"scatter", *(f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max"))}
+_WHOLE = _SCATTERS | {"custom_linear_solve", "pallas_call", "reduce", "reduce_window", "select_and_scatter", "select_and_scatter_add"}
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
 _RULES: dict[str, Callable[[JaxprEqn, list[Flow], _Walk], list[Flow]]] = {
     **dict.fromkeys(_CALLS, _called),
