@@ -101,14 +101,12 @@ def _set(plain: dict[str, Any], path: str, text: str) -> None:
     if deeper and not free:
         raise bad_key(path, text, f"config.{key} has no entries", f"set the whole of it, as --config.{key}={str(default)!r}")
     if not deeper:
-        parse = _dictionary if free else _PARSERS[type(default)]
         try:
-            plain[key] = parse(text)
+            plain[key] = _PARSERS[type(default)](text)
         # A value that is nested deeply ends Python's parser with the last two.
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            kind = "dict" if free else type(default).__name__
             fix = f"give one such as {default!r}" + (f", or single entries as --config.{key}.NAME=VALUE" if free else "")
-            raise bad_key(key, text, f"not a value of type {kind}", fix) from None
+            raise bad_key(key, text, f"not a value of type {type(default).__name__}", fix) from None
         return
     holder = plain.setdefault(key, {})
     for name in deeper[:-1]:
@@ -141,6 +139,7 @@ _PARSERS = {
     float: flags.FloatParser().parse,
     str: str,
     tuple: tuple_parser.TupleParser().parse,
+    dict: _dictionary,
 }
 
 
