@@ -20,8 +20,10 @@ N = jnp.int32(3)
 
 
 def found(f, *arguments):
-    """For each output, the numbers of the inputs in its value, real and gradient sets."""
-    return [tuple(members(part) for part in flow) for flow in flows(jax.make_jaxpr(f)(*arguments))]
+    """For each output, the numbers of the inputs in its value, real and gradient sets. Nothing is named, so undrawn is value."""
+    each = flows(jax.make_jaxpr(f)(*arguments))
+    assert all(flow.undrawn == flow.value for flow in each)
+    return [tuple(members(part) for part in flow[:3]) for flow in each]
 
 
 def all_three(*sources):
@@ -79,7 +81,7 @@ def test_a_barrier_passes_each_operand_to_itself():
 
 def test_several_inputs_may_be_one_source():
     program = jax.make_jaxpr(lambda x, y, z: (x * y, z))(X, X, X)
-    assert flows(program, [5, 5, 0]) == [Flow(32, 32, 32), Flow(1, 1, 1)]
+    assert flows(program, [5, 5, 0]) == [Flow(32, 32, 32, 32), Flow(1, 1, 1, 1)]
     with pytest.raises(ValueError, match="zip"):
         flows(program, [0])
 
@@ -87,7 +89,7 @@ def test_several_inputs_may_be_one_source():
 def test_sets():
     assert members(0) == []
     assert members(0b1001010) == [1, 3, 6]
-    assert union([Flow(1, 1, 0), Flow(6, 4, 4)]) == Flow(7, 5, 4)
+    assert union([Flow(1, 1, 0, 8), Flow(6, 4, 4, 1)]) == Flow(7, 5, 4, 9)
     assert union([]) == Flow()
 
 
@@ -418,10 +420,12 @@ def test_what_has_a_known_name_and_is_no_floating_point_is_a_source_of_its_own()
             drawn * 2,
             checkpoint_name(x * 1.5, "drawn"),
             checkpoint_name(jnp.argmax(y), "other"),
-            jax.lax.cond(drawn > 0, jnp.sin, jnp.cos, y[0]),
+            lax.cond(drawn > 0, jnp.sin, jnp.cos, y[0]),
+            lax.while_loop(lambda carry: carry[0] < drawn, lambda carry: (carry[0] + 1, carry[1] * 2), (0, y[0]))[1],
         )
 
     traced = jax.make_jaxpr(jax.jit(program))(jnp.ones(3), jnp.ones(3))
     found = flows(traced, named={"drawn": 2})
-    assert [members(flow.value) for flow in found] == [[2], [0], [1], [1, 2]]
-    assert [members(flow.value) for flow in flows(traced)] == [[0], [0], [1], [0, 1]]
+    assert [members(flow.undrawn) for flow in found] == [[2], [0], [1], [1, 2], [1, 2]]
+    assert [members(flow.value) for flow in found] == [[0], [0], [1], [0, 1], [0, 1]]
+    assert [flow.undrawn for flow in flows(traced)] == [flow.value for flow in found]

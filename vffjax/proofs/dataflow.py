@@ -21,17 +21,19 @@ from vffjax.errors import UserError
 
 
 class Flow(NamedTuple):
-    """The sources on which one array depends, as three sets. A set is an integer in which source `i` is the bit `1 << i`.
+    """The sources on which one array depends, as four sets. A set is an integer in which source `i` is the bit `1 << i`.
 
     Attributes:
         value: the array depends on these sources in any way.
         real: it depends on them by a path on which everything is floating point.
         gradient: such a path has no `stop_gradient` on it. A derivative can follow only these paths, though perhaps not all of them.
+        undrawn: like value, but an array that was `named` hides what it was computed from, and is a source itself.
     """
 
     value: int = 0
     real: int = 0
     gradient: int = 0
+    undrawn: int = 0
 
 
 NOTHING = Flow()
@@ -54,8 +56,9 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
     Args:
         program: a traced program, such as that of `jax.make_jaxpr`.
         sources: for each flattened input, the number of its source. Several inputs may be one source. By default each input is its own.
-        named: arrays in the program that are sources themselves. An array that `jax.ad_checkpoint.checkpoint_name` gave one of these
-            names, and that is not floating point, depends on this source instead of those from which it was computed.
+        named: arrays in the program that are sources themselves in the set `undrawn`. There, an array that
+            `jax.ad_checkpoint.checkpoint_name` gave one of these names, and that is not floating point, depends on this source instead of
+            those from which it was computed.
 
     Returns:
         The flow of each flattened output.
@@ -70,7 +73,7 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
     """
     variables = program.jaxpr.invars
     numbers = range(len(variables)) if sources is None else sources
-    inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i)) for variable, i in zip(variables, numbers, strict=True)]
+    inputs = [_onto(variable, Flow(*[1 << i] * 4)) for variable, i in zip(variables, numbers, strict=True)]
     return _walk(program.jaxpr, inputs, _Walk(named or {}, {}))
 
 
@@ -85,10 +88,15 @@ def members(sources: int) -> list[int]:
 
 def union(parts: Iterable[Flow]) -> Flow:
     """The flow of an array that depends on all the parts."""
-    value = real = gradient = 0
+    value = real = gradient = undrawn = 0
     for part in parts:
-        value, real, gradient = value | part.value, real | part.real, gradient | part.gradient
-    return Flow(value, real, gradient)
+        value, real, gradient, undrawn = value | part.value, real | part.real, gradient | part.gradient, undrawn | part.undrawn
+    return Flow(value, real, gradient, undrawn)
+
+
+def _values(flow: Flow) -> Flow:
+    """The flow without its real paths and gradients."""
+    return Flow(value=flow.value, undrawn=flow.undrawn)
 
 
 def _floating(variable: Any) -> bool:
@@ -99,7 +107,7 @@ def _floating(variable: Any) -> bool:
 
 def _onto(variable: Any, flow: Flow) -> Flow:
     """The flow that a variable receives: integers, booleans and random keys carry neither real paths nor gradients."""
-    return flow if _floating(variable) else Flow(flow.value)
+    return flow if _floating(variable) else _values(flow)
 
 
 def _walk(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
@@ -140,7 +148,7 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
     if equation.primitive is stop_gradient_p:
         return [flow._replace(gradient=0) for flow in operands]
     if equation.primitive.name == "name" and equation.params.get("name") in walk.named and not _floating(equation.outvars[0]):
-        return [Flow(1 << walk.named[equation.params["name"]])]
+        return [_values(operands[0])._replace(undrawn=1 << walk.named[equation.params["name"]])]
     rule = _RULES.get(equation.primitive.name)
     if rule:
         try:
@@ -188,7 +196,7 @@ def _own_derivative(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> li
 def _conditional(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     index, rest = operands[0], operands[1:]
     each = [_walk(branch.jaxpr, rest, walk) for branch in equation.params["branches"]]
-    return [union([Flow(index.value), *flows]) for flows in zip(*each, strict=True)]
+    return [union([_values(index), *flows]) for flows in zip(*each, strict=True)]
 
 
 def _scan(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
@@ -235,7 +243,7 @@ def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
 
     def step(carry: list[Flow]) -> list[Flow]:
         (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry], walk)
-        return [union([flow, Flow(goes_on.value)]) for flow in _walk(body.jaxpr, [*of_body, *carry], walk)]
+        return [union([flow, _values(goes_on)]) for flow in _walk(body.jaxpr, [*of_body, *carry], walk)]
 
     return _settled(step, start)
 

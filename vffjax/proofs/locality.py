@@ -88,8 +88,8 @@ class _Program(NamedTuple):
     name: str  # segment, step or losses
     trains: list[str]  # the groups that change in it
     sources: list[str]  # the names of the flattened inputs
-    # The sources of each result, by kind of path, as sets of `dataflow`: value, real and gradient are those of `dataflow.Flow`, and undrawn
-    # is value without the paths through labels that were drawn from predictions. Results are new leaves of the states, or losses.
+    # The sources of each result, by kind of path, as the sets of `dataflow.Flow`. Here undrawn is value without the paths through labels
+    # that were drawn from predictions. Results are new leaves of the states, or losses.
     found: dict[str, dict[str, int]]
 
     def reaching(self, results: Iterable[str], path: str) -> list[str]:
@@ -112,7 +112,7 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int]) -> list[_Program]:
         if active and plan.config.feature_cache != "none":
             image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)  # the features of any number of images have the same shape
             cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, image)
-        step, segment = (functools.partial(f, program, active) for f in (trainer.train_step, trainer.run_segment))
+        step, segment = (functools.partial(f, program, active) for f in (trainer.traced_step, trainer.run_segment))
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))
         segments.append(_traced("segment", trains, segment, task, states, some))
@@ -128,11 +128,9 @@ def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, stat
     program, out = jax.make_jaxpr(f, return_shape=True)(task, states, batch)
     sources = [*probes.leaf_names("task", task), *probes.leaf_names("", states), *probes.leaf_names("data", batch)]
     results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else probes.leaf_names("", out[0])
-    # Once more with the drawn labels as a source of their own, so that nothing reaches a result through them.
-    plain, undrawn = (dataflow.flows(program, named=named) for named in (None, {DRAWN: len(sources)}))
     # A step returns metrics too, which are left out: they follow the states.
-    each = zip(results, plain, undrawn, strict=False)
-    return _Program(name, trains, [*sources, DRAWN], {result: flow._asdict() | {"undrawn": rest.value} for result, flow, rest in each})
+    each = zip(results, dataflow.flows(program, named={DRAWN: len(sources)}), strict=False)
+    return _Program(name, trains, [*sources, DRAWN], {result: flow._asdict() for result, flow in each})
 
 
 def _leaves(program: _Program, prefix: str) -> list[str]:

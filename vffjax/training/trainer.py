@@ -154,6 +154,10 @@ def train_step(plan: Plan, active: int | None, task: Task, states: States, batch
     return tuple(new_states), out
 
 
+# Traced once for segments of every length, and for the certificate. The program that calls it holds its operations as if written there.
+traced_step = jax.jit(train_step, static_argnums=(0, 1), inline=True)
+
+
 def clean_log_p(
     plan: Plan, task: Task, states: States, x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
@@ -178,6 +182,6 @@ def run_segment(plan: Plan, active: int | None, task: Task, states: States, batc
     """
 
     def step(states: States, batch: Batch) -> Any:
-        return train_step(plan, active, task, states, batch)
+        return traced_step(plan, active, task, states, batch)
 
     return jax.lax.scan(step, states, batches)
