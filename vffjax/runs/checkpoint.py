@@ -20,24 +20,18 @@ from unittest import mock
 
 import orbax.checkpoint as ocp
 
-from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import sha256_of, sync, write_json
-from vffjax.networks.groups import GroupState, States
+from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.saved_epoch import SavedEpoch, check_readable, saved_files
-from vffjax.training.plan import Plan
 
 FOLDER, INSIDE = "checkpoints", "inside"
 
 
 class Checkpoints:
-    """The saved epochs of one workdir. Whatever cannot be read raises `UserError`, which names the file.
-
-    `opened` returns one of them as a value that reads each file once. The methods `run`, `fault`, `restore` and `restore_group` read the
-    files again at each call.
-    """
+    """The saved epochs of one workdir. Whatever cannot be read raises `UserError`, which names the file."""
 
     def __init__(self, workdir: pathlib.Path, name: str = FOLDER):
         self.folder = pathlib.Path(workdir).resolve() / name
@@ -79,30 +73,6 @@ class Checkpoints:
         if not name.isdecimal() or int(name) not in epochs:
             raise UserError(f"--epoch={name}: not saved; choose best, latest, or one of {', '.join(map(str, epochs)) or 'none'}")
         return self.opened(int(name))
-
-    def best(self) -> int:
-        """The number of the best epoch."""
-        return self.chosen("best").epoch
-
-    def latest(self) -> int:
-        """The number of the newest epoch."""
-        return self.chosen("latest").epoch
-
-    def run(self, epoch: int) -> dict[str, Any]:
-        """The run's state in a saved epoch; see `runs.state`."""
-        return self.opened(epoch).run
-
-    def fault(self, epoch: int, config: Config) -> str:
-        """What is wrong with a saved epoch of a run by `config`, in one line; empty if all of its files are as they were saved."""
-        return str(self.opened(epoch).fault(config) or "")
-
-    def restore(self, epoch: int, plan: Plan) -> tuple[States, Task]:
-        """All groups and the task of a saved epoch."""
-        return self.opened(epoch).restore(plan)
-
-    def restore_group(self, epoch: int, plan: Plan, group: int) -> GroupState:
-        """One group of a saved epoch; no file of another group is read."""
-        return self.opened(epoch).restore_group(plan, group)
 
     def set_aside(self, epoch: int) -> pathlib.Path:
         """Renames a saved epoch so that nothing uses it; returns its new path. It is deleted when its epoch has been trained again."""
