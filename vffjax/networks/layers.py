@@ -37,11 +37,15 @@ class Layer(nn.Module):
 
     Attributes:
         width: output channels.
+        norm, dtype, frozen: as `common` gives them.
         ends_block: whether a block of the network ends with this layer, for groups that are blocks.
         joins_next: whether it is a stem, which belongs to the group of the next layer.
     """
 
     width: int
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    frozen: bool = False
     ends_block: bool = True
     joins_next: bool = False
 
@@ -108,10 +112,6 @@ class Norm(nn.Module):
 
 class _Affine(Layer):
     """Normalisation and activation, which dense layers and convolutions share. Subclasses compute the linear map."""
-
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-    frozen: bool = False
 
     def finish(self, x: Array, clean: Rows, train: bool, pool: int = 1) -> Array:
         if self.norm in ("input", "none"):
