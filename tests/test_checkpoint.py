@@ -115,6 +115,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("errors", "kept", "best"), KEPT.values(), ids=KEPT.keys())
 def test_the_two_latest_epochs_and_the_best_are_kept(errors, kept, best, tmp_path):
     made = make(grouping="all", optimizer="sgd", widths=(2,))

@@ -194,6 +194,7 @@ def test_the_segments_of_a_run_are_chosen_once_and_kept(tmp_path):
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_other_segments_from_a_position_inside_give_the_same_bits(tmp_path):
     """A position at which no segment of the new length ends: the rest of that epoch begins there all the same."""
     with leave_at(1, 3), pytest.raises(Terminated):

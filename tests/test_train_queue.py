@@ -59,6 +59,7 @@ def done(tmp_path_factory):
     return folder, path, records.read_all(folder / "results")
 
 
+@pytest.mark.slow
 def test_each_seed_has_a_record_of_what_its_run_found(done):
     folder, _, found = done
     assert set(found) == {"tiny-s0", "tiny-s3", "lost-s0"}

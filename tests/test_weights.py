@@ -480,6 +480,7 @@ def export(call, path, *flags):
     return call("export", f"--workdir={finished()}", f"--out={path}", *flags)
 
 
+@pytest.mark.slow
 def test_one_group_is_exported_though_another_is_damaged(call, fails, tmp_path):
     run = copy_of(finished(), tmp_path)
     plan, states, _, about = load_run(run)
