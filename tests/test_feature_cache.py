@@ -55,6 +55,7 @@ def test_features_are_those_of_evaluation(second_stage):
     np.testing.assert_allclose(found, before(plan, 1, states, x, len(x)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["device", "host"])
 def test_the_cached_features_are_what_is_trained_on(cache, second_stage):
     """Other features, other parameters: or the cache would be decoration."""

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, small_run
+from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, slow_but, small_run
 from vffjax import config as config_module
 from vffjax.config import ARGUMENTS, FIELDS, Config
 from vffjax.costs import memory, targets

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import runs
-from oracles import slow_but
 from runs import assert_same_bits, contents, finished, summary_of, tell_to_leave, tiny, train, untimed
 from vffjax.errors import UserError
 from vffjax.files import sha256_of
@@ -234,7 +233,8 @@ WRONG_VALUES = {
 WRONG = [(key, value) for key, values in WRONG_VALUES.items() for value in values]
 
 
-@pytest.mark.parametrize(("key", "value"), slow_but(WRONG, ("step", None), several=True))
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value"), WRONG)
 def test_a_position_that_cannot_be_relied_on_is_a_fault(key, value, tmp_path, capsys):
     with leave_at(1, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)

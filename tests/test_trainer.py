@@ -315,6 +315,7 @@ def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind
     assert traced == [group.name for group in run.plan.groups]
 
 
+@pytest.mark.slow
 def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
     run, epoch, _ = conv
     states = copied(run.states)

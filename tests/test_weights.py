@@ -504,6 +504,7 @@ def test_one_group_is_exported_though_another_is_damaged(call, fails, tmp_path):
     assert not (run / "group0.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file_of_one_group_and_says_so(tmp_path, capsys):
     plan, states, _, about = load_run(finished())
     path = tmp_path / "g.safetensors"
