@@ -40,6 +40,7 @@ def test_importing_the_commands_imports_no_matplotlib_and_no_tqdm():
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_and_a_matplotlibrc_with_usetex_change_no_picture(tmp_path):
     # In a process of its own: matplotlib reads both once.
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.facecolor: red\nsavefig.dpi: 20\n")
@@ -317,6 +318,7 @@ def test_a_folder_that_may_be_written_and_not_opened_is_one_line(tmp_path, monke
     assert len(lines(capsys)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_a_file_system_that_neither_locks_nor_flushes_ends_as_any_other(tmp_path):
     source, compiler = ROOT.parent / "shared" / "cases" / "unsupported.c", shutil.which("gcc") or shutil.which("cc")
     if not source.exists() or not compiler:

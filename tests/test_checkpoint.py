@@ -73,10 +73,10 @@ def test_restored_arrays_have_the_bits_types_and_trees_that_were_saved(changes, 
     made = make(**changes)
     run = state_of(7, 12.5)
     checkpoints = save(tmp_path, made, run)
-    states, task = checkpoints.restore(7, made[0])
+    states, task = checkpoints.opened(7).restore(made[0])
     assert_same_bits((states, task), made[1:])
-    assert checkpoints.run(7) == run | {"config": made[0].config.to_dict(), "format": run_state.FORMAT}
-    assert checkpoints.fault(7, made[0].config) == ""
+    assert checkpoints.opened(7).run == run | {"config": made[0].config.to_dict(), "format": run_state.FORMAT}
+    assert checkpoints.opened(7).fault(made[0].config) is None
 
 
 def test_parameters_that_a_rule_owns_are_restored(tmp_path, monkeypatch):
@@ -84,17 +84,17 @@ def test_parameters_that_a_rule_owns_are_restored(tmp_path, monkeypatch):
         owned = {"projection": {"kernel": jnp.ones((4, 2))}, "scales": (jnp.zeros(2), jnp.ones(3))}
         return tuple(state._replace(params=state.params | {"rule": owned}) for state in init_states(plan, shape))
 
-    monkeypatch.setattr(saved_epoch, "init_states", planted)
+    monkeypatch.setattr("vffjax.training.plan.init_states", planted)
     plan, _, task = make()
     states = planted(plan, SHAPE)
     checkpoints = save(tmp_path, (plan, states, task), state_of(1))
-    assert checkpoints.fault(1, plan.config) == ""
-    assert_same_bits(checkpoints.restore(1, plan), (states, task))
-    assert_same_bits(checkpoints.restore_group(1, plan, 1), states[1])
+    assert checkpoints.opened(1).fault(plan.config) is None
+    assert_same_bits(checkpoints.opened(1).restore(plan), (states, task))
+    assert_same_bits(checkpoints.opened(1).restore_group(plan, 1), states[1])
     # To a rule without such parameters, they are of another run.
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"saved by another network or optimizer \(params\.rule"):
-        checkpoints.restore(1, plan)
+        checkpoints.opened(1).restore(plan)
 
 
 def test_one_group_is_restored_without_the_files_of_the_others(saved, tmp_path):
@@ -102,9 +102,9 @@ def test_one_group_is_restored_without_the_files_of_the_others(saved, tmp_path):
     plan, states, _ = make()
     for item in ("group0", "task"):
         shutil.rmtree(workdir / "checkpoints" / "2" / item)
-    assert_same_bits(Checkpoints(workdir).restore_group(2, plan, 1), states[1])
+    assert_same_bits(Checkpoints(workdir).opened(2).restore_group(plan, 1), states[1])
     with pytest.raises(UserError, match="group0"):
-        Checkpoints(workdir).restore(2, plan)
+        Checkpoints(workdir).opened(2).restore(plan)
 
 
 KEPT = {
@@ -115,12 +115,13 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("errors", "kept", "best"), KEPT.values(), ids=KEPT.keys())
 def test_the_two_latest_epochs_and_the_best_are_kept(errors, kept, best, tmp_path):
     made = make(grouping="all", optimizer="sgd", widths=(2,))
     checkpoints = save(tmp_path, made, *(state_of(i, e, 1) for i, e in enumerate(errors, 1)))
     assert checkpoints.epochs() == kept
-    assert (checkpoints.best(), checkpoints.latest()) == (best, len(errors))
+    assert (checkpoints.chosen("best").epoch, checkpoints.chosen("latest").epoch) == (best, len(errors))
     # Nothing of the others is left.
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == sorted(f"{e}{end}" for e in kept for end in ("", ".sha256.json"))
 
@@ -130,7 +131,7 @@ def test_an_epoch_before_the_last_stage_is_never_the_best(tmp_path):
     made = make(grouping="all", optimizer="sgd", widths=(2,))
     runs = [state_of(1, 10.0, 1), state_of(2, 30.0, 2), state_of(3, 40.0, 2), state_of(4, 50.0, 2)]
     checkpoints = save(tmp_path, made, *runs)
-    assert checkpoints.best() == 2
+    assert checkpoints.chosen("best").epoch == 2
     assert checkpoints.epochs() == [2, 3, 4]
 
 
@@ -139,9 +140,9 @@ def test_an_epoch_saved_only_to_leave_is_never_the_best_and_goes_when_the_next_i
     made = make(grouping="all", optimizer="sgd", widths=(2,))
     runs = [state_of(2, 50.0), state_of(4, 40.0), state_of(5, 1.0, scheduled=False)]
     checkpoints = save(tmp_path, made, *runs)
-    assert (checkpoints.epochs(), checkpoints.best(), checkpoints.latest()) == ([2, 4, 5], 4, 5)
+    assert (checkpoints.epochs(), checkpoints.chosen("best").epoch, checkpoints.chosen("latest").epoch) == ([2, 4, 5], 4, 5)
     save(tmp_path, made, state_of(6, 60.0))
-    assert (checkpoints.epochs(), checkpoints.best(), checkpoints.latest()) == ([4, 6], 4, 6)
+    assert (checkpoints.epochs(), checkpoints.chosen("best").epoch, checkpoints.chosen("latest").epoch) == ([4, 6], 4, 6)
 
 
 def test_a_step_that_is_deleted_by_halves_is_no_step(tmp_path, monkeypatch):
@@ -167,7 +168,7 @@ def test_an_interrupted_save_is_not_used_and_the_next_writer_replaces_it(saved, 
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-0").mkdir()
     checkpoints = Checkpoints(workdir)
     assert (checkpoints.epochs(), checkpoints.incomplete()) == ([1], [2])
-    assert (checkpoints.best(), checkpoints.latest()) == (1, 1)
+    assert (checkpoints.chosen("best").epoch, checkpoints.chosen("latest").epoch) == (1, 1)
     # Reading alone removes nothing.
     assert (workdir / "checkpoints" / "2").is_dir()
     plan, states, task = made
@@ -176,7 +177,7 @@ def test_an_interrupted_save_is_not_used_and_the_next_writer_replaces_it(saved, 
     writer.close()
     assert (checkpoints.epochs(), checkpoints.incomplete()) == ([1, 2], [])
     assert not list(checkpoints.folder.glob("*tmp*"))
-    assert_same_bits(checkpoints.restore(2, plan), (states, task))
+    assert_same_bits(checkpoints.opened(2).restore(plan), (states, task))
 
 
 def test_an_older_step_without_digests_is_kept_aside_and_nothing_foreign_is_touched(saved, tmp_path):
@@ -216,28 +217,28 @@ def test_damage_to_any_file_of_a_step_is_found_and_the_file_named(damage, saved,
         sound = path.read_bytes()
         damage(path)
         item = path.relative_to(step).parts[0]
-        readers = [lambda: checkpoints.restore(2, plan)]
+        readers = [lambda: checkpoints.opened(2).restore(plan)]
         if item == "group1":
-            readers.append(lambda: checkpoints.restore_group(2, plan, 1))
+            readers.append(lambda: checkpoints.opened(2).restore_group(plan, 1))
         if item in ("run", "_CHECKPOINT_METADATA"):
-            readers += [lambda: checkpoints.run(2), checkpoints.best]
+            readers += [lambda: checkpoints.opened(2).run, lambda: checkpoints.chosen("best").epoch]
         for read in readers:
             with pytest.raises(UserError) as caught:
                 read()
             assert str(path) in str(caught.value)
             assert "train with this --workdir again" in str(caught.value)
         path.write_bytes(sound)
-    checkpoints.restore(2, plan)
+    checkpoints.opened(2).restore(plan)
 
 
 def test_the_fix_for_a_damaged_step_works(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     checkpoints, made = Checkpoints(workdir), make()
     shutil.rmtree(workdir / "checkpoints" / "2")
-    assert (checkpoints.epochs(), checkpoints.best()) == ([1], 1)
+    assert (checkpoints.epochs(), checkpoints.chosen("best").epoch) == ([1], 1)
     save(workdir, made, state_of(2, 30.0))
-    assert checkpoints.best() == 2
-    assert_same_bits(checkpoints.restore(2, made[0]), made[1:])
+    assert checkpoints.chosen("best").epoch == 2
+    assert_same_bits(checkpoints.opened(2).restore(made[0]), made[1:])
 
 
 DIGESTS = {
@@ -256,7 +257,7 @@ def test_damaged_digests_are_found_and_named(change, saved, tmp_path):
     changed = change(path.read_text())
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     plan, _, _ = make()
-    for read in (lambda: Checkpoints(workdir).restore(2, plan), lambda: Checkpoints(workdir).run(2)):
+    for read in (lambda: Checkpoints(workdir).opened(2).restore(plan), lambda: Checkpoints(workdir).opened(2).run):
         with pytest.raises(UserError, match=r"2\.sha256\.json"):
             read()
 
@@ -268,7 +269,7 @@ def test_a_digest_that_differs_names_its_file(saved, tmp_path):
     digests["group1/_METADATA"] = "0" * 64
     path.write_text(json.dumps(digests))
     with pytest.raises(UserError, match="group1/_METADATA"):
-        Checkpoints(workdir).restore(2, make()[0])
+        Checkpoints(workdir).opened(2).restore(make()[0])
 
 
 OTHERS = [{"widths": (5, 3)}, {"widths": (4, 4, 3)}, {"optimizer": "sgd"}, {"widths": (4, 3, 2)}, {"widths": (4,)}]
@@ -279,8 +280,8 @@ def test_a_checkpoint_of_another_run_is_foreign_even_where_its_arrays_fit(change
     key = next(iter(changes))
     said = rf"foreign checkpoint, saved by another run \(config\.{key} is .+, not .+\); restore the run's own"
     with pytest.raises(UserError, match=said):
-        Checkpoints(saved).restore(2, make(**changes)[0])
-    assert f"config.{key}" in Checkpoints(saved).fault(2, make(**changes)[0].config)
+        Checkpoints(saved).opened(2).restore(make(**changes)[0])
+    assert f"config.{key}" in str(Checkpoints(saved).opened(2).fault(make(**changes)[0].config))
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)
@@ -289,14 +290,14 @@ def test_arrays_of_another_network_or_optimizer_are_refused(changes, tmp_path):
     other = make(**changes)
     checkpoints = save(tmp_path, make(), state_of(2), config=other[0].config)
     with pytest.raises(UserError, match=r"saved by another network.* \(.+ not .+\); restore the run's own config"):
-        checkpoints.restore(2, other[0])
+        checkpoints.opened(2).restore(other[0])
 
 
 def test_a_step_under_another_number_is_foreign(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     for end in ("", ".sha256.json"):
         (workdir / "checkpoints" / f"2{end}").rename(workdir / "checkpoints" / f"5{end}")
-    for read in (lambda: Checkpoints(workdir).restore(5, make()[0]), lambda: Checkpoints(workdir).run(5)):
+    for read in (lambda: Checkpoints(workdir).opened(5).restore(make()[0]), lambda: Checkpoints(workdir).opened(5).run):
         with pytest.raises(UserError, match="checkpoints/5: foreign checkpoint, of epoch 2"):
             read()
 
@@ -306,9 +307,9 @@ def test_a_file_that_nobody_saved_is_foreign(saved, tmp_path):
     (workdir / "checkpoints" / "2" / "group0" / "more").write_text("")
     (workdir / "checkpoints" / "2" / "group9").mkdir()  # of which there are no files, and so no harm
     plan, states, _ = make()
-    assert_same_bits(Checkpoints(workdir).restore_group(2, plan, 1), states[1])
+    assert_same_bits(Checkpoints(workdir).opened(2).restore_group(plan, 1), states[1])
     with pytest.raises(UserError, match="group0/more: foreign file or folder"):
-        Checkpoints(workdir).restore(2, make()[0])
+        Checkpoints(workdir).opened(2).restore(make()[0])
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "group0/../../../outside"])
@@ -317,13 +318,13 @@ def test_digests_that_point_out_of_the_step_are_refused(name, saved, tmp_path):
     path = workdir / "checkpoints" / "2.sha256.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: "0" * 64}))
     with pytest.raises(UserError, match=r"damaged checkpoint \(no such file\)"):
-        Checkpoints(workdir).restore(2, make()[0])
+        Checkpoints(workdir).opened(2).restore(make()[0])
 
 
 def test_a_step_of_another_format_is_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(run_state, "FORMAT", run_state.FORMAT + 1)
     with pytest.raises(UserError, match="saved by another version of vffjax"):
-        Checkpoints(saved).run(2)
+        _ = Checkpoints(saved).opened(2).run
 
 
 WRONG_STATES = {
@@ -355,7 +356,7 @@ def test_a_state_that_no_run_wrote_is_refused_though_its_digest_fits(changes, tm
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     digests = tmp_path / "checkpoints" / "2.sha256.json"
     digests.write_text(json.dumps(json.loads(digests.read_text()) | {"run/metadata": saved_epoch.sha256_of(path)}))
-    for read in (lambda: checkpoints.run(2), checkpoints.best):
+    for read in (lambda: checkpoints.opened(2).run, lambda: checkpoints.chosen("best").epoch):
         with pytest.raises(UserError, match=r"checkpoints/2/run: not the state of a run"):
             read()
 
@@ -367,7 +368,7 @@ def test_what_is_no_file_is_refused_and_not_read(replace, saved, tmp_path):
     path.unlink()
     replace(path)
     with pytest.raises(UserError, match=r"run/metadata: damaged checkpoint \(not a file\)"):
-        Checkpoints(workdir).run(2)
+        _ = Checkpoints(workdir).opened(2).run
 
 
 def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):
@@ -379,12 +380,12 @@ def test_two_writers_of_one_workdir_do_not_overwrite_each_other(tmp_path):
         second.save(1, jax.tree.map(jnp.zeros_like, states), task, state_of(1, 1.0) | {"config": plan.config.to_dict()})
     first.close()
     second.close()
-    assert_same_bits(Checkpoints(tmp_path).restore(1, plan), (states, task))
+    assert_same_bits(Checkpoints(tmp_path).opened(1).restore(plan), (states, task))
 
 
 def test_a_workdir_without_checkpoints_is_refused_with_the_way_out(tmp_path):
     assert Checkpoints(tmp_path).epochs() == []
-    for read in (Checkpoints(tmp_path).best, Checkpoints(tmp_path).latest):
+    for read in (lambda: Checkpoints(tmp_path).chosen("best").epoch, lambda: Checkpoints(tmp_path).chosen("latest").epoch):
         with pytest.raises(UserError, match=f"{checkpoint.FOLDER}: no complete checkpoint; train first"):
             read()
     # Looking makes nothing.

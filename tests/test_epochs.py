@@ -112,6 +112,7 @@ def test_features_kept_on_the_host_give_the_same_bits(labelling):
     assert_same(found["host"], found["device"])
 
 
+@pytest.mark.slow
 def test_an_epoch_can_go_on_at_the_end_of_any_segment():
     run, _ = dense("shared, cutout")
     epoch = Epoch(run.plan, None, 4)

@@ -297,6 +297,7 @@ def test_from_a_damaged_latest_checkpoint_a_run_goes_back_to_the_one_before_and_
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "2.sha256.json", "3", "3.sha256.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["damaged", "its folder gone", "its digests gone"])
 def test_without_the_best_epoch_the_run_stops_since_it_would_take_another_for_it(how, tmp_path):
     workdir = copy_of(finished(), tmp_path)
@@ -480,6 +481,7 @@ def test_the_test_set_decides_nothing(tmp_path):
 # The sequential schedule
 
 
+@pytest.mark.slow
 def test_the_sequential_schedule_trains_every_group_once_in_turn():
     changes = SEQUENTIAL | {"rule": "vff"}
     config = tiny(**changes)

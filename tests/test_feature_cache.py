@@ -32,7 +32,7 @@ def test_training_is_the_same_with_and_without(kind, tmp_path):
         config = runs.tiny(schedule="sequential", epochs=1, segment_steps=2, feature_cache=cache, **KINDS[kind])
         runs.train(config, tmp_path / cache)
         plan = experiment.plan_for(config, data_module.load(config))
-        found[cache] = [state.params for state in Checkpoints(tmp_path / cache).restore(plan.total_epochs, plan)[0]]
+        found[cache] = [state.params for state in Checkpoints(tmp_path / cache).opened(plan.total_epochs).restore(plan)[0]]
     for cache in ("device", "host"):
         oracles.assert_close(found[cache], found["none"], rtol=2e-3, atol=2e-4)
 
@@ -55,6 +55,7 @@ def test_features_are_those_of_evaluation(second_stage):
     np.testing.assert_allclose(found, before(plan, 1, states, x, len(x)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["device", "host"])
 def test_the_cached_features_are_what_is_trained_on(cache, second_stage):
     """Other features, other parameters: or the cache would be decoration."""

@@ -38,7 +38,7 @@ def test_there_is_a_run_of_every_format():
 
 
 def test_a_kept_run_is_evaluated_as_it_was(kept):
-    recorded = Checkpoints(kept).run(1)
+    recorded = Checkpoints(kept).opened(1).run
     found = evaluation.evaluate(kept)
     # Other versions of JAX round otherwise; an image of forty is 2.5 %.
     assert found["val_error"] == pytest.approx(recorded["val_error"], abs=2.6)
@@ -49,11 +49,11 @@ def test_a_kept_run_is_evaluated_as_it_was(kept):
 @pytest.mark.slow
 def test_a_kept_run_goes_on_inside_of_its_epoch(kept):
     (number,) = Checkpoints(kept).inside.epochs()
-    step = Checkpoints(kept).inside.run(number)["inside"]["step"]
+    step = Checkpoints(kept).inside.opened(number).run["inside"]["step"]
     assert (number, 0 < step < 11) == (11 + step, True)
     summary = train(read_config(kept), kept)
     assert (summary["epochs"], len(summary["earlier_origins"])) == (2, 1)
-    assert summary["val_error"] <= Checkpoints(kept).run(1)["val_error"]
+    assert summary["val_error"] <= Checkpoints(kept).opened(1).run["val_error"]
     assert not Checkpoints(kept).inside.epochs()
 
 
@@ -68,7 +68,7 @@ def older(workdir, epoch, **changes):
 @pytest.mark.parametrize("written", [1, 2, run_state.FORMAT + 1])
 def test_another_format_is_refused_in_a_line_that_names_both_versions(written, tmp_path):
     workdir = copy_of(finished(), tmp_path)
-    origins = Checkpoints(workdir).run(3)["origins"]
+    origins = Checkpoints(workdir).opened(3).run["origins"]
     origins[-1]["versions"]["vffjax"] = "7.6.5"
     for epoch in Checkpoints(workdir).epochs():
         older(workdir, epoch, format=written, origins=origins)

@@ -469,5 +469,5 @@ def test_a_run_is_loaded_as_it_was_saved(tmp_path):
     plan, states, task, run = load_run(finished(), "3")
     with contextlib.closing(Checkpoints(tmp_path).writer()) as writer:
         writer.save(3, states, task, run)
-    assert_same_bits(Checkpoints(tmp_path).restore(3, plan), (states, task))
+    assert_same_bits(Checkpoints(tmp_path).opened(3).restore(plan), (states, task))
     assert workdir.while_it_trains(Checkpoints(tmp_path), "3", lambda saved: saved.epoch) == 3

@@ -105,7 +105,8 @@ def stepped(**changes):
     return [(state, {name: values[i] for name, values in metrics.items()}) for i, state in enumerate(states)]
 
 
-@pytest.mark.parametrize("key", slow_but(ARGUMENTS, "weight_decay"))
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ARGUMENTS)
 def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(key):
     rule = FF if key in ("goodness_threshold", "peer_normalisation") else {}
     base, everywhere, own = stepped(**rule), stepped(**rule | {key: OWN[key]}), stepped(**rule, overrides={"group1": {key: OWN[key]}})
@@ -144,7 +145,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("changes", PROGRAMS, ids=str)
+@pytest.mark.parametrize("changes", slow_but(PROGRAMS, PROGRAMS[0]), ids=str)
 def test_no_program_reads_a_key_that_it_does_not_know(changes, monkeypatch, traces):
     """`of_program` sets such keys to NaN or to their defaults: a program that read one would train by these."""
     config = config_of(**CONV | {"dataset": "synthetic", "batch_size": 8} | changes)

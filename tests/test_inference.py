@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import oracles
-from oracles import CONV, MLP, config_of, quick_jit, small_run
+from oracles import CONV, MLP, config_of, quick_jit, slow_but, small_run
 from vffjax.training.scores import choose_voting, ensemble, error_percent, make_scores
 
 CASES = {
@@ -61,7 +61,7 @@ def slow_scores(run, way):
 
 
 @pytest.mark.parametrize("way", ["heads", "sweep"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, "mlp, layer norm", "ff"))
 def test_scores_equal_a_slow_loop_also_where_the_last_batch_is_short(name, way):
     """Seven images in batches of three."""
     run = small_run(config_of(**CASES[name], batch_size=7, eval_batch_size=3))
@@ -71,6 +71,7 @@ def test_scores_equal_a_slow_loop_also_where_the_last_batch_is_short(name, way):
     assert all(np.ptp(group, axis=1).min() > 1e-4 for group in found)  # labels do make a difference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["heads", "sweep"])
 def test_batches_do_not_change_scores(way):
     whole, split = (small_run(config_of(**MLP, batch_size=7, eval_batch_size=size)) for size in (500, 4))

@@ -42,6 +42,7 @@ def curves(axes):
     return {line.get_label().split(" (")[0]: list(line.get_xdata()) for line in axes.lines if "(last" in line.get_label()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("count", [1, 12])
 def test_curves_file(tmp_path, no_tensorboard, groups, count):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import runs
-from oracles import slow_but
 from runs import assert_same_bits, contents, finished, summary_of, tell_to_leave, tiny, train, untimed
 from vffjax.errors import UserError
 from vffjax.files import sha256_of
@@ -46,7 +45,7 @@ def assert_same_run(workdir, other, config):
     assert whole == Checkpoints(other).epochs()
     plan = load_run(other)[0]
     for saved in whole:
-        assert_same_bits(*(Checkpoints(folder).restore(saved, plan) for folder in (workdir, other)))
+        assert_same_bits(*(Checkpoints(folder).opened(saved).restore(plan) for folder in (workdir, other)))
 
 
 RUNS = {
@@ -70,7 +69,7 @@ def test_a_run_that_leaves_inside_of_an_epoch_goes_on_to_the_same_bits(name, tmp
     with leave_at(epoch, step), pytest.raises(Terminated) as left:
         train(config, tmp_path / "left")
     (number,) = Checkpoints(tmp_path / "left").inside.epochs()
-    state = Checkpoints(tmp_path / "left").inside.run(number)
+    state = Checkpoints(tmp_path / "left").inside.opened(number).run
     done = state["inside"]["step"]
     total = config.epochs * (2 if config.schedule == "sequential" else 1)
     assert str(left.value) == f"epoch {epoch + 1} of {total}, step {done} of 11, is saved; the same command goes on from there"
@@ -93,7 +92,7 @@ def test_a_save_inside_of_an_epoch_is_not_evaluated_and_not_chosen(tmp_path):
     with leave_at(1, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), workdir)
     assert evaluation.evaluate(workdir, epoch="latest")["epoch"] == 1
-    assert Checkpoints(workdir).best() == 1
+    assert Checkpoints(workdir).chosen("best").epoch == 1
 
 
 @pytest.mark.slow
@@ -143,7 +142,7 @@ def test_a_save_inside_behind_a_best_epoch_that_is_gone_is_given_up(tmp_path):
     """It was set aside by a start that was killed before it trained that epoch again."""
     with leave_at(2, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)
-    assert run_state.best_epoch(Checkpoints(tmp_path).run(2)) == 2
+    assert run_state.best_epoch(Checkpoints(tmp_path).opened(2).run) == 2
     Checkpoints(tmp_path).set_aside(2)
     train(tiny(segment_steps=2), tmp_path)
     assert_same_run(tmp_path, finished(), tiny())
@@ -190,16 +189,17 @@ def test_the_segments_of_a_run_are_chosen_once_and_kept(tmp_path):
         train(tiny(), tmp_path)
     with mock.patch.object(experiment, "segment_length", lambda *_: 5):
         train(tiny(), tmp_path)
-    assert Checkpoints(tmp_path).run(3)["segment_steps"] == 3
+    assert Checkpoints(tmp_path).opened(3).run["segment_steps"] == 3
     assert_same_run(tmp_path, finished(), tiny())
 
 
+@pytest.mark.slow
 def test_other_segments_from_a_position_inside_give_the_same_bits(tmp_path):
     """A position at which no segment of the new length ends: the rest of that epoch begins there all the same."""
     with leave_at(1, 3), pytest.raises(Terminated):
         train(tiny(segment_steps=3), tmp_path)
     train(tiny(segment_steps=4), tmp_path)
-    assert Checkpoints(tmp_path).run(3)["segment_steps"] == 4
+    assert Checkpoints(tmp_path).opened(3).run["segment_steps"] == 4
     differing = [[untimed(record) for record in read_metrics(folder)] for folder in (tmp_path, finished())]
     assert differing[0] == differing[1]
 
@@ -210,7 +210,7 @@ def test_numbers_that_are_not_finite_are_not_saved_inside_of_an_epoch(tmp_path):
     with pytest.raises(UserError, match=r"epoch 1, step \d+ of 11: the loss of group\d is not finite; there is no checkpoint yet"):
         train(config, tmp_path)
     for number in Checkpoints(tmp_path).inside.epochs():
-        metrics = run_state.metrics_of(Checkpoints(tmp_path).inside.run(number)["inside"])
+        metrics = run_state.metrics_of(Checkpoints(tmp_path).inside.opened(number).run["inside"])
         assert metrics["finite"].all()
 
 
@@ -233,7 +233,8 @@ WRONG_VALUES = {
 WRONG = [(key, value) for key, values in WRONG_VALUES.items() for value in values]
 
 
-@pytest.mark.parametrize(("key", "value"), slow_but(WRONG, ("step", None), several=True))
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value"), WRONG)
 def test_a_position_that_cannot_be_relied_on_is_a_fault(key, value, tmp_path, capsys):
     with leave_at(1, 2), pytest.raises(Terminated):
         train(tiny(segment_steps=2), tmp_path)
@@ -245,7 +246,7 @@ def test_a_position_that_cannot_be_relied_on_is_a_fault(key, value, tmp_path, ca
     digests = folder / f"{number}.sha256.json"
     digests.write_text(json.dumps(json.loads(digests.read_text()) | {"run/metadata": sha256_of(path)}))
     before = contents(folder)
-    assert "not the state of a run (inside)" in Checkpoints(tmp_path).inside.fault(number, tiny(segment_steps=2))
+    assert "not the state of a run (inside)" in str(Checkpoints(tmp_path).inside.opened(number).fault(tiny(segment_steps=2)))
     assert contents(folder) == before
 
 

@@ -59,6 +59,7 @@ def test_predictions_agree_with_the_scores_of_the_test_images(call, tmp_path):
     assert all(line.count("%") == 2 for line in lines[1:])
 
 
+@pytest.mark.slow
 def test_a_run_that_the_rule_scores_is_predicted_by_these_scores_and_their_voters(call, digit, tmp_path):
     train(tiny(rule="mono_forward", inference="rule", epochs=1, grouping="layer"), tmp_path / "run")
     status, out, err = call("predict", f"--workdir={tmp_path / 'run'}", "--top=10", "--json", digit)

@@ -137,7 +137,7 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
     fails("reproduce", parts=["WORKDIR", "vffjax reproduce --help"])
     fails("reproduce", finished(), f"--into={finished()}", parts=[f"--into={finished()}", "give another"])
     workdir = copy_of(finished(), tmp_path)
-    for content, part in (("{", "cannot be read"), ("[]", "has no versions"), ("{}", "has no versions")):
+    for content, part in (("{", "cannot be read"), ("[]", "not a JSON object"), ("{}", "has no versions")):
         (workdir / "summary.json").write_text(content)
         fails("reproduce", workdir, parts=[str(workdir / "summary.json"), part])
     (workdir / "summary.json").unlink()

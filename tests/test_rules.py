@@ -285,6 +285,7 @@ def gradients_of(key, **changes):
     return found.pop("head"), found.pop("rule", {}), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_predsim_gives_the_layers_one_minus_weight_of_the_head_and_the_head_all(weight, key):
     head, own, layers = gradients_of(key, rule="predsim", rule_options={"weight": weight})
@@ -296,6 +297,7 @@ def test_predsim_gives_the_layers_one_minus_weight_of_the_head_and_the_head_all(
     assert differs(layers_by_head, layers_by_matching)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_supcon_gives_the_layers_a_share_of_the_head(share, key):
     head, _, layers = gradients_of(key, rule="supcon", head_weight=share)

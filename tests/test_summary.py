@@ -31,6 +31,7 @@ def test_summary_holds_the_documented_fields():
     assert all(summary[key] > 0 for key in TIMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["curves.png", "features.png"])
 def test_plots_are_not_blank(name):
     with Image.open(finished() / name) as image:

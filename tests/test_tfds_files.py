@@ -105,6 +105,7 @@ def real_mnist():
     return bool(root) and os.path.isdir(os.path.join(root, "mnist"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not real_mnist(), reason="needs a prepared mnist in $TFDS_DATA_DIR")
 def test_real_mnist():
     made = data.load(Config(dataset="mnist"))

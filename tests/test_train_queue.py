@@ -59,6 +59,7 @@ def done(tmp_path_factory):
     return folder, path, records.read_all(folder / "results")
 
 
+@pytest.mark.slow
 def test_each_seed_has_a_record_of_what_its_run_found(done):
     folder, _, found = done
     assert set(found) == {"tiny-s0", "tiny-s3", "lost-s0"}
@@ -76,6 +77,7 @@ def test_each_seed_has_a_record_of_what_its_run_found(done):
     assert max((folder / "results" / f"{name}.json").stat().st_size for name in found) < 6_000
 
 
+@pytest.mark.slow
 def test_parameters_and_arithmetic_are_those_of_the_network(done):
     """64 inputs, layers of 16 and 12 with a scale and a bias for each unit, two heads of 10 classes; 11 steps of 32 + 20 rows."""
     one = done[2]["tiny-s0"]

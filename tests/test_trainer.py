@@ -21,7 +21,6 @@ from oracles import (
     leaves,
     quick_jit,
     random_states,
-    slow_but,
     small_run,
     streams_from,
     traced_afresh,
@@ -283,6 +282,7 @@ def test_metrics_of_an_epoch_count_finite_steps_only():
     assert found["first_nonfinite"].tolist() == [0, 2]
 
 
+@pytest.mark.slow
 def test_epochs_differ_in_order_and_draws(conv):
     run, epoch, _ = conv
     first, second = (epoch(run.task, copied(run.states), run.data, i)[0] for i in (0, 1))
@@ -303,6 +303,7 @@ def test_further_epochs_trace_nothing(monkeypatch, traces):
     assert traced == [1]
 
 
+@pytest.mark.slow
 def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind_of_device(monkeypatch, traces):
     run = small_run(config_of(**CONV, grouping="layer"), examples=24)
     traced = []
@@ -314,6 +315,7 @@ def test_each_group_is_traced_once_though_its_program_has_a_branch_for_each_kind
     assert traced == [group.name for group in run.plan.groups]
 
 
+@pytest.mark.slow
 def test_an_epoch_takes_over_the_buffers_of_the_old_states(conv):
     run, epoch, _ = conv
     states = copied(run.states)
@@ -350,7 +352,8 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(LEARNERS, "head"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNERS)
 def test_two_epochs_learn_two_easy_classes(name):
     """Bright above against bright below, under noise: every group's head must read the class off its own group's features."""
     rng, labels = np.random.default_rng(0), np.arange(384) % 2

@@ -480,6 +480,7 @@ def export(call, path, *flags):
     return call("export", f"--workdir={finished()}", f"--out={path}", *flags)
 
 
+@pytest.mark.slow
 def test_one_group_is_exported_though_another_is_damaged(call, fails, tmp_path):
     run = copy_of(finished(), tmp_path)
     plan, states, _, about = load_run(run)
@@ -503,6 +504,7 @@ def test_one_group_is_exported_though_another_is_damaged(call, fails, tmp_path):
     assert not (run / "group0.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file_of_one_group_and_says_so(tmp_path, capsys):
     plan, states, _, about = load_run(finished())
     path = tmp_path / "g.safetensors"

@@ -14,8 +14,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from vffjax import versions
-from vffjax.errors import UserError, bad_key, printable
+from vffjax import files, versions
+from vffjax.errors import UserError, bad_key, printable, said
 from vffjax.keys import default_of, fields_of, key, value_of
 from vffjax.registry import ROOMS
 
@@ -137,10 +137,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, in JSON types, with lists for tuples."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain["overrides"] = {group: dict(override) for group, override in self.overrides.items()}
-        plain["rule_options"] = dict(self.rule_options)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        return {key: files.as_json(getattr(self, key)) for key in FIELDS}
 
 
 FIELDS = fields_of(Config)
@@ -166,9 +163,7 @@ def converted(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     try:
         plain = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
     except (RecursionError, config_dict.RequiredValueError) as error:
-        raise UserError(
-            f"config: cannot be read ({type(error).__name__}: {printable(str(error), 200)}); give each key a plain value"
-        ) from None
+        raise UserError(f"config: cannot be read ({said(error)}); give each key a plain value") from None
     for name in plain:
         if name not in FIELDS:
             raise bad_key(printable(str(name), 100), plain[name], "no such key", nearest_key(str(name)))

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -47,6 +47,11 @@ def printable(text: str, limit: int = 1_000) -> str:
     return shortened("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line), limit)
 
 
+def said(error: BaseException, limit: int = 200) -> str:
+    """What an error is and says, on one line that is safe to print."""
+    return f"{type(error).__name__}: {printable(str(error), limit)}"
+
+
 class SafeStream:
     """Wraps a text stream so that `print` and tqdm never raise.
 
@@ -59,12 +64,15 @@ class SafeStream:
         self.failure: Exception | None = None
 
     def write(self, text: str) -> int:
+        self._attempt(lambda: self._write(text))
+        return len(text)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
         if self._stream is not None and self.failure is None:
             try:
-                self._write(text)
+                action()
             except Exception as error:  # in a notebook the stream can be any object
                 self.failure = error
-        return len(text)
 
     def _write(self, text: str) -> None:
         try:
@@ -74,11 +82,7 @@ class SafeStream:
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
-        if self._stream is not None and self.failure is None:
-            try:
-                getattr(self._stream, "flush", lambda: None)()  # an unbuffered stream may lack it
-            except Exception as error:
-                self.failure = error
+        self._attempt(lambda: getattr(self._stream, "flush", lambda: None)())  # an unbuffered stream may lack it
 
     def isatty(self) -> bool:
         """Whether the stream says that it is a terminal."""
@@ -123,4 +127,4 @@ def aid(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # some libraries exit Python if they cannot be imported
-        notice(f"{what} is left out ({type(error).__name__}: {printable(str(error), 300)}); the result stands")
+        notice(f"{what} is left out ({said(error, 300)}); the result stands")

@@ -39,6 +39,12 @@ def by_name(name: str) -> str:
     return next((kind for ending, kind in _BY_NAME.items() if re.search(rf"({ending})$", name, re.IGNORECASE)), "")
 
 
+def not_weights(name: str) -> str:
+    """Says that a file of this name is no file of weights as we write them, and what it usually is, if that is known."""
+    kind = by_name(name)
+    return f"{kind}{', ' * bool(kind)}not a .safetensors file"
+
+
 def by_content(file: IO[bytes] | io.BytesIO) -> str:
     """What a file is by its first bytes; empty if they tell nothing. Afterwards it is read from where it was."""
     at = file.tell()

@@ -18,12 +18,23 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     replace_file(path, dumps(value, indent=2).encode() + b"\n")
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file. Raises `OSError` as `opened`, and `ValueError` if the content is not JSON."""
+def read_json(path: pathlib.Path, most: int | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises `OSError` as `read_bytes`, and `ValueError` if the content is not JSON, or no object."""
     try:
-        return json.loads(read_bytes(path))
+        found = json.loads(read_bytes(path, most))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def holds(path: pathlib.Path, key: str, value: Any = None, most: int | None = None) -> bool:
+    """Whether a file is a JSON object with this key, and with this value of it, if one is given. At most `most` bytes are read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(path, most)
+        return key in found and value in (None, found[key])
+    return False
 
 
 def opened(path: pathlib.Path | str) -> io.BufferedReader:

@@ -35,9 +35,8 @@ def local(text: str | os.PathLike[str], named: str) -> pathlib.Path:
     expanded = os.path.expanduser(shown)
     if expanded.startswith("~"):
         user = expanded.partition(os.sep)[0]
-        raise UserError(
-            f"{named}={shown}: there is no user {user[1:]!r}, whose home folder {user} means; write ./{user} for a folder of that name"
-        )
+        problem = f"there is no user {user[1:]!r}, whose home folder {user} means"
+        raise UserError(f"{named}={shown}: {problem}; write ./{user} for a folder of that name")
     return pathlib.Path(expanded)
 
 

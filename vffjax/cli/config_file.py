@@ -9,11 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from vffjax import outside
+from vffjax import files, outside, paths
 from vffjax.config import Config, nearest_key
 from vffjax.errors import UserError, printable
-from vffjax.files import read_bytes
-from vffjax.paths import local
 from vffjax.registry import ROOMS
 
 MAX_FILE = 2**20  # bytes; no configuration file is larger
@@ -43,7 +41,7 @@ def load_config_file(given: str) -> tuple[dict[str, Any], str]:
         UserError: names the file, the line and the fix, whatever exception the program raises.
     """
     name, variant = split_variant(given)
-    file = str(local(name, "--config"))
+    file = str(paths.local(name, "--config"))
     # ml_collections could load the file too, but it reports errors as tracebacks, and it remembers the last file.
     try:
         with outside.as_module(file) as (module, _):
@@ -64,7 +62,7 @@ def load_config_file(given: str) -> tuple[dict[str, Any], str]:
 
 def allow_code(given: str, config: Config) -> None:
     """Lets the modules that a configuration names be run from the folder of FILE[:VARIANT], which a person has named."""
-    folder = os.path.dirname(os.path.abspath(local(split_variant(given)[0], "--config")))
+    folder = os.path.dirname(os.path.abspath(paths.local(split_variant(given)[0], "--config")))
     outside.allow(folder, [getattr(config, room.key) for room in ROOMS])
 
 
@@ -91,7 +89,7 @@ def _called(module: types.ModuleType, file: str, variant: str | None) -> dict[st
 
 def _program(file: str) -> bytes:
     try:
-        return read_bytes(file, MAX_FILE)
+        return files.read_bytes(file, MAX_FILE)
     except (OSError, ValueError) as error:  # a null byte is a ValueError
         problem = getattr(error, "strerror", None) or str(error)
     raise UserError(f"{problem}; give a configuration file such as configs/digits.py") from None

@@ -11,12 +11,10 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
-from vffjax import backend
-from vffjax.cli.config_file import allow_code, load_config_file
-from vffjax.cli.options import a_path
+from vffjax import backend, paths
+from vffjax.cli import config_file, options
 from vffjax.config import FIELDS, Config, converted, nearest_key
 from vffjax.errors import UserError, bad_key
-from vffjax.paths import check_run_folder
 from vffjax.registry import ROOMS
 
 _DEFAULTS = Config()
@@ -57,17 +55,17 @@ def parse_train(arguments: list[str], others: str = "--workdir DIR") -> tuple[Co
             workdir = value
     if not given:
         raise UserError("--config: missing; give a configuration file such as --config configs/digits.py")
-    plain, name = load_config_file(given)
+    plain, name = config_file.load_config_file(given)
     for path, value in settings:
         _set(plain, path, value)
     if workdir is not None:
         try:
-            workdir = str(a_path(workdir))
+            workdir = str(options.a_path(workdir))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--workdir={workdir}: {error}") from None
-        check_run_folder(workdir)
+        paths.check_run_folder(workdir)
     config = converted(plain)
-    allow_code(given, config)
+    config_file.allow_code(given, config)
     return config, name, workdir or ""
 
 
@@ -103,14 +101,12 @@ def _set(plain: dict[str, Any], path: str, text: str) -> None:
     if deeper and not free:
         raise bad_key(path, text, f"config.{key} has no entries", f"set the whole of it, as --config.{key}={str(default)!r}")
     if not deeper:
-        parse = _dictionary if free else _PARSERS[type(default)]
         try:
-            plain[key] = parse(text)
+            plain[key] = _PARSERS[type(default)](text)
         # A value that is nested deeply ends Python's parser with the last two.
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            kind = "dict" if free else type(default).__name__
             fix = f"give one such as {default!r}" + (f", or single entries as --config.{key}.NAME=VALUE" if free else "")
-            raise bad_key(key, text, f"not a value of type {kind}", fix) from None
+            raise bad_key(key, text, f"not a value of type {type(default).__name__}", fix) from None
         return
     holder = plain.setdefault(key, {})
     for name in deeper[:-1]:
@@ -143,6 +139,7 @@ _PARSERS = {
     float: flags.FloatParser().parse,
     str: str,
     tuple: tuple_parser.TupleParser().parse,
+    dict: _dictionary,
 }
 
 

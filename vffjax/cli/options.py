@@ -10,10 +10,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from vffjax import outside
+from vffjax import files, outside, paths
 from vffjax.errors import UserError, printable
-from vffjax.files import write_json
-from vffjax.paths import local, problem_of
 
 MAX_DIGITS = 18  # no number that a user gives has more, and Python refuses to read one of thousands
 
@@ -36,11 +34,18 @@ def parser_of(command: str, about: str | None, *shared: str, usage: str | None =
     return parser
 
 
+def parser_with_config(command: str, about: str | None, own: str) -> Parser:
+    """The parser of a command that trains nothing but takes a configuration, besides its `own` options, --json and --out."""
+    usage = f"vffjax {command} --config FILE[:VARIANT] [--config.KEY=VALUE ...] {own} [--json] [--out FILE.json]"
+    note = "--config and --config.KEY=VALUE are those of train; see vffjax train --help."
+    return parser_of(command, about, "--json", "--out", usage=f"{usage}\n\n{note}")
+
+
 def give(a: argparse.Namespace, found: Any, text: str) -> None:
     """Hands over the result of a command: as JSON in the file of --out, and on stdout, as JSON with --json, else as `text`."""
     if getattr(a, "out", None):
         with naming_files(a.out, "--out"):
-            write_json(a.out, found)
+            files.write_json(a.out, found)
     print(json.dumps(found, indent=2) if a.json else text)
 
 
@@ -75,9 +80,9 @@ def a_path(text: str) -> pathlib.Path:
     """A local path, with `~` replaced. Refuses an empty one, and control characters, which a terminal would obey."""
     if not text or any(unicodedata.category(c) == "Cc" for c in text):
         raise argparse.ArgumentTypeError(f"{text!r} is empty or holds a control character; give a path")
-    if problem := problem_of(text):
+    if problem := paths.problem_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} {problem}")
-    return local(text, "")
+    return paths.local(text, "")
 
 
 def a_data_dir(text: str) -> str:
@@ -139,9 +144,8 @@ def naming_files(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None
         raise UserError(f"{folder}: a file there is nested too deeply to be read; restore it, or give another {flag}") from error
     except FloatingPointError as error:  # raised by JAX if JAX_DEBUG_NANS or JAX_DEBUG_INFS is set
         fix = "unset JAX_DEBUG_NANS and JAX_DEBUG_INFS, or lower config.learning_rate"
-        raise UserError(
-            f"JAX was told to stop at a number that is not finite, and found one ({printable(str(error), 200)}); {fix}"
-        ) from error
+        problem = f"JAX was told to stop at a number that is not finite, and found one ({printable(str(error), 200)})"
+        raise UserError(f"{problem}; {fix}") from error
     except (MemoryError, RuntimeError) as error:
         # jax.errors.JaxRuntimeError has no subclass for it.
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):

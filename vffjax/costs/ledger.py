@@ -6,15 +6,12 @@
 import dataclasses
 from typing import Any
 
-from vffjax import rules
+from vffjax import networks, rules
 from vffjax.config import Config
-from vffjax.data import sizes_of
-from vffjax.data.load import split_sizes
+from vffjax.data import load, sizes_of
 from vffjax.errors import UserError
-from vffjax.networks import find
 from vffjax.registry import NETWORKS
-from vffjax.training.checks import check_against_data, make_config
-from vffjax.training.plan import groups_of, make_plan
+from vffjax.training import checks, plan
 
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
@@ -44,7 +41,7 @@ class Case:
     @property
     def depth(self) -> int:
         """The number of layers. A residual block counts as one."""
-        return sum(len(group.module.layers) for group in groups_of(self.config, 2))
+        return sum(len(group.module.layers) for group in plan.groups_of(self.config, 2))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -68,27 +65,26 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     Raises:
         UserError: a batch size does not fit, the network has a fixed depth, or a configuration does not fit the data.
     """
-    if depths and find(config).deepened is None:
+    if depths and networks.find(config).deepened is None:
         able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).deepened)
         fix = f"leave the flag out, or set config.network to one of {able}"
         raise UserError(f"--depths: the depth of {config.network} is fixed; {fix}")
-    sizes = sizes_of(config)
-    images = split_sizes(config, sizes.train_images)[0]
+    images = load.split_sizes(config, sizes_of(config).train_images)[0]
     same = {"overrides": {}, "frozen_groups": 0, "inference": "heads", "feature_cache": "none"}
     found = []
     for batch in batches or [config.batch_size]:
         _check_batch(batch, images, f"--batches={batch}" if batches else f"config.batch_size={batch}")
         for network in [deepened(config, depth) for depth in depths] or [config]:
             common = network.to_dict() | same | {"batch_size": batch}
-            found += [Case(method, make_config(common | changes)) for method, changes in methods(config.rule).items()]
+            found += [Case(method, checks.make_config(common | changes)) for method, changes in methods(config.rule).items()]
     for case in found:
-        check_against_data(make_plan(case.config, images, sizes.classes), images, sizes.image_shape)
+        checks.plan_before_data(case.config)
     return found
 
 
 def deepened(config: Config, depth: int) -> Config:
     """A network of the configuration's kind with `depth` layers of its first width, no pooling, and a group for each layer."""
-    changes = find(config).deepened
+    changes = networks.find(config).deepened
     assert changes is not None  # `cases` has checked this
     return dataclasses.replace(config, **{**changes(config, depth), "grouping": "layer"})
 
@@ -96,7 +92,7 @@ def deepened(config: Config, depth: int) -> Config:
 def _size(config: Config) -> dict[str, Any]:
     """The keys that say how wide the network is, in JSON types."""
     plain = config.to_dict()
-    return {key: plain[key] for key in ("widths", "width_factor") if key in find(config).keys}
+    return {key: plain[key] for key in ("widths", "width_factor") if key in networks.find(config).keys}
 
 
 def network_of(config: Config, depths: list[int]) -> dict[str, Any]:

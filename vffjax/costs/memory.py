@@ -20,24 +20,19 @@ from vffjax.config import Config
 from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
 from vffjax.data import sizes_of
-from vffjax.data.load import split_sizes
 from vffjax.hyperparameters import at_peak
-from vffjax.networks.groups import GroupState, layer_sizes
+from vffjax.networks.groups import GroupState, States, layer_sizes
 from vffjax.rules import local
 from vffjax.rules.streams import Task
+from vffjax.training import checks, optimizers, trainer
 from vffjax.training.batch import Batch, abstract_batch
-from vffjax.training.checks import plan_of
 from vffjax.training.compiled import executable_bytes
-from vffjax.training.optimizers import make_optimizer
-from vffjax.training.plan import Plan, abstract_start, make_plan
-from vffjax.training.trainer import step_streams, train_step
+from vffjax.training.plan import Plan, abstract_start
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
 
-def accumulated_step(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch
-) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+def accumulated_step(plan: Plan, task: Task, states: States, batch: Batch) -> tuple[States, dict[str, Array]]:
     """`train_step` for a network of one group, with its gradient accumulated over parts of the batch.
 
     The batch is cut into `MICRO_BATCHES` equal parts, which are computed one after the other. There is one update, by the mean of their
@@ -60,7 +55,7 @@ def accumulated_step(
         total, stats = carry
         images, labels, ids, key = rows
         some = batch._replace(images=images, labels=labels, ids=ids, key=key)
-        streams = step_streams(plan, None, task, states, some)
+        streams = trainer.step_streams(plan, None, task, states, some)
         (loss, (stats, _, metrics)), grads = gradient(state.params, plan.setting(0, some.hyper, key), group, stats, streams)
         accuracy = jnp.mean(metrics["log_p"].argmax(-1) == labels)
         return (jax.tree.map(jnp.add, total, grads), stats), {"loss": loss, "accuracy": accuracy}
@@ -69,16 +64,15 @@ def accumulated_step(
     start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
     (total, stats), metrics = jax.lax.scan(part, start, (*parts, jax.random.split(batch.key, MICRO_BATCHES)))
     mean = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
-    updates, opt_state = make_optimizer(setting.config, setting.hyper).update(mean, state.opt_state, state.params)
+    updates, opt_state = optimizers.make_optimizer(setting.config, setting.hyper).update(mean, state.opt_state, state.params)
     return (GroupState(optax.apply_updates(state.params, updates), stats, opt_state),), jax.tree.map(jnp.mean, metrics)
 
 
 def least_bytes(config: Config) -> int:
     """A lower bound on the bytes that training takes: parameters, optimizer states, and the largest feature map of a step once."""
-    sizes = sizes_of(config)
-    plan = plan_of(config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes)
+    plan, sizes = checks.plan_before_data(config)
     kernels, areas = zip(*layer_sizes(plan.groups, sizes.image_shape), strict=True)
-    optimizer = make_optimizer(config, at_peak(config, 1).of(0))
+    optimizer = optimizers.make_optimizer(config, at_peak(config, 1).of(0))
     copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, {"kernel": jnp.zeros((1, 1))})))
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
     return 4 * sum(kernels) * (1 + copies) + plan.rows_of_a_step * max(areas) * itemsize
@@ -89,11 +83,10 @@ def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
 
     In the sequential schedule it is a step of the last stage, in which the last group trains behind all others.
     """
-    sizes = sizes_of(case.config)
-    plan = make_plan(case.config, split_sizes(case.config, sizes.train_images)[0], sizes.classes)
+    plan, _ = checks.plan_before_data(case.config)
     if case.method == ACCUMULATED:
         return plan, functools.partial(accumulated_step, plan.program)
-    return plan, functools.partial(train_step, plan.program, plan.active(plan.total_epochs - 1))
+    return plan, functools.partial(trainer.train_step, plan.program, plan.active(plan.total_epochs - 1))
 
 
 def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:

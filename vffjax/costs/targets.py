@@ -1,9 +1,8 @@
 """Devices to compile for, among them a TPU that need not be present."""
 
-import dataclasses
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,7 @@ _TPU_MACHINE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A device on which abstract arrays, which have only a shape and a dtype, can be placed."""
 
     device: Any

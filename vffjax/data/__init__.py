@@ -7,8 +7,7 @@ from vffjax.registry import SOURCES
 
 def find(config: Config) -> Source:
     """The source of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is none."""
-    found: Source = SOURCES.find(config.dataset, Source)
-    return found
+    return SOURCES.find(config.dataset, Source)
 
 
 def sizes_of(config: Config) -> Sizes:

@@ -105,11 +105,8 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, ArraysOfSplit], tup
         except ImportError as error:
             raise _not_installed(name, error) from None
         except KeyError as error:
-            raise _damaged(
-                folder / "features.json",
-                f"lacks an entry or names a class that tensorflow-datasets lacks ({one_line(error)})",
-                name,
-            ) from None
+            problem = f"lacks an entry or names a class that tensorflow-datasets lacks ({one_line(error)})"
+            raise _damaged(folder / "features.json", problem, name) from None
         except Exception as error:  # json, protobuf and array_record raise many types of errors, RuntimeError among them
             raise _damaged(folder, one_line(error), name) from error
 

@@ -7,5 +7,4 @@ from vffjax.registry import NETWORKS
 
 def find(config: Config) -> Network:
     """The network of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is none."""
-    found: Network = NETWORKS.find(config.network, Network)
-    return found
+    return NETWORKS.find(config.network, Network)

@@ -16,9 +16,8 @@ from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.networks import find
 from vffjax.networks.layers import Layer, divide_by_rms
+from vffjax.ops import pooling, recompute
 from vffjax.ops.normalisation import Rows
-from vffjax.ops.pooling import mean_pool_to_grid
-from vffjax.ops.recompute import recomputed
 
 HEAD_INPUTS = 4096  # the most inputs of a head with config.head_grid=0, as a map of 8x8 positions and 64 channels has
 
@@ -29,6 +28,9 @@ class GroupState(NamedTuple):
     params: Any  # {"layers_i": ..., "head": ...}, and "rule" if the rule owns parameters; float32
     batch_stats: Any  # running statistics of its normalisations, or {}
     opt_state: optax.OptState
+
+
+States = tuple[GroupState, ...]  # of all groups, from input to output
 
 
 class _Module(nn.Module):
@@ -48,7 +50,7 @@ class _Module(nn.Module):
     def logits(self, features: Array) -> Array:
         z = features.astype(jnp.float32)
         if z.ndim == 4:
-            z = mean_pool_to_grid(z, self.head_grid)
+            z = pooling.mean_pool_to_grid(z, self.head_grid)
         z = z.reshape(z.shape[0], -1)
         return self.head(divide_by_rms(z) if self.normalise_head else z)
 
@@ -135,7 +137,7 @@ class LayerGroup:
             names = [f"layers_{i}" for i in range(first, min(first + size, count))]
             own_params, own_stats = ({name: tree[name] for name in names if name in tree} for tree in (params, batch_stats))
             segment = functools.partial(self._features, clean, True, slice(first, first + size))
-            x, own_stats = recomputed(segment)(own_params, own_stats, x)
+            x, own_stats = recompute.recomputed(segment)(own_params, own_stats, x)
             new_stats |= own_stats
         return x, new_stats
 

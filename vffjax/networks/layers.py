@@ -48,12 +48,16 @@ class Layer(nn.Module):
 
     Attributes:
         width: output channels.
+        norm, dtype, frozen: as `common` gives them.
         ends_block: whether a block of the network ends with this layer, for groups that are blocks.
         joins_next: whether it is a stem, which belongs to the group of the next layer.
         learns: whether it has parameters that training changes. A layer without them is in the next layer's group whatever the grouping.
     """
 
     width: int
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    frozen: bool = False
     ends_block: bool = True
     joins_next: bool = False
     learns: bool = True
@@ -139,9 +143,6 @@ def identity_like(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Floa
 class _Affine(Layer):
     """Normalisation and activation, which dense layers and convolutions share. Subclasses compute the linear map."""
 
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-    frozen: bool = False
     activation: str = "relu"
     scaled: bool = True
     initialisation: str = "he"
@@ -209,7 +210,6 @@ class WhiteningLayer(Layer):
     side: int = 2
     resize: int = 0
     activation: str = "relu"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vffjax.config import Config
-from vffjax.errors import bad_key, chosen
+from vffjax.errors import bad_key
 from vffjax.networks.layers import Layer, Norm, common, resized, scaled
 from vffjax.networks.network import Block, Network
 from vffjax.ops.conv import conv
@@ -47,9 +47,6 @@ class Stem(Layer):
     """
 
     kind: str = "cifar"
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-    frozen: bool = False
     resize: int = 0
 
     @nn.compact
@@ -68,9 +65,6 @@ class ResidualBlock(Layer):
     inner: int = 64
     stride: int = 1
     bottleneck: bool = False
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
@@ -85,11 +79,6 @@ class ResidualBlock(Layer):
             x = _Conv(self.width, 1, self.stride, self.dtype, name="downsample_0")(x)
             x = Norm(self.norm, frozen=self.frozen, name="downsample_1")(x, clean, train)
         return nn.relu(out + x.astype(out.dtype))
-
-
-def stem_shape(config: Config) -> tuple[int, int]:
-    """Side and stride of the first convolution."""
-    return chosen("stem", config.stem, STEMS)
 
 
 def stem_width(config: Config) -> int:

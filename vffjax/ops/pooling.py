@@ -61,27 +61,7 @@ def max_pool(x: Float[Array, "batch *feature"], window: int) -> Float[Array, "ba
     Array([[ 5.,  7.],
            [13., 15.]], dtype=float32)
     """
-    return x if window == 1 else _max_pool(x, window)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_pool(x: Array, window: int) -> Array:
-    pairwise, reduced = (functools.partial(f, window=window) for f in (_pairwise_max, _reduced_max))
-    return lax.platform_dependent(x, cpu=pairwise, default=reduced)
-
-
-def _max_pool_backward(window: int, x: Array, g: Array) -> tuple[Array]:
-    # The gradient does not compare `x` with its maximum: XLA may compute `x` twice with different rounding, and then no entry equals the
-    # maximum.
-    pairwise, reduced = (functools.partial(_gradient_of, functools.partial(f, window=window)) for f in (_pairwise_max, _reduced_max))
-    return (lax.platform_dependent(x, g, cpu=pairwise, default=reduced),)
-
-
-def _gradient_of(pool: Callable[[Array], Array], x: Array, g: Array) -> Array:
-    return jax.vjp(pool, x)[1](g)[0]
-
-
-_max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _max_pool_backward)
+    return x if window == 1 else _max_pool(x, (window,))
 
 
 def max_pool_overlapping(
@@ -100,26 +80,7 @@ def max_pool_overlapping(
     Returns:
         The maxima, with `h2 = (h + 2 padding - window) // stride + 1` rows, and `w2` columns likewise.
     """
-    return _max_pool_overlapping(x, window, stride, padding)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool_overlapping(x: Array, window: int, stride: int, padding: int) -> Array:
-    pairwise, reduced = _overlapping(window, stride, padding)
-    return lax.platform_dependent(x, cpu=pairwise, default=reduced)
-
-
-def _max_pool_overlapping_backward(window: int, stride: int, padding: int, x: Array, g: Array) -> tuple[Array]:
-    pairwise, reduced = (functools.partial(_gradient_of, f) for f in _overlapping(window, stride, padding))
-    return (lax.platform_dependent(x, g, cpu=pairwise, default=reduced),)
-
-
-_max_pool_overlapping.defvjp(lambda x, *sizes: (_max_pool_overlapping(x, *sizes), x), _max_pool_overlapping_backward)
-
-
-def _overlapping(window: int, stride: int, padding: int) -> tuple[Callable[[Array], Array], ...]:
-    forms = _overlapping_pairwise_max, _overlapping_reduced_max
-    return tuple(functools.partial(f, window=window, stride=stride, padding=padding) for f in forms)
+    return _max_pool_overlapping(x, (window, stride, padding))
 
 
 def _overlapping_reduced_max(x: Array, window: int, stride: int, padding: int) -> Array:
@@ -169,3 +130,32 @@ def _gradient_by_comparison(x: Array, g: Array, window: int) -> Array:
     spread = jnp.where(x == largest[:, :, None, :, None], share[:, :, None, :, None], 0)
     spread = spread.reshape(n, h // window * window, w // window * window, c)
     return jnp.pad(spread, ((0, 0), (0, h % window), (0, w % window), (0, 0)))
+
+
+def _gradient_of(pool: Callable[[Array], Array], x: Array, g: Array) -> Array:
+    return jax.vjp(pool, x)[1](g)[0]
+
+
+def _by_platform(pairwise: Callable[..., Array], reduced: Callable[..., Array]) -> Callable[[Array, tuple[int, ...]], Array]:
+    """A function of maps and sizes that pools, and computes its gradient, by pairwise maxima on CPU and by windows elsewhere."""
+
+    def forms(sizes: tuple[int, ...]) -> tuple[Callable[[Array], Array], ...]:
+        return (lambda x: pairwise(x, *sizes)), (lambda x: reduced(x, *sizes))
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def pool(x: Array, sizes: tuple[int, ...]) -> Array:
+        on_cpu, elsewhere = forms(sizes)
+        return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
+
+    def backward(sizes: tuple[int, ...], x: Array, g: Array) -> tuple[Array]:
+        # The gradient does not compare `x` with its maximum: XLA may compute `x` twice with different rounding, and then no entry equals
+        # the maximum.
+        on_cpu, elsewhere = (functools.partial(_gradient_of, form) for form in forms(sizes))
+        return (lax.platform_dependent(x, g, cpu=on_cpu, default=elsewhere),)
+
+    pool.defvjp(lambda x, sizes: (pool(x, sizes), x), backward)
+    return pool
+
+
+_max_pool = _by_platform(_pairwise_max, _reduced_max)
+_max_pool_overlapping = _by_platform(_overlapping_pairwise_max, _overlapping_reduced_max)

@@ -152,7 +152,10 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
     rule = _RULES.get(equation.primitive.name)
     if rule:
         try:
-            return rule(equation, operands, walk)
+            found = rule(equation, operands, walk)
+            if len(found) != len(equation.outvars):
+                raise ValueError("other results than the rule found")
+            return found
         except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # its parameters are not those that the rule expects
             raise _not_understood(equation) from error
     if equation.primitive.name not in _WHOLE and any(map(_programs, equation.params.values())):
@@ -173,14 +176,11 @@ def _not_understood(equation: JaxprEqn) -> UserError:
 
 
 def _body(equation: JaxprEqn) -> Jaxpr:
-    """The program that an equation calls, with one input for each operand and one output for each result."""
+    """The program that an equation calls."""
     inner = [equation.params[name] for name in ("jaxpr", "call_jaxpr") if name in equation.params]
     if len(inner) != 1 or not isinstance(inner[0], ClosedJaxpr | Jaxpr):
         raise _not_understood(equation)
-    jaxpr = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
-    if (len(jaxpr.invars), len(jaxpr.outvars)) != (len(equation.invars), len(equation.outvars)):
-        raise _not_understood(equation)
-    return jaxpr
+    return inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
 
 
 def _called(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
@@ -193,19 +193,9 @@ def _own_derivative(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> li
     return [flow._replace(gradient=anything) for flow in _called(equation, operands, walk)]
 
 
-def _barrier(equation: JaxprEqn, operands: list[Flow], _: _Walk) -> list[Flow]:
-    if len(operands) != len(equation.outvars):
-        raise _not_understood(equation)
-    return operands
-
-
 def _conditional(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
-    branches = equation.params.get("branches", ())
-    ways = (len(operands) - 1, len(equation.outvars))
-    if not branches or any((len(branch.jaxpr.invars), len(branch.jaxpr.outvars)) != ways for branch in branches):
-        raise _not_understood(equation)
     index, rest = operands[0], operands[1:]
-    each = [_walk(branch.jaxpr, rest, walk) for branch in branches]
+    each = [_walk(branch.jaxpr, rest, walk) for branch in equation.params["branches"]]
     return [union([_values(index), *flows]) for flows in zip(*each, strict=True)]
 
 
@@ -247,13 +237,9 @@ def _check_carried(equation: JaxprEqn, given: Sequence[Any], returned: Sequence[
 
 def _while(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
-    if not all(name in equation.params for name in names):
-        raise _not_understood(equation)
     condition, tested, body, fixed = (equation.params[name] for name in names)
     of_condition, of_body, start = operands[:tested], operands[tested : tested + fixed], operands[tested + fixed :]
     _check_carried(equation, body.jaxpr.invars[fixed:], body.jaxpr.outvars)
-    if len(start) != len(equation.outvars):
-        raise _not_understood(equation)
 
     def step(carry: list[Flow]) -> list[Flow]:
         (goes_on,) = _walk(condition.jaxpr, [*of_condition, *carry], walk)
@@ -273,22 +259,13 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 
 _SUPPORTED = "0.10 to 0.12"
 # Operations whose inner program need not be entered, because it only combines single entries or is a kernel. All inputs reach all outputs.
-_SCATTERS = {f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max")}
-_WHOLE = {
-    "custom_linear_solve",
-    "pallas_call",
-    "reduce",
-    "reduce_window",
-    "select_and_scatter",
-    "select_and_scatter_add",
-    "scatter",
-    *_SCATTERS,
-}
+_SCATTERS = {"scatter", *(f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max"))}
+_WHOLE = _SCATTERS | {"custom_linear_solve", "pallas_call", "reduce", "reduce_window", "select_and_scatter", "select_and_scatter_add"}
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
 _RULES: dict[str, Callable[[JaxprEqn, list[Flow], _Walk], list[Flow]]] = {
     **dict.fromkeys(_CALLS, _called),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _own_derivative),
-    "optimization_barrier": _barrier,
+    "optimization_barrier": lambda equation, operands, walk: operands,
     "cond": _conditional,
     "scan": _scan,
     "while": _while,

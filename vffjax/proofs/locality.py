@@ -15,15 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from vffjax.config import Config
-from vffjax.data import sizes_of
-from vffjax.data.load import split_sizes
-from vffjax.proofs import dataflow
-from vffjax.proofs.probes import leaf_names, losses, probe
+from vffjax.proofs import dataflow, probes
 from vffjax.rules.streams import DRAWN
-from vffjax.training import trainer
+from vffjax.training import checks, feature_cache, trainer
 from vffjax.training.batch import abstract_batch
-from vffjax.training.checks import plan_of
-from vffjax.training.feature_cache import clean_features
 from vffjax.training.plan import Plan, abstract_start
 
 
@@ -42,13 +37,11 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     Raises:
         UserError: the configuration does not fit its data set.
     """
-    sizes = sizes_of(config)
-    images = split_sizes(config, sizes.train_images)[0]
-    plan = plan_of(config, images, sizes.image_shape, sizes.classes)
+    plan, sizes = checks.plan_before_data(config)
     layers = {group.name: len(group.module.layers) for group in plan.groups}
-    numbers = probe(plan, sizes.image_shape) if numeric else None
+    numbers = probes.probe(plan, sizes.image_shape) if numeric else None
 
-    programs = _programs(plan, sizes.image_shape, images)
+    programs = _programs(plan, sizes.image_shape)
     step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
     inside = {name: _crossings(step, _layers(step, name), ("backward",)) for name, step in step_of.items()}
     violations = _violations(programs, layers, config.frozen_groups)
@@ -105,7 +98,7 @@ class _Program(NamedTuple):
         return [self.sources[i] for i in dataflow.members(reached)]
 
 
-def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> list[_Program]:
+def _programs(plan: Plan, image_shape: tuple[int, int, int]) -> list[_Program]:
     """Traces the step and the segment of every stage, and the chain of losses.
 
     Steps come first, because a violation is reported by the first program that shows it, and a step names exactly the leaves that cross.
@@ -117,23 +110,24 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int], images: int) -> lis
         trains = [group.name for group in plan.groups if active in (None, group.index)]
         cached = None
         if active and plan.config.feature_cache != "none":
-            every_image = jax.ShapeDtypeStruct((images, *image_shape), jnp.uint8)
-            cached = jax.eval_shape(functools.partial(clean_features, program, active), task, states, every_image)
+            image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)  # the features of any number of images have the same shape
+            cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, image)
         step, segment = (functools.partial(f, program, active) for f in (trainer.traced_step, trainer.run_segment))
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))
         segments.append(_traced("segment", trains, segment, task, states, some))
 
     def chain(task: Any, states: Any, batch: Any) -> Any:
-        return losses(program, [s.params for s in states], states, trainer.step_streams(program, None, task, states, batch), batch)[0]
+        streams = trainer.step_streams(program, None, task, states, batch)
+        return probes.losses(program, [s.params for s in states], states, streams, batch)[0]
 
     return [*steps, *segments, _traced("losses", [], chain, task, states, abstract_batch(size, image_shape, groups))]
 
 
 def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, states: Any, batch: Any) -> _Program:
     program, out = jax.make_jaxpr(f, return_shape=True)(task, states, batch)
-    sources = [*leaf_names("task", task), *leaf_names("", states), *leaf_names("data", batch)]
-    results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else leaf_names("", out[0])
+    sources = [*probes.leaf_names("task", task), *probes.leaf_names("", states), *probes.leaf_names("data", batch)]
+    results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else probes.leaf_names("", out[0])
     # A step returns metrics too, which are left out: they follow the states.
     each = zip(results, dataflow.flows(program, named={DRAWN: len(sources)}), strict=False)
     return _Program(name, trains, [*sources, DRAWN], {result: flow._asdict() for result, flow in each})

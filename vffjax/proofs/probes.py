@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vffjax.hyperparameters import at_peak
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, States
 from vffjax.rules import local
 from vffjax.rules.streams import Streams, Task
 from vffjax.training import trainer
@@ -69,7 +69,7 @@ def loss_gradients(
     return values, [pull(row)[0] for row in jnp.eye(len(plan.groups), dtype=values.dtype)]
 
 
-def random_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
+def random_states(plan: Plan, image_shape: tuple[int, int, int]) -> States:
     """States with the shapes of `init_states`, random variables, and optimizers at zero.
 
     No variable has its initial value, because a head that is zero hides gradients.
@@ -135,7 +135,7 @@ def probe(plan: Plan, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
-def _setting(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Plan, Task, tuple[GroupState, ...], Batch]:
+def _setting(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Plan, Task, States, Batch]:
     """The plan for a small batch, and a random task, random states and a batch of random images for it."""
     classes = plan.classes
     plan = make_plan(dataclasses.replace(plan.config, batch_size=IMAGES), IMAGES, classes)
@@ -170,7 +170,7 @@ def _touching(
     return found, violations
 
 
-def _interference(plan: Plan, task: Task, states: tuple[GroupState, ...], batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _interference(plan: Plan, task: Task, states: States, batch: Batch) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Whether other parameters in a later group change an earlier group's update, and the violations where they do.
 
     The jitted `train_step` is run. In the sequential schedule it is that of the last stage behind which there is still a group.

@@ -12,8 +12,7 @@ BACK_PROPAGATION: dict[str, Any] = {"rule": "head", "rule_options": {}, "groupin
 
 def find(config: Config) -> Rule:
     """The rule of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is no rule."""
-    found: Rule = RULES.find(config.rule, Rule)
-    return found
+    return RULES.find(config.rule, Rule)
 
 
 def norm_of(config: Config) -> str:

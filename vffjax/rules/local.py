@@ -104,6 +104,11 @@ class Rule:
         return self.options(**config.rule_options)
 
 
+def by_head_weight(config: Config, hyper: HyperParameters) -> Scalar:
+    """A `Rule.head_share`: config.head_weight."""
+    return 0 if config.head_weight == 0 else hyper.head_weight
+
+
 def local_loss(
     params: Any, setting: Setting, group: LayerGroup, batch_stats: Any, streams: Streams
 ) -> tuple[Float[Array, ""], tuple[Any, Streams, Metrics]]:

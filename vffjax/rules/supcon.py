@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vffjax.config import Config
-from vffjax.hyperparameters import HyperParameters, Scalar
+from vffjax.hyperparameters import Scalar
 from vffjax.keys import key
 from vffjax.ops.pooling import mean_pool_to_grid
-from vffjax.rules.local import Metrics, Rule, Seen
+from vffjax.rules.local import Metrics, Rule, Seen, by_head_weight
 from vffjax.rules.similarity import dot, unit
 
 
@@ -61,19 +61,8 @@ def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     return contrast(z, seen.made.labels, seen.hyper.temperature), {}
 
 
-def _head_share(config: Config, hyper: HyperParameters) -> Scalar:
-    return 0 if config.head_weight == 0 else hyper.head_weight
-
-
 def _cells(config: Config) -> int:
-    cells: int = Options(**config.rule_options).cells
-    return cells
+    return Options(**config.rule_options).cells
 
 
-RULE = Rule(
-    loss=loss,
-    head_share=_head_share,
-    cells=_cells,
-    parameters=parameters,
-    options=Options,
-)
+RULE = Rule(loss=loss, head_share=by_head_weight, cells=_cells, parameters=parameters, options=Options)

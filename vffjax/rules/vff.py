@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vffjax.config import Config
 from vffjax.errors import bad_key, chosen
-from vffjax.hyperparameters import HyperParameters, Scalar
-from vffjax.rules.local import Metrics, Rule, Seen
+from vffjax.hyperparameters import Scalar
+from vffjax.rules.local import Metrics, Rule, Seen, by_head_weight
 from vffjax.rules.similarity import cells_of, dot, embed
 from vffjax.rules.streams import Step, Streams, Task, wrong_labels
 
@@ -58,10 +58,6 @@ def in_batch(config: Config) -> bool:
     return chosen("contrast", config.contrast, {"auto": _is_shared(config), "in_batch": True, "triplet": False})
 
 
-def _head_share(config: Config, hyper: HyperParameters) -> Scalar:
-    return 0 if config.head_weight == 0 else hyper.head_weight
-
-
 def _predicts(config: Config) -> bool:
     return _negatives_are_hard(config) and not _is_shared(config)
 
@@ -80,10 +76,8 @@ def _labelled_rows(config: Config, classes: int) -> int:
 
 def _check(config: Config) -> None:
     if _negatives_are_hard(config) and _is_shared(config) and in_batch(config):
-        fix = "use labelling=triplet or contrast=triplet"
-        raise bad_key(
-            "negatives", config.negatives, "every class is a negative already where shared copies are contrasted in the batch", fix
-        )
+        problem = "every class is a negative already where shared copies are contrasted in the batch"
+        raise bad_key("negatives", config.negatives, problem, "use labelling=triplet or contrast=triplet")
 
 
 def cscl_triplet(
@@ -146,7 +140,7 @@ def lwnl_shared(
 RULE = Rule(
     streams=streams,
     loss=loss,
-    head_share=_head_share,
+    head_share=by_head_weight,
     cells=lambda config: cells_of(config.similarity),
     labelled_rows=_labelled_rows,
     predicts=_predicts,

@@ -14,29 +14,24 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import orbax.checkpoint as ocp
 
-from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import sha256_of, sync, write_json
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.saved_epoch import SavedEpoch, check_readable, saved_files
-from vffjax.training.plan import Plan
 
 FOLDER, INSIDE = "checkpoints", "inside"
 
 
 class Checkpoints:
-    """The saved epochs of one workdir. Whatever cannot be read raises `UserError`, which names the file.
-
-    `opened` returns one of them as a value that reads each file once. The methods `run`, `fault`, `restore` and `restore_group` read the
-    files again at each call.
-    """
+    """The saved epochs of one workdir. Whatever cannot be read raises `UserError`, which names the file."""
 
     def __init__(self, workdir: pathlib.Path, name: str = FOLDER):
         self.folder = pathlib.Path(workdir).resolve() / name
@@ -79,30 +74,6 @@ class Checkpoints:
             raise UserError(f"--epoch={name}: not saved; choose best, latest, or one of {', '.join(map(str, epochs)) or 'none'}")
         return self.opened(int(name))
 
-    def best(self) -> int:
-        """The number of the best epoch."""
-        return self.chosen("best").epoch
-
-    def latest(self) -> int:
-        """The number of the newest epoch."""
-        return self.chosen("latest").epoch
-
-    def run(self, epoch: int) -> dict[str, Any]:
-        """The run's state in a saved epoch; see `runs.state`."""
-        return self.opened(epoch).run
-
-    def fault(self, epoch: int, config: Config) -> str:
-        """What is wrong with a saved epoch of a run by `config`, in one line; empty if all of its files are as they were saved."""
-        return str(self.opened(epoch).fault(config) or "")
-
-    def restore(self, epoch: int, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
-        """All groups and the task of a saved epoch."""
-        return self.opened(epoch).restore(plan)
-
-    def restore_group(self, epoch: int, plan: Plan, group: int) -> GroupState:
-        """One group of a saved epoch; no file of another group is read."""
-        return self.opened(epoch).restore_group(plan, group)
-
     def set_aside(self, epoch: int) -> pathlib.Path:
         """Renames a saved epoch so that nothing uses it; returns its new path. It is deleted when its epoch has been trained again."""
         aside = self.folder / f"{epoch}.aside"
@@ -134,10 +105,8 @@ class Checkpoints:
     def _some_epochs(self) -> list[int]:
         epochs = self.epochs()
         if not epochs and (incomplete := self.incomplete()):
-            problem = f"not completely saved, or {self._digests(incomplete[-1]).name} is lost"
-            raise UserError(
-                f"{self.folder / str(incomplete[-1])}: {problem}; restore that file, or train with --workdir {self.folder.parent}"
-            )
+            problem = f"not completely saved, or {self._digests(incomplete[-1]).name} is lost; restore that file"
+            raise UserError(f"{self.folder / str(incomplete[-1])}: {problem}, or train with --workdir {self.folder.parent}")
         if not epochs:
             raise UserError(f"{self.folder}: no complete checkpoint; train first, with --workdir {self.folder.parent}")
         return epochs
@@ -146,27 +115,19 @@ class Checkpoints:
         return self.folder / f"{epoch}.sha256.json"
 
 
-def _save_without_fsync() -> Callable[[], None]:
+def _save_without_fsync() -> contextlib.ExitStack:
     """Makes TensorStore write without flushing, for a file system that cannot flush folders; `Writer.save` flushes what can be flushed.
 
     Orbax has no setting for this, only internal tables, which another version may have renamed. If they are not there nothing is changed,
-    and TensorStore's own error will say what it cannot do. Returns a function that restores the tables.
+    and TensorStore's own error will say what it cannot do. Closing the result restores the tables.
     """
+    changed = contextlib.ExitStack()
     with contextlib.suppress(ImportError, AttributeError):
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
-        contexts = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
-        before = [dict(context) for context in contexts]
-
-        def put_back() -> None:
-            for context, values in zip(contexts, before, strict=True):
-                context.clear()
-                context.update(values)
-
-        for context in contexts:
-            context["file_io_sync"] = False
-        return put_back
-    return lambda: None
+        for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+            changed.enter_context(mock.patch.dict(context, file_io_sync=False))
+    return changed
 
 
 class Writer:
@@ -191,11 +152,11 @@ class Writer:
             checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
-        self._flushing = None if sync(folder) else _save_without_fsync()
+        self._changed = contextlib.ExitStack() if sync(folder) else _save_without_fsync()
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
         self._prune()  # the last run may have been killed before it could
 
-    def save(self, epoch: int, states: tuple[GroupState, ...], task: Task, run: dict[str, Any]) -> None:
+    def save(self, epoch: int, states: States, task: Task, run: dict[str, Any]) -> None:
         """Saves a step, and reads something of each item back before the step counts as saved. If it fails, earlier steps stay as they are.
 
         Args:
@@ -239,8 +200,7 @@ class Writer:
     def close(self) -> None:
         """Ends the writing. To be called once."""
         self._manager.close()
-        if self._flushing is not None:
-            self._flushing()
+        self._changed.close()
 
     def _write(self, epoch: int, items: ocp.args.Composite) -> bool:
         try:

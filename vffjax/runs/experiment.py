@@ -9,36 +9,29 @@ from typing import Any
 import jax
 import numpy as np
 
+from vffjax import files, paths
 from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
-from vffjax.files import sha256_of
-from vffjax.networks.groups import GroupState
-from vffjax.paths import local
+from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
+from vffjax.runs import checkpoint, logbook, loop, termination
 from vffjax.runs import state as run_state
-from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import restore_metrics
-from vffjax.runs.loop import Loop, on_device, what_is_saved
 from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
-from vffjax.runs.termination import KEPT, Request, deferred, interruptible
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
-from vffjax.training import feature_cache
-from vffjax.training import scores as inference
-from vffjax.training.checks import plan_of
+from vffjax.training import checks, feature_cache, scores
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task, whitened
-from vffjax.training.scores import measure
 from vffjax.weights.weights import local_file, read_weights
 
 
 def plan_for(config: Config, dataset: Dataset) -> Plan:
     """The plan of a run on these data. Raises `UserError` if the configuration does not fit them; nothing is compiled."""
-    return plan_of(config, len(dataset.train), dataset.image_shape, dataset.num_classes)
+    return checks.plan_of(config, len(dataset.train), dataset.image_shape, dataset.num_classes)
 
 
 def describe(plan: Plan) -> str:
@@ -67,16 +60,16 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") ->
         Terminated: SIGTERM came, and the run has been saved.
         KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
-    return interruptible(functools.partial(_train, config, local(workdir, "--workdir"), data_sha256))
+    return termination.interruptible(functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256))
 
 
 def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
-        request = held.enter_context(deferred())
-        if (there := Checkpoints(workdir)).epochs() or there.inside.epochs():
-            request.saved = KEPT
+        request = held.enter_context(termination.deferred())
+        if (there := checkpoint.Checkpoints(workdir)).epochs() or there.inside.epochs():
+            request.saved = termination.KEPT
         used = (workdir / LOCK).exists()
         if used:
             held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
@@ -101,12 +94,12 @@ def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
         raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
 
 
-def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: Request) -> dict[str, Any]:
-    checkpoints = Checkpoints(workdir)
+def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: termination.Request) -> dict[str, Any]:
+    checkpoints = checkpoint.Checkpoints(workdir)
     sound, begun = sound_epochs(checkpoints, config)
     if begun:
         run = copy.deepcopy(begun.run) | {"config": config.to_dict()}
-        request.saved = what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
+        request.saved = loop.what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
         run["segment_steps"] = config.segment_steps or run["segment_steps"]
         check_same_data(config, dataset, run["data_sha256"])
         check_code(run, config)
@@ -114,7 +107,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         file = local_file(config) if config.init_from else ""
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
-        run = run_state.new_state(config, about, sha256_of(file) if file else None)
+        run = run_state.new_state(config, about, files.sha256_of(file) if file else None)
         run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
@@ -122,18 +115,18 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
         notice(line)
     trains = run["epoch"] < plan.total_epochs
     _note_origin(run, origin(config), trains)
-    restore_metrics(workdir, run["history"])
+    logbook.restore_metrics(workdir, run["history"])
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
-            run = Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
-    request.saved, request.idle = what_is_saved(plan, plan.total_epochs, 0), True
+            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
+    request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved
     trained = Trained(plan, *best.restore(plan), best.run)
-    test = on_device(dataset.test)
-    found = np.asarray(inference.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
-    measured = measure(found, test.labels, tuple(best.run["voting"]), "test")
+    test = loop.on_device(dataset.test)
+    found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
+    measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test")
     return conclude(trained, dataset, measured, run, workdir)
 
 
@@ -148,7 +141,7 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> Non
         run["origins"].append(here)
 
 
-def start(plan: Plan, dataset: Dataset) -> tuple[tuple[GroupState, ...], Task]:
+def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:
     """What a run begins with: groups from its seed or from config.init_from, and its task. What a weight file lacks is told on stderr."""
     config = plan.config
     task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)

@@ -22,8 +22,10 @@ METRICS = "metrics.jsonl"
 SECONDS = 60.0  # between two lines about the progress within an epoch, if there is no terminal
 
 
-class Logbook:
+class Logbook(contextlib.ExitStack):
     """Writes a workdir's record: metrics.jsonl, TensorBoard events if tensorboardX is installed, and progress on the terminal.
+
+    Its context, or `close`, which may be called twice, closes everything.
 
     Args:
         workdir: the run's folder.
@@ -33,6 +35,7 @@ class Logbook:
     """
 
     def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | io.TextIOBase | None = None):
+        super().__init__()
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         # sys.stderr is no default argument, because it may have been replaced since this module was imported.
@@ -40,23 +43,22 @@ class Logbook:
         self._total = total_epochs
         self._bar: Any = None
         self._told = time.monotonic()
-        with contextlib.ExitStack() as stack:
-            self._metrics = stack.enter_context(open(workdir / METRICS, "ab"))
-            self._tensorboard = Events(workdir / "tensorboard", first_epoch)
-            stack.callback(self._tensorboard.close)
-            if self._stream.isatty():
-                self._with_bar(lambda: self._open_bar(first_epoch))
-                stack.callback(self._close_bar)
-            self._open = stack.pop_all()
+        self._metrics = self.enter_context(open(workdir / METRICS, "ab"))  # noqa: SIM115  # closed with the rest
+        self._tensorboard = Events(workdir / "tensorboard", first_epoch)
+        self.callback(self._tensorboard.close)
+        if self._stream.isatty():
+            self._with_bar(lambda: self._open_bar(first_epoch))
+            self.callback(self._close_bar)
 
     def _open_bar(self, first_epoch: int) -> None:
         import tqdm  # only now: it reads settings from the environment, and fails on import if they are wrong
 
         self._bar = tqdm.tqdm(total=self._total, initial=first_epoch, file=self._stream, unit="epoch", dynamic_ncols=True)
 
-    def _move_bar(self, record: dict[str, Any]) -> None:
-        self._bar.set_postfix_str(", ".join(_bar_parts(record)), refresh=False)
-        self._bar.n = record["epoch"]
+    def _move_bar(self, epochs: float, *parts: str) -> None:
+        if parts:
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.n = epochs
         self._bar.refresh()
 
     def _close_bar(self) -> None:
@@ -84,7 +86,7 @@ class Logbook:
         flush_to_disk(self._metrics.fileno(), METRICS)
         self._tensorboard.write(_scalars(record), record["epoch"])
         if self._bar is not None:
-            self._with_bar(lambda: self._move_bar(record))
+            self._with_bar(lambda: self._move_bar(record["epoch"], *_bar_parts(record)))
         if self._bar is None:
             self._told = time.monotonic()
             head = f"epoch {record['epoch']:{len(str(self._total))}d}/{self._total}"
@@ -100,29 +102,15 @@ class Logbook:
             steps: how many steps it has.
         """
         if self._bar is not None:
-            self._with_bar(lambda: self._move_within(epoch + done / steps))
+            self._with_bar(lambda: self._move_bar(round(epoch + done / steps, 2)))
         elif time.monotonic() - self._told > SECONDS and done < steps:
             self._told = time.monotonic()
             print(f"epoch {epoch + 1:{len(str(self._total))}d}/{self._total}  step {done}/{steps}", file=self._stream, flush=True)
-
-    def _move_within(self, epochs: float) -> None:
-        self._bar.n = round(epochs, 2)
-        self._bar.refresh()
 
     def phase(self, name: str) -> None:
         """Shows on a terminal what the run is doing now, such as compiling."""
         if self._bar is not None:
             self._with_bar(lambda: self._bar.set_description_str(name))
-
-    def close(self) -> None:
-        """Closes everything. May be called twice."""
-        self._open.close()
-
-    def __enter__(self) -> "Logbook":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

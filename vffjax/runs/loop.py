@@ -11,19 +11,17 @@ import numpy as np
 
 from vffjax.data.sets import Dataset, Split
 from vffjax.errors import UserError
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints, Writer
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import NOTHING, Request, Terminated
-from vffjax.training import feature_cache
-from vffjax.training import scores as inference
+from vffjax.training import feature_cache, trainer
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan
-from vffjax.training.scores import validate
-from vffjax.training.trainer import all_finite
+from vffjax.training.scores import compile_scores, validate
 
 # An epoch of fewer FLOP takes at most about a second on two CPU cores.
 _SHORT_EPOCH = 2e10
@@ -76,7 +74,7 @@ class Loop:
         """The steps that are done already of an epoch which was saved inside and goes on; else 0."""
         return self._position["step"] if self._position else 0
 
-    def train(self, states: tuple[GroupState, ...], workdir: pathlib.Path) -> dict[str, Any]:
+    def train(self, states: States, workdir: pathlib.Path) -> dict[str, Any]:
         """Trains to the end, from these states, whose arrays are donated; returns the run's state.
 
         Raises `Terminated` if the run was told to leave, after it has been saved, and `UserError` if it has diverged.
@@ -105,17 +103,17 @@ class Loop:
                 self._finish_epoch(states, epoch, record, validated)
         return self._run
 
-    def _compile_checks(self, states: tuple[GroupState, ...]) -> None:
+    def _compile_checks(self, states: States) -> None:
         """Compiles what follows each epoch, before the first one is timed: the check for finite groups, and the validation scores."""
         began = time.perf_counter()
         images = self._validation.images
         self._finite_groups = _finite_groups.lower(states).compile()
         self._scores = None
         if len(images):
-            self._scores = inference.compile_scores(self._plan, self._config.inference, self._task, states, images)
+            self._scores = compile_scores(self._plan, self._config.inference, self._task, states, images)
         self._run["compile_seconds"] += time.perf_counter() - began
 
-    def _compile_stage(self, states: tuple[GroupState, ...], epoch: int) -> None:
+    def _compile_stage(self, states: States, epoch: int) -> None:
         """Compiles the programs for the group that trains now. No epoch's time includes this, and nothing is compiled twice."""
         began = time.perf_counter()
         active = self._plan.active(epoch)
@@ -130,8 +128,8 @@ class Loop:
         self._run["peak_bytes"] = max(self._run["peak_bytes"], executable_bytes(largest))
 
     def _train_epoch(
-        self, states: tuple[GroupState, ...], epoch: int, logbook: Logbook
-    ) -> tuple[tuple[GroupState, ...], dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
+        self, states: States, epoch: int, logbook: Logbook
+    ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
         """Trains one epoch, or the rest of it.
 
         Returns:
@@ -165,7 +163,7 @@ class Loop:
         every = self._config.checkpoint_seconds
         return every > 0 and time.perf_counter() - self._saved_seconds > every
 
-    def _save_inside(self, states: tuple[GroupState, ...], epoch: int, step: int, seconds: float, metrics: Metrics) -> None:
+    def _save_inside(self, states: States, epoch: int, step: int, seconds: float, metrics: Metrics) -> None:
         """Saves the run inside of an epoch. Raises `Terminated` if the run was told to leave."""
         if self._request.abandoned:
             raise Terminated(self._request.saved)
@@ -177,7 +175,7 @@ class Loop:
         if self._request.made:
             raise Terminated(self._request.saved)
 
-    def _finish_epoch(self, states: tuple[GroupState, ...], epoch: int, record: dict[str, Any], validated: dict[str, Any]) -> None:
+    def _finish_epoch(self, states: States, epoch: int, record: dict[str, Any], validated: dict[str, Any]) -> None:
         """Adds an epoch to the record, and saves it if a checkpoint is due or the run was told to leave, which raises `Terminated`."""
         run = self._run
         scheduled = self._config.checkpoint_due(epoch + 1)
@@ -231,9 +229,9 @@ def what_is_saved(plan: Plan, epochs: int, step: int) -> str:
 
 
 @jax.jit
-def _finite_groups(states: tuple[GroupState, ...]) -> jax.Array:
+def _finite_groups(states: States) -> jax.Array:
     """Whether the whole state of each group is finite. No loss has been computed yet from the state after an epoch's last step."""
-    return jnp.stack([all_finite(state) for state in states])
+    return jnp.stack([trainer.all_finite(state) for state in states])
 
 
 def _is_short(plan: Plan, compiled: jax.stages.Compiled) -> bool:

@@ -150,34 +150,6 @@ def _mark_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
             axes.axvline((before["epoch"] + after["epoch"]) / 2, color="0.6", linewidth=0.8, linestyle=":")
 
 
-class _Sheet:
-    """Pictures and texts that are placed by inches from the top left, because automatic layouts fail with a hundred axes."""
-
-    def __init__(self) -> None:
-        self.pictures: list[tuple[float, float, float, np.ndarray, str]] = []
-        self.texts: list[tuple[float, float, str, dict[str, Any]]] = []
-
-    def picture(self, x: float, y: float, side: float, pixels: np.ndarray, cmap: str = "gray") -> None:
-        self.pictures.append((x, y, side, pixels, cmap))
-
-    def text(self, x: float, y: float, string: str, **style: Any) -> None:
-        self.texts.append((x, y, string, {"fontsize": 8, "ha": "center", "va": "center"} | style))
-
-    def figure(self, width: float, height: float) -> "Figure":
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
-        for x, y, side, pixels, cmap in self.pictures:
-            axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
-            axes.imshow(pixels, cmap=cmap, vmin=0, vmax=1, interpolation="nearest" if max(pixels.shape[:2]) <= 64 else "antialiased")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(linewidth=0.4, color="0.6")
-        for x, y, string, style in self.texts:
-            # A class name may hold a dollar sign.
-            figure.text(x / width, 1 - y / height, string, parse_math=False, **style)
-        return figure
-
-
 LEFT, USABLE, WIDTH = 1.05, 10.0, 11.25
 
 
@@ -209,7 +181,11 @@ def features_figure(
     images = np.asarray(images, np.float32)[:3]
     codebook = None if codebook is None else np.asarray(codebook, np.float32)
     streams = [np.asarray(stream, np.float32) for stream in streams]
-    sheet, y = _Sheet(), 0.15
+    from matplotlib.figure import Figure
+
+    # Everything is placed by inches from the top left on one pair of axes, because automatic layouts fail with a hundred axes.
+    figure = Figure(dpi=120, facecolor="white")
+    sheet, y = figure.add_axes((0, 0, 1, 1)), 0.15
     if codebook is not None:
         y = _draw_codebook(sheet, y, codebook, class_names)
     if filters is not None:
@@ -219,37 +195,52 @@ def features_figure(
         names = [(_short(class_names[int(a)], 16), _short(class_names[int(b)], 16)) for a, b in zip(labels, wrong_labels, strict=True)]
         inputs = [_inputs(image, codebook, int(a), int(b)) for image, a, b in zip(images, labels, wrong_labels, strict=False)]
         y = _draw_streams(sheet, y, inputs, names, streams)
-    return sheet.figure(WIDTH, max(y, 1.0))
+    figure.set_size_inches(WIDTH, max(y, 1.0))
+    sheet.set(xlim=(0, WIDTH), ylim=(-max(y, 1.0), 0))
+    sheet.axis("off")
+    return figure
 
 
-def _heading(sheet: _Sheet, y: float, title: str, note: str) -> float:
-    sheet.text(LEFT, y + 0.12, title, fontsize=11, fontweight="bold", ha="left")
-    sheet.text(LEFT, y + 0.32, note, color="0.35", ha="left")
+def _draw(sheet: "Axes", x: float, y: float, side: float, pixels: np.ndarray, cmap: str = "gray") -> None:
+    axes = sheet.inset_axes((x, -y - side, side, side), transform=sheet.transData)
+    axes.imshow(pixels, cmap=cmap, vmin=0, vmax=1, interpolation="nearest" if max(pixels.shape[:2]) <= 64 else "antialiased")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(linewidth=0.4, color="0.6")
+
+
+def _write(sheet: "Axes", x: float, y: float, string: str, **style: Any) -> None:
+    given: dict[str, Any] = {"fontsize": 8, "ha": "center", "va": "center"} | style
+    sheet.text(x, -y, string, parse_math=False, **given)  # a class name may hold a dollar sign
+
+
+def _heading(sheet: "Axes", y: float, title: str, note: str) -> float:
+    _write(sheet, LEFT, y + 0.12, title, fontsize=11, fontweight="bold", ha="left")
+    _write(sheet, LEFT, y + 0.32, note, color="0.35", ha="left")
     return y + 0.48
 
 
-def _draw_codebook(sheet: _Sheet, y: float, codebook: np.ndarray, class_names: Sequence[str]) -> float:
+def _draw_codebook(sheet: "Axes", y: float, codebook: np.ndarray, class_names: Sequence[str]) -> float:
     shown = min(10, len(codebook))
     count = f"{len(codebook)} classes" if shown == len(codebook) else f"the first {shown} of {len(codebook)} classes"
     y = _heading(sheet, y, "Codebook", f"the noise that labels an image; {count}, each scaled from its least to its greatest value")
     pitch = USABLE / 10
     for i in range(shown):
-        sheet.text(LEFT + (i + 0.46) * pitch, y + 0.08, _short(class_names[i], 13))
-        sheet.picture(LEFT + i * pitch, y + 0.18, 0.92 * pitch, _picture(_unit(codebook[i])))
+        _write(sheet, LEFT + (i + 0.46) * pitch, y + 0.08, _short(class_names[i], 13))
+        _draw(sheet, LEFT + i * pitch, y + 0.18, 0.92 * pitch, _picture(_unit(codebook[i])))
     return y + 0.18 + pitch + 0.2
 
 
-def _draw_filters(sheet: _Sheet, y: float, tiles: list[np.ndarray], total: int) -> float:
+def _draw_filters(sheet: "Axes", y: float, tiles: list[np.ndarray], total: int) -> float:
     count = f"{total} units" if len(tiles) == total else f"the first {len(tiles)} of {total} units"
     y = _heading(sheet, y, "Filters of the first layer", f"{count}; mid-grey is 0, each unit scaled by its greatest absolute weight")
     pitch = USABLE / 12
     for i, tile in enumerate(tiles):
-        sheet.picture(LEFT + (i % 12) * pitch, y + (i // 12) * pitch, 0.92 * pitch, tile)
+        _draw(sheet, LEFT + (i % 12) * pitch, y + (i // 12) * pitch, 0.92 * pitch, tile)
     return y + math.ceil(len(tiles) / 12) * pitch + 0.2
 
 
 def _draw_streams(
-    sheet: _Sheet, y: float, inputs: list[list[np.ndarray]], names: list[tuple[str, str]], streams: list[np.ndarray]
+    sheet: "Axes", y: float, inputs: list[list[np.ndarray]], names: list[tuple[str, str]], streams: list[np.ndarray]
 ) -> float:
     """Draws a block of three rows for each image, and puts blocks side by side if the maps stay legible."""
     folded = "units in rows" if all(stream.ndim == 3 for stream in streams) else "mean over channels"
@@ -260,17 +251,17 @@ def _draw_streams(
     pitch = min(1.2, (USABLE - (abreast - 1) * between) / (abreast * columns))
     for start in range(0, len(inputs), abreast):
         for row, kind in enumerate(KINDS):
-            sheet.text(LEFT - 0.1, y + 0.45 + (row + 0.46) * pitch, kind, ha="right")
+            _write(sheet, LEFT - 0.1, y + 0.45 + (row + 0.46) * pitch, kind, ha="right")
         for place, i in enumerate(range(start, min(start + abreast, len(inputs)))):
             x = LEFT + place * max(columns * pitch + between, 3.1)  # room for two long class names
-            sheet.text(x, y + 0.1, f"{names[i][0]}  (wrong: {names[i][1]})", fontsize=9, ha="left")
+            _write(sheet, x, y + 0.1, f"{names[i][0]}  (wrong: {names[i][1]})", fontsize=9, ha="left")
             for column in range(columns):
                 header = "input" if column == 0 else (f"group {column - 1}" if pitch >= 0.6 else f"g{column - 1}")
-                sheet.text(x + (column + 0.46) * pitch, y + 0.34, header, color="0.35")
+                _write(sheet, x + (column + 0.46) * pitch, y + 0.34, header, color="0.35")
                 maps = inputs[i] if column == 0 else _unit(np.stack([_fold(features) for features in streams[column - 1][:, i]]), 99.5)
                 for row, pixels in enumerate(maps):
                     top = y + 0.45 + row * pitch
-                    sheet.picture(x + column * pitch, top, 0.92 * pitch, pixels, "gray" if column == 0 else "magma")
+                    _draw(sheet, x + column * pitch, top, 0.92 * pitch, pixels, "gray" if column == 0 else "magma")
         y += 0.45 + 3 * pitch + 0.15
     return y
 

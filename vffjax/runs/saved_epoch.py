@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -20,11 +19,11 @@ from vffjax import versions
 from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import read_json, sha256_of
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.training.checks import from_json
-from vffjax.training.plan import Plan, init_states
+from vffjax.training.plan import Plan, abstract_start
 
 OWN_CONFIG = "restore the run's own config.json, or start in a new --workdir"
 AGAIN = "train with this --workdir again, which goes back to a sound checkpoint, or start in a new one"
@@ -80,11 +79,12 @@ class SavedEpoch:
             return Fault(error, OWN_CONFIG)
         return None
 
-    def restore(self, plan: Plan) -> tuple[tuple[GroupState, ...], Task]:
+    def restore(self, plan: Plan) -> tuple[States, Task]:
         """All groups and the task."""
         self.verify()
         self._check_config(plan.config)
-        wanted = {f"group{i}": state for i, state in enumerate(_abstract_states(plan, self.run))} | {"task": _abstract_task(self.run)}
+        task, states = _abstract_start(plan, self.run)
+        wanted = {f"group{i}": state for i, state in enumerate(states)} | {"task": task}
         saved = sum(name.startswith("group") for name in _roots(self._expected))
         if saved != len(wanted) - 1:
             raise Fault(f"{self.folder}: saved by another network ({saved} groups, not {len(wanted) - 1})", OWN_CONFIG)
@@ -96,7 +96,7 @@ class SavedEpoch:
         name = f"group{group}"
         self.verify(name)
         self._check_config(plan.config)
-        return self._restore_arrays({name: _abstract_states(plan, self.run)[group]})[name]
+        return self._restore_arrays({name: _abstract_start(plan, self.run)[1][group]})[name]
 
     def verify(self, item: str = "") -> None:
         """Compares files with their SHA-256: those of one item, such as `group0`, and of the step itself, or those of all items.
@@ -134,12 +134,9 @@ class SavedEpoch:
     @functools.cached_property
     def _expected(self) -> dict[str, str]:
         try:
-            expected = read_json(self._digests)
-            if not isinstance(expected, dict):
-                raise ValueError("no digests")
+            return read_json(self._digests)
         except (OSError, ValueError):
             raise Fault(f"{self._digests}: damaged checkpoint digests", AGAIN) from None
-        return expected
 
     def _check_config(self, config: Config) -> None:
         written = {"vffjax": self.run["origins"][-1].get("versions", {}).get("vffjax", "another version")}
@@ -236,15 +233,9 @@ def _check_fits(folder: pathlib.Path, tree: Any) -> None:
             raise Fault(f"{folder}: saved by another network or optimizer ({difference})", OWN_CONFIG)
 
 
-def _abstract_states(plan: Plan, run: dict[str, Any]) -> tuple[GroupState, ...]:
+def _abstract_start(plan: Plan, run: dict[str, Any]) -> tuple[Task, States]:
     # Orbax restores optax states as plain dictionaries unless it is given a tree of the same structure.
-    return jax.tree.map(_abstract, jax.eval_shape(lambda: init_states(plan, tuple(run["image_shape"]))))
-
-
-def _abstract_task(run: dict[str, Any]) -> Task:
-    h, w, c = run["image_shape"]
-    arrays: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((len(run["class_names"]), h, w, c), (c,), (c,))]
-    return jax.tree.map(_abstract, Task(*arrays))
+    return jax.tree.map(_abstract, abstract_start(plan, tuple(run["image_shape"])))
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

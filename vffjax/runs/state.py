@@ -7,7 +7,7 @@ when it is written and when it is read.
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,55 +110,55 @@ def problem(run: Any) -> str:
     """
     if not isinstance(run, dict):
         return "the whole"
-    return next((key for key, sound in _checks(run) if not sound()), "")
+    return next((key for key, sound in _checks(run) if not sound), "")
 
 
-def _checks(run: dict[str, Any]) -> Iterable[tuple[str, Callable[[], bool]]]:
-    """Pairs of a key and a function that says whether its value is sound. Later functions may rely on earlier ones having passed."""
+def _whole(value: Any, low: int, high: int = 2**53) -> bool:
+    return type(value) is int and low <= value <= high
 
-    def whole(value: Any, low: int, high: int = 2**53) -> bool:
-        return type(value) is int and low <= value <= high
 
-    def finite(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _checks(run: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Pairs of a key and whether its value is sound. No check is made behind the first unsound value: each relies on those before."""
 
     def listed(key: str, sound: Callable[[Any], bool], least: int = 0) -> bool:
         return isinstance(run.get(key), list) and len(run[key]) >= least and all(map(sound, run[key]))
 
     def line(record: Any) -> bool:
-        times = isinstance(record, dict) and all(finite(record.get(key)) for key in ("seconds", "images_per_second"))
-        group = times and whole(record.get("group", 0), 0)
-        return group and (record.get("val_error") is None or finite(record["val_error"]))
+        times = isinstance(record, dict) and all(_finite(record.get(key)) for key in ("seconds", "images_per_second"))
+        group = times and _whole(record.get("group", 0), 0)
+        return group and (record.get("val_error") is None or _finite(record["val_error"]))
 
     complete = "inside" not in run
-    yield "epoch", lambda: whole(run.get("epoch"), int(complete), 10**7)
+    yield "epoch", _whole(run.get("epoch"), int(complete), 10**7)
     for key in ("train_size", "peak_bytes", "segment_steps"):
-        yield key, lambda key=key: whole(run.get(key), 1)  # type: ignore[misc]
+        yield key, _whole(run.get(key), 1)
     for key, kind in (("config", dict), ("data_sha256", str)):
-        yield key, lambda key=key, kind=kind: isinstance(run.get(key), kind)  # type: ignore[misc]
-    yield "compile_seconds", lambda: finite(run.get("compile_seconds"))
-    yield "image_shape", lambda: listed("image_shape", lambda side: whole(side, 1, MAX_SIDE)) and len(run["image_shape"]) == 3
-    yield "class_names", lambda: listed("class_names", lambda name: isinstance(name, str), 2)
-    yield "origins", lambda: listed("origins", lambda origin: isinstance(origin, dict), 1)
-    epochs = list(range(1, run["epoch"] + 1)) if whole(run.get("epoch"), 0, 10**7) else []
-    yield "history", lambda: listed("history", line) and [record.get("epoch") for record in run["history"]] == epochs
-    yield "due", lambda: listed("due", lambda epoch: whole(epoch, 1, run["epoch"]))
+        yield key, isinstance(run.get(key), kind)
+    yield "compile_seconds", _finite(run.get("compile_seconds"))
+    yield "image_shape", listed("image_shape", lambda side: _whole(side, 1, MAX_SIDE)) and len(run["image_shape"]) == 3
+    yield "class_names", listed("class_names", lambda name: isinstance(name, str), 2)
+    yield "origins", listed("origins", lambda origin: isinstance(origin, dict), 1)
+    epochs = list(range(1, run["epoch"] + 1))
+    yield "history", listed("history", line) and [record.get("epoch") for record in run["history"]] == epochs
+    yield "due", listed("due", lambda epoch: _whole(epoch, 1, run["epoch"]))
     if not complete:
-        yield "inside", lambda: _sound_inside(run["inside"], run["epoch"])
+        yield "inside", _sound_inside(run["inside"], run["epoch"])
         return
-    yield "trained_groups", lambda: whole(run.get("trained_groups"), 1)
-    yield "scheduled", lambda: isinstance(run.get("scheduled"), bool)
-    yield "val_error", lambda: run.get("val_error") is None or finite(run["val_error"])
-    yield "voting", lambda: listed("voting", lambda group: whole(group, 0, run["trained_groups"] - 1), 1)
+    yield "trained_groups", _whole(run.get("trained_groups"), 1)
+    yield "scheduled", isinstance(run.get("scheduled"), bool)
+    yield "val_error", run.get("val_error") is None or _finite(run["val_error"])
+    yield "voting", listed("voting", lambda group: _whole(group, 0, run["trained_groups"] - 1), 1)
 
 
 def _sound_inside(position: Any, epoch: int) -> bool:
     """Whether the position of a state that was saved inside of an epoch is sound."""
-    if not isinstance(position, dict) or type(position.get("step")) is not int or position["step"] < 1:
+    if not isinstance(position, dict) or not _whole(position.get("step"), 1) or not _whole(position.get("number"), epoch, 2**53 - 1):
         return False
-    if type(position.get("number")) is not int or not epoch <= position["number"] < 2**53:
-        return False
-    if type(position.get("seconds")) not in (int, float) or not 0 <= position["seconds"] < math.inf:
+    if not _finite(position.get("seconds")) or position["seconds"] < 0:
         return False
     try:
         metrics = metrics_of(position)

@@ -11,7 +11,7 @@ import numpy as np
 from vffjax.data.sets import Dataset
 from vffjax.errors import aid
 from vffjax.files import write_json
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
@@ -51,7 +51,7 @@ def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: di
     return summary
 
 
-def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tuple[GroupState, ...], task: Task) -> None:
+def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: States, task: Task) -> None:
     """`features.png`: codebook, first filters, and every group's maps of the three kinds of data, for three test images.
 
     Under a rule without labelled images their rows are left blank.
@@ -84,7 +84,7 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: tupl
     )
 
 
-def _first_kernel(states: tuple[GroupState, ...]) -> jax.Array:
+def _first_kernel(states: States) -> jax.Array:
     """Of the network's first layer; a ResNet's stem keeps it under conv1."""
     leaves = jax.tree_util.tree_leaves_with_path(states[0].params["layers_0"])
     return next(leaf for path, leaf in leaves if path[-1].key in ("kernel", FIXED))

@@ -58,13 +58,13 @@ class Events:
                 writer.add_scalar(tag, value, epoch)
             writer.flush()
 
-        if writer is not None and not self._failed:
+        if writer is not None:
             self._limited(add)
 
     def close(self) -> None:
         """Closes the file. May be called twice."""
         writer, self._writer = self._writer, None
-        if writer is not None and not self._failed:
+        if writer is not None:
             self._limited(writer.close)
         if threading.excepthook == self._thread_died:
             threading.excepthook = self._other_hook
@@ -92,7 +92,7 @@ class Events:
             return
         self._failed = True
         notice(f"TensorBoard fails ({type(error).__name__}: {error}); the training goes on without its events")
-        writer = self._writer
+        writer, self._writer = self._writer, None
         if writer is not None:  # try to close the file, without waiting for that
 
             def give_up() -> None:

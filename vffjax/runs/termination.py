@@ -4,6 +4,7 @@ The work runs in a thread of its own, so that the main thread can answer a signa
 only, between two of its instructions. If the main thread were compiling, or waiting for the device, the answer would have to wait as well.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -79,17 +80,16 @@ def interruptible(work: Callable[[], T]) -> T:
             notice("the run that was interrupted is ending; waiting for it")
             thread.join()
         _abandoned.remove(thread)
-    found: list[T] = []
-    problems: list[BaseException] = []
+    found: concurrent.futures.Future[T] = concurrent.futures.Future()
     done = threading.Event()
     settings = _settings_of_this_thread()
 
     def target() -> None:
         try:
             with _with_settings(settings):
-                found.append(work())
+                found.set_result(work())
         except BaseException as error:
-            problems.append(error)
+            found.set_exception(error)
         finally:
             done.set()
 
@@ -106,9 +106,7 @@ def interruptible(work: Callable[[], T]) -> T:
                 request.abandoned = True
             raise
     thread.join()
-    if problems:
-        raise problems[0]
-    return found[0]
+    return found.result()
 
 
 def settle(seconds: float) -> str:

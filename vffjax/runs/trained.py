@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.training.plan import Plan
 
@@ -11,7 +11,7 @@ class Trained(NamedTuple):
     """A run as it was when one of its epochs was saved."""
 
     plan: Plan
-    states: tuple[GroupState, ...]
+    states: States
     task: Task
     run: dict[str, Any]  # the run's state after that epoch; see `runs.state`
 

@@ -7,15 +7,13 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from vffjax import files, paths
 from vffjax.config import BITWISE, CHANGEABLE, Config, to_json
 from vffjax.errors import UserError, bad_key, notice
-from vffjax.files import read_json, write_json
 from vffjax.networks.groups import GroupState
-from vffjax.paths import check_run_folder, local
+from vffjax.runs import lock, origin
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import FOLDER, Checkpoints
-from vffjax.runs.lock import take
-from vffjax.runs.origin import check_code
 from vffjax.runs.saved_epoch import AGAIN, OWN_CONFIG, Fault, SavedEpoch
 from vffjax.runs.trained import Trained
 from vffjax.training.checks import from_json
@@ -28,7 +26,7 @@ _Read = TypeVar("_Read")
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Raises `UserError` if a run by `config` cannot use this workdir: it holds a run by another configuration, is no folder, contains
     links that lead out of it, or has a path under which checkpoints could not be found again."""
-    check_run_folder(workdir)
+    paths.check_run_folder(workdir)
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: not a folder; give a folder, new or of the same run")
@@ -55,7 +53,7 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
     before = read_config(workdir) if path.exists() else config
     keys = [key for key in CHANGEABLE if key != "data_dir" and getattr(before, key) != getattr(config, key)]
     if keys or not path.exists():
-        write_json(path, to_json(config) | {"data_dir": before.data_dir})
+        files.write_json(path, to_json(config) | {"data_dir": before.data_dir})
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
     rounds = [key for key in keys if key not in BITWISE]
     return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
@@ -78,7 +76,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """
     with open(workdir / LOCK, "a") as file:
         try:
-            free = take(file)
+            free = lock.take(file)
         except OSError as error:
             free = True
             reason = error.strerror or error
@@ -177,10 +175,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """The configuration of the run in `workdir`. Raises `UserError` if there is none, or if it cannot be read."""
     path = workdir / "config.json"
     try:
-        plain = read_json(path)
-        if not isinstance(plain, dict):
-            raise ValueError("not a JSON object")
-        return from_json(plain, str(path))
+        return from_json(files.read_json(path), str(path))
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: no run here ({path.name} is missing); give the folder of a run") from None
     except (OSError, ValueError, AttributeError) as error:
@@ -216,12 +211,12 @@ def load_group(workdir: pathlib.Path | str, group: int, epoch: str = "best") -> 
 
 
 def _read_run(workdir: pathlib.Path | str, epoch: str, read: Callable[[SavedEpoch, Plan], _Read]) -> _Read:
-    workdir = local(workdir, "--workdir")
-    check_run_folder(workdir)
+    workdir = paths.local(workdir, "--workdir")
+    paths.check_run_folder(workdir)
     config = read_config(workdir)
 
     def with_plan(saved: SavedEpoch) -> _Read:
-        check_code(saved.run, config)
+        origin.check_code(saved.run, config)
         return read(saved, make_plan(config, saved.run["train_size"], len(saved.run["class_names"])))
 
     return while_it_trains(Checkpoints(workdir), epoch, with_plan)

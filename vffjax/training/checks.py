@@ -6,11 +6,11 @@ from typing import Any
 
 import ml_collections
 
-from vffjax import file_kinds, rules, versions
+from vffjax import file_kinds, networks, rules, versions
 from vffjax.config import FIELDS, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
+from vffjax.data import load, sets, sizes_of
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
-from vffjax.networks import find as find_network
 from vffjax.networks.groups import layer_sizes
 from vffjax.training.plan import Plan, make_plan
 
@@ -29,7 +29,7 @@ def check(config: Config) -> Config:
     Raises:
         UserError: names config.KEY, the value and the fix.
     """
-    rule, network = rules.find(config), find_network(config)
+    rule, network = rules.find(config), networks.find(config)
     own = options(rule.options, config.rule_options, "rule_options")
     config = dataclasses.replace(config, rule_options=dataclasses.asdict(own))
     _check_together(config)
@@ -64,9 +64,8 @@ def _check_together(c: Config) -> None:
         fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
         raise bad_key("widths", c.widths, "more units or layers than can be meant", fix)
     if c.init_from and not c.init_from.startswith(HUB) and not c.init_from.endswith(WEIGHT_FILES):
-        kind = file_kinds.by_name(c.init_from)
-        problem = f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file"
-        raise bad_key("init_from", c.init_from, problem, f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME")
+        fix = f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME"
+        raise bad_key("init_from", c.init_from, file_kinds.not_weights(c.init_from), fix)
     if c.norm_statistics == "frozen" and not c.init_from:
         raise bad_key("norm_statistics", c.norm_statistics, "random weights have no statistics", "set config.init_from, or use batch")
     if c.norm_statistics == "frozen" and (norm := rules.norm_of(c)) not in ("batch", "anchor"):
@@ -93,6 +92,12 @@ def plan_of(config: Config, train_size: int, image_shape: tuple[int, int, int], 
     return plan
 
 
+def plan_before_data(config: Config) -> tuple[Plan, sets.Sizes]:
+    """The plan of a run on config.dataset and the sizes of that set, of which nothing is read. Checks and errors are those of `plan_of`."""
+    sizes = sizes_of(config)
+    return plan_of(config, load.split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes), sizes
+
+
 def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int, int]) -> None:
     """Checks a plan against the data.
 
@@ -110,7 +115,7 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
         raise bad_key("dataset", c.dataset, "has one class, so that there is nothing to learn", "use a set of two classes or more")
     if max(image_shape[:2]) > MAX_SIDE:
         raise bad_key("dataset", c.dataset, f"has images of {image_shape[0]}x{image_shape[1]} pixels", f"use sides up to {MAX_SIDE}")
-    find_network(c).check_images(c, image_shape)
+    networks.find(c).check_images(c, image_shape)
     plan.rule.check_data(c, image_shape, classes, tuple(group.width for group in groups))
     if c.pixel_statistics == "imagenet" and image_shape[2] != 3:
         raise bad_key("pixel_statistics", c.pixel_statistics, "ImageNet's are those of colour images", "use data")
@@ -127,6 +132,6 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
         raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to {groups[-1].name}")
     for layer, (kernel, _) in enumerate(layer_sizes(groups, image_shape)):
         if kernel > MAX_ENTRIES:
-            key = "widths" if "widths" in find_network(c).keys else "width_factor"
+            key = "widths" if "widths" in networks.find(c).keys else "width_factor"
             problem = f"layer {layer} would have {kernel} parameters"
             raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray, Shaped
 
 from vffjax.backend import cores
 from vffjax.hyperparameters import HyperParameters
-from vffjax.networks.groups import GroupState, layer_sizes
+from vffjax.networks.groups import States, layer_sizes
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
@@ -44,7 +44,7 @@ class Segment(NamedTuple):
     """
 
     done: int
-    states: tuple[GroupState, ...]
+    states: States
     metrics: dict[str, Array]
 
 
@@ -65,7 +65,7 @@ class Epoch:
         self.pieces = pieces(plan.steps_per_epoch, length or plan.steps_per_epoch)
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
-    def compile(self, task: Task, states: tuple[GroupState, ...], data: Images, done: int = 0) -> jax.stages.Compiled:
+    def compile(self, task: Task, states: States, data: Images, done: int = 0) -> jax.stages.Compiled:
         """Compiles every program that an epoch needs, without training.
 
         Args:
@@ -82,9 +82,7 @@ class Epoch:
             self._program(len(piece), task, states, shapes)
         return self._compiled[max(self._compiled)]
 
-    def __call__(
-        self, task: Task, states: tuple[GroupState, ...], data: Images, epoch: int
-    ) -> tuple[tuple[GroupState, ...], dict[str, np.ndarray]]:
+    def __call__(self, task: Task, states: States, data: Images, epoch: int) -> tuple[States, dict[str, np.ndarray]]:
         """Trains a whole epoch, numbered from 0. Returns the new states, and the metrics as `over_steps` gives them."""
         parts = []
         for part in self.segments(task, states, data, epoch):
@@ -92,7 +90,7 @@ class Epoch:
             parts.append(part.metrics)
         return states, over_steps(joined(jax.device_get(parts)))
 
-    def segments(self, task: Task, states: tuple[GroupState, ...], data: Images, epoch: int, done: int = 0) -> Iterator[Segment]:
+    def segments(self, task: Task, states: States, data: Images, epoch: int, done: int = 0) -> Iterator[Segment]:
         """Trains an epoch from its step `done` on, and yields each segment after dispatching it.
 
         When a segment is yielded, the one before it has finished. So the device always has work queued, and never more than two segments.
@@ -118,7 +116,7 @@ class Epoch:
         ids, keys = epoch_order(self._plan, len(data.labels), epoch)
         return _Draws(epoch, ids, keys, self._plan.hyperparameters(epoch))
 
-    def _program(self, length: int, task: Task, states: tuple[GroupState, ...], batches: Batch) -> jax.stages.Compiled:
+    def _program(self, length: int, task: Task, states: States, batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
             self._compiled[length] = segment.lower(self._plan.program, self._active, task, states, batches).compile()
         return self._compiled[length]

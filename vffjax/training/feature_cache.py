@@ -12,26 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
-from vffjax.training.augment import normalised
+from vffjax.training import augment, trainer
 from vffjax.training.plan import Images, Plan, abstract_start
-from vffjax.training.trainer import before
 
 # The host fetches the features of this many batches at a time.
 BATCHES_PER_FETCH = 16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def clean_features(
-    plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
-) -> Float[Array, "n *feature"]:
+def clean_features(plan: Plan, active: int, task: Task, states: States, images: UInt8[Array, "n h w c"]) -> Float[Array, "n *feature"]:
     """The input of group `active` for clean images, with running statistics, in batches of `config.eval_batch_size`."""
 
     def features(batch: Array) -> Array:
-        z = plan.rule.shown(task, normalised(task, batch))
-        return before(plan, active, states, z, z.shape[0])
+        z = plan.rule.shown(task, augment.normalised(task, batch))
+        return trainer.before(plan, active, states, z, z.shape[0])
 
     return map_batches(features, images, plan.config.eval_batch_size)
 
@@ -46,7 +43,7 @@ def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
     return max((size.size * size.dtype.itemsize for size in sizes), default=0)
 
 
-def with_features(plan: Plan, active: int, task: Task, states: tuple[GroupState, ...], data: Images) -> Images:
+def with_features(plan: Plan, active: int, task: Task, states: States, data: Images) -> Images:
     """`data` with the input of group `active` for each image, as a JAX array, or as a NumPy array if config.feature_cache is host."""
     images = data.images.reshape(-1, *data.image_shape)
     if plan.config.feature_cache != "host":

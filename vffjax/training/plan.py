@@ -13,7 +13,7 @@ from vffjax import rules
 from vffjax.config import Config, for_group, of_program
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
-from vffjax.networks.groups import GroupState, LayerGroup, init_variables, make_groups
+from vffjax.networks.groups import GroupState, LayerGroup, States, init_variables, make_groups
 from vffjax.networks.layers import FIXED, resized, whitening_kernel
 from vffjax.rules.local import Rule, Setting
 from vffjax.rules.streams import Task, make_codebook
@@ -139,12 +139,12 @@ def blank_task(plan: Plan, image_shape: tuple[int, int, int]) -> Task:
     return make_task(plan.config, plan.classes, image_shape, (0.5,) * image_shape[2], (0.25,) * image_shape[2])
 
 
-def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task, tuple[GroupState, ...]]:
+def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task, States]:
     """The shapes of a run's task and first states. Nothing is computed."""
     return jax.eval_shape(lambda: (blank_task(plan, image_shape), init_states(plan, image_shape)))
 
 
-def whitened(plan: Plan, states: tuple[GroupState, ...], images: UInt8[np.ndarray, "n h w c"], task: Task) -> tuple[GroupState, ...]:
+def whitened(plan: Plan, states: States, images: UInt8[np.ndarray, "n h w c"], task: Task) -> States:
     """The states with the kernel of the whitening layer, if there is one, by the first training images; see `whitening_kernel`."""
     if not plan.config.whitening:
         return states
@@ -155,7 +155,7 @@ def whitened(plan: Plan, states: tuple[GroupState, ...], images: UInt8[np.ndarra
     return (states[0]._replace(params=params | {"layers_0": {FIXED: kernel}}), *states[1:])
 
 
-def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[GroupState, ...]:
+def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> States:
     """The states of all groups before training, from the run's seed."""
     options, make = plan.rule.options_of(plan.config), plan.rule.parameters
 

@@ -11,20 +11,17 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax.errors import chosen
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
-from vffjax.training.augment import normalised
+from vffjax.training import augment, trainer
 from vffjax.training.plan import Plan
-from vffjax.training.trainer import clean_log_p, evaluated
 
 # With more groups than this, only sets of consecutive last groups are tried as voters, because there are too many sets.
 _EXHAUSTIVE_GROUPS = 6
 
 
-def sweep_scores(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
-) -> Float[Array, "groups batch classes"]:
+def sweep_scores(plan: Plan, task: Task, states: States, x: Float[Array, "batch h w c"]) -> Float[Array, "groups batch classes"]:
     """How well each label fits each image, by each group, without heads.
 
     The rule measures it on the features of the clean image and of the image that was told the label. Higher is likelier.
@@ -33,7 +30,7 @@ def sweep_scores(
     assert told is not None and fits is not None  # see `Rule.cannot_score_by`
 
     def features(x: Array, clean: int) -> list[Array]:
-        return [z for _, _, z in evaluated(plan, states, x, clean)]
+        return [z for _, _, z in trainer.evaluated(plan, states, x, clean)]
 
     clean = features(rule.shown(task, x), x.shape[0])
 
@@ -44,18 +41,16 @@ def sweep_scores(
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
 
 
-def own_scores(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"]
-) -> Float[Array, "groups batch classes"]:
+def own_scores(plan: Plan, task: Task, states: States, x: Float[Array, "batch h w c"]) -> Float[Array, "groups batch classes"]:
     """The rule's own class scores by each group, from the features of the clean images. Higher is likelier."""
     rule, scores = plan.rule, plan.rule.scores
     assert scores is not None  # see `Rule.cannot_score_by`
-    options, maps = rule.options_of(plan.config), evaluated(plan, states, rule.shown(task, x), x.shape[0])
+    options, maps = rule.options_of(plan.config), trainer.evaluated(plan, states, rule.shown(task, x), x.shape[0])
     return jnp.stack([scores(options, z, state.params.get("rule", {}), plan.classes) for _, state, z in maps])
 
 
 # The scores of a batch of normalised images, by kind of inference.
-SCORES = {"heads": clean_log_p, "sweep": sweep_scores, "rule": own_scores}
+SCORES = {"heads": trainer.clean_log_p, "sweep": sweep_scores, "rule": own_scores}
 
 
 def views(images: UInt8[Array, "n h w c"], which: str) -> list[UInt8[Array, "n h w c"]]:
@@ -75,13 +70,13 @@ def views(images: UInt8[Array, "n h w c"], which: str) -> list[UInt8[Array, "n h
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def program_scores(
-    plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: UInt8[Array, "n h w c"]
+    plan: Plan, inference: str, task: Task, states: States, images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "groups n classes"]:
     """The compiled function behind `make_scores`. It takes a `Plan.program`, so that runs with other seeds or rates share the program."""
     per_batch = chosen("inference", inference, SCORES)
 
     def by_image(batch: Array) -> Array:
-        each = [per_batch(plan, task, states, normalised(task, view)) for view in views(batch, plan.config.views)]
+        each = [per_batch(plan, task, states, augment.normalised(task, view)) for view in views(batch, plan.config.views)]
         return jnp.moveaxis(functools.reduce(jnp.add, each) / len(each), 0, 1)
 
     return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
@@ -99,7 +94,7 @@ def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array, "group
     return functools.partial(program_scores, plan.program, inference)
 
 
-def compile_scores(plan: Plan, inference: str, task: Task, states: tuple[GroupState, ...], images: Any) -> jax.stages.Compiled:
+def compile_scores(plan: Plan, inference: str, task: Task, states: States, images: Any) -> jax.stages.Compiled:
     """`make_scores`, compiled for images of this shape. Takes `(task, states, images)`."""
     return program_scores.lower(plan.program, inference, task, states, images).compile()
 

@@ -11,11 +11,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vffjax.errors import chosen
-from vffjax.networks.groups import GroupState, LayerGroup
+from vffjax.networks.groups import GroupState, LayerGroup, States
 from vffjax.ops.fence import as_branch
 from vffjax.ops.normalisation import Rows
 from vffjax.rules import local
-from vffjax.rules.local import Setting
 from vffjax.rules.streams import Step, Streams, Task
 from vffjax.training.augment import augmented
 from vffjax.training.batch import Batch
@@ -24,7 +23,7 @@ from vffjax.training.plan import Plan
 
 
 def group_step(
-    setting: Setting, group: LayerGroup, state: GroupState, streams: Streams, fence: bool = False
+    setting: local.Setting, group: LayerGroup, state: GroupState, streams: Streams, fence: bool = False
 ) -> tuple[GroupState, Streams, dict[str, Array]]:
     """Updates one group on its own loss. Its detached features are the streams of the next group.
 
@@ -79,7 +78,7 @@ def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Calla
 def before(
     plan: Plan,
     active: int,
-    states: tuple[GroupState, ...],
+    states: States,
     rows: Float[Array, "rows *feature"],
     clean: int,
     labels: Int[Array, " batch"] | None = None,
@@ -103,7 +102,7 @@ def before(
     return jax.lax.stop_gradient(rows)
 
 
-def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], streams: Streams, cached: Array | None = None) -> Streams:
+def behind_frozen(plan: Plan, active: int, states: States, streams: Streams, cached: Array | None = None) -> Streams:
     """The streams at the input of group `active`. If the clean rows were `cached`, only the labelled copies pass the frozen groups."""
     if cached is None:
         return streams._replace(rows=before(plan, active, states, streams.rows, streams.labels.shape[0], streams.labels))
@@ -113,7 +112,7 @@ def behind_frozen(plan: Plan, active: int, states: tuple[GroupState, ...], strea
     return streams._replace(rows=jnp.concatenate([cached.astype(copies.dtype), copies]))
 
 
-def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch) -> Streams:
+def step_streams(plan: Plan, active: int | None, task: Task, states: States, batch: Batch) -> Streams:
     """The input of the first group in a step: the augmented images of the batch and their labelled copies.
 
     The locality probes call this function too, so that they examine the program that trains.
@@ -126,9 +125,7 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: tuple[Group
     return plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits))
 
 
-def train_step(
-    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batch: Batch
-) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+def train_step(plan: Plan, active: int | None, task: Task, states: States, batch: Batch) -> tuple[States, dict[str, Array]]:
     """Trains the groups on one batch, from input to output.
 
     Args:
@@ -162,7 +159,7 @@ traced_step = jax.jit(train_step, static_argnums=(0, 1), inline=True)
 
 
 def clean_log_p(
-    plan: Plan, task: Task, states: tuple[GroupState, ...], x: Float[Array, "batch h w c"], first: int | None = None
+    plan: Plan, task: Task, states: States, x: Float[Array, "batch h w c"], first: int | None = None
 ) -> Float[Array, "groups batch classes"]:
     """Log-probabilities by the heads of the `first` groups (None: all), for normalised images, with running statistics."""
     maps = itertools.islice(evaluated(plan, states, plan.rule.shown(task, x), x.shape[0]), first)
@@ -170,7 +167,7 @@ def clean_log_p(
 
 
 def evaluated(
-    plan: Plan, states: tuple[GroupState, ...], rows: Float[Array, "rows *feature"], clean: Rows
+    plan: Plan, states: States, rows: Float[Array, "rows *feature"], clean: Rows
 ) -> Iterator[tuple[LayerGroup, GroupState, Array]]:
     """Yields each group with its state and its features of the rows, of which the first `clean` are clean. Uses running statistics."""
     for group, state in zip(plan.groups, states, strict=True):
@@ -178,15 +175,13 @@ def evaluated(
         yield group, state, rows
 
 
-def run_segment(
-    plan: Plan, active: int | None, task: Task, states: tuple[GroupState, ...], batches: Batch
-) -> tuple[tuple[GroupState, ...], dict[str, Array]]:
+def run_segment(plan: Plan, active: int | None, task: Task, states: States, batches: Batch) -> tuple[States, dict[str, Array]]:
     """Trains some steps of an epoch, one after the other. Returns the new states and the metrics of each step.
 
     This is the program that training runs: an epoch is a few calls of it (see `epochs`), wherever the batches come from.
     """
 
-    def step(states: tuple[GroupState, ...], batch: Batch) -> Any:
+    def step(states: States, batch: Batch) -> Any:
         return traced_step(plan, active, task, states, batch)
 
     return jax.lax.scan(step, states, batches)

@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from vffjax.errors import UserError
-from vffjax.files import read_json, replace_file, sha256, write_json
+from vffjax.files import holds, replace_file, sha256, write_json
 from vffjax.runs.trained import Trained
-from vffjax.training.augment import normalised
-from vffjax.training.scores import SCORES
+from vffjax.training import augment, scores
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -45,7 +44,7 @@ def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], d
     states, task = trained.states[: trained.groups], trained.task
 
     def ensemble(images: Array) -> dict[str, Array]:
-        log_p = SCORES[trained.scored_by](plan, task, states, normalised(task, images))
+        log_p = scores.SCORES[trained.scored_by](plan, task, states, augment.normalised(task, images))
         # Evaluation takes the same mean (`scores.ensemble`), without the normalisation, which changes no comparison.
         votes = jnp.stack([log_p[group] for group in trained.voting])
         return {"ensemble": jax.nn.log_softmax(votes.mean(axis=0)), "groups": log_p}
@@ -87,19 +86,11 @@ def check_place(path: pathlib.Path) -> None:
     or flatbuffers is not installed."""
     beside = sidecar(path)
     # exists() alone is false for a broken link.
-    if (beside.exists() or beside.is_symlink()) and not _described(beside):
-        raise UserError(
-            f"--out={path}: {beside} beside it was not written by an export and would be replaced; give another .stablehlo file"
-        )
+    if (beside.exists() or beside.is_symlink()) and not holds(beside, "format", FORMAT):
+        problem = f"{beside} beside it was not written by an export and would be replaced"
+        raise UserError(f"--out={path}: {problem}; give another .stablehlo file")
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo: JAX needs flatbuffers to write it, which is not installed; pip install flatbuffers")
-
-
-def _described(path: pathlib.Path) -> bool:
-    try:
-        return read_json(path)["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return False
 
 
 def write_artefact(path: pathlib.Path | str, trained: Trained) -> dict[str, Any]:

@@ -17,14 +17,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from vffjax.errors import UserError, chosen
-from vffjax.networks.groups import GroupState
+from vffjax.networks.groups import GroupState, States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.runs.trained import Trained
-from vffjax.training.augment import normalised
+from vffjax.training import augment, trainer
 from vffjax.training.plan import Images, Plan
 from vffjax.training.scores import choose_voting, ensemble, error_percent
-from vffjax.training.trainer import clean_log_p
 
 # A group computes `eval_batch_size` images divided by this at a time: in each chunk half a batch is wasted on average.
 _PARTS = 8
@@ -91,14 +90,14 @@ def make_early_exit(plan: Plan, votes: Votes) -> jax.stages.Wrapped:
     last = len(votes) - 1
 
     @jax.jit
-    def by_chunks(task: Task, states: tuple[GroupState, ...], images: Array, slack: Array) -> tuple[Array, Array]:
+    def by_chunks(task: Task, states: States, images: Array, slack: Array) -> tuple[Array, Array]:
         n = images.shape[0]
         batch = min(batch_size(plan), n)
         chunk = batch * min(_BATCHES, -(-n // batch))
         places = jnp.arange(chunk)
 
         def compute(g: int, x: Array) -> tuple[Array | None, Array | None]:
-            x = x if g else plan.rule.shown(task, normalised(task, x))
+            x = x if g else plan.rule.shown(task, augment.normalised(task, x))
             z, log_p = _group(plan, votes, g, states[g], x)
             return (z if g < last else None), log_p
 
@@ -164,8 +163,8 @@ def make_full(plan: Plan, voting: tuple[int, ...], batch: int) -> jax.stages.Wra
     `batch` images are computed at a time.
     """
 
-    def of_batch(task: Task, states: tuple[GroupState, ...], images: Array) -> Array:
-        log_p = clean_log_p(plan, task, states, normalised(task, images), max(voting) + 1)
+    def of_batch(task: Task, states: States, images: Array) -> Array:
+        log_p = trainer.clean_log_p(plan, task, states, augment.normalised(task, images), max(voting) + 1)
         return jax.nn.log_softmax(log_p[jnp.array(voting)].mean(axis=0))
 
     return jax.jit(lambda task, states, images: map_batches(functools.partial(of_batch, task, states), images, batch))

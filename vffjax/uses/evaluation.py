@@ -11,13 +11,11 @@ from vffjax.config import Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import UserError, printable
-from vffjax.runs.experiment import plan_for, start
-from vffjax.runs.loop import on_device
+from vffjax.runs import experiment, loop
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
 from vffjax.training.plan import Plan
-from vffjax.training.scores import measure, validate
 from vffjax.uses import early_exit
 
 
@@ -93,8 +91,8 @@ def evaluate_start(
         UserError: the weights do not fit the network, or bring no head although the heads are to classify.
     """
     dataset = data_module.load(config)
-    plan = _with_views(plan_for(config, dataset), views)
-    states, task = start(plan, dataset)
+    plan = _with_views(experiment.plan_for(config, dataset), views)
+    states, task = experiment.start(plan, dataset)
     if (inference_name or config.inference) in ("heads", "early_exit") and not any(
         np.any(state.params["head"]["kernel"]) for state in states
     ):
@@ -113,9 +111,9 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     if why := plan.rule.cannot_score_by(name):
         raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
-    validation = on_device(dataset.validation)
+    validation = loop.on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
-    validated = validate(seen, validation.labels, trained.groups)
+    validated = inference.validate(seen, validation.labels, trained.groups)
     header = {"inference": name, "views": plan.config.views} | validated
     leaving = None
     if name == "early_exit":
@@ -124,9 +122,9 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
         header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
     if not test:
         return header
-    unseen = on_device(dataset.test)
+    unseen = loop.on_device(dataset.test)
     found = np.asarray(scores(task, states, unseen.images))[: trained.groups]
-    header |= measure(found, unseen.labels, tuple(validated["voting"]), "test")
+    header |= inference.measure(found, unseen.labels, tuple(validated["voting"]), "test")
     if leaving is not None:
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
     return header

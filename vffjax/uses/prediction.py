@@ -136,9 +136,8 @@ def oddity(image: UInt8[np.ndarray, "h w c"], mean: Float[np.ndarray, " c"], std
     if (image == image[0, 0]).all():
         return "what the network sees of it has one colour everywhere, so that there is nothing to recognise"
     if (np.abs(found - mean) > 3 * std).any():
-        return (
-            f"its pixels are {here} of white on average, far from the {there} that the run expects; the network has hardly seen one like it"
-        )
+        far = f"its pixels are {here} of white on average, far from the {there} that the run expects"
+        return f"{far}; the network has hardly seen one like it"
     # Where most pixels are black or white, the test above is weak, since their deviation is large. But if the training images are mostly
     # dark, or mostly bright, a negative can be recognised: its mean is near 1 minus that of the training images.
     if np.abs(mean.mean() - 0.5) > 0.15 and np.abs(found.mean() - mean.mean()) > 2 * np.abs(1 - found.mean() - mean.mean()):

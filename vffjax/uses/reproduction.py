@@ -10,10 +10,7 @@ import numpy as np
 
 from vffjax.errors import UserError
 from vffjax.files import read_json
-from vffjax.runs import experiment
-from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import read_metrics
-from vffjax.runs.origin import check_code
+from vffjax.runs import checkpoint, experiment, logbook, origin
 from vffjax.runs.workdir import load_run, read_config
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
@@ -38,7 +35,7 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     workdir, into = pathlib.Path(workdir), pathlib.Path(into)
     config = read_config(workdir)
     summary = _summary(workdir)
-    check_code(summary, config)
+    origin.check_code(summary, config)
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
     experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into, summary["data_sha256"])
@@ -56,7 +53,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
     first, second = _summary(one), _summary(other)
     ignored = {*COSTS, *SURROUNDINGS}
     differences = _fields("summary.json", *({key: s[key] for key in s if key not in ignored} for s in (first, second)))
-    records = [[{key: r[key] for key in r if key not in COSTS} for r in read_metrics(folder)] for folder in (one, other)]
+    records = [[{key: r[key] for key in r if key not in COSTS} for r in logbook.read_metrics(folder)] for folder in (one, other)]
     for line, (a, b) in enumerate(itertools.zip_longest(*records, fillvalue={}), 1):
         differences += _fields(f"metrics.jsonl, line {line}", a, b)
     arrays, found = _compare_checkpoints(one, other)
@@ -88,7 +85,7 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
         missing = [key for key in (*SURROUNDINGS[:-1], "data_sha256") if key not in summary]
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and train with this --workdir, which writes it again") from None
     if missing:
         raise UserError(f"{path}: has no {missing[0]}, so that another version of vffjax wrote it; reproduce it with that one")
@@ -102,7 +99,7 @@ def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> list[str]
 
 def _compare_checkpoints(one: pathlib.Path, other: pathlib.Path) -> tuple[int, list[str]]:
     """The number of arrays that both runs have saved, and a line for each that differs."""
-    epochs, count, found = [Checkpoints(folder).epochs() for folder in (one, other)], 0, []
+    epochs, count, found = [checkpoint.Checkpoints(folder).epochs() for folder in (one, other)], 0, []
     if epochs[0] != epochs[1]:
         found.append(f"checkpoints: epochs {epochs[0]} then, {epochs[1]} now")
     for epoch in sorted(set(epochs[0]) & set(epochs[1])):

@@ -28,8 +28,7 @@ def opened(path: pathlib.Path | str, most_bytes: int) -> Iterator[dict[str, Tens
         UserError: the file cannot be opened, is damaged, or holds other things than tensors. The message names it.
     """
     if not str(path).endswith(WEIGHT_FILES):
-        kind = file_kinds.by_name(str(path))
-        what = f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file, nor PyTorch's"
+        what = f"{file_kinds.not_weights(str(path))}, nor PyTorch's"
         raise UserError(f"{path}: {what}; give one that vffjax export, torchvision or timm has written")
     if re.search(r"-\d{5}-of-\d{5}\.\w+$", str(path)):
         raise UserError(f"{path}: one of several files that together hold the weights; save them as one, and give that")

@@ -4,15 +4,13 @@ huggingface_hub downloads, caches and signs in. The file's SHA-256 is compared w
 one, with that. Put it into the address of a run that others are to repeat.
 """
 
-import dataclasses
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-from vffjax import file_kinds
+from vffjax import file_kinds, files
 from vffjax.config import HUB, WEIGHT_FILES
-from vffjax.errors import bad_key, notice, printable
-from vffjax.files import sha256_of
+from vffjax.errors import bad_key, notice, said
 
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _ADDRESS = re.compile(rf"{HUB}({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_NAME}(?:/{_NAME})*))?(?:#sha256=([0-9a-fA-F]{{64}}))?", re.ASCII)
@@ -29,8 +27,7 @@ _REFUSED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """A file on the Hub."""
 
     repository: str
@@ -47,10 +44,7 @@ class Address:
         repository, file, revision, sha256 = match.groups()
         file = file[1:] or f"model{WEIGHT_FILES[0]}"
         if not file.endswith(WEIGHT_FILES[0]):
-            kind = file_kinds.by_name(file)
-            raise bad_key(
-                "init_from", text, f"{kind}{', ' * bool(kind)}not a {WEIGHT_FILES[0]} file", "name one, or download and convert it"
-            )
+            raise bad_key("init_from", text, file_kinds.not_weights(file), "name one, or download and convert it")
         return cls(repository, file, revision, sha256 and sha256.lower())
 
 
@@ -79,7 +73,7 @@ def downloaded(text: str, most_bytes: int) -> str:
     try:
         about = hub.get_hf_file_metadata(hub.hf_hub_url(address.repository, address.file, revision=address.revision))
     except Exception as error:  # of huggingface_hub or of its HTTP library, which differs between versions
-        silent = f"the Hub does not answer ({type(error).__name__}: {printable(str(error), 200)})"
+        silent = f"the Hub does not answer ({said(error)})"
         if reason := _reason(error):
             raise bad_key("init_from", text, reason, "see its page on huggingface.co") from None
     if about and about.size and about.size > most_bytes:
@@ -89,7 +83,7 @@ def downloaded(text: str, most_bytes: int) -> str:
     try:
         path = hub.hf_hub_download(address.repository, address.file, revision=revision, local_files_only=about is None)
     except Exception as error:
-        problem = _reason(error) or silent or f"the download failed ({type(error).__name__}: {printable(str(error), 200)})"
+        problem = _reason(error) or silent or f"the download failed ({said(error)})"
         raise bad_key("init_from", text, problem, "connect, or download it elsewhere and give the file") from None
     _compare(text, address, path, about)
     return path
@@ -101,7 +95,7 @@ def _reason(error: Exception) -> str:
 
 def _compare(text: str, address: Address, path: str, about: Any) -> None:
     """Raises `UserError` if the file's SHA-256 is not the one that the Hub or the address states; else reports it on stderr."""
-    digest = sha256_of(path)
+    digest = files.sha256_of(path)
     stated = about.etag if about and _SHA256.fullmatch(about.etag or "") else None
     for expected, whose in ((stated, "the Hub"), (address.sha256, "its address")):
         if expected and expected != digest:

@@ -4,19 +4,18 @@ A file may come from anyone. So the sizes that its header claims are compared wi
 request, after its shape has been compared with the network's. No claim in a file makes us allocate more memory than that.
 """
 
-import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from vffjax import file_kinds
-from vffjax.errors import UserError, printable
+from vffjax.errors import UserError, printable, said
 
 # A thousand layers need less than 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
 MAX_HEADER = 2**21
@@ -25,8 +24,7 @@ FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 AGAIN = "download or export it again, or set config.init_from=''"
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor as a file's header describes it; `read` returns its content as float32, if its type is one of `FLOATS`."""
 
     dtype: str  # by safetensors' name, such as F32
@@ -63,7 +61,7 @@ def of_safetensors(path: pathlib.Path | str, file: IO[bytes]) -> dict[str, Tenso
             found[name] = Tensor(dtype, tuple(shape), functools.partial(_content, path, file, 8 + length + start, dtype, tuple(shape)))
             spans.append((start, end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: a damaged header ({type(error).__name__}: {printable(str(error), 200)}); {AGAIN}") from None
+        raise UserError(f"{path}: a damaged header ({said(error)}); {AGAIN}") from None
     total = sum(end - start for start, end in spans)
     if total != size - 8 - length:
         raise UserError(f"{path}: truncated or damaged: {size - 8 - length} bytes of tensors, not {total}; {AGAIN}")

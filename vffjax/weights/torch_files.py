@@ -86,9 +86,8 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
 
     def tensor(value: Any) -> Tensor:
         # A copy with bytes of its own, because an expanded tensor has fewer bytes than elements.
-        return Tensor(
-            names.get(value.dtype, str(value.dtype)), tuple(value.shape), lambda: np.array(value.to(torch.float32).numpy(force=True))
-        )
+        dtype = names.get(value.dtype, str(value.dtype))
+        return Tensor(dtype, tuple(value.shape), lambda: np.array(value.to(torch.float32).numpy(force=True)))
 
     return {name: tensor(value) for name, value in plain.items()}
 

@@ -103,14 +103,13 @@ def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.nd
     The last group's head becomes `fc` if it reads the mean over all positions, as torchvision's classifier does.
     """
     names, notes = _names(config, leaves), []
-    if not _sees_mean(config, leaves):
-        notes.append(f"fc is left out: {_other_inputs(config, leaves)}")
+    if why := _no_fc(config, leaves):
+        notes.append(why)
         for name in _FC:
             del names[name]
     heads = len({name.partition(".")[0] for name in leaves}) - 1
-    lost = [f"the head(s) of the first {heads} group(s)"] * (heads > 0) + ["the labelled copies' statistics"] * (
-        rules.norm_of(config) == "batch"
-    )
+    lost = [f"the head(s) of the first {heads} group(s)"] * (heads > 0)
+    lost += ["the labelled copies' statistics"] * (rules.norm_of(config) == "batch")
     if lost:
         notes.append(f"{' and '.join(lost)} have no name there; --names=vffjax keeps all")
     return {theirs: _to_theirs(np.asarray(leaves[ours], np.float32), ours) for theirs, ours in names.items()}, notes
@@ -119,7 +118,6 @@ def exported(config: Config, leaves: Mapping[str, Any]) -> tuple[dict[str, np.nd
 def _names(config: Config, leaves: Mapping[str, Any]) -> dict[str, str]:
     """Our name for each of torchvision's tensors, in the order of the layers; `fc` is the last group's head."""
     layers: dict[tuple[int, int], list[tuple[str, str]]] = {}
-    last = max(int(name.partition(".")[0][5:]) for name in leaves)
     for name in leaves:
         group, _, layer, *rest = name.split(".")
         if layer != "head":
@@ -129,7 +127,7 @@ def _names(config: Config, leaves: Mapping[str, Any]) -> dict[str, str]:
     found = {
         f"{prefix}{theirs}": name for prefix, key in zip(prefixes, sorted(layers), strict=True) for theirs, name in sorted(layers[key])
     }
-    return found | dict(zip(_FC, (f"group{last}.params.head.kernel", f"group{last}.params.head.bias"), strict=True))
+    return found | {f"fc.{theirs}": f"{_last(leaves)}.params.head.{ours}" for theirs, ours in (("weight", "kernel"), ("bias", "bias"))}
 
 
 def _their_shape(shape: tuple[int, ...], ours: str) -> tuple[int, ...]:
@@ -150,10 +148,14 @@ def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(array, shape).copy()  # statistics, the same for both streams
 
 
+def _last(leaves: Mapping[str, Any]) -> str:
+    """The last group."""
+    return max((name.partition(".")[0] for name in leaves), key=lambda group: int(group[5:]))
+
+
 def _head(leaves: Mapping[str, Any]) -> tuple[int, int]:
     """The numbers of inputs and of classes of the last group's head."""
-    last = max(int(name.partition(".")[0][5:]) for name in leaves)
-    return tuple(leaves[f"group{last}.params.head.kernel"].shape)
+    return tuple(leaves[f"{_last(leaves)}.params.head.kernel"].shape)
 
 
 def _blocks(config: Config) -> list[Block]:
@@ -162,16 +164,11 @@ def _blocks(config: Config) -> list[Block]:
     return blocks(config)
 
 
-def _width(config: Config) -> int:
-    return _blocks(config)[-1].width
-
-
-def _sees_mean(config: Config, leaves: Mapping[str, Any]) -> bool:
-    return _head(leaves)[0] == _width(config)
-
-
-def _other_inputs(config: Config, leaves: Mapping[str, Any]) -> str:
-    return f"the last head has {_head(leaves)[0]} inputs, not the {_width(config)} of a mean over all positions (config.head_grid=1)"
+def _no_fc(config: Config, leaves: Mapping[str, Any]) -> str:
+    """Why the last head cannot be `fc`, which reads the mean over all positions; empty if it can."""
+    inputs, width = _head(leaves)[0], _blocks(config)[-1].width
+    problem = f"the last head has {inputs} inputs, not the {width} of a mean over all positions (config.head_grid=1)"
+    return "" if inputs == width else f"fc is left out: {problem}"
 
 
 def _left_out(config: Config, leaves: Mapping[str, Any], here: Mapping[str, Tensor]) -> list[str]:
@@ -179,8 +176,8 @@ def _left_out(config: Config, leaves: Mapping[str, Any], here: Mapping[str, Tens
     classes = here["fc.weight"].shape[:1] if "fc.weight" in here else ()
     if not here.keys() & set(_FC):
         why = "fc is not there"
-    elif not _sees_mean(config, leaves):
-        why = f"fc is left out: {_other_inputs(config, leaves)}"
+    elif problem := _no_fc(config, leaves):
+        why = problem
     elif classes and classes[0] != _head(leaves)[1]:
         why = f"fc is left out: {classes[0]} classes, not {_head(leaves)[1]}"
     else:
@@ -212,12 +209,8 @@ def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[
     bottleneck = any(name.endswith(".conv3.weight") for name in here)
     for network, record in ((name, NETWORKS.find(name)) for name in NETWORKS.names):
         blocks = record.blocks(config) if record.blocks else []
-        if (
-            blocks
-            and record is not networks.find(config)
-            and names == {block.name for block in blocks}
-            and bottleneck == blocks[0].bottleneck
-        ):
+        alike = names == {block.name for block in blocks} and bottleneck == blocks[0].bottleneck if blocks else False
+        if alike and record is not networks.find(config):
             found["network"] = network
     first = here["conv1.weight"].shape if "conv1.weight" in here else ()
     if len(first) == 4:

@@ -10,36 +10,31 @@ import json
 import pathlib
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from vffjax import backend, networks
+from vffjax import files, networks
 from vffjax.config import HUB, WEIGHT_FILES, Config
 from vffjax.data import sizes_of
 from vffjax.errors import UserError, bad_key, printable
-from vffjax.files import replace_file
-from vffjax.networks.groups import layer_sizes
+from vffjax.networks.groups import GroupState, States, layer_sizes
 from vffjax.paths import local
 from vffjax.registry import NETWORKS
-from vffjax.training.plan import groups_of
-from vffjax.weights import hub
-from vffjax.weights.formats import opened
+from vffjax.training.checks import plan_before_data
+from vffjax.training.plan import Plan, abstract_start, groups_of
+from vffjax.weights import formats, hub, torchvision
 from vffjax.weights.tensor_files import AGAIN, Tensor
-
-if TYPE_CHECKING:
-    from vffjax.networks.groups import GroupState
-    from vffjax.training.plan import Plan
 
 _KINDS = ("params", "batch_stats")
 FORMAT = "vffjax weights 1"
 _OTHER = "give weights of this network, as vffjax export writes them, or set config.init_from=''"
 
 
-def write_weights(
-    path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...], about: Mapping[str, Any], names: str = "auto"
-) -> list[str]:
+def write_weights(path: pathlib.Path | str, plan: Plan, states: States, about: Mapping[str, Any], names: str = "auto") -> list[str]:
     """Writes the parameters and batch statistics of all groups to a safetensors file, as float32.
 
     Equal weights give equal bytes. An existing file is replaced in one step.
@@ -58,8 +53,6 @@ def write_weights(
         UserError: torchvision has no names for this network.
         OSError: the file cannot be written.
     """
-    from vffjax.weights import torchvision as pretrained  # not at the top: it imports JAX
-
     config = plan.config
     nameless = f"there is no {config.network}" if networks.find(config).blocks is None else ""
     nameless = nameless or ("no norm=layer" if config.norm == "layer" else "")
@@ -70,13 +63,13 @@ def write_weights(
     if theirs:
         network = _with_rule_of(leaves, ())
         notes = ["the rule's own parameters have no name there; --names=vffjax keeps them"] * (len(network) < len(leaves))
-        leaves, others = pretrained.exported(config, network)
+        leaves, others = torchvision.exported(config, network)
         notes = others + notes
     _write(path, config, leaves, "torchvision" if theirs else "vffjax", about)
     return notes
 
 
-def write_group(path: pathlib.Path | str, plan: "Plan", group: int, state: "GroupState", about: Mapping[str, Any]) -> None:
+def write_group(path: pathlib.Path | str, plan: Plan, group: int, state: GroupState, about: Mapping[str, Any]) -> None:
     """Writes one group alone, by our names, and else as `write_weights`. A run that starts from it takes other groups from its seed."""
     _write(path, plan.config, _float32((state,), group), "vffjax", {**about, "group": group})
 
@@ -85,10 +78,10 @@ def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarr
     network = {key: getattr(config, key) for key in ("network", *networks.find(config).keys, "norm", "grouping")}
     described = {"format": FORMAT, "names": names, "network": network, **about}
     # One metadata entry, because safetensors writes several of them in random order.
-    replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
+    files.replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
 
 
-def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupState", ...]) -> tuple[tuple["GroupState", ...], list[str]]:
+def read_weights(path: pathlib.Path | str, plan: Plan, states: States) -> tuple[States, list[str]]:
     """Puts the parameters and statistics of a file into the groups of a run that starts from it.
 
     By our names, the file holds all groups or some, each of them whole, and every number is taken to the bit. A ResNet is also read by the
@@ -107,16 +100,11 @@ def read_weights(path: pathlib.Path | str, plan: "Plan", states: tuple["GroupSta
         UserError: the file is not sound, or a tensor is missing, belongs to another network, has another shape or type, is not finite, or
             is a negative variance. The message names the file and the tensor.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from vffjax.weights import torchvision as pretrained
-
     leaves, config = _named(states), plan.config
     with _opened(path, config) as found:
         theirs = networks.find(config).blocks and not any(re.match(r"group\d+\.", name) for name in found)
         leaves, found, notes = _matched(leaves, found)
-        arrays, others = (pretrained.imported if theirs else _own)(path, config, leaves, found)
+        arrays, others = (torchvision.imported if theirs else _own)(path, config, leaves, found)
 
     def taken(name: str, leaf: Any) -> Any:
         return jnp.asarray(arrays[name], leaf.dtype) if name in arrays else leaf
@@ -166,18 +154,10 @@ def check_start(config: Config) -> None:
     """Raises `UserError` if a run of `config` could not start from config.init_from. No data are read and nothing is compiled."""
     if config.init_from:
         path = local_file(config)
-        with _opened(path, config):  # a bad header is found without importing JAX, which takes seconds
+        with _opened(path, config):  # a bad header is found at once
             pass
-        backend.start()
-        import jax
-
-        from vffjax.data.load import split_sizes
-        from vffjax.training.checks import plan_of
-        from vffjax.training.plan import init_states
-
-        sizes = sizes_of(config)
-        plan = plan_of(config, split_sizes(config, sizes.train_images)[0], sizes.image_shape, sizes.classes)
-        read_weights(path, plan, jax.eval_shape(lambda: init_states(plan, sizes.image_shape)))
+        plan, sizes = plan_before_data(config)
+        read_weights(path, plan, abstract_start(plan, sizes.image_shape)[1])
 
 
 def local_file(config: Config) -> str:
@@ -197,23 +177,21 @@ def _opened(path: pathlib.Path | str, config: Config) -> Any:
     if str(path).endswith(WEIGHT_FILES[1:]) and networks.find(config).blocks is None:
         able = ", ".join(name for name in NETWORKS.names if NETWORKS.find(name).blocks)
         raise UserError(f"{path}: PyTorch's files are read for {able}; give a {WEIGHT_FILES[0]} file by vffjax export")
-    return opened(path, _most_bytes(config))
+    return formats.opened(path, _most_bytes(config))
 
 
-def _weights(state: "GroupState") -> dict[str, Any]:
+def _weights(state: GroupState) -> dict[str, Any]:
     """What a file holds of a group."""
     return {kind: getattr(state, kind) for kind in _KINDS}
 
 
-def _named(states: tuple["GroupState", ...], first: int = 0) -> dict[str, Any]:
+def _named(states: States, first: int = 0) -> dict[str, Any]:
     """Every leaf of parameters and statistics by its name in a file; `first` is the number of the first group."""
-    import jax
-
     paths = (path for i, state in enumerate(states, first) for path in jax.tree.leaves_with_path({f"group{i}": _weights(state)}))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
-def _float32(states: tuple["GroupState", ...], first: int = 0) -> dict[str, np.ndarray]:
+def _float32(states: States, first: int = 0) -> dict[str, np.ndarray]:
     return {name: np.array(leaf, np.float32, order="C") for name, leaf in _named(states, first).items()}
 
 

@@ -5,16 +5,13 @@ The errors are in percent, of each group and of the voting ensemble.
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 
-from vffjax import backend
-from vffjax.cli.flags import parse_train, ready
-from vffjax.cli.options import a_path, give, naming_files, new_file, parser_of
+from vffjax import backend, files
+from vffjax.cli import flags, options
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key, printable
-from vffjax.files import read_bytes, write_json
 
 USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
                        [--inference heads|sweep|rule|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
@@ -33,16 +30,16 @@ def run(arguments: list[str]) -> None:
 
     early = early_exit.Wanted(a.threshold, a.exits or "voting", a.curve is not None)
     if config:
-        with naming_files(pathlib.Path(config.init_from), "--config.init_from"):
-            found = evaluation.evaluate_start(ready(config), a.inference, early, a.views)
+        with options.naming_files(pathlib.Path(config.init_from), "--config.init_from"):
+            found = evaluation.evaluate_start(flags.ready(config), a.inference, early, a.views)
     else:
-        with naming_files(a.workdir):
+        with options.naming_files(a.workdir):
             found = evaluation.evaluate(a.workdir, a.inference, a.epoch, a.data_dir, True, early, a.other_data, a.views)
     if a.curve:
         from vffjax.runs.plots import plot_exits
 
-        with naming_files(a.curve, "--curve"):
-            write_json(a.curve, found)
+        with options.naming_files(a.curve, "--curve"):
+            files.write_json(a.curve, found)
             plot_exits(a.curve.with_suffix(".png"), found)
         del found["curve"]
     lines = [] if found.get("own_data", True) else ["evaluated on other data than the run's own"]
@@ -53,12 +50,12 @@ def run(arguments: list[str]) -> None:
             lines.append(f"{split:4s} error {found[f'{split}_error']:.2f} %   {groups}")
     if "threshold" in found:
         lines.append(early_exit.text(found))
-    give(a, found, "\n".join(lines))
+    options.give(a, found, "\n".join(lines))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("evaluate", __doc__, "--epoch", "--data_dir", "--json", "--code", usage=USAGE)
-    parser.add_argument("--workdir", type=a_path, help="folder of the run; or in its place a configuration:")
+    parser = options.parser_of("evaluate", __doc__, "--epoch", "--data_dir", "--json", "--code", usage=USAGE)
+    parser.add_argument("--workdir", type=options.a_path, help="folder of the run; or in its place a configuration:")
     weights = "a configuration as for train, whose --config.init_from names weights that were not trained here"
     parser.add_argument("--config", metavar="FILE", help=weights)
     ways = "how to classify; early_exit: by the heads, where an image leaves at the first head that is sure; default: as configured"
@@ -90,7 +87,7 @@ def _start_of(a: argparse.Namespace, rest: list[str]) -> Config | None:
         raise UserError("--other_data: a configuration names its data itself; leave it out, or give a --workdir")
     if a.epoch != "best":
         raise UserError(f"--epoch={a.epoch}: nothing has been trained; leave it out, or give a --workdir")
-    config = parse_train(["--config", a.config, *rest])[0]
+    config = flags.parse_train(["--config", a.config, *rest])[0]
     if not config.init_from:
         raise bad_key("init_from", "", "without it the weights are random", "give --config.init_from=FILE, or a --workdir")
     return dataclasses.replace(config, data_dir=a.data_dir or config.data_dir)
@@ -108,16 +105,9 @@ def _a_threshold(text: str) -> float:
 
 def _a_curve(text: str) -> pathlib.Path:
     """The value of --curve: a .json file that can be written, and so can the .png beside it."""
-    path = new_file("--curve", text, ".json")
+    path = options.new_file("--curve", text, ".json")
     # A run's config.json has that suffix too, and its features.png.
     for there in (path, path.with_suffix(".png")):
-        if os.path.lexists(there) and not _is_curve(path):
+        if os.path.lexists(there) and not files.holds(path, "curve", most=MAX_CURVE):
             raise UserError(f"--curve={text}: {there} exists and is not of a curve; give another .json file")
     return path
-
-
-def _is_curve(path: pathlib.Path) -> bool:
-    try:
-        return "curve" in json.loads(read_bytes(path, MAX_CURVE))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False

@@ -4,23 +4,18 @@ The proof is confirmed numerically on random images, and what each group learns 
 crosses. Nothing is trained and no data set is read.
 """
 
-from vffjax.cli.flags import parse_with_config, ready
-from vffjax.cli.options import give, parser_of
-
-USAGE = """vffjax locality --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--structure] [--json] [--out FILE.json]
-
---config and --config.KEY=VALUE are those of train; see vffjax train --help."""
+from vffjax.cli import flags, options
 
 
 def run(arguments: list[str]) -> int:
-    parser = parser_of("locality", __doc__, "--json", "--out", usage=USAGE)
+    parser = options.parser_with_config("locality", __doc__, "[--structure]")
     parser.add_argument("--structure", action="store_true", help="prove it on the traced program only; nothing is compiled or computed")
-    a, config, name = parse_with_config(parser, arguments)
-    config = ready(config)
+    a, config, name = flags.parse_with_config(parser, arguments)
+    config = flags.ready(config)
     import jax
 
     from vffjax.proofs import locality
 
     certificate = locality.certify(config, numeric=not a.structure)
-    give(a, {"config": name, "jax": jax.__version__} | certificate, f"{name}: {locality.text(certificate)}")
+    options.give(a, {"config": name, "jax": jax.__version__} | certificate, f"{name}: {locality.text(certificate)}")
     return 0 if certificate["local"] else 1

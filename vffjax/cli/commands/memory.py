@@ -7,27 +7,21 @@ is read.
 
 import sys
 
-from vffjax.cli.flags import parse_with_config, ready
-from vffjax.cli.options import give, parser_of, whole_numbers
+from vffjax.cli import flags, options
 from vffjax.config import MAX_LAYERS
 from vffjax.errors import notice
 
-USAGE = """vffjax memory --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--depths 2,4,8] [--batches 128,512]
-                     [--target here|cpu|tpu] [--json] [--out FILE.json]
-
---config and --config.KEY=VALUE are those of train; see vffjax train --help."""
-
 
 def run(arguments: list[str]) -> None:
-    parser = parser_of("memory", __doc__, "--json", "--out", usage=USAGE)
+    parser = options.parser_with_config("memory", __doc__, "[--depths 2,4,8] [--batches 128,512] [--target here|cpu|tpu]")
     depths = "numbers of layers to measure, each layer a group of the first width, without pooling; default: the configured network"
     parser.add_argument("--depths", default="", metavar="N,N", help=depths)
     parser.add_argument("--batches", default="", metavar="N,N", help="numbers of images in a step; default: config.batch_size")
     target = "here, the default: JAX's first device; cpu; tpu: a TPU v5e, which need not be there: pip install -e '.[tpu-compiler]'"
     parser.add_argument("--target", default="here", help=target)
-    a, config, name = parse_with_config(parser, arguments)
-    wanted = whole_numbers("--depths", a.depths, MAX_LAYERS), whole_numbers("--batches", a.batches)
-    config = ready(config)
+    a, config, name = flags.parse_with_config(parser, arguments)
+    wanted = options.whole_numbers("--depths", a.depths, MAX_LAYERS), options.whole_numbers("--batches", a.batches)
+    config = flags.ready(config)
     import jax
 
     from vffjax.costs import ledger, memory, targets
@@ -40,4 +34,4 @@ def run(arguments: list[str]) -> None:
         rows.append(memory.measure(case, device))
     ledger.compare(rows)
     text = ledger.table(rows) if network["own"] else f"network: {network['measured']}\n{ledger.table(rows)}"
-    give(a, {"config": name, "network": network, "target": a.target, "jax": jax.__version__, "rows": rows}, text)
+    options.give(a, {"config": name, "network": network, "target": a.target, "jax": jax.__version__, "rows": rows}, text)

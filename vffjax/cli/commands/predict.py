@@ -6,17 +6,16 @@ short side is resized to the network's input, and the middle is cut out. A note 
 
 import functools
 
-from vffjax import backend
+from vffjax import backend, paths
 from vffjax.cli.options import a_count, a_path, give, naming_files, parser_of
 from vffjax.errors import notice, printable
-from vffjax.paths import local
 
 
 def run(arguments: list[str]) -> None:
     parser = parser_of("predict", __doc__, "--epoch", "--json", "--code")
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     parser.add_argument("--top", type=a_count, default=3, help="number of classes shown; default: 3")
-    parser.add_argument("images", nargs="+", type=functools.partial(local, named="IMAGE"), metavar="IMAGE", help="PNG or JPEG file")
+    parser.add_argument("images", nargs="+", type=functools.partial(paths.local, named="IMAGE"), metavar="IMAGE", help="PNG or JPEG file")
     a = parser.parse_args(arguments)
     backend.start()
     from vffjax.uses import prediction

@@ -6,9 +6,8 @@ The exit status is 1 if anything differs.
 import pathlib
 import tempfile
 
-from vffjax import backend
+from vffjax import backend, paths
 from vffjax.cli.options import a_path, give, naming_files, parser_of
-from vffjax.paths import check_run_folder
 from vffjax.runs.termination import Terminated
 
 
@@ -22,7 +21,7 @@ def run(arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="vffjax-") as scratch, naming_files(a.into or pathlib.Path(scratch), "--into"):
         if a.into is None:
-            check_run_folder(scratch, "TMPDIR")
+            paths.check_run_folder(scratch, "TMPDIR")
         try:
             found = reproduction.reproduce(a.workdir, a.into or pathlib.Path(scratch), a.data_dir)
         except Terminated as leave:
@@ -34,5 +33,5 @@ def run(arguments: list[str]) -> int:
 def a_run_folder(text: str) -> pathlib.Path:
     """The value of --into: a folder in which a run can be trained."""
     path = a_path(text)
-    check_run_folder(path, "--into")
+    paths.check_run_folder(path, "--into")
     return path

@@ -1,18 +1,6 @@
-"""Trains a network by a configuration; python train.py does the same."""
+"""Trains a network by a configuration; python train.py does the same.
 
-import contextlib
-import json
-import os
-import pathlib
-from typing import Any
-
-from vffjax.cli.flags import describe_keys, parse_train, ready
-from vffjax.cli.options import naming_files
-from vffjax.config import CHANGEABLE, FIELDS, Config
-from vffjax.errors import UserError
-from vffjax.files import sha256
-
-USAGE = """usage: python train.py --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR]
+usage: python train.py --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR]
 
 Trains the network of a configuration file, group by group, without back-propagation across groups. The same command
 with the same workdir continues where it stopped. The workdir gets config.json, metrics.jsonl, checkpoints/, summary.json
@@ -26,16 +14,27 @@ with the same workdir continues where it stopped. The workdir gets config.json, 
 The keys and their defaults:
 """
 
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from vffjax.cli import flags, options
+from vffjax.config import CHANGEABLE, FIELDS, Config
+from vffjax.errors import UserError
+from vffjax.files import sha256
+
 
 def run(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE + describe_keys())
+        print((__doc__ or "").partition("\n\n")[2] + flags.describe_keys())
         return
-    config, name, workdir = parse_train(arguments)
+    config, name, workdir = flags.parse_train(arguments)
     identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
     folder = pathlib.Path(workdir or f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
-    with naming_files(folder):
-        config = ready(config)
+    with options.naming_files(folder):
+        config = flags.ready(config)
         from vffjax.runs import experiment
         from vffjax.weights import weights
 
