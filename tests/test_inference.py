@@ -1,5 +1,7 @@
 """Inference: scores by heads and by sweep against a slow loop, padding of batches, ensembles and the choice of voters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +126,19 @@ def test_among_sets_of_equal_error_and_size_the_later_votes():
 def test_of_many_groups_only_runs_of_last_ones_are_tried():
     assert choose_voting(scores_of(1, -5, -5, -5, -5, -5, 1), LABEL) == (6,)  # the best of all sets would be (0, 6)
     assert choose_voting(scores_of(-5, -5, -5, -5, 1, 1, 1), LABEL) == (4, 5, 6)
+
+
+def test_scores_of_several_views_are_their_mean():
+    run = small_run(config_of(**MLP))
+    images = np.asarray(run.data.images)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    views = [images, padded[:, :-2, :-2], padded[:, 2:, 2:]]
+    views += [view[:, :, ::-1] for view in views]
+
+    def scores(which, given):
+        plan = dataclasses.replace(run.plan, config=dataclasses.replace(run.plan.config, views=which))
+        return np.asarray(make_scores(plan, "heads")(run.task, run.states, jnp.asarray(given)), np.float64)
+
+    np.testing.assert_allclose(scores("six", images), np.mean([scores("one", view) for view in views], axis=0), rtol=1e-4, atol=1e-5)
+    both = np.mean([scores("one", view) for view in views[::3]], axis=0)
+    np.testing.assert_allclose(scores("mirror", images), both, rtol=1e-4, atol=1e-5)

@@ -153,3 +153,19 @@ def test_a_sweep_tells_labels_as_training_does(rule, batch):
         told = run.plan.rule.told(run.task, images[row : row + 1], labels[row])
         np.testing.assert_allclose(told[0], streams.copies[row], rtol=1e-6)
     np.testing.assert_array_equal(run.plan.rule.shown(run.task, images), streams.clean)
+
+
+@pytest.mark.parametrize("cell", [2, 3, 4])
+def test_noise_on_a_grid_has_the_scale_asked_and_is_smooth(key, cell):
+    codebook = np.asarray(labelling.make_codebook(key, 20, (12, 12, 3), 3.0, cell))
+    assert codebook.shape == (20, 12, 12, 3)
+    np.testing.assert_allclose(codebook.std(axis=(1, 2, 3)), 3, rtol=1e-5)
+    white = np.asarray(labelling.make_codebook(key, 20, (12, 12, 3), 3.0))
+
+    def correlation(noise):
+        return np.corrcoef(noise[:, 1:].ravel(), noise[:, :-1].ravel())[0, 1]
+
+    assert abs(correlation(white)) < 0.1
+    assert correlation(codebook) > 0.5
+    labels = np.corrcoef(codebook.reshape(20, -1)) - np.eye(20)
+    assert np.abs(labels).max() < 0.9

@@ -223,3 +223,37 @@ def test_mean_pool_to_grid_is_the_mean_of_whole_cells(cells):
     assert out.shape == (2, min(cells, 7), min(cells, 4), 3)
     for row, image in zip(out, x, strict=True):
         np.testing.assert_allclose(row, oracles.pool_to_grid(image, cells), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer", "none"])
+def test_gelu_follows_the_normalisation_and_pooling_follows_gelu(kind, streams):
+    x = jnp.asarray(streams, jnp.float32)
+    parts = {name: ConvLayer(5, pool=pool, norm=kind, activation=name) for name, pool in (("gelu", 2), ("relu", 1))}
+    variables = variables_of(parts["gelu"], x[:1], 1)
+    shift = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + 100 * (path[-1].key == "bias"), variables)
+    z = np.asarray(parts["relu"].apply(shift, x, CLEAN, False), np.float64) - 100  # ReLU passes everything
+    gelu = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    wanted = gelu[:, :2].reshape(CLEAN + COPIES, 1, 2, 2, 2, 5).max(axis=(2, 4))
+    np.testing.assert_allclose(parts["gelu"].apply(variables, x, CLEAN, False), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_without_scales_is_one_with_scales_of_one(streams):
+    x = jnp.asarray(streams, jnp.float32)
+    bare, full = Norm("batch", relu=True, scaled=False), Norm("batch", relu=True)
+    variables = variables_of(bare, x[:1])
+    assert list(variables["params"]) == ["bias"]
+    ones = variables | {"params": variables["params"] | {"scale": jnp.ones(SHAPE[-1])}}
+    for train in (True, False):
+        results = [module.apply(given, x, CLEAN, train, mutable=["batch_stats"]) for module, given in ((bare, variables), (full, ones))]
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize("width", [2, 5])
+def test_a_kernel_that_starts_like_the_identity_passes_the_first_channels_on(width, streams):
+    x = jnp.asarray(np.abs(streams), jnp.float32)
+    layer = ConvLayer(width, norm="none", initialisation="identity")
+    out = layer.apply(layer.init(jax.random.key(0), x[:1], 1, False), x, CLEAN, False)
+    np.testing.assert_array_equal(out[..., :2], x[..., :width])
+    others = layer.init(jax.random.key(0), x[:1], 1, False)["params"]["kernel"][..., 2:]
+    he = ConvLayer(width, norm="none").init(jax.random.key(0), x[:1], 1, False)["params"]["kernel"][..., 2:]
+    np.testing.assert_array_equal(others, he)

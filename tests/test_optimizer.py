@@ -97,3 +97,22 @@ def test_clipping_bounds_the_norm_of_the_whole_groups_gradient():
         after = updates_of(config, [jax.tree.map(lambda g, s=scale: s * g, gradient)], zero)[0]
         np.testing.assert_allclose(after["a"], [-0.6 * norm, 0], rtol=1e-5)
         np.testing.assert_allclose(after["b"], [[-0.8 * norm]], rtol=1e-5)
+
+
+def test_the_rate_may_decay_along_a_line():
+    config = config_of(learning_rate=0.4, epochs=4, warmup_epochs=1.0, decay="linear")
+    rates = [in_epoch(config, 1, 5, epoch).learning_rate[:, 0] for epoch in range(4)]
+    np.testing.assert_allclose(np.concatenate(rates), [0.4 * t / 5 if t < 5 else 0.4 * (1 - (t - 5) / 15) for t in range(20)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_biases_of_layers_have_a_rate_of_their_own(optimizer):
+    params = {"layers_0": {"kernel": jnp.ones((2, 2)), "norm": {"bias": jnp.ones(2), "scale": jnp.ones(2)}}, "head": {"bias": jnp.ones(2)}}
+    gradient = jax.tree.map(lambda p: 0.3 * p, params)
+    base, own = (
+        dict(leaves(jax.tree.map(lambda new, old: new - old, updates_of(config, [gradient], params)[0], params)))
+        for config in (config_of(optimizer=optimizer), config_of(optimizer=optimizer, bias_rate=8.0))
+    )
+    for name, moved in own.items():
+        factor = 8 if "layers_0" in name and "bias" in name else 1
+        np.testing.assert_allclose(moved, factor * base[name], rtol=1e-3)
