@@ -116,3 +116,32 @@ def test_biases_of_layers_have_a_rate_of_their_own(optimizer):
     for name, moved in own.items():
         factor = 8 if "layers_0" in name and "bias" in name else 1
         np.testing.assert_allclose(moved, factor * base[name], rtol=1e-3)
+
+
+def test_muon_takes_orthogonal_steps_of_kernels_and_those_of_nadam_of_the_rest():
+    """Kernels against a slow version of Muon (K. Jordan, 2024): Nesterov momentum, five Newton-Schulz steps, and AdamW's size."""
+    rng = np.random.default_rng(0)
+    shapes = {"layers_0": {"kernel": (3, 3, 2, 5), "norm": {"bias": (5,)}}, "head": {"kernel": (7, 3)}}
+    draw = lambda: jax.tree.map(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple)  # noqa: E731
+    params, gradients = draw(), [draw() for _ in range(3)]
+    config = config_of(optimizer="muon", momentum=0.6, learning_rate=0.02, weight_decay=0.1)
+    found = updates_of(config, gradients, params)
+    kernel, moment = np.asarray(params["layers_0"]["kernel"], np.float64).reshape(18, 5), np.zeros((18, 5))
+    for step, gradient in enumerate(gradients):
+        g = np.asarray(gradient["layers_0"]["kernel"], np.float64).reshape(18, 5)
+        moment = 0.6 * moment + 0.4 * g
+        x = 0.6 * moment / (1 - 0.6 ** (step + 2)) + 0.4 * g / (1 - 0.6 ** (step + 1))
+        x = x.T / np.linalg.norm(x)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        kernel = kernel - in_epoch(config, 1, 5, 0).learning_rate[step, 0] * (0.2 * np.sqrt(18) * x.T + 0.1 * kernel)
+        np.testing.assert_allclose(found[step]["layers_0"]["kernel"].reshape(18, 5), kernel, rtol=1e-3, atol=1e-4)
+    rates, (first, second) = in_epoch(config, 1, 5, 0).learning_rate[:, 0], np.zeros((2, 7, 3))
+    head = np.asarray(params["head"]["kernel"], np.float64)
+    for step, gradient in enumerate(gradients):
+        g = np.asarray(gradient["head"]["kernel"], np.float64)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+        ahead = 0.9 * first / (1 - 0.9 ** (step + 2)) + 0.1 * g / (1 - 0.9 ** (step + 1))
+        head = head - rates[step] * ahead / (np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8)
+        np.testing.assert_allclose(found[step]["head"]["kernel"], head, rtol=1e-3, atol=1e-5)

@@ -1,10 +1,14 @@
-"""The optimizer of each group: gradient clipping, AdamW or Nesterov SGD, decoupled decay of kernels, and a rate of their own for biases."""
+"""The optimizer of each group: AdamW, Nesterov SGD or Muon.
+
+Gradients may be clipped, kernels decay apart from their gradients, and biases may have a rate of their own.
+"""
 
 from typing import Any
 
 import flax
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from vffjax.config import Config
 from vffjax.errors import chosen
@@ -35,7 +39,13 @@ def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False)
     def adamw() -> optax.GradientTransformation:
         return optax.chain(clip, optax.adamw(hyper.learning_rate, weight_decay=hyper.weight_decay, mask=kernels))
 
-    optimizer = _with_bias_rate(chosen("optimizer", config.optimizer, {"adamw": adamw, "sgd": sgd})(), hyper.bias_rate)
+    def muon() -> optax.GradientTransformation:
+        # An update has the root mean square of AdamW's, so that both take the same learning rates (Liu et al., 2025, arXiv:2502.16982).
+        rates = {"learning_rate": hyper.learning_rate, "weight_decay": hyper.weight_decay, "beta": hyper.momentum}
+        return optax.chain(clip, optax.contrib.muon(**rates, muon_weight_dimension_numbers=_kernels_of_layers, consistent_rms=0.2))
+
+    kinds = {"adamw": adamw, "sgd": sgd, "muon": muon}
+    optimizer = _with_bias_rate(chosen("optimizer", config.optimizer, kinds)(), hyper.bias_rate)
     if not frozen and not config.whitening:
         return optimizer
 
@@ -45,6 +55,16 @@ def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False)
         return flax.traverse_util.path_aware_map(lambda path, _: "frozen" if FIXED in path else "learns", params)
 
     return optax.partition({"learns": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _kernels_of_layers(params: Any) -> Any:
+    """For each kernel of a layer, that it is a matrix from all its axes but the last one to the last one; None for other parameters."""
+
+    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        axes = getattr(leaf, "ndim", 0)
+        return MuonDimensionNumbers(tuple(range(axes - 1)), axes - 1) if axes > 1 and path[0].startswith("layers_") else None
+
+    return flax.traverse_util.path_aware_map(dimensions, params)
 
 
 def _with_bias_rate(optimizer: optax.GradientTransformation, bias_rate: Any) -> optax.GradientTransformation:
