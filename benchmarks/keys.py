@@ -135,7 +135,7 @@ PEER = Known(
     "the PyTorch contenders",
     obeyed=(
         *("seed", "dataset", "flip", "crop_padding", "cutout", "pixel_statistics", "widths", "pools", "width_factor", "head_grid"),
-        *("noise_scale", "similarity", "margin", "temperature", "head_weight", "label_smoothing", "epochs", "batch_size", "optimizer"),
+        *("noise_scale", "similarity", "margin", "temperature", "head_weight", "label_smoothing", "epochs", "batch_size"),
         *("learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides", "precision"),
     ),
     immaterial=(
@@ -144,7 +144,7 @@ PEER = Known(
         # These belong to labellings and rules that the peers do not have.
         *("copies_per_class", "goodness_threshold", "peer_normalisation"),
         # Nothing is classified, and nothing is saved.
-        *("inference", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+        *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _pools_first),
@@ -155,6 +155,7 @@ PEER = Known(
         "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the batch's statistics", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
+        "optimizer": Only(("adamw", "sgd"), "the PyTorch contenders have no such optimizer", "use adamw or sgd"),
         "rule": Only(
             (), "the PyTorch contenders have no such rule", "use rule=vff or rule=head", lambda c: not (_is_vff(c) or head_alone(c))
         ),

@@ -56,6 +56,8 @@ FREE = {
     "cutout": st.integers(0, 4),
     "head_grid": st.integers(1, 5),
     "noise_scale": between(0, 50),
+    "noise_cell": st.integers(1, 4),
+    "bias_rate": between(0, 10),
     "copies_per_class": st.integers(1, 3),
     "margin": between(-2, 2),
     "temperature": between(0.0001220703125, 10),
@@ -107,12 +109,14 @@ def valid(draw):
         elif isinstance(field.default, bool):
             raw[key] = draw(st.booleans())
     # Published networks are too large for a property; frozen statistics need a file, ImageNet's pixels colours.
-    raw |= {"network": draw(st.sampled_from(["mlp", "conv4", "conv"])), "stem": "cifar"}
+    raw |= {"network": draw(st.sampled_from(["mlp", "conv4", "conv", "cifarnet"])), "stem": "cifar"}
     raw |= {"norm_statistics": "batch", "pixel_statistics": "data"}
+    raw["whitening"] = 0 if raw["network"] == "mlp" else draw(st.integers(0, 2))
     count = 4 if raw["network"] == "conv4" else draw(st.integers(1, 4))
     raw["widths"] = draw(st.tuples(*[st.integers(1, 6)] * count))
-    pools = st.tuples(*[st.integers(1, 3)] * count).filter(lambda pools: np.prod(pools) <= 8)
-    raw["pools"] = draw(pools) if raw["network"] != "mlp" else (1, 2, 1, 2)
+    raw["widths"] = raw["widths"][:2] if raw["network"] == "cifarnet" else raw["widths"]
+    pools = st.tuples(*[st.integers(1, 3)] * count).filter(lambda pools: np.prod(pools) <= 7)
+    raw["pools"] = draw(pools) if raw["network"] in ("conv", "conv4") else (1, 2, 1, 2)
     raw["warmup_epochs"] = draw(between(0, raw["epochs"]))
     raw["rule"] = draw(st.sampled_from([name for name in RECORDS if fits(name, raw["widths"], CLASSES)]))
     rule = RECORDS[raw["rule"]]
@@ -137,7 +141,12 @@ def valid(draw):
 
 
 def back_propagates(config):
-    return config.grouping == "all" and len(config.widths) > 1
+    return config.grouping == "all" and len(widths_of(config)) > 1
+
+
+def widths_of(config):
+    """Of the layers that learn."""
+    return tuple(width for width in config.widths for _ in range(2 if config.network == "cifarnet" else 1))
 
 
 @pytest.mark.slow
@@ -151,8 +160,8 @@ def test_a_valid_configuration_is_accepted_survives_json_and_builds(raw):
     hypothesis.assume(fits(config.rule, config.widths, sizes.classes))
     plan = make_plan(config, split_sizes(config, sizes.train_images)[0], sizes.classes)
     check_against_data(plan, split_sizes(config, sizes.train_images)[0], sizes.image_shape)
-    assert tuple(layer.width for group in plan.groups for layer in group.module.layers) == config.widths
-    assert config.grouping in ("width", "block") or len(plan.groups) == (1 if config.grouping == "all" else len(config.widths))
+    assert tuple(layer.width for group in plan.groups for layer in group.module.layers if layer.learns) == widths_of(config)
+    assert config.grouping in ("width", "block") or len(plan.groups) == (1 if config.grouping == "all" else len(widths_of(config)))
     for group, override in config.overrides.items():
         assert {key: getattr(for_group(config, int(group[5:])), key) for key in override} == override
 
