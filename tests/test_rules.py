@@ -199,6 +199,24 @@ def test_supcon_and_its_gradients_equal_the_definition(labels, shape, temperatur
     assert_finite(found, rows, {"kernel": kernel})
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.6])
+@pytest.mark.parametrize("shape", [(5, 3, 2), (7,)], ids=str)
+def test_vff_supcon_and_its_gradients_equal_the_definition(shape, weight):
+    config = config_of(rule="vff_supcon", temperature=0.3, margin=0.1, rule_options={"dimensions": 3, "cells": 2, "weight": weight})
+    copy_labels = np.arange(CLASSES)
+    found, rows = loss_of(config, LABELS, copy_labels), random(8, len(LABELS) + CLASSES, *shape)
+    kernel = random(9, shape[0] if len(shape) == 1 else 4 * shape[2], 3)
+    n = len(LABELS)
+
+    def oracle(z, w):
+        each = [oracles.in_batch(z[i], LABELS[i], z[n:], copy_labels, "grid", 0.1, 0.3) for i in range(n)]
+        return np.mean(each) + weight * supcon_oracle(z[:n], w, LABELS, 2, 0.3)
+
+    assert_is(found, oracle, rows, kernel)
+    metrics = found(rows, {"kernel": kernel})[1]
+    np.testing.assert_allclose(metrics["cscl"] + weight * metrics["supcon"], oracle(rows, kernel), rtol=2e-5)
+
+
 def test_supcon_of_one_image_is_zero():
     value, _, of_rows, of_params = loss_of(config_of(rule="supcon"), LABELS[:1])(random(8, 1, 7), {"kernel": random(9, 7, 3)})
     assert value == 0
@@ -261,6 +279,7 @@ KERNELS = {
     ("supcon", (5, 4, 6)): (2 * 2 * 6, 128),
     ("supcon", (1, 4, 6)): (1 * 2 * 6, 128),
     ("supcon", (7,)): (7, 128),
+    ("vff_supcon", (5, 4, 6)): (2 * 2 * 6, 128),
 }
 
 
