@@ -155,6 +155,13 @@ PEER = Known(
         "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the batch's statistics", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
+        "whitening": Only((0,), "the PyTorch contenders have no whitening layer", "use whitening=0"),
+        "activation": Only(("relu",), "the PyTorch contenders have ReLU", "use relu"),
+        "norm_scale": Only((True,), "the PyTorch contenders have norms with scales", "use norm_scale=True"),
+        "initialisation": Only(("he",), "the PyTorch contenders start with He's initialisation", "use he"),
+        "noise_cell": Only((1,), "the PyTorch contenders draw white noise", "use noise_cell=1"),
+        "decay": Only(("cosine",), "the PyTorch contenders decay the rate along a cosine", "use cosine"),
+        "bias_rate": Only((1.0,), "the PyTorch contenders have one rate for all parameters", "use bias_rate=1"),
         "optimizer": Only(("adamw", "sgd"), "the PyTorch contenders have no such optimizer", "use adamw or sgd"),
         "rule": Only(
             (), "the PyTorch contenders have no such rule", "use rule=vff or rule=head", lambda c: not (_is_vff(c) or head_alone(c))
