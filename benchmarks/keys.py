@@ -155,6 +155,7 @@ PEER = Known(
         "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the batch's statistics", "use norm_statistics=batch"),
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
+        "auxiliary": Only(((),), "the PyTorch contenders have linear heads", "leave it empty"),
         "whitening": Only((0,), "the PyTorch contenders have no whitening layer", "use whitening=0"),
         "activation": Only(("relu",), "the PyTorch contenders have ReLU", "use relu"),
         "norm_scale": Only((True,), "the PyTorch contenders have norms with scales", "use norm_scale=True"),
@@ -182,7 +183,7 @@ FLOPS = Known(
     "the counted FLOPs",
     obeyed=(
         *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule_options", "labelling"),
-        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening"),
+        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening", "auxiliary"),
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.

@@ -56,8 +56,12 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
             else:
                 layers.append(math.prod(shape) * layer.width)
                 shape = (layer.width,)
-        cells = math.prod(min(group.head_grid, side) for side in shape[:-1])
-        work.append(GroupWork(tuple(layers), fixed, cells * shape[-1] * classes))
+        head, seen = 0, shape
+        for layer in group.head.auxiliary:
+            head += KERNEL * KERNEL * math.prod(seen) * layer.width
+            seen = (*seen[:-1], layer.width)
+        cells = math.prod(min(group.head.grid, side) for side in seen[:-1])
+        work.append(GroupWork(tuple(layers), fixed, head + cells * seen[-1] * classes))
     return tuple(work)
 
 

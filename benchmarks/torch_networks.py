@@ -56,7 +56,7 @@ class Group(nn.Module):
                 shape = (layer.width,)
         self.layers = nn.Sequential(*layers)
         self.shape = shape  # of one feature map: (h, w, c) or (units,)
-        self.cells = [min(group.module.head_grid, side) for side in shape[:-1]]
+        self.cells = [min(group.head.grid, side) for side in shape[:-1]]
         self.head = nn.Linear(math.prod(self.cells) * shape[-1], classes)
 
     def features(self, x: Tensor) -> Tensor:

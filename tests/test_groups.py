@@ -1,5 +1,7 @@
 """Layer grouping: where a network is cut, what a group is called, what its head reads."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,13 @@ import pytest
 import oracles
 from oracles import CONV, MLP, assert_close, assert_same, config_of, differs, quick_jit, setting_of, small_run, streams_of
 from vffjax.networks import find
-from vffjax.networks.groups import cut, init_variables
+from vffjax.networks.groups import cut, init_variables, make_groups
+from vffjax.ops.normalisation import EPSILON
+from vffjax.proofs import locality
+from vffjax.proofs.probes import random_variables
 from vffjax.rules import local as rules
 from vffjax.training.plan import groups_of
+from vffjax.training.trainer import train_step
 
 
 def cuts(widths, grouping):
@@ -132,3 +138,31 @@ def test_parameters_are_those_of_a_forward_pass_and_no_layer_is_computed(key):
     found = group.init(key, jax.ShapeDtypeStruct((1, 2**20, 2**20, 3), jnp.float32))  # 13 TB as an array
     wanted = jax.device_get(group.module.init(key, jnp.zeros((1, 8, 8, 3))))
     assert_same(found, (wanted["params"], wanted["batch_stats"]))
+
+
+def test_auxiliary_convolutions_stand_before_the_heads_of_all_groups_but_the_last():
+    """Against float64: convolution, normalisation of each row, ReLU, the mean over cells, and the linear map."""
+    groups = make_groups(
+        config_of(network="conv", widths=(3, 5, 6), pools=(1, 1, 1), grouping="layer", auxiliary=(4,), head_grid=2), "batch", 3
+    )
+    assert [len(group.head.auxiliary) for group in groups] == [1, 1, 0]
+    params, _ = random_variables(jax.eval_shape(lambda: groups[1].init(jax.random.key(0), jnp.zeros((1, 6, 6, 3)))))
+    head, features = params["head"], np.random.default_rng(1).normal(size=(5, 6, 6, 5))
+    assert sorted(head) == ["auxiliary_0", "bias", "kernel"]
+    one = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), head)
+    z = oracles.conv(features, one["auxiliary_0"]["kernel"])
+    mean, var = z.mean(axis=(1, 2, 3), keepdims=True), z.var(axis=(1, 2, 3), keepdims=True)
+    z = np.maximum((z - mean) / np.sqrt(var + EPSILON) * one["auxiliary_0"]["norm"]["scale"] + one["auxiliary_0"]["norm"]["bias"], 0)
+    wanted = np.stack([oracles.pool_to_grid(image, 2).ravel() for image in z]) @ one["kernel"] + one["bias"]
+    np.testing.assert_allclose(groups[1].logits(params, jnp.asarray(features, jnp.float32)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["head", "vff"])
+def test_auxiliary_layers_learn_and_the_groups_stay_local(rule):
+    config = config_of(**CONV, rule=rule, auxiliary=(4,), head_weight=1.0)
+    run = small_run(config)
+    new, _ = quick_jit(functools.partial(train_step, run.plan.program, None))(run.task, run.states, run.batch())
+    assert differs(new[0].params["head"]["auxiliary_0"], run.states[0].params["head"]["auxiliary_0"])
+    found = locality.certify(config)
+    assert (found["local"], found["violations"]) == (True, [])

@@ -129,7 +129,7 @@ _SHAPES = {}
 
 def shapes_of(plan):
     """Of the states; where heads see a grid, for images of 64x64."""
-    key = repr(plan.config), plan.groups[-1].module.classes
+    key = repr(plan.config), plan.groups[-1].head.classes
     if key not in _SHAPES:
         _SHAPES[key] = jax.eval_shape(lambda: init_states(plan, (64, 64, 3)))
     return _SHAPES[key]

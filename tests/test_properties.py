@@ -58,6 +58,7 @@ FREE = {
     "noise_scale": between(0, 50),
     "noise_cell": st.integers(1, 4),
     "bias_rate": between(0, 10),
+    "auxiliary": st.lists(st.integers(1, 4), max_size=2).map(tuple),
     "copies_per_class": st.integers(1, 3),
     "margin": between(-2, 2),
     "temperature": between(0.0001220703125, 10),
@@ -232,7 +233,8 @@ def out_of_range(key):
         beyond = [st.integers(max_value=low - 1)] + ([] if high is None else [st.integers(min_value=high + 1), st.just(10**5_000)])
         return st.one_of(beyond)
     if isinstance(field.default, tuple):
-        return st.one_of(st.just(()), st.lists(st.integers(max_value=0), min_size=1), st.just("(1, 2)"))
+        empty = [st.just(())] if field.default else []
+        return st.one_of(*empty, st.lists(st.integers(max_value=0), min_size=1), st.just("(1, 2)"))
     if isinstance(field.default, str):
         return st.tuples(TEXT, st.sampled_from("\0\n\x1b\x7f\x9b"), TEXT).map("".join)
     return wrong_type(key)

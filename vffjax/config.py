@@ -71,6 +71,7 @@ class Config:
     norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", ("auto", "batch", "anchor", "layer", "input", "none"))
     norm_statistics: str = key("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
     head_grid: int = key(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
+    auxiliary: tuple[int, ...] = key((), "channels of convolutions between a group's map and its head, in all but the last group")
     grouping: str = key("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))
     frozen_groups: int = key(0, "first groups whose layers stay as they start; their heads learn", low=0, high=MAX_LAYERS)
     init_from: str = key("", "weights to start from: by vffjax, torchvision, timm or transformers, or hf://OWNER/NAME; empty: random")

@@ -68,9 +68,10 @@ def _converted(value: Any, default: Any, shown: str) -> Any:
             raise bad_key(shown, value, "too large", "give a number of common size")
         value = float(value)
     if kind is tuple:
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        numbers = isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        if numbers and (value or not default):
             return tuple(value)
-        raise bad_key(shown, value, "not a tuple of whole numbers", f"give for example --config.{shown}='{default}'")
+        raise bad_key(shown, value, "not a tuple of whole numbers", f"give for example --config.{shown}='{default or (64,)}'")
     if (kind is int and isinstance(value, bool)) or not isinstance(value, Mapping if kind is dict else kind):
         raise bad_key(shown, value, f"has type {type(value).__name__}", f"give a value of type {type(default).__name__}")
     return value

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.networks import find
-from vffjax.networks.layers import Layer, divide_by_rms
+from vffjax.networks.layers import ConvLayer, Layer, divide_by_rms, plain
 from vffjax.ops import pooling, recompute
 from vffjax.ops.normalisation import Rows
 
@@ -33,14 +33,39 @@ class GroupState(NamedTuple):
 States = tuple[GroupState, ...]  # of all groups, from input to output
 
 
+class Head(nn.Module):
+    """The auxiliary classifier of a group: a linear map of its features, mean-pooled to a grid, behind layers of its own if it has any.
+
+    Attributes:
+        classes: how many there are.
+        grid: side of the grid in cells.
+        normalises: whether the linear map's input is scaled to root mean square 1.
+        auxiliary: layers before the pooling, whose normalisation keeps no statistics.
+    """
+
+    classes: int
+    grid: int
+    normalises: bool
+    auxiliary: tuple[Layer, ...] = ()
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "batch *feature"]) -> Float[Array, "batch classes"]:
+        z = features
+        for layer in self.auxiliary:
+            z = layer(z, z.shape[0], False)
+        z = z.astype(jnp.float32)
+        if z.ndim == 4:
+            z = pooling.mean_pool_to_grid(z, self.grid)
+        z = z.reshape(z.shape[0], -1)
+        z = divide_by_rms(z) if self.normalises else z
+        kernel = self.param("kernel", nn.initializers.zeros, (z.shape[1], self.classes), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
+        return jnp.dot(z, kernel, precision=jax.lax.Precision.HIGHEST) + bias.reshape(1, -1)
+
+
 class _Module(nn.Module):
     layers: tuple[Layer, ...]
-    classes: int
-    head_grid: int
-    normalise_head: bool
-
-    def setup(self) -> None:
-        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, precision=jax.lax.Precision.HIGHEST)
+    head: Head
 
     def features(self, x: Array, clean: Rows, train: bool, part: slice = slice(None)) -> Array:
         for layer in self.layers[part]:
@@ -48,11 +73,7 @@ class _Module(nn.Module):
         return x
 
     def logits(self, features: Array) -> Array:
-        z = features.astype(jnp.float32)
-        if z.ndim == 4:
-            z = pooling.mean_pool_to_grid(z, self.head_grid)
-        z = z.reshape(z.shape[0], -1)
-        return self.head(divide_by_rms(z) if self.normalise_head else z)
+        return self.head(features)
 
     def __call__(self, x: Array) -> Array:
         return self.logits(self.features(x, x.shape[0], False))
@@ -62,7 +83,7 @@ class _Module(nn.Module):
 class LayerGroup:
     """One group, as pure functions of its parameters.
 
-    The head is a linear map of the features, mean-pooled to a grid. Its initial parameters are zero.
+    The head is a linear map of the features, mean-pooled to a grid, perhaps behind convolutions of its own. The linear map starts at zero.
 
     Attributes:
         index: from 0 at the input.
@@ -86,9 +107,8 @@ class LayerGroup:
         return self.module.layers[-1].width
 
     @property
-    def head_grid(self) -> int:
-        """Side, in cells, of the grid to which the head mean-pools a feature map."""
-        return self.module.head_grid
+    def head(self) -> Head:
+        return self.module.head
 
     def init(self, key: PRNGKeyArray, x: Float[Array | jax.ShapeDtypeStruct, "batch *feature"]) -> tuple[Any, Any]:
         """Parameters and batch statistics for inputs of the shape of `x`. No features are computed."""
@@ -179,9 +199,13 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
     """
     # If no normalisation follows the linear map, the scale of the features is arbitrary, so the head normalises its input.
     free_scale = norm in ("input", "none")
-    groups = []
-    for i, layers in enumerate(cut(find(config).layers(config, norm), config.grouping)):
-        module = _Module(layers, classes, config.head_grid or fitting_grid(layers[-1].width), free_scale)
+    parts, groups = cut(find(config).layers(config, norm), config.grouping), []
+    given = plain(config, "layer") | {"initialisation": "he"}
+    auxiliary = tuple(ConvLayer(width, **given) for width in config.auxiliary)
+    for i, layers in enumerate(parts):
+        grid = config.head_grid or fitting_grid(layers[-1].width)
+        own = auxiliary if i + 1 < len(parts) and isinstance(layers[-1], ConvLayer) else ()
+        module = _Module(layers, Head(classes, grid, free_scale, own))
         groups.append(LayerGroup(i, module, config.rematerialise, i < config.frozen_groups))
     return tuple(groups)
 

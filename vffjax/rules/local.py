@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from vffjax.config import Config
 from vffjax.hyperparameters import HyperParameters, Scalar
-from vffjax.networks.groups import LayerGroup
+from vffjax.networks.groups import Head, LayerGroup
 from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.rules.streams import Step, Streams, Task, clean_only
 
@@ -128,7 +128,7 @@ def local_loss(
     loss = rule.loss
     clean = streams.labels.shape[0]
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
-    seen = _pooled(rule.cells(config), group.head_grid, features)
+    seen = _pooled(rule.cells(config), group.head, features)
 
     # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
     share = 0 if group.frozen else rule.head_share(config, hyper)
@@ -155,16 +155,16 @@ def _with_share(seen: Array, share: Scalar) -> Array:
     return scale_gradient(seen, share)
 
 
-def _pooled(cells: int | None, head_grid: int, features: Array) -> Array:
+def _pooled(cells: int | None, head: Head, features: Array) -> Array:
     """What the head and the loss read: means over the head's cells, where the loss's `cells` are made of whole ones; else the map.
 
     Both pool further by themselves and get the same numbers, and the feature map is read, and its gradient written, once.
     """
-    if features.ndim != 4 or not cells or head_grid % cells:
+    if features.ndim != 4 or not cells or head.grid % cells or head.auxiliary:
         return features
-    if any(side % head_grid for side in features.shape[1:3]):
+    if any(side % head.grid for side in features.shape[1:3]):
         return features
-    return mean_pool_to_grid(features.astype(jnp.float32), head_grid)
+    return mean_pool_to_grid(features.astype(jnp.float32), head.grid)
 
 
 def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Scalar = 0.0) -> Float[Array, ""]:

@@ -58,11 +58,13 @@ def from_json(plain: Any, path: str) -> Config:
 
 
 def _check_together(c: Config) -> None:
-    if any(w < 1 for w in c.widths):
-        raise bad_key("widths", c.widths, "a width below 1", "give each layer at least one unit")
-    if max(c.widths) > MAX_WIDTH or len(c.widths) > MAX_LAYERS:
-        fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
-        raise bad_key("widths", c.widths, "more units or layers than can be meant", fix)
+    for name in ("widths", "auxiliary"):
+        widths = getattr(c, name)
+        if any(w < 1 for w in widths):
+            raise bad_key(name, widths, "a width below 1", "give each layer at least one unit")
+        if max(widths, default=0) > MAX_WIDTH or len(widths) > MAX_LAYERS:
+            fix = f"give at most {MAX_LAYERS} widths of at most {MAX_WIDTH}"
+            raise bad_key(name, widths, "more units or layers than can be meant", fix)
     if c.init_from and not c.init_from.startswith(HUB) and not c.init_from.endswith(WEIGHT_FILES):
         fix = f"give one, a {WEIGHT_FILES[1]} file of PyTorch, or {HUB}OWNER/NAME"
         raise bad_key("init_from", c.init_from, file_kinds.not_weights(c.init_from), fix)

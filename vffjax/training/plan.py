@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def classes(self) -> int:
-        return self.groups[0].module.classes
+        return self.groups[0].head.classes
 
     @property
     def rows_of_a_step(self) -> int:
