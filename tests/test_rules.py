@@ -217,6 +217,20 @@ def test_vff_supcon_and_its_gradients_equal_the_definition(shape, weight):
     np.testing.assert_allclose(metrics["cscl"] + weight * metrics["supcon"], oracle(rows, kernel), rtol=2e-5)
 
 
+@pytest.mark.parametrize("contrast", ["in_batch", "triplet"])
+def test_the_gradient_of_vff_may_pass_anchors_or_copies_alone(contrast):
+    def gradient(which):
+        config = config_of(contrast=contrast, copies_per_class=1, rule_options={"gradient": which})
+        return np.asarray(loss_of(config, LABELS, np.arange(CLASSES))(rows, {})[2])
+
+    rows, n = random(8, len(LABELS) + CLASSES, 7), len(LABELS)
+    both, anchors, copies = (gradient(which) for which in ("both", "anchors", "copies"))
+    assert not np.any(anchors[n:])
+    assert not np.any(copies[:n])
+    np.testing.assert_allclose(anchors + copies, both, rtol=1e-5, atol=1e-7)
+    assert np.any(anchors) and np.any(copies)
+
+
 def test_supcon_of_one_image_is_zero():
     value, _, of_rows, of_params = loss_of(config_of(rule="supcon"), LABELS[:1])(random(8, 1, 7), {"kernel": random(9, 7, 3)})
     assert value == 0
@@ -518,8 +532,8 @@ def outside(field):
     kind, low, high = type(field.default), field.metadata["low"], field.metadata["high"]
     found = [(0, "has type int", "give a value of type str")] if kind is str else [("many", "type str", f"of type {kind.__name__}")]
     found += [("zzz", "not known", "choose one of")] * bool(field.metadata["choices"])
-    found += [(low - 1, "too small", f"the least is {low}")] * (low is not None)
-    found += [(high + 1, "too large", f"the most is {high}")] * (high is not None)
+    found += [] if low is None else [(low - 1, "too small", f"the least is {low}")]
+    found += [] if high is None else [(high + 1, "too large", f"the most is {high}")]
     return found + [(float("nan"), "not a finite number", "give a finite number")] * (kind is float)
 
 
