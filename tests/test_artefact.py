@@ -227,6 +227,7 @@ print("convolution" in compiled.as_text(), "custom-call" in compiled.as_text())
 """
 
 
+@pytest.mark.full_optimisation
 @pytest.mark.skipif(not targets.has_tpu_compiler(), reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_the_tpu_compiler_takes_it(tmp_path):
     written(tmp_path, small_run(config_of(**WIDE), shape=SHAPE))
