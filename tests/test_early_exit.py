@@ -304,7 +304,7 @@ def test_evaluate_reports_what_the_scores_imply(call, both_vote):
 @pytest.mark.slow
 def test_evaluate_says_the_same_in_words(call, both_vote):
     out = evaluate(call, finished(), "--exits=all")
-    assert "inference early_exit, voting groups" in out
+    assert "inference early_exit, views one, voting groups" in out
     for part in ("val  error", "test error", "chosen on validation images", "of the test images", "full pass", "FLOPs", "images/s"):
         assert part in out
 

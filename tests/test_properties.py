@@ -211,7 +211,7 @@ TEXT = st.text(max_size=20)
 
 
 def wrong_type(key):
-    kind = dict if key == "overrides" else type(FIELDS[key].default)
+    kind = dict if key in ("overrides", "rule_options") else type(FIELDS[key].default)
     numbers = [] if kind in (int, float) else [3, 0.5]
     return st.sampled_from(
         [value for value in [*ODD, *numbers, 0.5 if kind is int else "x"] if not isinstance(value, kind) or kind is tuple]

@@ -73,6 +73,10 @@ def test_the_file_says_what_it_is_to_any_reader(run, file):
         "widths": [4, 4, 6, 6],
         "pools": [1, 2, 1, 2],
         "image_size": 0,
+        "activation": "relu",
+        "norm_scale": True,
+        "initialisation": "he",
+        "whitening": 0,
         "norm": "auto",
         "grouping": "width",
     }

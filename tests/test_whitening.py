@@ -137,3 +137,11 @@ def test_pooling_first_is_pooling_of_the_convolution():
 def test_heads_stand_behind_each_group_of_cifarnet():
     config = config_of(network="cifarnet", widths=(4, 6, 6), whitening=2, dataset="synthetic")
     assert [group.width for group in make_groups(config, "batch", 10)] == [4, 6]
+
+
+@pytest.mark.slow
+def test_one_layer_behind_the_whitening_is_local_trivially():
+    config = config_of(network="conv", widths=(4,), pools=(2,), whitening=2, rule="head", grouping="all")
+    found = locality.certify(config, numeric=False)
+    assert (found["local"], found["groups"]) == (True, {"group0": 1})
+    assert "trivially" in found["verdict"]

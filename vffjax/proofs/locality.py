@@ -38,7 +38,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
         UserError: the configuration does not fit its data set.
     """
     plan, sizes = checks.plan_before_data(config)
-    layers = {group.name: len(group.module.layers) for group in plan.groups}
+    layers = {group.name: sum(layer.learns for layer in group.module.layers) for group in plan.groups}
     numbers = probes.probe(plan, sizes.image_shape) if numeric else None
 
     programs = _programs(plan, sizes.image_shape)
