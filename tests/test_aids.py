@@ -1,5 +1,6 @@
 """What only helps people, or cannot be had: pictures, TensorBoard, bars, locks, flushes, streams. A run goes on without it."""
 
+import contextlib
 import errno
 import io
 import json
@@ -13,12 +14,14 @@ from unittest import mock
 
 import matplotlib
 import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from command_lines import ROOT, TINY_FLAGS
 from runs import copy_of, finished, summary_of, tiny, train, untimed
 from vffjax import errors, files
 from vffjax.files import write_json
 from vffjax.runs import drawing, lock, plots, summary, tensorboard, workdir
+from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import Logbook, read_metrics
 
 RECORDS = [{"epoch": 1, "loss": 1.0, "val_error": 10.0}, {"epoch": 2, "loss": 0.5, "val_error": 5.0}]
@@ -286,6 +289,15 @@ def no_flush(monkeypatch):
         monkeypatch.setattr(files.os, "fsync", fsync)
 
     return prepare
+
+
+def test_tensorstore_flushes_again_when_a_writer_that_cannot_flush_is_closed(no_flush, tmp_path):
+    contexts = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
+    before = [dict(context) for context in contexts]
+    no_flush(errno.EINVAL)
+    with contextlib.closing(Checkpoints(tmp_path).writer({})):
+        assert [context["file_io_sync"] for context in contexts] == [False, False]
+    assert [dict(context) for context in contexts] == before
 
 
 @pytest.mark.parametrize("files_too", [False, True], ids=["folders", "files too"])

@@ -118,7 +118,7 @@ def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(ke
     assert (everywhere[1][1]["loss"] != base[1][1]["loss"]) == changes_the_loss
 
 
-@pytest.mark.slow
+@pytest.mark.full_optimisation  # the tolerance is for the rounding of programs as a run compiles them
 @pytest.mark.parametrize("key", ["head_weight", "clip_norm", "peer_normalisation"])
 def test_one_group_alone_may_have_a_part_that_0_takes_out(key):
     """Another program, and so to the last digits only."""
@@ -126,8 +126,8 @@ def test_one_group_alone_may_have_a_part_that_0_takes_out(key):
     off, on = stepped(**rule | {key: 0.0}), stepped(**rule)
     own = stepped(**rule | {key: 0.0}, overrides={"group1": {key: (BASE | FF)[key]}})
     without = stepped(**rule, overrides={"group1": {key: 0.0}})
-    assert_close(own, [off[0], on[1], off[2]], rtol=1e-4, atol=1e-5)
-    assert_close(without, [on[0], off[1], on[2]], rtol=1e-4, atol=1e-5)
+    assert_close(own, [off[0], on[1], off[2]], rtol=1e-4, atol=1e-6)
+    assert_close(without, [on[0], off[1], on[2]], rtol=1e-4, atol=1e-6)
     apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), off[1][0].params, on[1][0].params)
     assert max(jax.tree.leaves(apart)) > 1e-4
 

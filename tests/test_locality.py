@@ -63,7 +63,7 @@ SAME_PROGRAM = {
     "resnet18.py:cifar100": "resnet18.py",
     "vgg8b.py:cifar100": "vgg8b.py",
 }
-# These differ from another one, besides, in sizes alone, or have more blocks of the same kind. The operations are the same.
+# These have the operations of another configuration: they differ from it in sizes, or their network has more blocks of the same kind.
 SAME_OPERATIONS = {
     "cifar10.py": "cifar10.py:small",
     "cifar10.py:yardstick": "cifar10.py:small",

@@ -171,7 +171,7 @@ def test_a_valid_configuration_is_accepted_survives_json_and_builds(raw):
 def test_the_strategy_reaches_every_key_and_every_choice():
     seen = {key: set() for key in FIELDS}
 
-    @examples(250)
+    @examples(400)
     @hypothesis.given(valid())
     def look(raw):
         for key, value in raw.items():
@@ -187,7 +187,7 @@ def test_the_strategy_reaches_every_key_and_every_choice():
 
 
 @pytest.mark.slow
-@examples(5)
+@examples(12)
 @hypothesis.given(valid(), st.integers(0, 3))
 def test_a_step_is_finite_and_groups_are_isolated(raw, stage):
     config = make_config(raw | {"dataset": "digits"})

@@ -16,7 +16,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
-from unittest import mock
 
 import orbax.checkpoint as ocp
 
@@ -126,7 +125,9 @@ def _save_without_fsync() -> contextlib.ExitStack:
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
         for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-            changed.enter_context(mock.patch.dict(context, file_io_sync=False))
+            changed.callback(context.update, dict(context))  # after the next line, because the last callback is called first
+            changed.callback(context.clear)
+            context["file_io_sync"] = False
     return changed
 
 

@@ -154,8 +154,8 @@ def train_step(plan: Plan, active: int | None, task: Task, states: States, batch
     return tuple(new_states), out
 
 
-# Traced once for segments of every length, and for the certificate. The program that calls it holds its operations as if written there.
-# (By the name, so that a test which plants a leak in `train_step` plants it in these programs too.)
+# `train_step` for segments of every length and for the certificate, which share one trace. The calling program holds the operations
+# themselves. `train_step` is looked up when it is traced, so that a leak which a test plants there is in all of these programs.
 traced_step = jax.jit(lambda *given: train_step(*given), static_argnums=(0, 1), inline=True)
 
 
