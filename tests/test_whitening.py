@@ -64,12 +64,13 @@ def test_a_small_number_keeps_directions_without_variance_finite():
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_the_layer_is_a_convolution_without_padding_and_the_activation(activation):
+def test_the_layer_is_a_convolution_and_the_activation_and_repeats_the_last_row_and_column(activation):
     x = images()[:3]
     layer = WhiteningLayer(8, side=SIDE, activation=activation)
     variables = variables_of(layer, x[:1])
     kernel = np.asarray(variables["params"][FIXED], np.float64)
-    z = (patches(x, SIDE) @ kernel.reshape(-1, 8)).reshape(3, 7, 7, 8)
+    repeated = np.pad(x, ((0, 0), (0, SIDE - 1), (0, SIDE - 1), (0, 0)), mode="edge")
+    z = (patches(repeated, SIDE) @ kernel.reshape(-1, 8)).reshape(3, 8, 8, 8)
     cubic = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
     wanted = np.maximum(z, 0) if activation == "relu" else 0.5 * z * (1 + np.tanh(cubic))
     np.testing.assert_allclose(layer.apply(variables, jnp.asarray(x, jnp.float32), 3, False), wanted, rtol=1e-4, atol=1e-4)

@@ -54,7 +54,7 @@ def deepened(config: Config, depth: int) -> Mapping[str, Any]:
 
 def check_side(config: Config, key: str, pools: Iterable[int], image_shape: tuple[int, int, int], fix: str) -> None:
     """Raises `UserError` if max-pooling leaves nothing of an image."""
-    side = (config.image_size or min(image_shape[:2])) - max(0, config.whitening - 1)
+    side = config.image_size or min(image_shape[:2])
     if math.prod(pools) > side:
         raise bad_key(key, getattr(config, key), f"pools {side}x{side} images to nothing", fix)
 

@@ -198,7 +198,7 @@ class ConvLayer(_Affine):
 
 
 class WhiteningLayer(Layer):
-    """A fixed convolution without padding that whitens patches of the images, and the activation.
+    """A fixed convolution that whitens patches of the images, and the activation. The last row and column of pixels are repeated.
 
     Its kernel is `whitening_kernel` of the training images, which `training.plan` sets before training, and which nothing changes.
 
@@ -216,8 +216,12 @@ class WhiteningLayer(Layer):
         x = resized(x, self.resize).astype(self.dtype)
         kernel = self.param(FIXED, nn.initializers.zeros, (self.side, self.side, x.shape[3], self.width), jnp.float32)
         kernel = jax.lax.stop_gradient(kernel).astype(self.dtype)
-        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return ACTIVATIONS[self.activation](x)
+        # An even side stays even, as the fast form of the next convolution needs it. A product of patches is faster on CPU than XLA's
+        # convolution of so few channels.
+        h, w = x.shape[1:3]
+        x = jnp.pad(x, ((0, 0), (0, self.side - 1), (0, self.side - 1), (0, 0)), mode="edge")
+        patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(self.side) for j in range(self.side)], axis=3)
+        return ACTIVATIONS[self.activation](patches @ kernel.reshape(-1, self.width))
 
 
 def whitening_kernel(images: Float[np.ndarray, "n h w c"], side: int, smallest: float = 5e-4) -> Float[np.ndarray, "k k c d"]:
