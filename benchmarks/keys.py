@@ -162,6 +162,7 @@ PEER = Known(
         "initialisation": Only(("he",), "the PyTorch contenders start with He's initialisation", "use he"),
         "noise_cell": Only((1,), "the PyTorch contenders draw white noise", "use noise_cell=1"),
         "decay": Only(("cosine",), "the PyTorch contenders decay the rate along a cosine", "use cosine"),
+        "look_ahead": Only((0,), "the PyTorch contenders keep no averages of weights", "use look_ahead=0"),
         "bias_rate": Only((1.0,), "the PyTorch contenders have one rate for all parameters", "use bias_rate=1"),
         "optimizer": Only(("adamw", "sgd"), "the PyTorch contenders have no such optimizer", "use adamw or sgd"),
         "rule": Only(
@@ -171,6 +172,7 @@ PEER = Known(
         "grouping": Only(("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", head_alone),
         "labelling": Only(("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", _is_vff),
         "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", _is_vff),
+        "contrast_gradient": Only(("both",), "the PyTorch contenders pass both gradients", "use contrast_gradient=both", _is_vff),
         "negatives": Only(("uniform",), "the PyTorch contenders draw wrong labels uniformly", "use negatives=uniform", _predicts),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the PyTorch contenders keep no features", "use feature_cache=none"),
@@ -190,8 +192,9 @@ FLOPS = Known(
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
-        *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate"),
-        *("contrast", "similarity", "margin", "temperature", "label_smoothing", "goodness_threshold", "peer_normalisation"),
+        *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate", "look_ahead", "slow_share"),
+        *("contrast", "contrast_gradient", "similarity", "margin", "temperature"),
+        *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
         "overrides",
         # The FLOPs are those of the model in one step, and not those that a program executes.

@@ -80,6 +80,7 @@ BASE = {**MLP, "optimizer": "sgd", "head_weight": 0.5, "clip_norm": 0.5, "weight
 FF = {"rule": "ff", "peer_normalisation": 0.1}
 OWN = {
     "learning_rate": 0.02,
+    "bias_rate": 3.0,
     "weight_decay": 0.3,
     "momentum": 0.2,
     "clip_norm": 0.1,
@@ -89,6 +90,7 @@ OWN = {
     "label_smoothing": 0.4,
     "goodness_threshold": 0.3,
     "peer_normalisation": 0.7,
+    "slow_share": 0.5,
 }
 
 
@@ -108,8 +110,8 @@ def stepped(**changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ARGUMENTS)
 def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(key):
-    rule = FF if key in ("goodness_threshold", "peer_normalisation") else {}
-    base, everywhere, own = stepped(**rule), stepped(**rule | {key: OWN[key]}), stepped(**rule, overrides={"group1": {key: OWN[key]}})
+    given = {"goodness_threshold": FF, "peer_normalisation": FF, "slow_share": {"look_ahead": 1}}.get(key, {})
+    base, everywhere, own = stepped(**given), stepped(**given | {key: OWN[key]}), stepped(**given, overrides={"group1": {key: OWN[key]}})
     # One program, so to the bit. Every group takes the features that the group before had before its update.
     assert_same(own, [base[0], everywhere[1], base[2]])
     assert differs(everywhere[1][0], base[1][0])

@@ -58,6 +58,8 @@ FREE = {
     "noise_scale": between(0, 50),
     "noise_cell": st.integers(1, 4),
     "bias_rate": between(0, 10),
+    "look_ahead": st.integers(0, 3),
+    "slow_share": between(0, 0.9375),
     "auxiliary": st.lists(st.integers(1, 4), max_size=2).map(tuple),
     "copies_per_class": st.integers(1, 3),
     "margin": between(-2, 2),

@@ -220,7 +220,7 @@ def test_vff_supcon_and_its_gradients_equal_the_definition(shape, weight):
 @pytest.mark.parametrize("contrast", ["in_batch", "triplet"])
 def test_the_gradient_of_vff_may_pass_anchors_or_copies_alone(contrast):
     def gradient(which):
-        config = config_of(contrast=contrast, copies_per_class=1, rule_options={"gradient": which})
+        config = config_of(contrast=contrast, copies_per_class=1, contrast_gradient=which)
         return np.asarray(loss_of(config, LABELS, np.arange(CLASSES))(rows, {})[2])
 
     rows, n = random(8, len(LABELS) + CLASSES, 7), len(LABELS)

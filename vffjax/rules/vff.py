@@ -5,8 +5,6 @@ carry its label. The paper (Lee, Shin, Kim, Neural Networks 190:107697, 2025) pu
 reading.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -14,17 +12,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vffjax.config import Config
 from vffjax.errors import bad_key, chosen
 from vffjax.hyperparameters import Scalar
-from vffjax.keys import key
 from vffjax.rules.local import Metrics, Rule, Seen, by_head_weight
 from vffjax.rules.similarity import cells_of, dot, embed
 from vffjax.rules.streams import Step, Streams, Task, wrong_labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The rule's own keys."""
-
-    gradient: str = key("both", "what CSCL's gradient passes: features of anchors, of copies, or both", ("both", "anchors", "copies"))
 
 
 def streams(step: Step) -> Streams:
@@ -40,10 +30,11 @@ def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     config, made = seen.config, seen.made
     embedded = made._replace(rows=embed(made.rows, config.similarity))
     anchors, copies = embedded.clean, embedded.copies
-    if chosen("rule_options.gradient", seen.options.gradient, {"both": False, "anchors": False, "copies": True}):
-        anchors = jax.lax.stop_gradient(anchors)
-    elif seen.options.gradient == "anchors":
-        copies = jax.lax.stop_gradient(copies)
+    to_anchors, to_copies = chosen(
+        "contrast_gradient", config.contrast_gradient, {"both": (True, True), "anchors": (True, False), "copies": (False, True)}
+    )
+    anchors = anchors if to_anchors else jax.lax.stop_gradient(anchors)
+    copies = copies if to_copies else jax.lax.stop_gradient(copies)
     margin, temperature = seen.hyper.margin, seen.hyper.temperature
     if in_batch(config):
         per_anchor = jax.vmap(cscl_in_batch, in_axes=(0, 0, None, None, None, None))
@@ -159,7 +150,6 @@ RULE = Rule(
     labelled_rows=_labelled_rows,
     predicts=_predicts,
     told=_told,
-    options=Options,
     fits=_fits,
     codebook=True,
     check=_check,
