@@ -115,10 +115,6 @@ def _has_other_layers(config: Config) -> bool:
     return not all(isinstance(layer, ConvLayer | DenseLayer | WhiteningLayer) for layer in _layers(config))
 
 
-def _pools_first(config: Config) -> bool:
-    return _has_other_layers(config) or any(isinstance(layer, ConvLayer) and layer.pools_first for layer in _layers(config))
-
-
 def _layers(config: Config) -> list[Layer]:
     return [layer for group in groups_of(config, 2) for layer in group.module.layers]
 
@@ -137,17 +133,18 @@ PEER = Known(
         *("seed", "dataset", "flip", "crop_padding", "cutout", "pixel_statistics", "widths", "pools", "width_factor", "head_grid"),
         *("noise_scale", "similarity", "margin", "temperature", "head_weight", "label_smoothing", "epochs", "batch_size"),
         *("learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides", "precision"),
+        *("whitening", "activation", "norm_scale", "initialisation", "decay", "bias_rate"),
     ),
     immaterial=(
         # No data set is read, and nothing is held out for validation.
         *("data_dir", "train_examples", "val_fraction"),
         # These belong to labellings and rules that the peers do not have.
-        *("copies_per_class", "goodness_threshold", "peer_normalisation"),
+        *("copies_per_class", "goodness_threshold", "peer_normalisation", "slow_share"),
         # Nothing is classified, and nothing is saved.
         *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _pools_first),
+        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
@@ -156,14 +153,8 @@ PEER = Known(
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
         "auxiliary": Only(((),), "the PyTorch contenders have linear heads", "leave it empty"),
-        "whitening": Only((0,), "the PyTorch contenders have no whitening layer", "use whitening=0"),
-        "activation": Only(("relu",), "the PyTorch contenders have ReLU", "use relu"),
-        "norm_scale": Only((True,), "the PyTorch contenders have norms with scales", "use norm_scale=True"),
-        "initialisation": Only(("he",), "the PyTorch contenders start with He's initialisation", "use he"),
         "noise_cell": Only((1,), "the PyTorch contenders draw white noise", "use noise_cell=1"),
-        "decay": Only(("cosine",), "the PyTorch contenders decay the rate along a cosine", "use cosine"),
         "look_ahead": Only((0,), "the PyTorch contenders keep no averages of weights", "use look_ahead=0"),
-        "bias_rate": Only((1.0,), "the PyTorch contenders have one rate for all parameters", "use bias_rate=1"),
         "optimizer": Only(("adamw", "sgd"), "the PyTorch contenders have no such optimizer", "use adamw or sgd"),
         "rule": Only(
             (), "the PyTorch contenders have no such rule", "use rule=vff or rule=head", lambda c: not (_is_vff(c) or head_alone(c))
