@@ -44,7 +44,7 @@ class Ours:
     """Our trainer on a configuration, whose groups all vote."""
 
     def __init__(self, config: Config, dataset: Dataset):
-        self.name, self.facts = config.rule, {}
+        self.name, self.facts = config.rule, dict[str, Any]()
         self._plan, self._dataset = plan_for(config, dataset), dataset
         self._train = training_images(dataset.train)
         self._judged = {"validation": on_device(dataset.validation), "test": on_device(dataset.test)}

@@ -31,7 +31,7 @@ import ast
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ from spread import Spread
 from vffjax import rules
 from vffjax.config import Config
 from vffjax.data import load as data
+from vffjax.data.sets import Dataset
 from vffjax.errors import UserError, bad_key
 from vffjax.files import write_json
 from vffjax.runs.experiment import plan_for
@@ -119,7 +120,8 @@ def races_of(config: Config, peer: Mapping[str, Any] | None, target: float) -> l
     dataset = data.load(config)
     check_rules(plan_for(config, dataset))
     settings = [config] if peer is None else [config, back_propagation(config, peer)]
-    entries = list(zip((Ours, Torch), settings, strict=False))
+    kinds: tuple[Callable[[Config, Dataset], Racer], ...] = (Ours, Torch)
+    entries = list(zip(kinds, settings, strict=False))
     size = len(dataset.train.labels), dataset.num_classes
     results = [race(kind(own, dataset), own, target, *size) for kind, own in (entries if config.seed % 2 == 0 else entries[::-1])]
     return sorted(results, key=lambda result: result["racer"] == Torch.name)

@@ -76,8 +76,9 @@ class Group(nn.Module):
         for layer in group.module.layers:
             layers.append(_layer(layer, shape))
             shape = _shape_behind(layer, shape)
-        for norm in (layer.norm for layer, ours in zip(layers, group.module.layers, strict=True) if not getattr(ours, "scaled", True)):
-            norm.weight.requires_grad_(False)
+        for made, ours in zip(layers, group.module.layers, strict=True):
+            if isinstance(made, Conv | Dense) and not getattr(ours, "scaled", True):
+                made.norm.weight.requires_grad_(False)
         self.layers = nn.Sequential(*layers)
         self.shape = shape  # of one feature map: (h, w, c) or (units,)
         self.cells = [min(group.head.grid, side) for side in shape[:-1]]

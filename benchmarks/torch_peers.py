@@ -132,19 +132,19 @@ class GroupOptimizer:
         biases = [p for name, p in learning.items() if name.startswith("layers.") and name.endswith(".bias")]
         apart = {id(p) for p in self._kernels + biases}
         rest = [p for p in self._params if id(p) not in apart]
-        own_rate = {"params": biases, "lr": config.learning_rate * config.bias_rate}
+        own_rate: dict[str, Any] = {"params": biases, "lr": config.learning_rate * config.bias_rate}
         self._clip_norm = config.clip_norm
         # The weight decay of torch.optim.SGD is a part of the gradient, which momentum averages, so ours is applied apart.
         self._decay_apart = chosen("optimizer", config.optimizer, {"sgd": config.weight_decay, "adamw": 0.0})
         options: Any = {"lr": config.learning_rate, implementation: True}
         self._optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
-            decayed = {"params": self._kernels, "weight_decay": config.weight_decay}
-            kept = {"weight_decay": 0.0}
+            decayed: dict[str, Any] = {"params": self._kernels, "weight_decay": config.weight_decay}
+            kept: dict[str, Any] = {"weight_decay": 0.0}
             self._optimizer = torch.optim.AdamW([decayed, own_rate | kept, {"params": rest} | kept], **options)
         else:
             momentum = config.momentum
-            parts = [{"params": self._kernels}, own_rate, {"params": rest}]
+            parts: list[dict[str, Any]] = [{"params": self._kernels}, own_rate, {"params": rest}]
             self._optimizer = torch.optim.SGD(parts, momentum=momentum, nesterov=momentum > 0, **options)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _share_of_rate(config, steps_per_epoch))
 

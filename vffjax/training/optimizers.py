@@ -92,14 +92,14 @@ class LookAheadState(NamedTuple):
 
     inner: optax.OptState
     slow: optax.Params
-    count: Int[Array, ""]  # steps since the slow averages were last changed
+    steps: Int[Array, ""]  # since the slow averages were last changed
 
 
-def _with_look_ahead(optimizer: optax.GradientTransformation, steps: int, share: Any) -> optax.GradientTransformation:
-    """The optimizer, after whose every `steps`-th update the parameters go back towards their slow averages.
+def _with_look_ahead(optimizer: optax.GradientTransformation, every: int, share: Any) -> optax.GradientTransformation:
+    """The optimizer, after each `every`-th update of which the parameters go back towards their slow averages.
 
     The averages become `share` of what they were plus `1 - share` of the parameters, and the parameters become the averages (Zhang et al.,
-    2019, arXiv:1907.08610). What is evaluated, saved and exported are the parameters, whose last such step is within `steps` of the end.
+    2019, arXiv:1907.08610). What is evaluated, saved and exported are the parameters, whose last such step is within `every` of the end.
     """
 
     def init(params: optax.Params) -> LookAheadState:
@@ -107,14 +107,14 @@ def _with_look_ahead(optimizer: optax.GradientTransformation, steps: int, share:
 
     def update(grads: optax.Updates, state: LookAheadState, params: Any = None) -> tuple[optax.Updates, LookAheadState]:
         updates, inner = optimizer.update(grads, state.inner, params)
-        count = state.count + 1
-        due = count == steps
+        done = state.steps + 1
+        due = done == every
 
         def average(slow: Array, old: Array, step: Array) -> Array:
             return jnp.where(due, share * slow + (1 - share) * (old + step), slow)
 
         slow = jax.tree.map(average, state.slow, params, updates)
         back = jax.tree.map(lambda new, old, step: jnp.where(due, new - old, step), slow, params, updates)
-        return back, LookAheadState(inner, slow, jnp.where(due, 0, count))
+        return back, LookAheadState(inner, slow, jnp.where(due, 0, done))
 
     return optax.GradientTransformation(init, update)
