@@ -161,6 +161,8 @@ PEER = Known(
         "norm_scale": Only((True,), "the PyTorch contenders have norms with scales", "use norm_scale=True"),
         "initialisation": Only(("he",), "the PyTorch contenders start with He's initialisation", "use he"),
         "noise_cell": Only((1,), "the PyTorch contenders draw white noise", "use noise_cell=1"),
+        "noise_kind": Only(("normal",), "the PyTorch contenders draw normal noise", "use noise_kind=normal"),
+        "noise_redrawn": Only(("never",), "the PyTorch contenders draw noise once", "use noise_redrawn=never"),
         "decay": Only(("cosine",), "the PyTorch contenders decay the rate along a cosine", "use cosine"),
         "look_ahead": Only((0,), "the PyTorch contenders keep no averages of weights", "use look_ahead=0"),
         "bias_rate": Only((1.0,), "the PyTorch contenders have one rate for all parameters", "use bias_rate=1"),
@@ -192,7 +194,8 @@ FLOPS = Known(
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
-        *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate", "look_ahead", "slow_share"),
+        *("noise_cell", "noise_kind", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay", "bias_rate"),
+        *("look_ahead", "slow_share"),
         *("contrast", "contrast_gradient", "similarity", "margin", "temperature"),
         *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),

@@ -44,7 +44,7 @@ from vffjax.runs.loop import on_device, training_images
 from vffjax.training import scores as inference
 from vffjax.training.checks import make_config
 from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import Plan, init_states, make_task, whitened
+from vffjax.training.plan import Plan, init_states, make_task, task_of_epoch, whitened
 
 # Keys whose values the race sets itself.
 SET_HERE = {
@@ -102,6 +102,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
     seconds, curve, reached = 0.0, [], None
     for number in range(config.epochs):
         start = time.perf_counter()
+        task = task_of_epoch(config, task, number)
         states, metrics = jax.block_until_ready(epoch(task, states, train, number))
         seconds += time.perf_counter() - start
         curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": accuracy(states, "validation")})

@@ -121,7 +121,7 @@ def run_key(config: Config, purpose: int) -> PRNGKeyArray:
 
 
 def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
-    """The task of a run: its codebook of class noise, and the pixel statistics by which images are normalised.
+    """The task of a run in its first epoch: its codebook of class noise, and the pixel statistics by which images are normalised.
 
     Args:
         config: of the run.
@@ -130,8 +130,25 @@ def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], m
         mean, std: of each channel of the training images, where 255 is 1. They are ignored if config.pixel_statistics is imagenet.
     """
     mean, std = chosen("pixel_statistics", config.pixel_statistics, {"data": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)})
-    codebook = make_codebook(run_key(config, CODEBOOK), classes, image_shape, config.noise_scale, config.noise_cell)
-    return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
+    return Task(_codebook(config, classes, image_shape, 0), jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
+
+
+def task_of_epoch(config: Config, task: Task, epoch: int) -> Task:
+    """A run's task in an epoch, numbered from 0 over the run. With config.noise_redrawn=epoch, the class noise is that epoch's own.
+
+    It is a function of the seed and the epoch alone, so that a run which resumes inside of an epoch goes on with the same noise.
+    """
+    return task._replace(codebook=_codebook(config, task.classes, task.codebook.shape[1:], epoch)) if _redraws(config) else task
+
+
+def _redraws(config: Config) -> bool:
+    return chosen("noise_redrawn", config.noise_redrawn, {"never": False, "epoch": True})
+
+
+def _codebook(config: Config, classes: int, image_shape: tuple[int, int, int], epoch: int) -> Float[Array, "classes h w c"]:
+    key = run_key(config, CODEBOOK)
+    key = jax.random.fold_in(key, epoch) if _redraws(config) else key
+    return make_codebook(key, classes, image_shape, config.noise_scale, config.noise_cell, config.noise_kind)
 
 
 def blank_task(plan: Plan, image_shape: tuple[int, int, int]) -> Task:
