@@ -37,10 +37,10 @@ _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
-    *("noise_cell", "noise_kind", "noise_redrawn", "group_decay", "warmup_epochs", "decay", "inference"),
-    *("checkpoint_every", "checkpoint_seconds", "segment_steps"),
+    *("noise_cell", "noise_kind", "noise_redrawn", "group_decay", "warmup_epochs", "decay", "temperature_end"),
+    *("inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
-OVERRIDABLE = ("optimizer", "warmup_epochs", *ARGUMENTS)
+OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Config:
     similarity: str = key("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))
     margin: float = key(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
     temperature: float = key(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4, high=_LARGE)
+    temperature_end: float = key(0.0, "temperature at the end, reached by equal factors in equal times; 0: constant", low=0.0, high=_LARGE)
     head_weight: float = key(0.0, "share of the head's gradient that trains the group; 0: the head only reads", low=0.0, high=_LARGE)
     label_smoothing: float = key(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
     goodness_threshold: float = key(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)

@@ -81,6 +81,12 @@ def _check_together(c: Config) -> None:
         raise bad_key("alternating_flip", c.alternating_flip, "says when images are flipped, and flip=False", "set flip=True too")
     if c.warmup_epochs > c.epochs:
         raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
+    least = FIELDS["temperature"].metadata["low"]
+    for shown, end in [("temperature_end", c.temperature_end)] + [
+        (f"overrides.{name}.temperature_end", override.get("temperature_end", 0)) for name, override in c.overrides.items()
+    ]:
+        if 0 < end < least:
+            raise bad_key(shown, end, "too small", f"the least is {least}; 0 keeps the temperature constant")
     for name, override in c.overrides.items():
         if override.get("warmup_epochs", 0) > c.epochs:
             shown = f"overrides.{name}.warmup_epochs"
