@@ -16,6 +16,7 @@ CASES = {
     "conv4, position": CONV | {"similarity": "position", "norm": "anchor"},
     "mlp, layer norm": MLP | {"norm": "layer"},
     "ff": MLP | {"rule": "ff"},
+    "vff_projected": CONV | {"rule": "vff_projected", "rule_options": {"cells": 2, "dimensions": 3}},
 }
 
 
@@ -40,7 +41,7 @@ def slow_scores(run, way):
 
         def told(label, x=x):
             """The image with one label, or with the neutral one."""
-            if config.rule == "vff":
+            if config.rule in ("vff", "vff_projected"):
                 return x if label is None else x + task.codebook[label]
             weights = np.full(classes, 1 / classes) if label is None else np.eye(classes)[label]
             pixels = x.reshape(-1, x.shape[-1]).copy()
@@ -56,6 +57,12 @@ def slow_scores(run, way):
                 rows.append(logits - np.log(np.exp(logits).sum()))
             elif config.rule == "ff":
                 rows.append([np.mean(np.asarray(z[i], np.float64) ** 2) for z in labelled])
+            elif config.rule == "vff_projected":
+                kernel = np.asarray(state.params["rule"]["kernel"], np.float64)
+                cells = config.rule_options["cells"]
+                maps = [np.asarray(z[i][0], np.float64) for z in (clean, *labelled)]
+                image, *others = [oracles.pool_to_grid(z, cells).ravel() @ kernel for z in maps]
+                rows.append([oracles.cosine(image, other) for other in others])
             else:
                 rows.append([oracles.similarity(clean[i][0], z[i][0], config.similarity) for z in labelled])
         out.append(rows)

@@ -138,7 +138,8 @@ def task_of_epoch(config: Config, task: Task, epoch: int) -> Task:
 
     It is a function of the seed and the epoch alone, so that a run which resumes inside of an epoch goes on with the same noise.
     """
-    return task._replace(codebook=_codebook(config, task.classes, task.codebook.shape[1:], epoch)) if _redraws(config) else task
+    _, h, w, c = task.codebook.shape
+    return task._replace(codebook=_codebook(config, task.classes, (h, w, c), epoch)) if _redraws(config) else task
 
 
 def _redraws(config: Config) -> bool:
