@@ -44,7 +44,7 @@ from vffjax.runs.loop import on_device, training_images
 from vffjax.training import scores as inference
 from vffjax.training.checks import make_config
 from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import Plan, init_states, make_task, task_of_epoch, whitened
+from vffjax.training.plan import Plan, init_states, make_task, noise_root, task_of_epoch, whitened
 
 # Keys whose values the race sets itself.
 SET_HERE = {
@@ -80,7 +80,8 @@ def race(config: Config, target: float) -> dict[str, Any]:
     check_rules(plan)
     train = training_images(dataset.train)
     judged = {"validation": on_device(dataset.validation), "test": on_device(dataset.test)}
-    task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+    task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std, dataset.train.images)
+    root = noise_root(config, dataset.train.images, task.mean, task.std)
     start = time.perf_counter()
     fresh = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
     epoch = Epoch(plan, None, segment_length(plan, dataset.image_shape))
@@ -102,7 +103,7 @@ def race(config: Config, target: float) -> dict[str, Any]:
     seconds, curve, reached = 0.0, [], None
     for number in range(config.epochs):
         start = time.perf_counter()
-        task = task_of_epoch(config, task, number)
+        task = task_of_epoch(config, task, number, root)
         states, metrics = jax.block_until_ready(epoch(task, states, train, number))
         seconds += time.perf_counter() - start
         curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": accuracy(states, "validation")})

@@ -179,6 +179,8 @@ TOGETHER = {
         {"epochs": 2, "overrides": {"group1": {"warmup_epochs": 2.5}}},
         "config.overrides.group1.warmup_epochs=2.5",
     ),
+    "smooth noise with the images' spectrum": ({"noise_spectrum": "images", "noise_cell": 2}, "config.noise_cell=2"),
+    "signs with the images' spectrum": ({"noise_spectrum": "images", "noise_kind": "signs"}, "config.noise_kind='signs'"),
     "a temperature that ends too near 0": ({"temperature_end": 1e-5}, "config.temperature_end=1e-05"),
     "a group's temperature that ends too near 0": (
         {"overrides": {"group1": {"temperature_end": 1e-5}}},

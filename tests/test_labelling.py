@@ -188,7 +188,7 @@ def test_noise_of_signs_has_two_values_and_the_signs_of_normal_noise(key, cell):
 def task_in(epoch, **changes):
     config = config_of(network="mlp", widths=(4,), noise_scale=2.0, **changes)
     first = make_task(config, CLASSES, SHAPE, (0.5, 0.5), (0.25, 0.25))
-    return task_of_epoch(config, first, epoch)
+    return task_of_epoch(config, first, epoch, None)
 
 
 @pytest.mark.parametrize("kind", ["normal", "signs"])

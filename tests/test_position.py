@@ -55,7 +55,7 @@ RUNS = {
     "every other epoch saved": ({"epochs": 4, "checkpoint_every": 2}, 2, 4),
     "back-propagation by sgd, skipping": ({"grouping": "all", "rule": "head", "optimizer": "sgd", "on_nonfinite": "skip"}, 1, 7),
     "sequential": ({"schedule": "sequential", "epochs": 2, "labelling": "triplet", "negatives": "hard"}, 2, 5),
-    "noise that is redrawn": ({"noise_redrawn": "epoch", "inference": "sweep"}, 1, 5),
+    "noise that is redrawn": ({"noise_redrawn": "epoch", "noise_spectrum": "images", "inference": "sweep"}, 1, 5),
     "kept features": ({"schedule": "sequential", "epochs": 2, "feature_cache": "host"}, 3, 5),
 }
 
@@ -94,7 +94,7 @@ def test_each_checkpoint_keeps_the_noise_of_its_epoch_and_a_position_inside_that
     (inside,) = checkpoints.inside.epochs()
     _, second = checkpoints.inside.opened(inside).restore(plan)
     for epoch, task in enumerate((first, second)):
-        assert_same_bits(task, task_of_epoch(config, task, epoch))
+        assert_same_bits(task, task_of_epoch(config, task, epoch, None))
     assert not np.array_equal(first.codebook, second.codebook)
     train(config, tmp_path)
     assert_same_bits(load_run(tmp_path, "2")[2], second)

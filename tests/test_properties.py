@@ -132,6 +132,8 @@ def valid(draw):
     contrast = raw["contrast"] if raw["contrast"] != "auto" else {"shared": "in_batch", "triplet": "triplet"}[raw["labelling"]]
     if raw["labelling"] == "shared" and contrast == "in_batch":
         raw["negatives"] = "uniform"
+    if raw["noise_spectrum"] == "images":
+        raw |= {"noise_cell": 1, "noise_kind": "normal"}
     if raw["schedule"] == "joint":
         raw["feature_cache"] = "none"
     if raw["feature_cache"] != "none":

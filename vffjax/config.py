@@ -37,8 +37,8 @@ _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
-    *("noise_cell", "noise_kind", "noise_redrawn", "group_decay", "warmup_epochs", "decay", "temperature_end"),
-    *("inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+    *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
+    *("temperature_end", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
 OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
 
@@ -83,6 +83,7 @@ class Config:
     noise_scale: float = key(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
     noise_cell: int = key(1, "side in pixels of the grid on which class noise is drawn and then interpolated; 1: white", low=1, high=1024)
     noise_kind: str = key("normal", "class noise: normal, or its signs times noise_scale", ("normal", "signs"))
+    noise_spectrum: str = key("drawn", "class noise: as it is drawn, or with the spectrum of the training images", ("drawn", "images"))
     noise_redrawn: str = key("never", "when class noise is drawn: once for the run, or anew for each epoch", ("never", "epoch"))
     copies_per_class: int = key(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
     negatives: str = key("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
