@@ -1,4 +1,4 @@
-"""Noise with the spectrum of images: after any linear filter of a few pixels it is, on average, as strong as what images leave there.
+"""Noise with the spectrum of images: any linear filter of a few pixels answers both, of one size, on average equally strongly.
 
 The spectrum is that of the discrete cosine transform (DCT-II), which is the Fourier transform of images continued by their mirror images,
 so that the opposite borders of an image do not meet. For each frequency it is the matrix `S = E[d d^T]` of the images' coefficients `d`
@@ -39,4 +39,4 @@ def filtered(noise: Float[np.ndarray, "n h w c"], root: Float[np.ndarray, "h w c
     """White noise, filtered to the spectrum whose root this is, with each image of noise scaled to a root mean square of 1."""
     out = transformed(np.einsum("hwcd,nhwd->nhwc", root, transformed(noise)), inverse=True)
     size = np.sqrt(np.mean(out**2, axis=(1, 2, 3), keepdims=True))
-    return out / np.maximum(size, np.finfo(np.float64).tiny)  # images that are all black have no spectrum, and give no noise
+    return out / np.maximum(size, np.finfo(np.float64).tiny)  # images of zeros give no noise
