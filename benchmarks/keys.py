@@ -154,6 +154,10 @@ PEER = Known(
         "init_from": RANDOM_WEIGHTS,
         "auxiliary": Only(((),), "the PyTorch contenders have linear heads", "leave it empty"),
         "noise_cell": Only((1,), "the PyTorch contenders draw white noise", "use noise_cell=1"),
+        "noise_kind": Only(("normal",), "the PyTorch contenders draw normal noise", "use noise_kind=normal"),
+        "noise_spectrum": Only(("drawn",), "the PyTorch contenders do not filter noise", "use noise_spectrum=drawn"),
+        "noise_redrawn": Only(("never",), "the PyTorch contenders draw noise once", "use noise_redrawn=never"),
+        "temperature_end": Only((0.0,), "the PyTorch contenders keep one temperature", "use temperature_end=0"),
         "look_ahead": Only((0,), "the PyTorch contenders keep no averages of weights", "use look_ahead=0"),
         "optimizer": Only(("adamw", "sgd"), "the PyTorch contenders have no such optimizer", "use adamw or sgd"),
         "rule": Only(
@@ -183,8 +187,9 @@ FLOPS = Known(
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
-        *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate", "look_ahead", "slow_share"),
-        *("contrast", "contrast_gradient", "similarity", "margin", "temperature"),
+        *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),
+        *("bias_rate", "look_ahead", "slow_share"),
+        *("contrast", "contrast_gradient", "similarity", "margin", "temperature", "temperature_end"),
         *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
         "overrides",

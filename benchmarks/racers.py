@@ -16,7 +16,7 @@ from vffjax.runs.experiment import plan_for
 from vffjax.runs.loop import on_device, training_images
 from vffjax.training import scores
 from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import init_states, make_task, whitened
+from vffjax.training.plan import init_states, make_task, noise_root, task_of_epoch, whitened
 
 TRIAL_STEPS = 4  # of an epoch by which PyTorch's fastest mode is found
 
@@ -48,7 +48,8 @@ class Ours:
         self._plan, self._dataset = plan_for(config, dataset), dataset
         self._train = training_images(dataset.train)
         self._judged = {"validation": on_device(dataset.validation), "test": on_device(dataset.test)}
-        self._task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+        self._task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std, dataset.train.images)
+        self._root = noise_root(config, dataset.train.images, self._task.mean, self._task.std)
         start = time.perf_counter()
         self.restart()
         self._epoch = Epoch(self._plan, None, segment_length(self._plan, dataset.image_shape))
@@ -63,6 +64,7 @@ class Ours:
         self._states = jax.block_until_ready(whitened(self._plan, fresh, self._dataset.train.images, self._task))
 
     def epoch(self, number: int, labels: Int[np.ndarray, " n"] | None = None) -> bool:
+        self._task = task_of_epoch(self._plan.config, self._task, number, self._root)
         data = self._train if labels is None else self._train._replace(labels=jnp.asarray(labels))
         self._states, metrics = jax.block_until_ready(self._epoch(self._task, self._states, data, number))
         return not np.any(metrics["nonfinite_steps"])
@@ -105,7 +107,7 @@ class Torch:
 
         self._torch, self._config, self._dataset = torch, config, dataset
         self._plan = plan_for(config, dataset)
-        self._task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+        self._task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std, dataset.train.images)
         self._device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
         fresh = init_states(self._plan, dataset.image_shape)
         self._start = whitened(self._plan, fresh, dataset.train.images, self._task)

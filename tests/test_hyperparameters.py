@@ -59,6 +59,26 @@ def test_overrides_and_the_decay_by_group():
     assert HyperParameters(*(values[0] for values in found[0])).of(1).margin == np.float32(0.25)
 
 
+@pytest.mark.parametrize("end", [0.01, 0.8])
+def test_the_temperature_goes_to_its_end_by_equal_factors(end):
+    config = config_of(**MLP, temperature=0.2, temperature_end=end, epochs=4, overrides={"group1": {"temperature_end": 0.0}})
+    found = np.concatenate([in_epoch(config, 3, STEPS, epoch).temperature for epoch in range(4)])
+    factor = (end / 0.2) ** (1 / (4 * STEPS))
+    expected = [0.2]
+    for _ in range(4 * STEPS):
+        expected.append(expected[-1] * factor)
+    np.testing.assert_allclose(expected[-1], end)
+    for group in (0, 2):
+        np.testing.assert_allclose(found[:, group], expected[:-1], rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 1], np.float32(0.2))
+    np.testing.assert_array_equal(at_peak(config, 3).temperature, np.float32(0.2))
+
+
+def test_a_temperature_without_an_end_is_constant_to_the_bit():
+    numbers = in_epoch(config_of(**MLP, temperature=0.05, overrides={"group2": {"temperature": 0.3}}), 3, STEPS, 1)
+    np.testing.assert_array_equal(numbers.temperature, np.float32([[0.05, 0.05, 0.3]] * STEPS))
+
+
 def test_each_stage_of_the_sequential_schedule_begins_anew():
     config = config_of(**MLP, schedule="sequential", epochs=2, warmup_epochs=0.5)
     sequential = make_plan(config, STEPS * 12, 3)
