@@ -115,10 +115,6 @@ def _has_other_layers(config: Config) -> bool:
     return not all(isinstance(layer, ConvLayer | DenseLayer | WhiteningLayer) for layer in _layers(config))
 
 
-def _pools_first(config: Config) -> bool:
-    return _has_other_layers(config) or any(isinstance(layer, ConvLayer) and layer.pools_first for layer in _layers(config))
-
-
 def _layers(config: Config) -> list[Layer]:
     return [layer for group in groups_of(config, 2) for layer in group.module.layers]
 
@@ -137,17 +133,18 @@ PEER = Known(
         *("seed", "dataset", "flip", "crop_padding", "cutout", "pixel_statistics", "widths", "pools", "width_factor", "head_grid"),
         *("noise_scale", "similarity", "margin", "temperature", "head_weight", "label_smoothing", "epochs", "batch_size"),
         *("learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides", "precision"),
+        *("whitening", "activation", "norm_scale", "initialisation", "decay", "bias_rate"),
     ),
     immaterial=(
         # No data set is read, and nothing is held out for validation.
         *("data_dir", "train_examples", "val_fraction"),
         # These belong to labellings and rules that the peers do not have.
-        *("copies_per_class", "goodness_threshold", "peer_normalisation"),
+        *("copies_per_class", "goodness_threshold", "peer_normalisation", "slow_share"),
         # Nothing is classified, and nothing is saved.
         *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _pools_first),
+        "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
@@ -156,13 +153,12 @@ PEER = Known(
         "frozen_groups": Only((0,), "the PyTorch contenders train every group", "use frozen_groups=0"),
         "init_from": RANDOM_WEIGHTS,
         "auxiliary": Only(((),), "the PyTorch contenders have linear heads", "leave it empty"),
-        "whitening": Only((0,), "the PyTorch contenders have no whitening layer", "use whitening=0"),
-        "activation": Only(("relu",), "the PyTorch contenders have ReLU", "use relu"),
-        "norm_scale": Only((True,), "the PyTorch contenders have norms with scales", "use norm_scale=True"),
-        "initialisation": Only(("he",), "the PyTorch contenders start with He's initialisation", "use he"),
         "noise_cell": Only((1,), "the PyTorch contenders draw white noise", "use noise_cell=1"),
-        "decay": Only(("cosine",), "the PyTorch contenders decay the rate along a cosine", "use cosine"),
-        "bias_rate": Only((1.0,), "the PyTorch contenders have one rate for all parameters", "use bias_rate=1"),
+        "noise_kind": Only(("normal",), "the PyTorch contenders draw normal noise", "use noise_kind=normal"),
+        "noise_spectrum": Only(("drawn",), "the PyTorch contenders do not filter noise", "use noise_spectrum=drawn"),
+        "noise_redrawn": Only(("never",), "the PyTorch contenders draw noise once", "use noise_redrawn=never"),
+        "temperature_end": Only((0.0,), "the PyTorch contenders keep one temperature", "use temperature_end=0"),
+        "look_ahead": Only((0,), "the PyTorch contenders keep no averages of weights", "use look_ahead=0"),
         "optimizer": Only(("adamw", "sgd"), "the PyTorch contenders have no such optimizer", "use adamw or sgd"),
         "rule": Only(
             (), "the PyTorch contenders have no such rule", "use rule=vff or rule=head", lambda c: not (_is_vff(c) or head_alone(c))
@@ -171,6 +167,7 @@ PEER = Known(
         "grouping": Only(("all",), "the head loss alone is back-propagation through one group in PyTorch", "use grouping=all", head_alone),
         "labelling": Only(("triplet",), "the PyTorch contenders have a right and a wrong copy of each image", "use triplet", _is_vff),
         "contrast": Only(("auto", "triplet"), "the PyTorch contenders contrast triplets", "use contrast=auto", _is_vff),
+        "contrast_gradient": Only(("both",), "the PyTorch contenders pass both gradients", "use contrast_gradient=both", _is_vff),
         "negatives": Only(("uniform",), "the PyTorch contenders draw wrong labels uniformly", "use negatives=uniform", _predicts),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the PyTorch contenders keep no features", "use feature_cache=none"),
@@ -190,8 +187,10 @@ FLOPS = Known(
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
-        *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate"),
-        *("contrast", "similarity", "margin", "temperature", "label_smoothing", "goodness_threshold", "peer_normalisation"),
+        *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),
+        *("bias_rate", "look_ahead", "slow_share"),
+        *("contrast", "contrast_gradient", "similarity", "margin", "temperature", "temperature_end"),
+        *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
         "overrides",
         # The FLOPs are those of the model in one step, and not those that a program executes.

@@ -48,7 +48,7 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
         layers, fixed = [], 0
         for layer in group.module.layers:
             if isinstance(layer, WhiteningLayer):
-                shape = (shape[0] - layer.side + 1, shape[1] - layer.side + 1, layer.width)
+                shape = (*shape[:2], layer.width)
                 fixed = math.prod(shape) * layer.width // 2
             elif isinstance(layer, ConvLayer):
                 layers.append(KERNEL * KERNEL * math.prod(shape) * layer.width)

@@ -1,7 +1,11 @@
 """Measures the seconds of training that a local rule needs to reach a validation accuracy.
 
     python benchmarks/speedrun.py --target 0.80 [--config configs/cifar10_speed.py] [--config.KEY=VALUE ...] [--seeds 0,1,2]
-                                  [--out FILE.json]
+                                  [--peer [KEY=VALUE ...]] [--out FILE.json]
+
+With --peer, back-propagation of the same network by PyTorch races too, in the same process, from the same initial parameters, with the same
+recipe except for the keys given. It takes the fastest of eager and compiled execution and of PyTorch's implementations of the optimizer, as
+a trial finds it. Rule 1 is not for the peer, and the others are.
 
 The rules of the race:
 
@@ -13,8 +17,9 @@ The rules of the race:
 4. The clock runs while an epoch runs, with its augmentation, from the dispatch of the epoch until its last parameter is computed. It is
    paused while the accuracy is taken. It stops at the end of the first epoch that reaches the target. The schedule of the learning rate is
    fixed by the configuration, and does not depend on when the target is reached.
-5. Before the clock starts, the data lie on the device, and all programs are compiled, including that of the accuracy. One whole epoch has
-   run on other parameters with random labels, so that nothing that was learnt enters the race. Compile time is reported separately.
+5. Before the clock starts, parameters are initialised, the kernel of a whitening layer among them. The data lie on the device, and all
+   programs are compiled, including that of the accuracy. One whole epoch has run with random labels, and all parameters are then reset, so
+   that nothing that was learnt enters the race. Compile time is reported separately.
 6. Every seed counts. The result says how many seeds reached the target, because the mean and the standard deviation are over these seeds
    only. Under `config.on_nonfinite=stop` a seed whose loss is not finite is stopped, and has not reached the target.
 7. Weights start from the seed, and every seed comes from `--seeds`. Keys that say otherwise are refused.
@@ -22,29 +27,29 @@ The rules of the race:
 The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epochs in the place of steps.
 """
 
-import dataclasses
+import ast
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from arguments import one_line, parser_of, read_config
-from keys import JOINT, RANDOM_WEIGHTS, SEEDS, Only, refuse
+from keys import JOINT, PEER, RANDOM_WEIGHTS, SEEDS, Only, refuse
+from racers import Ours, Racer, Torch
 from spread import Spread
+from vffjax import rules
 from vffjax.config import Config
-from vffjax.data import load as data_module
+from vffjax.data import load as data
+from vffjax.data.sets import Dataset
 from vffjax.errors import UserError, bad_key
 from vffjax.files import write_json
 from vffjax.runs.experiment import plan_for
-from vffjax.runs.loop import on_device, training_images
-from vffjax.training import scores as inference
 from vffjax.training.checks import make_config
-from vffjax.training.epochs import Epoch, segment_length
-from vffjax.training.plan import Plan, init_states, make_task, whitened
+from vffjax.training.plan import Plan
 
 # Keys whose values the race sets itself.
 SET_HERE = {
@@ -64,63 +69,80 @@ def check_rules(plan: Plan) -> None:
         raise bad_key("val_fraction", config.val_fraction, "leaves nothing to measure on", "hold out some images, such as 0.1")
 
 
-def race(config: Config, target: float) -> dict[str, Any]:
+def race(racer: Racer, config: Config, target: float, labels: int, classes: int) -> dict[str, Any]:
     """Runs the race of one seed.
 
     Args:
-        config: a checked configuration.
+        racer: who trains.
+        config: its configuration.
         target: the validation accuracy to reach, between 0 and 1.
+        labels: how many training images there are.
+        classes: of how many classes.
 
     Returns:
         The result in plain JSON types. `seconds_to_target` is None if the target was not reached. `curve` has the seconds and the
         validation accuracy after each epoch.
     """
-    dataset = data_module.load(config)
-    plan = plan_for(config, dataset)
-    check_rules(plan)
-    train = training_images(dataset.train)
-    judged = {"validation": on_device(dataset.validation), "test": on_device(dataset.test)}
-    task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
-    start = time.perf_counter()
-    fresh = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
-    epoch = Epoch(plan, None, segment_length(plan, dataset.image_shape))
-    epoch.compile(task, fresh, train)
-    scores_of = {name: inference.compile_scores(plan, "heads", task, fresh, split.images) for name, split in judged.items()}
-    compile_seconds = time.perf_counter() - start
-
-    def accuracy(states: Any, split: str) -> float:
-        found = np.asarray(scores_of[split](task, states, judged[split].images))
-        everyone = tuple(range(len(plan.groups)))
-        return 1 - inference.error_percent(inference.ensemble(found, everyone), judged[split].labels) / 100
-
-    random_labels = np.random.default_rng(config.seed).integers(0, dataset.num_classes, len(train.labels), np.int32)
-    warm, _ = epoch(task, fresh, train._replace(labels=jnp.asarray(random_labels)), 0)
-    accuracy(warm, "validation")
-    del warm
-
-    states = jax.block_until_ready(init_states(plan, dataset.image_shape))
+    racer.epoch(0, np.random.default_rng(config.seed).integers(0, classes, labels, np.int32))
+    racer.accuracy("validation")
+    racer.restart()
+    who = f"{racer.name} seed {config.seed}"
     seconds, curve, reached = 0.0, [], None
     for number in range(config.epochs):
         start = time.perf_counter()
-        states, metrics = jax.block_until_ready(epoch(task, states, train, number))
+        finite = racer.epoch(number)
         seconds += time.perf_counter() - start
-        curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": accuracy(states, "validation")})
-        print(f"seed {config.seed} epoch {number + 1}: {seconds:.1f} s, {curve[-1]['val_accuracy']:.4f}", file=sys.stderr, flush=True)
+        curve.append({"epoch": number + 1, "seconds": seconds, "val_accuracy": racer.accuracy("validation")})
+        print(f"{who} epoch {number + 1}: {seconds:.1f} s, {curve[-1]['val_accuracy']:.4f}", file=sys.stderr, flush=True)
         if curve[-1]["val_accuracy"] >= target:
             reached = seconds
             break
-        if config.on_nonfinite == "stop" and np.any(metrics["nonfinite_steps"]):
-            print(f"seed {config.seed}: a loss is not finite; the race of this seed ends here", file=sys.stderr, flush=True)
+        if config.on_nonfinite == "stop" and not finite:
+            print(f"{who}: a loss is not finite; the race of this seed ends here", file=sys.stderr, flush=True)
             break
     return {
+        "racer": racer.name,
         "seed": config.seed,
         "seconds_to_target": reached,
         "epochs": len(curve),
-        "images_per_second": len(curve) * plan.steps_per_epoch * config.batch_size / seconds,
-        "test_accuracy": accuracy(states, "test"),
-        "compile_seconds": compile_seconds,
+        "images_per_second": len(curve) * (labels // config.batch_size) * config.batch_size / seconds,
+        "test_accuracy": racer.accuracy("test"),
+        "compile_seconds": racer.compile_seconds,
         "curve": curve,
-    }
+    } | racer.facts
+
+
+def races_of(config: Config, peer: Mapping[str, Any] | None, target: float) -> list[dict[str, Any]]:
+    """The races of one seed: ours, and that of PyTorch's back-propagation if the keys are given by which it differs.
+
+    Which of them runs first depends on the seed, so that a machine that slows down favours neither.
+    """
+    dataset = data.load(config)
+    check_rules(plan_for(config, dataset))
+    settings = [config] if peer is None else [config, back_propagation(config, peer)]
+    kinds: tuple[Callable[[Config, Dataset], Racer], ...] = (Ours, Torch)
+    entries = list(zip(kinds, settings, strict=False))
+    size = len(dataset.train.labels), dataset.num_classes
+    results = [race(kind(own, dataset), own, target, *size) for kind, own in (entries if config.seed % 2 == 0 else entries[::-1])]
+    return sorted(results, key=lambda result: result["racer"] == Torch.name)
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """A key and its value, which is read as a Python literal, else as text. Raises `UserError` if there is no `=`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--peer {text}: not KEY=VALUE; give for example learning_rate=5e-3")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def back_propagation(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The same configuration for back-propagation. Raises `UserError` for a key that the PyTorch network does not obey."""
+    own = make_config(config.to_dict() | rules.BACK_PROPAGATION | dict(changes))
+    PEER.check(own)
+    return own
 
 
 def summarise(races: list[dict[str, Any]]) -> dict[str, Any]:
@@ -143,18 +165,26 @@ def line(result: dict[str, Any], target: float) -> str:
 def main() -> None:
     parser = parser_of(__file__, __doc__, "--seeds", "--out")
     parser.add_argument("--target", type=float, required=True, help="validation accuracy to reach, between 0 and 1, such as 0.80")
+    parser.add_argument("--peer", nargs="*", metavar="KEY=VALUE", help="race PyTorch's back-propagation too, with these keys of its own")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "cifar10_speed.py"), *rest]
     if not 0 < own.target < 1:
         raise UserError(f"--target={own.target}: not between 0 and 1; give for example 0.80")
     config, name = read_config(rest)
-    refuse(config, SET_HERE | {"seed": SEEDS})  # `race` would refuse them too, but only after the data have been read
-    races = [race(make_config(dataclasses.replace(config, seed=seed).to_dict()), own.target) for seed in own.seeds]
-    result = {"target": own.target, "config_name": name, "device": jax.devices()[0].device_kind} | summarise(races)
+    refuse(config, SET_HERE | {"seed": SEEDS})  # `races_of` would refuse them too, but only after the data have been read
+    peer = None if own.peer is None else dict(pair(text) for text in own.peer)
+    if peer is not None:
+        back_propagation(config, peer)
+    found = [races_of(make_config(config.to_dict() | {"seed": seed}), peer, own.target) for seed in own.seeds]
+    by_racer = [list(of_one) for of_one in zip(*found, strict=True)]
+    result = {"target": own.target, "config_name": name, "device": jax.devices()[0].device_kind} | summarise(by_racer[0])
+    for races in by_racer[1:]:
+        result["peer"] = summarise(races) | {"config": back_propagation(config, peer or {}).to_dict(), "races": races}
     if own.out:
-        write_json(own.out, result | {"config": config.to_dict(), "races": races, "jax": jax.__version__, "command": sys.argv[1:]})
-    print(line(result, own.target))
+        write_json(own.out, result | {"config": config.to_dict(), "races": by_racer[0], "jax": jax.__version__, "command": sys.argv[1:]})
+    for races in by_racer:
+        print(f"{races[0]['racer']}: {line(summarise(races), own.target)}")
 
 
 if __name__ == "__main__":

@@ -121,24 +121,31 @@ def three_stream_loss(config: Config, group: Group, streams: Iterable[Tensor], l
 class GroupOptimizer:
     """The optimizer of one group, as `vffjax.training.optimizers.make_optimizer` defines it.
 
-    It has a linear warm-up, cosine decay, decoupled weight decay of the kernels, and clipping by the gradient's norm.
+    It has a linear warm-up, decay along a cosine or a line, decoupled weight decay of the kernels, another rate for the biases of layers,
+    and clipping by the gradient's norm.
     """
 
     def __init__(self, config: Config, module: nn.Module, steps_per_epoch: int, implementation: str):
-        self._params = list(module.parameters())
+        learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._params = list(learning.values())
         self._kernels: list[Tensor] = [p for p in self._params if p.ndim > 1]
+        biases = [p for name, p in learning.items() if name.startswith("layers.") and name.endswith(".bias")]
+        apart = {id(p) for p in self._kernels + biases}
+        rest = [p for p in self._params if id(p) not in apart]
+        own_rate: dict[str, Any] = {"params": biases, "lr": config.learning_rate * config.bias_rate}
         self._clip_norm = config.clip_norm
         # The weight decay of torch.optim.SGD is a part of the gradient, which momentum averages, so ours is applied apart.
         self._decay_apart = chosen("optimizer", config.optimizer, {"sgd": config.weight_decay, "adamw": 0.0})
         options: Any = {"lr": config.learning_rate, implementation: True}
         self._optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
-            rest = [p for p in self._params if p.ndim <= 1]
-            decayed = {"params": self._kernels, "weight_decay": config.weight_decay}
-            self._optimizer = torch.optim.AdamW([decayed, {"params": rest, "weight_decay": 0.0}], **options)
+            decayed: dict[str, Any] = {"params": self._kernels, "weight_decay": config.weight_decay}
+            kept: dict[str, Any] = {"weight_decay": 0.0}
+            self._optimizer = torch.optim.AdamW([decayed, own_rate | kept, {"params": rest} | kept], **options)
         else:
             momentum = config.momentum
-            self._optimizer = torch.optim.SGD(self._params, momentum=momentum, nesterov=momentum > 0, **options)
+            parts: list[dict[str, Any]] = [{"params": self._kernels}, own_rate, {"params": rest}]
+            self._optimizer = torch.optim.SGD(parts, momentum=momentum, nesterov=momentum > 0, **options)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _share_of_rate(config, steps_per_epoch))
 
     def step(self) -> None:
@@ -161,7 +168,8 @@ def _share_of_rate(config: Config, steps_per_epoch: int) -> Callable[[int], floa
     def share(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
+        done = min(1.0, (step - warmup) / (total - warmup))
+        return chosen("decay", config.decay, {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done})
 
     return share
 
@@ -186,7 +194,7 @@ class Peer:
         torch.backends.cudnn.benchmark = True
         self._plan, self._config, self._device = plan, plan.config, device
         self.network = build_network(plan.groups, task.codebook.shape[1:], task.classes)
-        load_from_jax(self.network, [s.params for s in states], [s.batch_stats for s in states])
+        self.load(states)
         place: Any = {"device": device, "memory_format": torch.channels_last}
         for group in self.network:
             group.to(**place)
@@ -196,6 +204,21 @@ class Peer:
         self._back_propagates = plan.rule.loss is None
         self._whole_loss = None if compile_mode is None else torch.compile(self._whole(), mode=compile_mode)
         self.use_optimizers(IMPLEMENTATIONS[0])
+
+    def load(self, states: Sequence[GroupState]) -> None:
+        """Sets all parameters and running statistics to those of our states."""
+        load_from_jax(self.network, [s.params for s in states], [s.batch_stats for s in states])
+
+    @torch.no_grad()
+    def classes(self, images: Tensor, batch: int) -> Tensor:
+        """The classes [n] that back-propagation's network finds in images, bytes [n, h, w, c], by its running statistics."""
+        group = self.network[0].eval()
+        found = [group.logits(group.features(self._normalised(part))).argmax(1) for part in images.split(batch)]
+        group.train()
+        return torch.cat(found)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return images.permute(0, 3, 1, 2).float() * self._scale - self._shift
 
     def _whole(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss of all groups as one function. `PEER` accepts only these two rules."""
@@ -233,7 +256,7 @@ class Peer:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Augments and normalises bytes [batch, h, w, c] to float32 [batch, c, h, w] in channels_last memory."""
-        x = augment(images, self._config).permute(0, 3, 1, 2).float() * self._scale - self._shift
+        x = self._normalised(augment(images, self._config))
         return cut_out(x, self._config.cutout) if self._config.cutout else x
 
     def _autocast(self) -> torch.autocast:

@@ -179,6 +179,13 @@ TOGETHER = {
         {"epochs": 2, "overrides": {"group1": {"warmup_epochs": 2.5}}},
         "config.overrides.group1.warmup_epochs=2.5",
     ),
+    "smooth noise with the images' spectrum": ({"noise_spectrum": "images", "noise_cell": 2}, "config.noise_cell=2"),
+    "signs with the images' spectrum": ({"noise_spectrum": "images", "noise_kind": "signs"}, "config.noise_kind='signs'"),
+    "a temperature that ends too near 0": ({"temperature_end": 1e-5}, "config.temperature_end=1e-05"),
+    "a group's temperature that ends too near 0": (
+        {"overrides": {"group1": {"temperature_end": 1e-5}}},
+        "config.overrides.group1.temperature_end=1e-05",
+    ),
     "goodness behind a batch statistic": ({"rule": "ff", "norm": "batch"}, "config.norm='batch'"),
     "a sweep over labels never seen": ({"rule": "head", "inference": "sweep"}, "config.inference='sweep'"),
     "an override of no group": ({"overrides": {"first": {}}}, "config.overrides.first={}"),

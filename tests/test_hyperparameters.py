@@ -59,6 +59,26 @@ def test_overrides_and_the_decay_by_group():
     assert HyperParameters(*(values[0] for values in found[0])).of(1).margin == np.float32(0.25)
 
 
+@pytest.mark.parametrize("end", [0.01, 0.8])
+def test_the_temperature_goes_to_its_end_by_equal_factors(end):
+    config = config_of(**MLP, temperature=0.2, temperature_end=end, epochs=4, overrides={"group1": {"temperature_end": 0.0}})
+    found = np.concatenate([in_epoch(config, 3, STEPS, epoch).temperature for epoch in range(4)])
+    factor = (end / 0.2) ** (1 / (4 * STEPS))
+    expected = [0.2]
+    for _ in range(4 * STEPS):
+        expected.append(expected[-1] * factor)
+    np.testing.assert_allclose(expected[-1], end)
+    for group in (0, 2):
+        np.testing.assert_allclose(found[:, group], expected[:-1], rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 1], np.float32(0.2))
+    np.testing.assert_array_equal(at_peak(config, 3).temperature, np.float32(0.2))
+
+
+def test_a_temperature_without_an_end_is_constant_to_the_bit():
+    numbers = in_epoch(config_of(**MLP, temperature=0.05, overrides={"group2": {"temperature": 0.3}}), 3, STEPS, 1)
+    np.testing.assert_array_equal(numbers.temperature, np.float32([[0.05, 0.05, 0.3]] * STEPS))
+
+
 def test_each_stage_of_the_sequential_schedule_begins_anew():
     config = config_of(**MLP, schedule="sequential", epochs=2, warmup_epochs=0.5)
     sequential = make_plan(config, STEPS * 12, 3)
@@ -80,6 +100,7 @@ BASE = {**MLP, "optimizer": "sgd", "head_weight": 0.5, "clip_norm": 0.5, "weight
 FF = {"rule": "ff", "peer_normalisation": 0.1}
 OWN = {
     "learning_rate": 0.02,
+    "bias_rate": 3.0,
     "weight_decay": 0.3,
     "momentum": 0.2,
     "clip_norm": 0.1,
@@ -89,6 +110,7 @@ OWN = {
     "label_smoothing": 0.4,
     "goodness_threshold": 0.3,
     "peer_normalisation": 0.7,
+    "slow_share": 0.5,
 }
 
 
@@ -108,8 +130,8 @@ def stepped(**changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ARGUMENTS)
 def test_a_group_s_own_number_is_as_if_configured_alone_and_leaves_the_others(key):
-    rule = FF if key in ("goodness_threshold", "peer_normalisation") else {}
-    base, everywhere, own = stepped(**rule), stepped(**rule | {key: OWN[key]}), stepped(**rule, overrides={"group1": {key: OWN[key]}})
+    given = {"goodness_threshold": FF, "peer_normalisation": FF, "slow_share": {"look_ahead": 1}}.get(key, {})
+    base, everywhere, own = stepped(**given), stepped(**given | {key: OWN[key]}), stepped(**given, overrides={"group1": {key: OWN[key]}})
     # One program, so to the bit. Every group takes the features that the group before had before its update.
     assert_same(own, [base[0], everywhere[1], base[2]])
     assert differs(everywhere[1][0], base[1][0])

@@ -1,6 +1,7 @@
 """Inference: scores by heads and by sweep against a slow loop, padding of batches, ensembles and the choice of voters."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,17 @@ import pytest
 
 import oracles
 from oracles import CONV, MLP, config_of, quick_jit, slow_but, small_run
+from runs import assert_same_bits, tiny, train
 from vffjax.training.scores import choose_voting, ensemble, error_percent, make_scores
+from vffjax.training.trainer import train_step
+from vffjax.uses.evaluation import evaluate
 
 CASES = {
     "conv4": CONV,
     "conv4, position": CONV | {"similarity": "position", "norm": "anchor"},
     "mlp, layer norm": MLP | {"norm": "layer"},
     "ff": MLP | {"rule": "ff"},
+    "vff_projected": CONV | {"rule": "vff_projected", "rule_options": {"cells": 2, "dimensions": 3}},
 }
 
 
@@ -40,7 +45,7 @@ def slow_scores(run, way):
 
         def told(label, x=x):
             """The image with one label, or with the neutral one."""
-            if config.rule == "vff":
+            if config.rule in ("vff", "vff_projected"):
                 return x if label is None else x + task.codebook[label]
             weights = np.full(classes, 1 / classes) if label is None else np.eye(classes)[label]
             pixels = x.reshape(-1, x.shape[-1]).copy()
@@ -56,6 +61,12 @@ def slow_scores(run, way):
                 rows.append(logits - np.log(np.exp(logits).sum()))
             elif config.rule == "ff":
                 rows.append([np.mean(np.asarray(z[i], np.float64) ** 2) for z in labelled])
+            elif config.rule == "vff_projected":
+                kernel = np.asarray(state.params["rule"]["kernel"], np.float64)
+                cells = config.rule_options["cells"]
+                maps = [np.asarray(z[i][0], np.float64) for z in (clean, *labelled)]
+                image, *others = [oracles.pool_to_grid(z, cells).ravel() @ kernel for z in maps]
+                rows.append([oracles.cosine(image, other) for other in others])
             else:
                 rows.append([oracles.similarity(clean[i][0], z[i][0], config.similarity) for z in labelled])
         out.append(rows)
@@ -71,6 +82,45 @@ def test_scores_equal_a_slow_loop_also_where_the_last_batch_is_short(name, way):
     assert found.shape == (len(run.plan.groups), 7, 3)
     np.testing.assert_allclose(found, slow_scores(run, way), rtol=1e-3, atol=1e-4)
     assert all(np.ptp(group, axis=1).min() > 1e-4 for group in found)  # labels do make a difference
+
+
+# What a group can learn by without its head, which only reads.
+HEADLESS = {
+    "vff": {},
+    "signs on a grid, redrawn": {"noise_kind": "signs", "noise_cell": 2, "noise_redrawn": "epoch"},
+    "noise like images, redrawn": {"noise_spectrum": "images", "noise_redrawn": "epoch"},
+    "temperature": {"temperature_end": 0.2},
+    "vff_supcon": {"rule": "vff_supcon"},
+    "vff_projected": {"rule": "vff_projected"},
+    "vff_projected behind a convolution": {"rule": "vff_projected", "rule_options": {"channels": 4}},
+}
+
+
+@pytest.mark.parametrize("name", slow_but(HEADLESS, "vff", "vff_projected behind a convolution"))
+def test_without_a_weight_the_head_has_no_part_in_learning_nor_in_a_sweep(name):
+    """To the bit: other heads leave what else a step makes of a group, and the sweep's scores, as they are."""
+    run = small_run(config_of(**CONV, head_weight=0.0, inference="sweep", auxiliary=(3,), **HEADLESS[name]))
+    others = tuple(
+        state._replace(params=state.params | {"head": jax.tree.map(lambda p: 2 * p + 1, state.params["head"])}) for state in run.states
+    )
+    step = quick_jit(functools.partial(train_step, run.plan.program, None))
+    sweep = make_scores(run.plan, "sweep")
+    found = []
+    for states in (run.states, others):
+        after, _ = step(run.task, states, run.batch())
+        learnt = [{part: p for part, p in state.params.items() if part != "head"} for state in after]
+        found.append((learnt, sweep(run.task, after, run.data.images)))
+    assert_same_bits(*found)
+    assert all(oracles.differs(learnt["layers_0"], state.params["layers_0"]) for learnt, state in zip(found[0][0], run.states, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADLESS)
+def test_a_run_classifies_without_heads(name, tmp_path):
+    changes = {"epochs": 6, "train_examples": 1000, "widths": (64, 48), "head_weight": 0.0, "inference": "sweep"}
+    done = train(tiny(**changes, **HEADLESS[name]), tmp_path)
+    assert done["test_error"] < 60  # chance is 90
+    assert evaluate(tmp_path, "sweep")["test_error"] == done["test_error"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """How images are told labels: class noise in its two forms, wrong labels, and the overlay of forward-forward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from oracles import config_of, small_run, streams_from
+from runs import assert_same_bits
 from vffjax.rules import ff, vff
 from vffjax.rules import streams as labelling
+from vffjax.training.plan import CODEBOOK, make_task, run_key, task_of_epoch
 
 CLASSES, SHAPE = 5, (4, 6, 2)
 
@@ -169,3 +173,36 @@ def test_noise_on_a_grid_has_the_scale_asked_and_is_smooth(key, cell):
     assert correlation(codebook) > 0.5
     labels = np.corrcoef(codebook.reshape(20, -1)) - np.eye(20)
     assert np.abs(labels).max() < 0.9
+
+
+@pytest.mark.parametrize("cell", [1, 3])
+def test_noise_of_signs_has_two_values_and_the_signs_of_normal_noise(key, cell):
+    normal = np.asarray(labelling.make_codebook(key, 20, (12, 12, 3), 3.0, cell))
+    signs = np.asarray(labelling.make_codebook(key, 20, (12, 12, 3), 3.0, cell, "signs"))
+    np.testing.assert_array_equal(signs, 3 * np.sign(normal))
+    assert (signs.dtype, np.unique(signs).tolist()) == (np.float32, [-3.0, 3.0])
+    # 960 points of the coarsest grid, each a fair coin: the mean is within five standard errors.
+    assert abs(signs.mean()) < 5 * 3 / np.sqrt(20 * (12 // cell) ** 2 * 3)
+
+
+def task_in(epoch, **changes):
+    config = config_of(network="mlp", widths=(4,), noise_scale=2.0, **changes)
+    first = make_task(config, CLASSES, SHAPE, (0.5, 0.5), (0.25, 0.25))
+    return task_of_epoch(config, first, epoch, None)
+
+
+@pytest.mark.parametrize("kind", ["normal", "signs"])
+def test_noise_that_is_redrawn_is_a_function_of_the_seed_and_the_epoch(kind):
+    drawn = functools.partial(task_in, noise_kind=kind, noise_redrawn="epoch")
+    books = [drawn(epoch).codebook for epoch in range(4)] + [drawn(0, seed=1).codebook, task_in(0, noise_kind=kind).codebook]
+    assert len({np.asarray(book).tobytes() for book in books}) == 6
+    for epoch in (2, 0):
+        assert_same_bits(drawn(epoch).codebook, books[epoch])
+    assert_same_bits(drawn(0).mean, task_in(0).mean)
+
+
+def test_noise_that_is_never_redrawn_is_that_of_the_key():
+    config = config_of()
+    for epoch in (0, 3):
+        expected = 2 * jax.random.normal(run_key(config, CODEBOOK), (CLASSES, *SHAPE))
+        assert_same_bits(task_in(epoch).codebook, expected)

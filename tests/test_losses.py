@@ -125,7 +125,7 @@ def test_margin_and_temperature_act_as_documented():
 
 def seen_of(config, made, key, logits):
     """What a rule's loss may look at, of one group whose features are `made`."""
-    return local.Seen(config, vff.RULE.options_of(config), at_peak(config, 1).of(0), 0, made, made, logits, {}, key)
+    return local.Seen(config, None, at_peak(config, 1).of(0), 0, made, made, logits, {}, key)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,26 @@ def test_the_rate_may_decay_along_a_line():
     np.testing.assert_allclose(np.concatenate(rates), [0.4 * t / 5 if t < 5 else 0.4 * (1 - (t - 5) / 15) for t in range(20)], rtol=1e-6)
 
 
+def test_looking_ahead_goes_back_to_slow_averages_whose_share_grows_with_the_cube_of_time():
+    """Against a slow version of look-ahead (Zhang et al., 2019) around Nesterov SGD."""
+    rng = np.random.default_rng(0)
+    draw = lambda: {"a": jnp.asarray(rng.normal(size=3), jnp.float32), "b": jnp.asarray(rng.normal(size=(2, 2)), jnp.float32)}  # noqa: E731
+    params, gradients = draw(), [draw() for _ in range(8)]
+    given = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.5, "epochs": 8}  # of one step
+    found = updates_of(config_of(**given, look_ahead=3, slow_share=0.9), gradients, params, steps_per_epoch=1)
+    for name in params:
+        fast = slow = np.asarray(params[name], np.float64)
+        moment = np.zeros_like(fast)
+        for step, gradient in enumerate(gradients):
+            g = np.asarray(gradient[name], np.float64)
+            moment = 0.5 * moment + g
+            fast = fast - 0.3 * 0.5 * (1 + np.cos(np.pi * step / 8)) * (g + 0.5 * moment)
+            if step % 3 == 2:
+                share = 0.9 * (step / 8) ** 3
+                fast = slow = share * slow + (1 - share) * fast
+            np.testing.assert_allclose(found[step][name], fast, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_biases_of_layers_have_a_rate_of_their_own(optimizer):
     params = {"layers_0": {"kernel": jnp.ones((2, 2)), "norm": {"bias": jnp.ones(2), "scale": jnp.ones(2)}}, "head": {"bias": jnp.ones(2)}}

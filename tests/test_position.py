@@ -19,6 +19,7 @@ from vffjax.runs.logbook import Logbook, read_metrics
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
 from vffjax.training import epochs
+from vffjax.training.plan import task_of_epoch
 from vffjax.uses import evaluation
 
 
@@ -54,6 +55,7 @@ RUNS = {
     "every other epoch saved": ({"epochs": 4, "checkpoint_every": 2}, 2, 4),
     "back-propagation by sgd, skipping": ({"grouping": "all", "rule": "head", "optimizer": "sgd", "on_nonfinite": "skip"}, 1, 7),
     "sequential": ({"schedule": "sequential", "epochs": 2, "labelling": "triplet", "negatives": "hard"}, 2, 5),
+    "noise that is redrawn": ({"noise_redrawn": "epoch", "noise_spectrum": "images", "inference": "sweep"}, 1, 5),
     "kept features": ({"schedule": "sequential", "epochs": 2, "feature_cache": "host"}, 3, 5),
 }
 
@@ -80,6 +82,22 @@ def test_a_run_that_leaves_inside_of_an_epoch_goes_on_to_the_same_bits(name, tmp
     train(config, tmp_path / "undisturbed")
     assert_same_run(tmp_path / "left", tmp_path / "undisturbed", config)
     assert not (tmp_path / "left" / "checkpoints" / "inside").exists()
+
+
+@pytest.mark.slow
+def test_each_checkpoint_keeps_the_noise_of_its_epoch_and_a_position_inside_that_of_the_epoch_that_goes_on(tmp_path):
+    config = tiny(noise_redrawn="epoch", epochs=2, segment_steps=2)
+    with leave_at(1, 4), pytest.raises(Terminated):
+        train(config, tmp_path)
+    plan, _, first, _ = load_run(tmp_path, "1")
+    checkpoints = Checkpoints(tmp_path)
+    (inside,) = checkpoints.inside.epochs()
+    _, second = checkpoints.inside.opened(inside).restore(plan)
+    for epoch, task in enumerate((first, second)):
+        assert_same_bits(task, task_of_epoch(config, task, epoch, None))
+    assert not np.array_equal(first.codebook, second.codebook)
+    train(config, tmp_path)
+    assert_same_bits(load_run(tmp_path, "2")[2], second)
 
 
 @pytest.mark.slow

@@ -58,10 +58,13 @@ FREE = {
     "noise_scale": between(0, 50),
     "noise_cell": st.integers(1, 4),
     "bias_rate": between(0, 10),
+    "look_ahead": st.integers(0, 3),
+    "slow_share": between(0, 0.9375),
     "auxiliary": st.lists(st.integers(1, 4), max_size=2).map(tuple),
     "copies_per_class": st.integers(1, 3),
     "margin": between(-2, 2),
     "temperature": between(0.0001220703125, 10),
+    "temperature_end": st.one_of(st.just(0.0), between(0.0001220703125, 10)),
     "head_weight": between(0, 5),
     "label_smoothing": between(0, 0.984375),
     "goodness_threshold": between(0, 5),
@@ -129,6 +132,8 @@ def valid(draw):
     contrast = raw["contrast"] if raw["contrast"] != "auto" else {"shared": "in_batch", "triplet": "triplet"}[raw["labelling"]]
     if raw["labelling"] == "shared" and contrast == "in_batch":
         raw["negatives"] = "uniform"
+    if raw["noise_spectrum"] == "images":
+        raw |= {"noise_cell": 1, "noise_kind": "normal"}
     if raw["schedule"] == "joint":
         raw["feature_cache"] = "none"
     if raw["feature_cache"] != "none":

@@ -220,7 +220,7 @@ def test_vff_supcon_and_its_gradients_equal_the_definition(shape, weight):
 @pytest.mark.parametrize("contrast", ["in_batch", "triplet"])
 def test_the_gradient_of_vff_may_pass_anchors_or_copies_alone(contrast):
     def gradient(which):
-        config = config_of(contrast=contrast, copies_per_class=1, rule_options={"gradient": which})
+        config = config_of(contrast=contrast, copies_per_class=1, contrast_gradient=which)
         return np.asarray(loss_of(config, LABELS, np.arange(CLASSES))(rows, {})[2])
 
     rows, n = random(8, len(LABELS) + CLASSES, 7), len(LABELS)
@@ -229,6 +229,95 @@ def test_the_gradient_of_vff_may_pass_anchors_or_copies_alone(contrast):
     assert not np.any(copies[:n])
     np.testing.assert_allclose(anchors + copies, both, rtol=1e-5, atol=1e-7)
     assert np.any(anchors) and np.any(copies)
+
+
+def projected_oracle(rows, params, cells):
+    """Of each row the vector of length 1 behind the convolution or dense map, if there is one, ReLU, pooling and the projection."""
+    if "before" in params:
+        mapped = oracles.conv(rows, params["before"]) if rows.ndim == 4 else projected(rows, params["before"])
+        rows = np.maximum(mapped, 0)
+    z = projected([oracles.pool_to_grid(row, cells) if row.ndim == 3 else row for row in rows], params["kernel"])
+    return z / np.maximum(np.sqrt((z**2).sum(axis=1, keepdims=True)), 1e-9)
+
+
+def own_params(shape, channels, cells=2, dimensions=3):
+    """Random parameters of vff_projected for features of this shape."""
+    width = channels or shape[-1]
+    params = {"kernel": random(9, width if len(shape) == 1 else cells**2 * width, dimensions)}
+    size = (shape[-1], channels) if len(shape) == 1 else (3, 3, shape[-1], channels)
+    return params | ({"before": random(10, *size)} if channels else {})
+
+
+PROJECTIONS = [((5, 3, 2), 0), ((5, 3, 2), 4), ((7,), 0), ((7,), 4)]  # features' shape, channels of the convolution
+
+
+@pytest.mark.parametrize("changes", [{}, {"contrast": "triplet", "labelling": "triplet"}], ids=["in batch", "triplet"])
+@pytest.mark.parametrize(("shape", "channels"), PROJECTIONS, ids=str)
+def test_vff_projected_and_its_gradients_equal_the_definition(shape, channels, changes):
+    options = {"dimensions": 3, "cells": 2, "channels": channels}
+    config = config_of(rule="vff_projected", temperature=0.3, margin=0.1, rule_options=options, **changes)
+    n = len(LABELS)
+    copy_labels = np.concatenate([LABELS, (LABELS + 1) % CLASSES]) if changes else np.arange(CLASSES)
+    rows, params = random(8, n + len(copy_labels), *shape), own_params(shape, channels)
+
+    def oracle(z, own):
+        v = projected_oracle(z, own, 2)
+        if changes:
+            return np.mean([oracles.triplet(v[i], v[n + i], v[2 * n + i], "flat", 0.1, 0.3) for i in range(n)])
+        return np.mean([oracles.in_batch(v[i], LABELS[i], v[n:], copy_labels, "flat", 0.1, 0.3) for i in range(n)])
+
+    found = loss_of(config, LABELS, copy_labels)
+    value, metrics, of_rows, of_params = found(rows, params)
+    assert metrics == {}
+    np.testing.assert_allclose(value, oracle(rows, params), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(of_rows, numeric_gradient(lambda z: oracle(z, params), rows), rtol=2e-4, atol=2e-6)
+    for name, values in params.items():
+        expected = numeric_gradient(lambda w, name=name: oracle(rows, params | {name: w}), values)
+        np.testing.assert_allclose(of_params[name], expected, rtol=2e-4, atol=2e-6)
+    assert_finite(found, rows, params)
+
+
+@pytest.mark.parametrize("dimensions", [3, 8])
+def test_a_projection_that_turns_features_is_no_projection(dimensions):
+    """Cosines do not change by an orthogonal map, so that the loss is that of vff on the same cells."""
+    rows, copy_labels = random(8, len(LABELS) + CLASSES, 4, 4, 2), np.arange(CLASSES)
+    turn = np.linalg.qr(random(9, 8, 8))[0]
+    own = config_of(rule="vff_projected", rule_options={"dimensions": dimensions, "cells": 2})
+    found, plain = loss_of(own, LABELS, copy_labels), loss_of(config_of(similarity="grid"), LABELS, copy_labels)(rows, {})
+    value, _, of_rows, _ = found(rows, {"kernel": turn[:, :dimensions]})
+    same = dimensions == 8
+    assert np.allclose(value, plain[0], rtol=1e-4) == same
+    assert np.allclose(of_rows, plain[2], rtol=1e-3, atol=1e-5) == same
+
+
+@pytest.mark.parametrize(("shape", "channels"), PROJECTIONS, ids=str)
+def test_vff_projected_judges_a_label_by_the_cosine_of_projected_features(shape, channels):
+    config = config_of(rule="vff_projected", inference="sweep", rule_options={"dimensions": 3, "cells": 2, "channels": channels})
+    clean, told, params = random(1, 4, *shape), random(2, 4, *shape), own_params(shape, channels)
+    found = rules.find(config).fits(config, jnp.asarray(clean), jnp.asarray(told), jax.tree.map(jnp.asarray, params))
+    expected = (projected_oracle(clean, params, 2) * projected_oracle(told, params, 2)).sum(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "channels"), PROJECTIONS, ids=str)
+def test_what_vff_projected_owns_has_the_size_of_its_group(shape, channels):
+    rule = rules.find(config_of(rule="vff_projected"))
+    options = rule.options(dimensions=3, cells=2, channels=channels)
+    made = rule.parameters(options, shape, CLASSES, jax.random.key(0))
+    # Two of its five rows and two of its three columns make a cell of the map.
+    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, own_params(shape, channels))
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {np.dtype(np.float32)}
+    assert rule.cells(config_of(rule="vff_projected", rule_options={"channels": channels})) == (None if channels else 2)
+
+
+def test_the_head_teaches_the_projection_nothing_and_the_projection_the_head_nothing(key):
+    """Exactly: with another weight of the head, what the rule owns has the same gradient, and so has the head under another rule."""
+    changes = {"rule": "vff_projected", "rule_options": {"channels": 3}}
+    one, other, head = (gradients_of(key, **c) for c in (changes, changes | {"head_weight": 2.0}, {"rule": "head"}))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(one[1]))
+    assert_close(one[1], other[1], rtol=1e-6)
+    assert_close(one[0], head[0], atol=1e-8)
+    assert differs(one[2], other[2])
 
 
 def test_supcon_of_one_image_is_zero():
@@ -294,6 +383,8 @@ KERNELS = {
     ("supcon", (1, 4, 6)): (1 * 2 * 6, 128),
     ("supcon", (7,)): (7, 128),
     ("vff_supcon", (5, 4, 6)): (2 * 2 * 6, 128),
+    ("vff_projected", (5, 4, 6)): (2 * 2 * 6, 128),
+    ("vff_projected", (7,)): (7, 128),
 }
 
 
@@ -312,7 +403,7 @@ def gradients_of(key, **changes):
     run = small_run(config_of(network="mlp", widths=(7,), **changes))
     base = small_run(config_of(network="mlp", widths=(7,), rule="head"))
     params = run.states[0].params | base.states[0].params
-    streams = oracles.streams_of(base, key)
+    streams = oracles.streams_of(run, key)
     loss = lambda p: local.local_loss(p, oracles.setting_of(run, 0, key), run.plan.groups[0], base.states[0].batch_stats, streams)[0]  # noqa: E731
     found = dict(quick_jit(jax.grad(loss))(params))
     return found.pop("head"), found.pop("rule", {}), found

@@ -11,9 +11,12 @@ import pytest
 import runs
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+import racers
 import speedrun
 from vffjax.errors import UserError
 from vffjax.training.plan import make_plan
+
+RACED_BY_BOTH = {"network": "cifarnet", "widths": (8, 8), "grouping": "block", "whitening": 2, "activation": "gelu", "norm_scale": False}
 
 
 @pytest.fixture
@@ -24,22 +27,22 @@ def raced(monkeypatch):
     """
     seen, events = [], []
 
-    class Watched(speedrun.Epoch):
+    class Watched(racers.Epoch):
         def __call__(self, task, states, data, number):
             events.append("epoch")
             seen.append((np.asarray(data.labels), float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(states)))))
             return super().__call__(task, states, data, number)
 
-    monkeypatch.setattr(speedrun, "Epoch", Watched)
+    monkeypatch.setattr(racers, "Epoch", Watched)
 
     def listen(event, *_, **__):
         events.append(event)
 
     def run(target, into=None, **changes):
-        result = speedrun.race(runs.tiny(**changes), target), seen
+        (result,) = speedrun.races_of(runs.tiny(**changes), None, target)
         if into is not None:
             into += events
-        return result
+        return result, seen
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield run
@@ -89,6 +92,42 @@ def test_a_target_out_of_reach_is_said(raced):
     assert (found["reached"], found["n"], found["seconds_mean"], found["seconds_sd"]) == (1, 2, 2.0, None)
     assert "2.0 s (1 of 2 seeds)" in speedrun.line(found, 0.999)
     assert "never (0 of 1 seeds)" in speedrun.line(speedrun.summarise([result]), 0.999)
+
+
+@pytest.mark.slow
+def test_pytorch_races_on_the_same_network_and_starts_afresh_after_its_warm_up(monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    config = runs.tiny(**RACED_BY_BOTH)
+    for seed in (0, 1):
+        both = runs.tiny(**RACED_BY_BOTH, seed=seed)
+        ours, theirs = speedrun.races_of(both, {"learning_rate": 2e-3}, 0.999)
+        assert [ours["racer"], theirs["racer"]] == ["vff", "torch-bp"]
+        assert theirs["epochs"] == both.epochs == len(theirs["curve"])
+        assert theirs["mode"] in ("eager", "compiled")
+        assert max(point["val_accuracy"] for point in theirs["curve"]) > 0.3
+    dataset = racers.load.load(config)
+    peer = racers.Torch(speedrun.back_propagation(config, {}), dataset)
+    start = [p.detach().clone() for p in peer._peer.network[0].parameters()]
+    accuracy = peer.accuracy("validation")
+    peer.epoch(0)
+    assert any((p != q).any() for p, q in zip(peer._peer.network[0].parameters(), start, strict=True))
+    peer.restart()
+    assert all((p == q).all() for p, q in zip(peer._peer.network[0].parameters(), start, strict=True))
+    assert peer.accuracy("validation") == accuracy
+    with torch.no_grad():
+        peer._peer.network[0].head.weight.zero_()
+    assert peer.accuracy("test") == pytest.approx(np.mean(dataset.test.labels == 0))  # equal scores: the first class
+
+
+def test_what_the_peer_would_not_obey_is_refused():
+    config = runs.tiny(**RACED_BY_BOTH)
+    with pytest.raises(UserError, match=r"config\.look_ahead=3: "):
+        speedrun.back_propagation(config, {"look_ahead": 3})
+    with pytest.raises(UserError, match="--peer learning_rate: not KEY=VALUE"):
+        speedrun.pair("learning_rate")
+    assert speedrun.pair("learning_rate=5e-3") == ("learning_rate", 5e-3)
+    assert speedrun.pair("optimizer=sgd") == ("optimizer", "sgd")
 
 
 @pytest.mark.parametrize(

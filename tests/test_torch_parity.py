@@ -18,10 +18,17 @@ from vffjax.training.trainer import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+import torch_networks  # noqa: E402
 import torch_peers  # noqa: E402
+from vffjax.networks.layers import FIXED  # noqa: E402
 
 # Three cells do not divide the 16x16 images' maps of 8x8 and 4x4: head cells overlap.
-NETWORKS = {"mlp": MLP, "conv4": CONV | {"head_grid": 3}}
+RECIPE = {"activation": "gelu", "norm_scale": False, "initialisation": "identity", "decay": "linear", "bias_rate": 3.0}
+NETWORKS = {
+    "mlp": MLP,
+    "conv4": CONV | {"head_grid": 3},
+    "cifarnet": {"network": "cifarnet", "widths": (4, 6), "whitening": 2} | RECIPE,
+}
 BP = {"rule": "head", "grouping": "all"}
 VFF = {"rule": "vff", "labelling": "triplet"}
 SHAPE = (16, 16, 2)
@@ -34,6 +41,9 @@ networks = pytest.mark.parametrize("network", NETWORKS)
 def both(network, classes=3, examples=0, **changes):
     """Our tiny run, and the peer that starts from it."""
     run = small_run(config_of(**NETWORKS[network] | changes), classes=classes, shape=SHAPE, examples=examples)
+    first = run.states[0].params["layers_0"]
+    if FIXED in first:
+        first[FIXED] = jnp.asarray(np.random.default_rng(0).normal(size=first[FIXED].shape) / 3, jnp.float32)
     return run, torch_peers.Peer(run.plan, run.task, run.states, "cpu")
 
 
@@ -52,7 +62,8 @@ def channels_last(x):
 
 
 def in_our_layout(group, take):
-    """`take` of each of the group's parameters, in a tree like ours."""
+    """`take` of each of the group's parameters, in a tree like ours; a fixed kernel has gradient 0."""
+    values = take(group.head.bias) is group.head.bias
 
     def kernel(weight):
         return np.einsum("oihw->hwio" if weight.ndim == 4 else "oi->io", weight)
@@ -62,7 +73,10 @@ def in_our_layout(group, take):
 
     tree = {"head": {"kernel": kernel(of(group.head.weight)), "bias": of(group.head.bias)}}
     for i, layer in enumerate(group.layers):
-        norm = {"scale": of(layer.norm.weight), "bias": of(layer.norm.bias)}
+        if isinstance(layer, torch_networks.Whitening):
+            tree[f"layers_{i}"] = {FIXED: kernel(layer.kernel.numpy().copy() if values else 0 * layer.kernel.numpy())}
+            continue
+        norm = {"bias": of(layer.norm.bias)} | ({"scale": of(layer.norm.weight)} if layer.norm.weight.requires_grad else {})
         tree[f"layers_{i}"] = {"kernel": kernel(of(layer.linear.weight)), "norm": norm}
     return tree
 
@@ -82,18 +96,22 @@ def test_features_logits_and_running_statistics_of_every_group(network, train):
         assert_close(channels_last(theirs), ours, **TOLERANCE)
         assert_close(peer_group.logits(theirs).detach().numpy(), group.logits(state.params, ours), **TOLERANCE)
         for i, layer in enumerate(peer_group.layers):
+            if isinstance(layer, torch_networks.Whitening):
+                continue
             old, new = before[f"layers_{i}"]["norm"], stats[f"layers_{i}"]["norm"]
             assert_close(layer.norm.running_mean.numpy(), new["mean"][0], **TOLERANCE)
             # PyTorch's running variance divides by one less than the values of a channel, ours by all of them.
-            values = n * (np.prod([16 // factor for factor in _factors(run.plan, group, i)]) if network == "conv4" else 1)
+            values = n * (1 if network == "mlp" else np.prod([16 // factor for factor in _factors(run.plan, group, i)]))
             biased = old["var"][0] + (layer.norm.running_var.numpy() - 0.9 * old["var"][0]) * (values - 1) / values - 0.1 * old["var"][0]
             assert_close(biased if train else layer.norm.running_var.numpy(), new["var"][0], **TOLERANCE)
 
 
 def _factors(plan, group, i):
     """By what both sides of the image are divided where layer `i` of a group normalises."""
-    before = [layer.pool for earlier in plan.groups[: plan.groups.index(group)] for layer in earlier.module.layers]
-    factor = int(np.prod(before + [layer.pool for layer in group.module.layers[:i]]))
+    own = group.module.layers
+    before = [layer for earlier in plan.groups[: plan.groups.index(group)] for layer in earlier.module.layers] + list(own[:i])
+    first = [own[i].pool] if getattr(own[i], "pools_first", False) else []
+    factor = int(np.prod([getattr(layer, "pool", 1) for layer in before] + first))
     return factor, factor
 
 
@@ -139,7 +157,7 @@ def test_triplet_cscl_of_given_features_and_its_gradient(similarity, shape):
 @pytest.mark.parametrize("head_weight", [0.0, 0.3, 1.0])
 def test_the_three_stream_step_moves_each_group_by_the_gradient_of_its_own_loss(network, head_weight):
     """Plain descent at rate 1 makes a step the gradient; with two classes the wrong label is no matter of chance."""
-    plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0}
+    plain = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "bias_rate": 1.0}
     run, peer = both(network, classes=2, head_weight=head_weight, label_smoothing=0.1, margin=0.1, temperature=0.5, **plain, **VFF)
     images, labels, *_ = run.batch()
     x = normalise(images, run.task.mean, run.task.std)

@@ -30,16 +30,17 @@ BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # results
 # Numbers that compiled programs take as arguments, for each step and group; see `hyperparameters`.
 ARGUMENTS: tuple[str, ...] = (
     *("learning_rate", "bias_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
-    *("goodness_threshold", "peer_normalisation"),
+    *("goodness_threshold", "peer_normalisation", "slow_share"),
 )
 # If one of these is 0, a part of the program is left out. The locality certificate must see that head_weight=0 cuts the gradient.
 _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
-    *("noise_cell", "group_decay", "warmup_epochs", "decay", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+    *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
+    *("temperature_end", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
-OVERRIDABLE = ("optimizer", "warmup_epochs", *ARGUMENTS)
+OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,17 @@ class Config:
     labelling: str = key("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
     noise_scale: float = key(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
     noise_cell: int = key(1, "side in pixels of the grid on which class noise is drawn and then interpolated; 1: white", low=1, high=1024)
+    noise_kind: str = key("normal", "class noise: normal, or its signs times noise_scale", ("normal", "signs"))
+    noise_spectrum: str = key("drawn", "class noise: as it is drawn, or with the spectrum of the training images", ("drawn", "images"))
+    noise_redrawn: str = key("never", "when class noise is drawn: once for the run, or anew for each epoch", ("never", "epoch"))
     copies_per_class: int = key(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
     negatives: str = key("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
     contrast: str = key("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
+    contrast_gradient: str = key("both", "whose features CSCL's gradient passes", ("both", "anchors", "copies"))
     similarity: str = key("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))
     margin: float = key(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
     temperature: float = key(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4, high=_LARGE)
+    temperature_end: float = key(0.0, "temperature at the end, reached by equal factors in equal times; 0: constant", low=0.0, high=_LARGE)
     head_weight: float = key(0.0, "share of the head's gradient that trains the group; 0: the head only reads", low=0.0, high=_LARGE)
     label_smoothing: float = key(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
     goodness_threshold: float = key(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
@@ -104,6 +110,8 @@ class Config:
     weight_decay: float = key(0.0, "decoupled decay of kernels, multiplied by the learning rate; per step", low=0.0, high=_LARGE)
     momentum: float = key(0.9, "sgd, muon: Nesterov momentum", low=0.0, high=0.9999)
     warmup_epochs: float = key(0.0, "linear warm-up, in epochs", low=0.0, high=_LARGE)
+    look_ahead: int = key(0, "steps after which weights go back towards their slow averages; 0: never", low=0, high=_MOST)
+    slow_share: float = key(0.77, "look_ahead: share of the slow averages at the end; grows with the cube of time", low=0.0, high=0.999)
     clip_norm: float = key(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
     overrides: Mapping[str, Mapping[str, Any]] = key({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
     on_nonfinite: str = key("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))

@@ -21,6 +21,7 @@ class HyperParameters(NamedTuple):
     bias_rate: Float[Array | np.ndarray, "*steps groups"]
     weight_decay: Float[Array | np.ndarray, "*steps groups"]
     momentum: Float[Array | np.ndarray, "*steps groups"]
+    slow_share: Float[Array | np.ndarray, "*steps groups"]
     clip_norm: Float[Array | np.ndarray, "*steps groups"]
     temperature: Float[Array | np.ndarray, "*steps groups"]
     margin: Float[Array | np.ndarray, "*steps groups"]
@@ -45,14 +46,17 @@ def in_epoch(config: Config, groups: int, steps_per_epoch: int, epoch: int) -> H
     """
     steps = epoch * steps_per_epoch + np.arange(steps_per_epoch)
     settings = [for_group(config, i, groups - 1 - i) for i in range(groups)]
-    varying = {"learning_rate": np.stack([learning_rate(own, steps_per_epoch, steps) for own in settings], axis=1)}
+    varying = {
+        key: np.stack([schedule(own, steps_per_epoch, steps) for own in settings], axis=1)
+        for key, schedule in {"learning_rate": learning_rate, "slow_share": slow_share, "temperature": temperature}.items()
+    }
     constant = {key: np.tile([getattr(own, key) for own in settings], (steps_per_epoch, 1)) for key in HyperParameters._fields}
     found: Any = {key: np.asarray(values, np.float32) for key, values in (constant | varying).items()}
     return HyperParameters(**found)
 
 
 def at_peak(config: Config, groups: int) -> HyperParameters:
-    """The hyperparameters of one step, `[groups]`, with the peak learning rate of every group: for code that looks at one step only."""
+    """The hyperparameters of one step, `[groups]`, for code that looks at one step only: peak learning rates, and first temperatures."""
     settings = [for_group(config, i, groups - 1 - i) for i in range(groups)]
     found: Any = (np.array([getattr(own, key) for own in settings], np.float32) for key in HyperParameters._fields)
     return HyperParameters(*found)
@@ -70,3 +74,20 @@ def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np
     done = np.clip((steps - warmup) / (total - warmup), 0, 1)
     decayed = chosen("decay", config.decay, {"cosine": 0.5 * (1 + np.cos(np.pi * done)), "linear": 1 - done})
     return config.learning_rate * np.where(steps < warmup, steps / max(warmup, 1), decayed)
+
+
+def slow_share(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
+    """The share of the slow averages in each of the `steps`, which grows with the cube of time (K. Jordan, 2024, arXiv:2404.00498)."""
+    return config.slow_share * (steps / (config.epochs * steps_per_epoch)) ** 3
+
+
+def temperature(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
+    """The temperature of the contrasts in each of the `steps`, which are counted from 0 over the run.
+
+    It goes from config.temperature, at step 0, to config.temperature_end, after the last step, by the same factor in every step. An end of
+    0 leaves it as it is. That low temperatures weigh the hardest negatives most is known of contrastive losses (Wang and Liu, 2021,
+    arXiv:2012.09740); the course is our choice.
+    """
+    if config.temperature_end == 0:
+        return np.full(len(steps), config.temperature)
+    return config.temperature * (config.temperature_end / config.temperature) ** (steps / (config.epochs * steps_per_epoch))

@@ -63,7 +63,8 @@ class Rule:
         predicts: whether `streams` needs the heads' predictions, which cost one more clean pass.
         shown: an image as the clean stream shows it to a head.
         told: images that all carry one label, for the sweep and for pictures; None: the rule has no such images.
-        fits: how well a label fits, from features of the clean images and of the same images told the label; None: there is no sweep.
+        fits: how well a label fits, from the configuration, features of the clean images, features of the same images told the label, and
+            the rule's parameters in the group; None: there is no sweep.
         scores: the rule's own log-probabilities of the classes, from the options, the clean features of a group, the rule's parameters
             there, and the number of classes; None: it has none.
         parameters: the rule's own parameters in a group, from the options, the shape of one row of features, the classes and a key.
@@ -82,7 +83,7 @@ class Rule:
     predicts: Callable[[Config], bool] = lambda config: False
     shown: Callable[[Task, Array], Array] = lambda task, images: images
     told: Callable[[Task, Array, Int[Array, ""]], Array] | None = None
-    fits: Callable[[Config, Array, Array], Float[Array, " batch"]] | None = None
+    fits: Callable[[Config, Array, Array, Any], Float[Array, " batch"]] | None = None
     scores: Callable[[Any, Array, Any, int], Float[Array, "batch classes"]] | None = None
     parameters: Callable[[Any, tuple[int, ...], int, Any], Any] | None = None
     options: type = NoOptions

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vffjax.config import Config
+from vffjax.errors import chosen
 
 # The name, in a traced program, of wrong labels that were drawn from predictions. The locality certificate looks for it.
 DRAWN = "drawn labels"
@@ -38,7 +39,7 @@ class Task(NamedTuple):
 
 
 def make_codebook(
-    key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float, cell: int = 1
+    key: PRNGKeyArray, classes: int, shape: tuple[int, int, int], scale: float, cell: int = 1, kind: str = "normal"
 ) -> Float[Array, "classes h w c"]:
     """One fixed noise image for each class.
 
@@ -49,13 +50,14 @@ def make_codebook(
         scale: standard deviation of the noise, in units of normalised pixels.
         cell: the noise is drawn on a grid of one point for each `cell` x `cell` pixels, and interpolated between them by cubic splines.
             With 1 it is white.
+        kind: `normal`, or `signs`: of the normal noise on that grid, every entry becomes `scale` with the entry's sign.
     """
     h, w, c = shape
-    if cell == 1:
-        return scale * jax.random.normal(key, (classes, *shape), jnp.float32)
-    coarse = jax.random.normal(key, (classes, -(-h // cell), -(-w // cell), c), jnp.float32)
-    smooth = jax.image.resize(coarse, (classes, *shape), "cubic")
-    return scale * smooth / smooth.std(axis=(1, 2, 3), keepdims=True)
+    noise = jax.random.normal(key, (classes, -(-h // cell), -(-w // cell), c), jnp.float32)
+    noise = noise if cell == 1 else jax.image.resize(noise, (classes, *shape), "cubic")
+    if chosen("noise_kind", kind, {"normal": False, "signs": True}):
+        return scale * jnp.where(noise < 0, -1.0, 1.0)
+    return scale * noise if cell == 1 else scale * noise / noise.std(axis=(1, 2, 3), keepdims=True)
 
 
 class Step(NamedTuple):

@@ -40,6 +40,14 @@ def parameters(options: Options, shape: tuple[int, ...], classes: int, key: PRNG
     return {"kernel": jax.nn.initializers.lecun_normal()(key, (inputs, options.dimensions), jnp.float32)}
 
 
+def projected(options: Options, features: Float[Array, "rows *feature"], params: dict[str, Array]) -> Float[Array, "rows d"]:
+    """The projection of features, which are mean-pooled to the grid of cells first if they have positions. In float32."""
+    features = features.astype(jnp.float32)
+    if features.ndim == 4:
+        features = mean_pool_to_grid(features, options.cells)
+    return dot(features.reshape(features.shape[0], -1), params["kernel"])
+
+
 def contrast(z: Float[Array, "batch d"], labels: Int[Array, " batch"], temperature: Scalar) -> Float[Array, ""]:
     """The supervised contrast of vectors of length 1; 0 if no two images share a class."""
     others = ~jnp.eye(len(labels), dtype=bool)
@@ -53,11 +61,7 @@ def contrast(z: Float[Array, "batch d"], labels: Int[Array, " batch"], temperatu
 
 def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     """The contrast of the clean images. It has no metrics of its own."""
-    features = seen.made.clean.astype(jnp.float32)
-    if features.ndim == 4:
-        features = mean_pool_to_grid(features, seen.options.cells)
-    flat = features.reshape(features.shape[0], -1)
-    z = unit(jnp.dot(flat, seen.params["kernel"], precision=jax.lax.Precision.HIGHEST))
+    z = unit(projected(seen.options, seen.made.clean, seen.params))
     return contrast(z, seen.made.labels, seen.hyper.temperature), {}
 
 

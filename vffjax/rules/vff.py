@@ -5,7 +5,7 @@ carry its label. The paper (Lee, Shin, Kim, Neural Networks 190:107697, 2025) pu
 reading.
 """
 
-import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vffjax.config import Config
 from vffjax.errors import bad_key, chosen
 from vffjax.hyperparameters import Scalar
-from vffjax.keys import key
 from vffjax.rules.local import Metrics, Rule, Seen, by_head_weight
 from vffjax.rules.similarity import cells_of, dot, embed
 from vffjax.rules.streams import Step, Streams, Task, wrong_labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The rule's own keys."""
-
-    gradient: str = key("both", "what CSCL's gradient passes: features of anchors, of copies, or both", ("both", "anchors", "copies"))
 
 
 def streams(step: Step) -> Streams:
@@ -37,26 +29,31 @@ def streams(step: Step) -> Streams:
 
 def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     """CSCL of the group's features. It has no metrics of its own."""
-    config, made = seen.config, seen.made
-    embedded = made._replace(rows=embed(made.rows, config.similarity))
-    anchors, copies = embedded.clean, embedded.copies
-    if chosen("rule_options.gradient", seen.options.gradient, {"both": False, "anchors": False, "copies": True}):
-        anchors = jax.lax.stop_gradient(anchors)
-    elif seen.options.gradient == "anchors":
-        copies = jax.lax.stop_gradient(copies)
+    return contrast(seen, embed(seen.made.rows, seen.config.similarity)), {}
+
+
+def contrast(seen: Seen, vectors: Float[Array, "rows d"]) -> Float[Array, ""]:
+    """CSCL of vectors of length 1, one for each row of `seen.made`."""
+    config, made = seen.config, seen.made._replace(rows=vectors)
+    anchors, copies = made.clean, made.copies
+    to_anchors, to_copies = chosen(
+        "contrast_gradient", config.contrast_gradient, {"both": (True, True), "anchors": (True, False), "copies": (False, True)}
+    )
+    anchors = anchors if to_anchors else jax.lax.stop_gradient(anchors)
+    copies = copies if to_copies else jax.lax.stop_gradient(copies)
     margin, temperature = seen.hyper.margin, seen.hyper.temperature
     if in_batch(config):
         per_anchor = jax.vmap(cscl_in_batch, in_axes=(0, 0, None, None, None, None))
-        return jnp.mean(per_anchor(anchors, made.labels, copies, made.copy_labels, margin, temperature)), {}
+        return jnp.mean(per_anchor(anchors, made.labels, copies, made.copy_labels, margin, temperature))
     triplet = jax.vmap(cscl_triplet, in_axes=(0, 0, 0, None, None))
     half = made.labels.shape[0]
     if not _is_shared(config):
-        return jnp.mean(triplet(anchors, copies[:half], copies[half:], margin, temperature)), {}
+        return jnp.mean(triplet(anchors, copies[:half], copies[half:], margin, temperature))
     # Shared copies: the mean embedding of a class's copies stands for its copy, since cosines are linear in it.
     hard = jax.lax.stop_gradient(seen.logits) if _negatives_are_hard(config) else None
     wrong = wrong_labels(seen.key, made.labels, seen.logits.shape[1], hard)
     means = copies.reshape(config.copies_per_class, -1, copies.shape[1]).mean(axis=0)
-    return jnp.mean(triplet(anchors, means[made.labels], means[wrong], margin, temperature)), {}
+    return jnp.mean(triplet(anchors, means[made.labels], means[wrong], margin, temperature))
 
 
 def _is_shared(config: Config) -> bool:
@@ -80,7 +77,7 @@ def _told(task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""]
     return images + task.codebook[label][None]
 
 
-def _fits(config: Config, clean: Array, told: Array) -> Float[Array, " batch"]:
+def _fits(config: Config, clean: Array, told: Array, params: Any) -> Float[Array, " batch"]:
     return jnp.sum(embed(clean, config.similarity) * embed(told, config.similarity), axis=1)
 
 
@@ -159,7 +156,6 @@ RULE = Rule(
     labelled_rows=_labelled_rows,
     predicts=_predicts,
     told=_told,
-    options=Options,
     fits=_fits,
     codebook=True,
     check=_check,

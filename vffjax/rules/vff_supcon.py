@@ -16,8 +16,8 @@ from vffjax.rules.local import Metrics, Seen
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(supcon.Options, vff.Options):
-    """The keys of `vff` and `supcon`, and the weight of the contrast among clean images."""
+class Options(supcon.Options):
+    """The keys of `supcon`, and the weight of its contrast."""
 
     weight: float = key(1.0, "of the contrast among clean images, beside CSCL's 1", low=0.0, high=1e6)
 

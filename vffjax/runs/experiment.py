@@ -144,7 +144,7 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> Non
 def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:
     """What a run begins with: groups from its seed or from config.init_from, and its task. What a weight file lacks is told on stderr."""
     config = plan.config
-    task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std)
+    task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std, dataset.train.images)
     states = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
     if config.init_from:
         states, left_out = read_weights(local_file(config), plan, states)

@@ -20,7 +20,7 @@ from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache, trainer
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
-from vffjax.training.plan import Images, Plan
+from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
 
 # An epoch of fewer FLOP takes at most about a second on two CPU cores.
@@ -44,7 +44,7 @@ class Loop:
     Args:
         plan: the run's plan.
         dataset: the run's data.
-        task: the run's task.
+        task: the run's task, at its start or as it was saved.
         run: the run's state (see `runs.state`), new or as it was saved; the loop keeps it up to date.
         checkpoints: the run's checkpoints, for saves inside of an epoch.
         writer: saves whole epochs.
@@ -63,6 +63,8 @@ class Loop:
     ):
         self._plan, self._config, self._task, self._run = plan, plan.config, task, run
         self._checkpoints, self._writer, self._request = checkpoints, writer, request
+        redraws = plan.config.noise_redrawn != "never"
+        self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
         self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
         self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
         self._epoch: Epoch | None = None
@@ -91,6 +93,7 @@ class Loop:
                 self._request.idle = False
                 if self._request.leave and self._saved_epoch == epoch:
                     raise Terminated(self._request.saved)
+                self._task = task_of_epoch(self._config, self._task, epoch, self._noise_root)
                 logbook.phase("training")
                 states, means, checks, seconds = self._train_epoch(states, epoch, logbook)
                 logbook.phase("validating")

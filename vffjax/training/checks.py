@@ -77,10 +77,21 @@ def _check_together(c: Config) -> None:
     if c.feature_cache != "none" and (c.flip or c.crop_padding or c.cutout):
         problem = "the features of augmented images change in every epoch"
         raise bad_key("feature_cache", c.feature_cache, problem, "use flip=False, crop_padding=0 and cutout=0, or feature_cache=none")
+    if c.noise_spectrum == "images":
+        for key, usual in (("noise_cell", 1), ("noise_kind", "normal")):
+            if getattr(c, key) != usual:
+                problem = "noise with the spectrum of the images is normal and white before it is filtered"
+                raise bad_key(key, getattr(c, key), problem, f"use {key}={usual}, or noise_spectrum=drawn")
     if c.alternating_flip and not c.flip:
         raise bad_key("alternating_flip", c.alternating_flip, "says when images are flipped, and flip=False", "set flip=True too")
     if c.warmup_epochs > c.epochs:
         raise bad_key("warmup_epochs", c.warmup_epochs, f"longer than the {c.epochs} epochs of the run", "lower it")
+    least = FIELDS["temperature"].metadata["low"]
+    for shown, end in [("temperature_end", c.temperature_end)] + [
+        (f"overrides.{name}.temperature_end", override.get("temperature_end", 0)) for name, override in c.overrides.items()
+    ]:
+        if 0 < end < least:
+            raise bad_key(shown, end, "too small", f"the least is {least}; 0 keeps the temperature constant")
     for name, override in c.overrides.items():
         if override.get("warmup_epochs", 0) > c.epochs:
             shown = f"overrides.{name}.warmup_epochs"

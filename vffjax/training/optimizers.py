@@ -1,13 +1,15 @@
 """The optimizer of each group: AdamW, Nesterov SGD or Muon.
 
-Gradients may be clipped, kernels decay apart from their gradients, and biases may have a rate of their own.
+Gradients may be clipped, kernels decay apart from their gradients, biases may have a rate of their own, and weights may look ahead.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers
 
 from vffjax.config import Config
@@ -46,6 +48,7 @@ def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False)
 
     kinds = {"adamw": adamw, "sgd": sgd, "muon": muon}
     optimizer = _with_bias_rate(chosen("optimizer", config.optimizer, kinds)(), hyper.bias_rate)
+    optimizer = _with_look_ahead(optimizer, config.look_ahead, hyper.slow_share) if config.look_ahead else optimizer
     if not frozen and not config.whitening:
         return optimizer
 
@@ -82,3 +85,36 @@ def _with_bias_rate(optimizer: optax.GradientTransformation, bias_rate: Any) -> 
             return flax.traverse_util.path_aware_map(scaled, updates), state
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+class LookAheadState(NamedTuple):
+    """The state of an optimizer that looks ahead."""
+
+    inner: optax.OptState
+    slow: optax.Params
+    steps: Int[Array, ""]  # since the slow averages were last changed
+
+
+def _with_look_ahead(optimizer: optax.GradientTransformation, every: int, share: Any) -> optax.GradientTransformation:
+    """The optimizer, after each `every`-th update of which the parameters go back towards their slow averages.
+
+    The averages become `share` of what they were plus `1 - share` of the parameters, and the parameters become the averages (Zhang et al.,
+    2019, arXiv:1907.08610). What is evaluated, saved and exported are the parameters, whose last such step is within `every` of the end.
+    """
+
+    def init(params: optax.Params) -> LookAheadState:
+        return LookAheadState(optimizer.init(params), jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
+
+    def update(grads: optax.Updates, state: LookAheadState, params: Any = None) -> tuple[optax.Updates, LookAheadState]:
+        updates, inner = optimizer.update(grads, state.inner, params)
+        done = state.steps + 1
+        due = done == every
+
+        def average(slow: Array, old: Array, step: Array) -> Array:
+            return jnp.where(due, share * slow + (1 - share) * (old + step), slow)
+
+        slow = jax.tree.map(average, state.slow, params, updates)
+        back = jax.tree.map(lambda new, old, step: jnp.where(due, new - old, step), slow, params, updates)
+        return back, LookAheadState(inner, slow, jnp.where(due, 0, done))
+
+    return optax.GradientTransformation(init, update)

@@ -15,6 +15,7 @@ from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.networks.groups import GroupState, LayerGroup, States, init_variables, make_groups
 from vffjax.networks.layers import FIXED, resized, whitening_kernel
+from vffjax.ops.spectrum import filtered, spectrum_root
 from vffjax.rules.local import Rule, Setting
 from vffjax.rules.streams import Task, make_codebook
 from vffjax.training.augment import IMAGENET_MEAN, IMAGENET_STD, normalise
@@ -22,7 +23,7 @@ from vffjax.training.optimizers import make_optimizer
 
 # The seed's key is folded with one of these, so that no two uses share a key.
 INITIALISATION, CODEBOOK, EPOCH, RULE = range(4)
-WHITENED = 5_000  # training images whose patches the whitening layer is computed from
+MEASURED = 5_000  # training images whose patches the whitening layer, and whose spectrum class noise, is computed from
 
 
 class Images(NamedTuple):
@@ -120,18 +121,69 @@ def run_key(config: Config, purpose: int) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.key(config.seed), purpose)
 
 
-def make_task(config: Config, classes: int, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Task:
-    """The task of a run: its codebook of class noise, and the pixel statistics by which images are normalised.
+def make_task(
+    config: Config,
+    classes: int,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    images: UInt8[np.ndarray, "n h w c"] | None = None,
+) -> Task:
+    """The task of a run in its first epoch: its codebook of class noise, and the pixel statistics by which images are normalised.
 
     Args:
         config: of the run.
         classes: how many there are.
         image_shape: height, width and channels.
         mean, std: of each channel of the training images, where 255 is 1. They are ignored if config.pixel_statistics is imagenet.
+        images: the training images, whose spectrum config.noise_spectrum=images is about; None: noise is as it is drawn.
     """
     mean, std = chosen("pixel_statistics", config.pixel_statistics, {"data": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)})
-    codebook = make_codebook(run_key(config, CODEBOOK), classes, image_shape, config.noise_scale, config.noise_cell)
-    return Task(codebook, jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32))
+    pixels = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
+    root = None if images is None else noise_root(config, images, *pixels)
+    return Task(_codebook(config, classes, image_shape, 0, root), *pixels)
+
+
+def noise_root(
+    config: Config, images: UInt8[np.ndarray, "n h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]
+) -> Float[np.ndarray, "h w c c"] | None:
+    """The root of the spectrum that class noise shall have, which is that of the first training images; None: noise is as it is drawn.
+
+    The outputs of a whitening layer are then about as uncorrelated, and as equally strong, for noise as for images. See `ops.spectrum`.
+
+    Args:
+        config: of the run.
+        images: the training images.
+        mean, std: of the pixels, as the task has them.
+    """
+    if chosen("noise_spectrum", config.noise_spectrum, {"drawn": True, "images": False}):
+        return None
+    return spectrum_root(np.asarray(normalise(jnp.asarray(images[:MEASURED]), mean, std)))
+
+
+def task_of_epoch(config: Config, task: Task, epoch: int, root: Float[np.ndarray, "h w c c"] | None) -> Task:
+    """A run's task in an epoch, numbered from 0 over the run. With config.noise_redrawn=epoch, the class noise is that epoch's own.
+
+    It is a function of the seed and the epoch, and of the training images by their `noise_root`. So a run which resumes inside of an epoch
+    goes on with the same noise.
+    """
+    _, h, w, c = task.codebook.shape
+    return task._replace(codebook=_codebook(config, task.classes, (h, w, c), epoch, root)) if _redraws(config) else task
+
+
+def _redraws(config: Config) -> bool:
+    return chosen("noise_redrawn", config.noise_redrawn, {"never": False, "epoch": True})
+
+
+def _codebook(
+    config: Config, classes: int, image_shape: tuple[int, int, int], epoch: int, root: Float[np.ndarray, "h w c c"] | None
+) -> Float[Array, "classes h w c"]:
+    key = run_key(config, CODEBOOK)
+    key = jax.random.fold_in(key, epoch) if _redraws(config) else key
+    if root is not None:
+        white = make_codebook(key, classes, image_shape, 1.0)
+        return jnp.asarray(config.noise_scale * filtered(np.asarray(white), root), jnp.float32)
+    return make_codebook(key, classes, image_shape, config.noise_scale, config.noise_cell, config.noise_kind)
 
 
 def blank_task(plan: Plan, image_shape: tuple[int, int, int]) -> Task:
@@ -149,7 +201,7 @@ def whitened(plan: Plan, states: States, images: UInt8[np.ndarray, "n h w c"], t
     if not plan.config.whitening:
         return states
     first = plan.groups[0].module.layers[0]
-    x = np.asarray(resized(normalise(jnp.asarray(images[:WHITENED]), task.mean, task.std), first.resize))
+    x = np.asarray(resized(normalise(jnp.asarray(images[:MEASURED]), task.mean, task.std), first.resize))
     params = states[0].params
     kernel = jnp.asarray(whitening_kernel(x, first.side))
     return (states[0]._replace(params=params | {"layers_0": {FIXED: kernel}}), *states[1:])

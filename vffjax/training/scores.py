@@ -36,7 +36,8 @@ def sweep_scores(plan: Plan, task: Task, states: States, x: Float[Array, "batch 
 
     def score(label: Array) -> Array:
         labelled = features(told(task, x, label), 0)
-        return jnp.stack([fits(plan.config, one, other) for one, other in zip(clean, labelled, strict=True)])
+        own = (state.params.get("rule", {}) for state in states)
+        return jnp.stack([fits(plan.config, *seen) for seen in zip(clean, labelled, own, strict=True)])
 
     return jnp.moveaxis(jax.lax.map(score, jnp.arange(task.classes)), 0, 2)
 
