@@ -150,6 +150,9 @@ PEER = Known(
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _pools_first),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
+        "random_erasing": Only((0.0,), "the PyTorch contenders erase no rectangles", "use random_erasing=0"),
+        "trivial_augment": Only((False,), "the PyTorch contenders have no such operations", "use trivial_augment=False"),
+        "mixup": Only((0.0,), "the PyTorch contenders mix no images", "use mixup=0"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
         "norm": Only(("auto", "batch"), "the PyTorch contenders normalise only by batch", "use norm=auto"),
         "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the batch's statistics", "use norm_statistics=batch"),
@@ -192,6 +195,7 @@ FLOPS = Known(
         *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
+        *("random_erasing", "trivial_augment", "mixup"),
         *("noise_cell", "norm_scale", "activation", "initialisation", "decay", "bias_rate", "look_ahead", "slow_share"),
         *("contrast", "contrast_gradient", "similarity", "margin", "temperature"),
         *("label_smoothing", "goodness_threshold", "peer_normalisation"),

@@ -56,6 +56,9 @@ class Config:
     alternating_flip: bool = key(False, "flip: mirror each image in every other epoch instead, half of the images in each")
     crop_padding: int = key(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
     cutout: int = key(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
+    random_erasing: float = key(0.0, "probability that one random rectangle of an image is set to the mean; 0: none", low=0.0, high=1.0)
+    trivial_augment: bool = key(False, "change each training image by one random operation of random strength, such as a rotation")
+    mixup: float = key(0.0, "alpha of Beta(alpha, alpha), which draws shares in which images are mixed; 0: none", low=0.0, high=_LARGE)
     pixel_statistics: str = key("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
 
     network: str = key("mlp", "layers to train; or MODULE:NETWORK, of a file beside the configuration")
