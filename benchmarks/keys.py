@@ -144,7 +144,7 @@ PEER = Known(
         # These belong to labellings and rules that the peers do not have.
         *("copies_per_class", "goodness_threshold", "peer_normalisation"),
         # Nothing is classified, and nothing is saved.
-        *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+        *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _pools_first),
@@ -204,7 +204,7 @@ FLOPS = Known(
         # The FLOPs are those of the model in one step, and not those that a program executes.
         *("epochs", "precision", "rematerialise"),
         # These do not belong to training.
-        *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+        *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the count of FLOPs knows only plain layers", "use conv4 or vgg8b", _has_other_layers),

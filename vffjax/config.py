@@ -37,7 +37,8 @@ _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
-    *("noise_cell", "group_decay", "warmup_epochs", "decay", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+    *("noise_cell", "group_decay", "warmup_epochs", "decay", "inference", "votes"),
+    *("checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
 OVERRIDABLE = ("optimizer", "warmup_epochs", *ARGUMENTS)
 
@@ -117,6 +118,7 @@ class Config:
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
     inference: str = key("heads", "how classes are scored: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"))
+    votes: str = key("subset", "ensemble: plain mean of a subset of groups, or weights of all (weighted)", ("subset", "weighted"))
     views: str = key("one", "views of an image whose scores are averaged: itself, its mirror image too, or six", ("one", "mirror", "six"))
     eval_batch_size: int = key(500, "images in a step of evaluation", low=1, high=2**20)
     checkpoint_every: int = key(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
