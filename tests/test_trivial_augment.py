@@ -14,7 +14,12 @@ from vffjax.training.trivial_augment import OPERATIONS, STRENGTHS, operate, triv
 GEOMETRY, BLENDS, TABLES = OPERATIONS[1:6], OPERATIONS[6:10], OPERATIONS[10:]
 SHAPES = ((8, 8, 3), (7, 10, 1), (9, 6, 2), (33, 40, 3))
 CASES = list(itertools.product(SHAPES, OPERATIONS))
-all_strengths = quick_jit(jax.vmap(operate, (None, None, 0, 0)))
+
+
+@quick_jit
+def all_strengths(image, operation, strengths, signs):
+    n = len(strengths)
+    return operate(jnp.broadcast_to(image, (n, *image.shape)), jnp.broadcast_to(operation, n), strengths, signs)
 
 
 def image_of(shape):
