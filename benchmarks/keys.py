@@ -141,12 +141,15 @@ PEER = Known(
         # These belong to labellings and rules that the peers do not have.
         *("copies_per_class", "goodness_threshold", "peer_normalisation", "slow_share"),
         # Nothing is classified, and nothing is saved.
-        *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+        *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
+        "random_erasing": Only((0.0,), "the PyTorch contenders erase no rectangles", "use random_erasing=0"),
+        "trivial_augment": Only((False,), "the PyTorch contenders have no such operations", "use trivial_augment=False"),
+        "mixup": Only((0.0,), "the PyTorch contenders mix no images", "use mixup=0"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
         "norm": Only(("auto", "batch"), "the PyTorch contenders normalise only by batch", "use norm=auto"),
         "norm_statistics": Only(("batch",), "the PyTorch contenders train only by the batch's statistics", "use norm_statistics=batch"),
@@ -190,13 +193,14 @@ FLOPS = Known(
         *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),
         *("bias_rate", "look_ahead", "slow_share"),
         *("contrast", "contrast_gradient", "similarity", "margin", "temperature", "temperature_end"),
+        *("random_erasing", "trivial_augment", "mixup"),
         *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
         "overrides",
         # The FLOPs are those of the model in one step, and not those that a program executes.
         *("epochs", "precision", "rematerialise"),
         # These do not belong to training.
-        *("inference", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+        *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
         "network": Only((), "the count of FLOPs knows only plain layers", "use conv4 or vgg8b", _has_other_layers),

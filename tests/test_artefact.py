@@ -102,6 +102,16 @@ def test_a_run_that_the_rule_scores_is_exported_with_these_scores(tmp_path):
     assert np.abs(said["groups"] - wanted(*run[:3], images, (1,), len(run.plan.groups))["groups"]).max() > 0.1, "the heads say otherwise"
 
 
+def test_weighted_votes_are_exported(tmp_path):
+    run, weights = small_run(config_of(**SHORT, votes="weighted"), shape=SHAPE), (0.3, 1.4)
+    images = np.asarray(run.data.images)
+    found, described = written(tmp_path, run, vote_weights=list(weights))
+    assert (described["voting"], described["vote_weights"]) == ([0, 1], list(weights))
+    groups = np.asarray(make_scores(run.plan, "heads")(run.task, run.states, run.data.images), np.float64)
+    votes = np.exp(weights[0] * groups[0] + weights[1] * groups[1])
+    np.testing.assert_allclose(found.call(images)["ensemble"], np.log(votes / votes.sum(axis=-1, keepdims=True)), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_bf16_convolutions_are_those_of_the_run(tmp_path, monkeypatch):
     run = small_run(config_of(**SHORT, precision="bf16"), shape=SHAPE)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles import config_of, quick_jit
+from oracles import config_of, quick_jit, small_run
 from vffjax.errors import UserError
-from vffjax.training.augment import augment, cut_out, normalise
+from vffjax.training.augment import augment, augmented, cut_out, erase, mix_up, normalise
 
 H, W, N = 6, 8, 300
 
@@ -142,3 +142,101 @@ def test_alternating_flips_without_flips_are_refused():
     with pytest.raises(UserError, match=r"config\.alternating_flip=True: .*; set flip=True too"):
         config_of(alternating_flip=True)
     assert config_of(alternating_flip=True, flip=True).alternating_flip
+
+
+# --- random erasing
+
+
+def erased(key, images, probability=1.0):
+    return np.asarray(quick_jit(lambda k, x: erase(k, x, probability))(key, images))
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (24, 40, 1)], ids=str)
+def test_erasing_zeroes_one_rectangle_of_the_shares_and_aspects_asked(shape, key):
+    n, (h, w, _) = 2_000, shape
+    x = np.random.default_rng(0).normal(size=(n, *shape)).astype(np.float32)
+    out = erased(key, jnp.asarray(x))
+    cut = (out == 0).all(-1)
+    np.testing.assert_array_equal(out, np.where(cut[..., None], 0, x))
+    rows, columns = cut.any(2), cut.any(1)
+    np.testing.assert_array_equal(cut, rows[:, :, None] & columns[:, None])
+    height, width = rows.sum(1), columns.sum(1)
+    for hit, length in ((rows, height), (columns, width)):
+        assert ((np.diff(np.pad(hit, ((0, 0), (1, 1))).astype(int), axis=1) == 1).sum(1) == 1).all() and (length > 0).all()  # one run
+        assert hit.any(0).all()
+    # Half a pixel of rounding on each side; sides as long as the image may have been cut.
+    whole = (height < h) & (width < w)
+    assert whole.mean() > 0.9
+    least, most = ((height + d) * (width + d) / (h * w) for d in (-0.5, 0.5))
+    assert (most[whole] >= 0.02).all() and (least[whole] <= 0.33).all()
+    assert ((height + 0.5) / (width - 0.5))[whole].min() >= 0.3 and ((height - 0.5) / (width + 0.5))[whole].max() <= 3.3
+    # The shares are uniform, aspects as often above 1 as below, and places everywhere alike.
+    assert abs((height * width / (h * w))[whole].mean() - 0.17) < 0.02
+    if h == w:
+        assert abs(np.log(height / width).mean()) < 5 * 0.7 / np.sqrt(n)
+    for hit in (rows, columns):
+        middle = (hit * np.arange(hit.shape[1])).sum(1) / hit.sum(1)
+        assert abs(middle.mean() - (hit.shape[1] - 1) / 2) < 5 * hit.shape[1] / 4 / np.sqrt(n)
+
+
+def test_erasing_hits_as_many_images_as_asked(key, images):
+    assert abs((erased(key, images, 0.25) == 0).any((1, 2, 3)).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / N)
+    np.testing.assert_array_equal(erased(key, images, 0.0), images)
+    assert (erased(jax.random.key(1), images) != erased(jax.random.key(2), images)).any()
+    assert (erased(key, images[:, :1, :1]) == 0).all()  # at least one pixel
+
+
+# --- mixup
+
+
+def test_mixup_is_the_sum_of_two_images_by_one_share_and_keeps_both_labels(key, images):
+    labels = jnp.asarray(np.arange(N) % 7, jnp.int32)
+    mixed, mixture = quick_jit(lambda k, x, y: mix_up(k, x, y, 0.7))(key, images, labels)
+    x, share = np.asarray(images, np.float64), float(mixture.share)
+    expected = [share * x[i] + (1 - share) * x[i - 1] for i in range(N)]
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5)
+    np.testing.assert_array_equal(mixture.labels, [labels[i - 1] for i in range(N)])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_shares_are_the_larger_part_of_a_beta_distribution(alpha):
+    image, label = jnp.zeros((1, 1, 1, 1)), jnp.zeros(1, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 2_000)
+    shares = np.asarray(quick_jit(jax.vmap(lambda k: mix_up(k, image, label, alpha)[1].share))(keys), np.float64)
+    drawn = np.random.default_rng(0).beta(alpha, alpha, 200_000)
+    wanted = np.maximum(drawn, 1 - drawn)
+    assert (shares >= 0.5).all() and (shares <= 1).all()
+    for power in (1, 2, 3):
+        assert abs((shares**power).mean() - (wanted**power).mean()) < 5 * (wanted**power).std() / np.sqrt(len(shares))
+
+
+def test_no_mixup_changes_no_bit(key, images):
+    labels = jnp.zeros(N, jnp.int32)
+    mixed, mixture = mix_up(key, images, labels, 0.0)
+    assert mixed is images and mixture is None
+
+
+# --- all of them together
+
+
+ALL = {"flip": True, "crop_padding": 1, "cutout": 2, "random_erasing": 0.5, "trivial_augment": True, "mixup": 1.0}
+
+
+def test_a_step_draws_the_same_whichever_others_are_asked(key):
+    """Each has a key of its own: the bytes, and what is erased and mixed, are those of the parts one after the other."""
+    run = small_run(config_of(**ALL, batch_size=24))
+    batch = jax.tree.map(jnp.asarray, run.batch(key=key))
+    together, mixture = quick_jit(lambda b: augmented(run.plan.config, run.task, b))(batch)
+    own, x = jax.random.fold_in(key, 0), batch.images
+    for changes in ({"trivial_augment": True}, {"flip": True}, {"crop_padding": 1}):
+        x = augment(own, x, batch.ids, batch.epoch, config_of(**changes))
+    x = erase(own, cut_out(own, normalise(x, run.task.mean, run.task.std), 2), 0.5)
+    x, alone = mix_up(own, x, batch.labels, 1.0)
+    np.testing.assert_allclose(together, x, rtol=1e-5, atol=1e-6)
+    assert float(mixture.share) == pytest.approx(float(alone.share), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["random_erasing", "trivial_augment", "mixup"])
+def test_kept_features_refuse_what_changes_images(name):
+    with pytest.raises(UserError, match=rf"config\.feature_cache='host': .* {name}={ALL[name]}; use {name}=.*, or feature_cache=none"):
+        config_of(schedule="sequential", feature_cache="host", **{name: ALL[name]})

@@ -345,6 +345,9 @@ WRONG_STATES = {
     "a number for a configuration": {"config": 3},
     "voters that have not trained": {"voting": [7]},
     "nobody votes": {"voting": []},
+    "a vote without a weight": {"vote_weights": []},
+    "a weight below 0": {"vote_weights": [-1.0]},
+    "a word for a weight": {"vote_weights": ["x"]},
     "a truth for a number": {"trained_groups": True},
 }
 

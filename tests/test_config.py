@@ -167,6 +167,10 @@ TOGETHER = {
         {"feature_cache": "host", "schedule": "sequential", "flip": True},
         "config.feature_cache='host'",
     ),
+    "features cached of mixed images": (
+        {"feature_cache": "device", "schedule": "sequential", "mixup": 0.2},
+        "config.feature_cache='device'",
+    ),
     "alternating flips without flips": ({"alternating_flip": True}, "config.alternating_flip=True"),
     "conv4 with three widths": ({"network": "conv4", "widths": (4, 4, 6)}, "config.widths=(4, 4, 6)"),
     "conv4 with three pools": (CONV | {"pools": (1, 2, 1)}, "config.pools=(1, 2, 1)"),

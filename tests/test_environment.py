@@ -118,6 +118,7 @@ VARIANTS = [
     {"precision": "bf16", "norm": "anchor", "similarity": "position", "rematerialise": True},
     {"schedule": "sequential", "on_nonfinite": "skip", "label_smoothing": 0.1},
     {"rule": "head", "grouping": "all", "precision": "bf16", "norm": "layer"},
+    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8},
 ]
 
 

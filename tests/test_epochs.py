@@ -70,6 +70,7 @@ def test_any_segmentation_of_a_convolutional_network_gives_the_same_bits():
 
 RULES = {
     "shared, cutout": {**AUGMENTED, "cutout": 2, "head_weight": 0.5},
+    "erased, mixed": {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8, "head_weight": 0.5},
     "ff": {"rule": "ff", "peer_normalisation": 0.1, "negatives": "hard", **AUGMENTED},
     "triplet, hard negatives": {"labelling": "triplet", "negatives": "hard", "optimizer": "sgd", "clip_norm": 1.0},
 }
@@ -207,7 +208,7 @@ def test_each_image_is_mirrored_in_every_other_epoch_of_a_run():
         seen = {}
         for some, key in zip(np.asarray(ids), keys, strict=True):
             batch = run.batch(key=key)._replace(images=run.data.images[some], ids=jnp.asarray(some), epoch=jnp.int32(epoch))
-            seen |= dict(zip(some.tolist(), np.asarray(augmented(run.plan.config, run.task, batch)), strict=True))
+            seen |= dict(zip(some.tolist(), np.asarray(augmented(run.plan.config, run.task, batch)[0]), strict=True))
             plain.append(some)
         views.append([seen[i] for i in range(40)])
     np.testing.assert_array_equal(views[0], views[2])

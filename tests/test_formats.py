@@ -91,7 +91,7 @@ def test_a_state_of_which_nothing_is_known_is_refused_too(tmp_path):
 
 def test_a_configuration_that_lacks_newer_keys_has_their_defaults():
     plain = tiny().to_dict()
-    for key in ("segment_steps", "checkpoint_seconds", "alternating_flip"):
+    for key in ("segment_steps", "checkpoint_seconds", "alternating_flip", "random_erasing", "trivial_augment", "mixup", "votes"):
         del plain[key]
     assert from_json(plain, "config.json") == tiny()
 

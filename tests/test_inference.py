@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import oracles
-from oracles import CONV, MLP, config_of, quick_jit, slow_but, small_run
+from oracles import CONV, MLP, config_of, numeric_gradient, quick_jit, slow_but, small_run
 from runs import assert_same_bits, tiny, train
-from vffjax.training.scores import choose_voting, ensemble, error_percent, make_scores
+from vffjax.training.scores import choose_voting, ensemble, error_percent, fit_weights, make_scores, validate
 from vffjax.training.trainer import train_step
 from vffjax.uses.evaluation import evaluate
 
@@ -176,6 +176,55 @@ def test_among_sets_of_equal_error_and_size_the_later_votes():
 def test_of_many_groups_only_runs_of_last_ones_are_tried():
     assert choose_voting(scores_of(1, -5, -5, -5, -5, -5, 1), LABEL) == (6,)  # the best of all sets would be (0, 6)
     assert choose_voting(scores_of(-5, -5, -5, -5, 1, 1, 1), LABEL) == (4, 5, 6)
+
+
+def objective(scores, labels, weights):
+    """By its definition, image by image."""
+    total = 0.0
+    for i, label in enumerate(labels):
+        z = sum(w * np.float64(group[i]) for w, group in zip(weights, scores, strict=True))
+        total += np.logaddexp.reduce(z) - z[label]
+    return total / len(labels) + 5e-5 * np.sum(np.square(weights))
+
+
+def groups_of_skill(*skills, n=60, classes=4):
+    """Scores of groups that prefer the right class by so much, beside noise of deviation 1."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, n)
+    right = np.eye(classes)[labels]
+    return np.stack([skill * right + rng.normal(size=(n, classes)) for skill in skills]), labels
+
+
+@pytest.mark.parametrize("skills", [(1.0, 2.0, 0.5), (1.0, -1.0), (0.0, 1.5, -2.0, 1.0), (30.0, 40.0), (0.02, 0.03)], ids=str)
+def test_fitted_weights_are_the_minimum_among_weights_that_are_not_negative(skills):
+    """The objective is strictly convex, so the signs of its gradient tell the minimum."""
+    scores, labels = groups_of_skill(*skills)
+    weights = fit_weights(scores, labels)
+    gradient = numeric_gradient(lambda w: objective(scores, labels, w), weights, 1e-5)
+    assert (weights >= 0).all() and np.isfinite(weights).all()
+    np.testing.assert_allclose(gradient[weights > 0], 0, atol=1e-7)
+    assert (gradient[weights == 0] > -1e-7).all()
+    for skill, weight in zip(skills, weights, strict=True):
+        assert weight == 0 if skill < 0 else weight > 0 or skill < 0.1
+    np.testing.assert_array_equal(fit_weights(scores, labels), weights)
+
+
+def test_weighted_votes_are_the_fitted_sum_and_a_group_without_weight_does_not_vote():
+    scores, labels = groups_of_skill(1.0, -2.0, 2.0, 5.0)
+    found = validate(scores, labels, 3, "weighted")  # the last group has not trained
+    fitted = fit_weights(scores[:3], labels)
+    assert (found["voting"], found["vote_weights"]) == ([0, 2], [fitted[0], fitted[2]])
+    expected = fitted[0] * scores[0] + fitted[2] * scores[2]
+    np.testing.assert_allclose(ensemble(scores, (0, 2), tuple(found["vote_weights"])), expected, rtol=1e-12)
+    assert found["val_error"] == error_percent(expected, labels)
+
+
+def test_where_no_group_knows_anything_a_subset_votes_and_nothing_changes_without_the_key():
+    scores, labels = groups_of_skill(-3.0, -2.0)
+    assert (fit_weights(scores, labels) == 0).all()
+    assert validate(scores, labels, 2, "weighted") == validate(scores, labels, 2)
+    assert "vote_weights" not in validate(scores, labels, 2)
+    assert validate(None, labels, 2, "weighted")["voting"] == [0, 1]
 
 
 def test_scores_of_several_views_are_their_mean():

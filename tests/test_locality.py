@@ -143,6 +143,9 @@ OPTIONS = {
     "host cache": {"schedule": "sequential", "feature_cache": "host", "rule": "head"},
     "rematerialised": {"rematerialise": True, "grouping": "width", "widths": (8, 8, 8, 6), "head_weight": 1.0},
     "skip, clipped, overridden": {"on_nonfinite": "skip", "clip_norm": 1.0, "overrides": {"group1": {"optimizer": "sgd"}}},
+    "erased": {"random_erasing": 0.5, "trivial_augment": True},
+    "mixed": {"mixup": 0.8, "head_weight": 0.5},
+    "hard, mixed": {"labelling": "triplet", "negatives": "hard", "mixup": 0.8, "trivial_augment": True, "random_erasing": 0.1},
     "triplet, augmented, bf16": {"labelling": "triplet", "flip": True, "crop_padding": 1, "cutout": 2, "precision": "bf16"},
 }
 
@@ -151,6 +154,14 @@ OPTIONS = {
 def test_every_option_is_local_by_its_program(option):
     found = plain(locality.certify(config_of(**TWO | OPTIONS[option]), numeric=False))
     assert (found["local"], found["violations"], found["numeric"]) == (True, [], None)
+
+
+@pytest.mark.slow
+def test_augmented_and_mixed_images_leave_gradients_across_groups_at_zero():
+    found = locality.certify(config_of(**TWO, head_weight=0.5, random_erasing=0.5, trivial_augment=True, mixup=0.8))
+    gradients = np.array(plain(found)["numeric"]["gradients"])
+    own = np.eye(len(gradients), dtype=bool)
+    assert found["local"] and (gradients[own] > 0).all() and (gradients[~own] == 0).all()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from oracles import config_of, numeric_gradient, quick_jit, small_run
 from vffjax.hyperparameters import at_peak
 from vffjax.rules import ff, local, vff
 from vffjax.rules import similarity as losses
-from vffjax.rules.streams import Streams, wrong_labels
+from vffjax.rules.streams import Mixture, Streams, wrong_labels
+from vffjax.training.trainer import step_streams
 
 SIMILARITIES = ("position", "flat", "grid", "pooled")
 MARGIN, TAU = 0.2, 0.1
@@ -188,6 +189,36 @@ def test_head_cross_entropy_and_gradient_equal_the_definition(smoothing):
     oracle = lambda z: oracles.cross_entropy(z, labels, smoothing)  # noqa: E731
     np.testing.assert_allclose(value, oracle(logits), rtol=1e-5)
     np.testing.assert_allclose(gradient, numeric_gradient(oracle, logits), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_cross_entropy_of_mixed_images_weights_both_labels(smoothing):
+    logits, labels, others, share = 3 * maps(15, 5, 4), np.array([3, 0, 1, 1, 2]), np.array([3, 1, 2, 0, 0]), 0.7
+    mixture = Mixture(jnp.asarray(others), jnp.float32(share))
+    f = quick_jit(jax.value_and_grad(lambda z: local.head_cross_entropy(z, jnp.asarray(labels), smoothing, mixture)))
+    value, gradient = f(jnp.asarray(logits))
+
+    def oracle(z):
+        return share * oracles.cross_entropy(z, labels, smoothing) + (1 - share) * oracles.cross_entropy(z, others, smoothing)
+
+    np.testing.assert_allclose(value, oracle(logits), rtol=1e-5)
+    np.testing.assert_allclose(gradient, numeric_gradient(oracle, logits), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["vff", "head", "cwc", "mono_forward", "supcon"])
+def test_cross_entropies_take_both_labels_and_other_losses_that_of_the_larger_part(rule, key):
+    """The smaller part's labels move the head's loss; they move the rule's own loss where that is a cross-entropy."""
+    run = small_run(config_of(rule=rule, network="mlp", widths=(7,), mixup=1.0))
+    group, state = run.plan.groups[0], run.states[0]
+    made = quick_jit(lambda batch: step_streams(run.plan, None, run.task, run.states, batch))(run.batch(key=key))
+    f = quick_jit(lambda made: local.local_loss(state.params, oracles.setting_of(run, 0, key), group, state.batch_stats, made)[1][2])
+    found, moved = f(made), f(made._replace(mixture=made.mixture._replace(labels=(made.mixture.labels + 1) % 3)))
+    assert found["head_loss"] != moved["head_loss"]
+    assert (found["local_loss"] != moved["local_loss"]) == (rule in ("cwc", "mono_forward"))
+    logits = found["log_p"]  # the cross-entropy of log-probabilities is that of the logits
+    parts = [oracles.cross_entropy(logits, labels, 0.0) for labels in (made.labels, made.mixture.labels)]
+    share = float(made.mixture.share)
+    np.testing.assert_allclose(found["head_loss"], share * parts[0] + (1 - share) * parts[1], rtol=1e-5)
 
 
 def test_the_objective_of_a_group_is_the_sum_of_its_parts(key):

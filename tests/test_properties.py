@@ -54,6 +54,8 @@ FREE = {
     "val_fraction": st.one_of(st.just(0.0), between(0.0625, 0.5)),
     "crop_padding": st.integers(0, 2),
     "cutout": st.integers(0, 4),
+    "random_erasing": between(0, 1),
+    "mixup": st.one_of(st.just(0.0), between(0.125, 10)),
     "head_grid": st.integers(1, 5),
     "noise_scale": between(0, 50),
     "noise_cell": st.integers(1, 4),
@@ -137,7 +139,7 @@ def valid(draw):
     if raw["schedule"] == "joint":
         raw["feature_cache"] = "none"
     if raw["feature_cache"] != "none":
-        raw |= {"flip": False, "crop_padding": 0, "cutout": 0}
+        raw |= {"flip": False, "crop_padding": 0, "cutout": 0, "random_erasing": 0.0, "trivial_augment": False, "mixup": 0.0}
     raw["alternating_flip"] &= raw["flip"]
     groups = len(groups_of(make_config(raw), CLASSES))
     names = st.sampled_from([f"group{i}" for i in range(groups)])
@@ -298,6 +300,7 @@ TOGETHER = [
     (SAFE | {"network": "conv", "widths": (4, 4), "pools": (1,)}, "pools"),
     (SAFE | {"feature_cache": "device"}, "feature_cache"),
     (SAFE | {"schedule": "sequential", "feature_cache": "host", "flip": True}, "feature_cache"),
+    (SAFE | {"schedule": "sequential", "feature_cache": "host", "flip": False, "mixup": 1.0}, "feature_cache"),
     (SAFE | {"flip": False, "alternating_flip": True}, "alternating_flip"),
     (SAFE | {"epochs": 1, "warmup_epochs": 1.5, "overrides": {}}, "warmup_epochs"),
     (SAFE | {"epochs": 1, "warmup_epochs": 0.5, "overrides": {"group0": {"warmup_epochs": 2.0}}}, "overrides.group0.warmup_epochs"),

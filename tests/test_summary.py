@@ -10,7 +10,8 @@ from runs import TIMES, finished, summary_of, tiny, train
 from vffjax.runs import loop
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.logbook import read_metrics
-from vffjax.uses import evaluation
+from vffjax.runs.workdir import load_run
+from vffjax.uses import evaluation, prediction
 
 
 def test_summary_holds_the_documented_fields():
@@ -67,6 +68,28 @@ def test_the_test_error_is_that_of_the_best_epoch_and_not_of_the_last(tmp_path):
     assert Checkpoints(tmp_path).epochs() == [2, 3, 4]
     by_epoch = {e: evaluation.evaluate(tmp_path, epoch=str(e))["test_error_per_group"] for e in (2, 4)}
     assert summary["test_error_per_group"] == by_epoch[2] != by_epoch[4]
+
+
+def test_weights_of_votes_are_kept_and_used_by_what_comes_after(tmp_path):
+    summary = train(tiny(votes="weighted"), tmp_path)
+    line = read_metrics(tmp_path)[summary["best_epoch"] - 1]
+    assert (summary["voting"], summary["vote_weights"]) == (line["voting"], line["vote_weights"])
+    assert len(summary["vote_weights"]) == len(summary["voting"]) and min(summary["vote_weights"]) > 0
+    trained = load_run(tmp_path)
+    assert trained.vote_weights == tuple(summary["vote_weights"])
+    found = evaluation.evaluate(tmp_path)
+    for key in ("val_error", "test_error", "voting", "vote_weights"):
+        assert found[key] == summary[key]
+    assert "vote_weights" not in evaluation.evaluate(tmp_path, "early_exit")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "x.png")
+    (said,) = prediction.predict(tmp_path, [tmp_path / "x.png"], top=10)
+    log_p = np.zeros(10)
+    for group, weight in zip(summary["voting"], summary["vote_weights"], strict=True):
+        p = {entry["class"]: entry["probability"] for entry in said["by"][f"group{group}"]}
+        log_p += weight * np.log([p[name] for name in trained.run["class_names"]])
+    p = np.exp(log_p) / np.exp(log_p).sum()
+    wanted = dict(zip(trained.run["class_names"], p, strict=True))
+    assert {entry["class"]: pytest.approx(entry["probability"], rel=1e-4) for entry in said["by"]["ensemble"]} == wanted
 
 
 @pytest.mark.slow

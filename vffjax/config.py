@@ -38,7 +38,7 @@ _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 _OUTSIDE = (
     *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
     *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
-    *("temperature_end", "inference", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
+    *("temperature_end", "inference", "votes", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
 OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
 
@@ -57,6 +57,9 @@ class Config:
     alternating_flip: bool = key(False, "flip: mirror each image in every other epoch instead, half of the images in each")
     crop_padding: int = key(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)
     cutout: int = key(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
+    random_erasing: float = key(0.0, "probability that one random rectangle of an image is set to the mean; 0: none", low=0.0, high=1.0)
+    trivial_augment: bool = key(False, "change each training image by one random operation of random strength, such as a rotation")
+    mixup: float = key(0.0, "alpha of Beta(alpha, alpha), which draws shares in which images are mixed; 0: none", low=0.0, high=_LARGE)
     pixel_statistics: str = key("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
 
     network: str = key("mlp", "layers to train; or MODULE:NETWORK, of a file beside the configuration")
@@ -119,6 +122,7 @@ class Config:
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
     inference: str = key("heads", "how classes are scored: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"))
+    votes: str = key("subset", "ensemble: plain mean of a subset of groups, or weights of all (weighted)", ("subset", "weighted"))
     views: str = key("one", "views of an image whose scores are averaged: itself, its mirror image too, or six", ("one", "mirror", "six"))
     eval_batch_size: int = key(500, "images in a step of evaluation", low=1, high=2**20)
     checkpoint_every: int = key(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)

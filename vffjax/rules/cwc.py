@@ -38,7 +38,7 @@ def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     """Cross-entropy of the clean images' goodness. Its own metric is the goodness of the right class."""
     found, labels = goodness(seen.made.clean, seen.logits.shape[1]), seen.made.labels
     right = jnp.take_along_axis(found, labels[:, None], axis=1)
-    return head_cross_entropy(found, labels, seen.hyper.label_smoothing), {"right_goodness": jnp.mean(right)}
+    return head_cross_entropy(found, labels, seen.hyper.label_smoothing, seen.made.mixture), {"right_goodness": jnp.mean(right)}
 
 
 def check_data(config: Config, image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from vffjax.config import Config
 from vffjax.hyperparameters import HyperParameters, Scalar
 from vffjax.networks.groups import Head, LayerGroup
 from vffjax.ops.pooling import mean_pool_to_grid
-from vffjax.rules.streams import Step, Streams, Task, clean_only
+from vffjax.rules.streams import Mixture, Step, Streams, Task, clean_only
 
 Metrics = dict[str, Array]
 
@@ -134,7 +134,7 @@ def local_loss(
     # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
     share = 0 if group.frozen else rule.head_share(config, hyper)
     logits = group.logits(params, _with_share(seen, share))[:clean]
-    head_loss = head_cross_entropy(logits, streams.labels, hyper.label_smoothing)
+    head_loss = head_cross_entropy(logits, streams.labels, hyper.label_smoothing, streams.mixture)
 
     local: Any = jnp.zeros((), jnp.float32)
     own: Metrics = {}
@@ -168,10 +168,18 @@ def _pooled(cells: int | None, head: Head, features: Array) -> Array:
     return mean_pool_to_grid(features.astype(jnp.float32), head.grid)
 
 
-def head_cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Scalar = 0.0) -> Float[Array, ""]:
-    """Mean cross-entropy of one group's head, labels smoothed towards uniform by `smoothing`."""
+def head_cross_entropy(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: Scalar = 0.0, mixture: Mixture | None = None
+) -> Float[Array, ""]:
+    """Mean cross-entropy of one group's head, labels smoothed towards uniform by `smoothing`.
+
+    If images are mixed, it is the mean of the cross-entropies for both labels, each weighted by the share of its image.
+    """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     right = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    if mixture is not None:
+        smaller = jnp.take_along_axis(log_p, mixture.labels[:, None], axis=1)[:, 0]
+        right = mixture.share * right + (1 - mixture.share) * smaller
     return -jnp.mean((1 - smoothing) * right + smoothing * jnp.mean(log_p, axis=1))
 
 

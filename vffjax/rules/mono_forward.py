@@ -32,7 +32,7 @@ def scores(options: NoOptions, features: Array, params: dict[str, Array], classe
 def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     """Cross-entropy of the clean images' projections, with `config.label_smoothing`. It has no metrics of its own."""
     found = scores(seen.options, seen.made.clean, seen.params, seen.logits.shape[1])
-    return head_cross_entropy(found, seen.made.labels, seen.hyper.label_smoothing), {}
+    return head_cross_entropy(found, seen.made.labels, seen.hyper.label_smoothing, seen.made.mixture), {}
 
 
 RULE = Rule(loss=loss, parameters=parameters, scores=scores)

@@ -72,12 +72,20 @@ class Step(NamedTuple):
     logits: Float[Array, "batch classes"] | None = None  # the ensemble's predictions, where the rule needs them
 
 
+class Mixture(NamedTuple):
+    """What was mixed into the images of a step; see `augment.mix_up`."""
+
+    labels: Int[Array, " batch"]  # of the smaller part of each image
+    share: Float[Array, ""]  # of the larger part, at least 1/2
+
+
 class Streams(NamedTuple):
     """Clean rows followed by labelled rows, in one array, so that one call of a layer serves both."""
 
     rows: Float[Array, "rows *feature"]
-    labels: Int[Array, " batch"]
+    labels: Int[Array, " batch"]  # of the larger part of each image, where images are mixed
     copy_labels: Int[Array, " copies"]  # the label that each copy carries, which may be wrong for its image
+    mixture: Mixture | None = None  # None: images are not mixed
 
     @property
     def clean(self) -> Float[Array, "batch *feature"]:

@@ -126,7 +126,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     trained = Trained(plan, *best.restore(plan), best.run)
     test = loop.on_device(dataset.test)
     found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
-    measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test")
+    measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
     return conclude(trained, dataset, measured, run, workdir)
 
 

@@ -99,7 +99,7 @@ class Loop:
                 logbook.phase("validating")
                 finite, found = jax.device_get(checks)
                 self._check_finite(means, finite, epoch)
-                validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch))
+                validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch), self._config.votes)
                 # The line comes before the checkpoint: an epoch with a line but no checkpoint is trained again and gets a new line.
                 record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
                 logbook.phase("saving")
@@ -184,6 +184,7 @@ class Loop:
         scheduled = self._config.checkpoint_due(epoch + 1)
         run["history"].append(record)
         run["due"] += [epoch + 1] if scheduled else []
+        run.pop("vote_weights", None)  # of the epoch before; an epoch in which no group knows anything has none
         run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": self._plan.trained_groups(epoch)}
         if self._request.abandoned:
             raise Terminated(self._request.saved)

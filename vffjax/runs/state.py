@@ -18,7 +18,7 @@ from vffjax.config import MAX_SIDE, Config
 # docs/runs.md.
 FORMAT = 3
 # Keys that a state has only if it was saved at the end of an epoch.
-_OF_WHOLE_EPOCHS = ("trained_groups", "scheduled", "val_error", "val_error_per_group", "voting")
+_OF_WHOLE_EPOCHS = ("trained_groups", "scheduled", "val_error", "val_error_per_group", "voting", "vote_weights")
 
 
 def new_state(config: Config, data: dict[str, Any], init_from_sha256: str | None) -> dict[str, Any]:
@@ -152,6 +152,9 @@ def _checks(run: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "scheduled", isinstance(run.get("scheduled"), bool)
     yield "val_error", run.get("val_error") is None or _finite(run["val_error"])
     yield "voting", listed("voting", lambda group: _whole(group, 0, run["trained_groups"] - 1), 1)
+    if "vote_weights" in run:  # only with config.votes=weighted
+        weights = listed("vote_weights", lambda weight: _finite(weight) and weight > 0)
+        yield "vote_weights", weights and len(run["vote_weights"]) == len(run["voting"])
 
 
 def _sound_inside(position: Any, epoch: int) -> bool:

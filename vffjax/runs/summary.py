@@ -40,6 +40,7 @@ def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: di
         "images_per_second": float(np.median([m["images_per_second"] for m in last["history"]])),
         "seconds": sum(m["seconds"] for m in last["history"]),
         **{key: last[key] for key in ("compile_seconds", "peak_bytes", "data_sha256", "init_from_sha256", "code_sha256") if key in last},
+        **{key: best.run[key] for key in ("vote_weights",) if key in best.run},
         **last["origins"][-1],
         "earlier_origins": last["origins"][:-1],
         "seed": best.plan.config.seed,

@@ -33,3 +33,8 @@ class Trained(NamedTuple):
         They are those chosen on validation images. Those chosen for a sweep say nothing about the heads, so that all trained groups vote.
         """
         return tuple(self.run["voting"]) if self.plan.config.inference == self.scored_by else tuple(range(self.groups))
+
+    @property
+    def vote_weights(self) -> tuple[float, ...]:
+        """The weights of `voting`, with config.votes=weighted; empty if all weigh the same."""
+        return tuple(self.run.get("vote_weights", ())) if self.plan.config.inference == self.scored_by else ()

@@ -74,9 +74,10 @@ def _check_together(c: Config) -> None:
         raise bad_key("norm_statistics", c.norm_statistics, f"norm={norm} has no running statistics", "use batch")
     if c.feature_cache != "none" and c.schedule != "sequential":
         raise bad_key("feature_cache", c.feature_cache, "no group is frozen where all train together", "use schedule=sequential")
-    if c.feature_cache != "none" and (c.flip or c.crop_padding or c.cutout):
-        problem = "the features of augmented images change in every epoch"
-        raise bad_key("feature_cache", c.feature_cache, problem, "use flip=False, crop_padding=0 and cutout=0, or feature_cache=none")
+    for name in ("flip", "crop_padding", "cutout", "random_erasing", "trivial_augment", "mixup") if c.feature_cache != "none" else ():
+        if getattr(c, name) != (usual := default_of(FIELDS[name])):
+            problem = f"the features of augmented images change in every epoch, and {name}={getattr(c, name)!r}"
+            raise bad_key("feature_cache", c.feature_cache, problem, f"use {name}={usual!r}, or feature_cache=none")
     if c.noise_spectrum == "images":
         for key, usual in (("noise_cell", 1), ("noise_kind", "normal")):
             if getattr(c, key) != usual:

@@ -117,12 +117,13 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: States, bat
 
     The locality probes call this function too, so that they examine the program that trains.
     """
-    x = augmented(plan.config, task, batch)
+    x, mixture = augmented(plan.config, task, batch)
     # Only groups that have been trained predict: the heads of the others are still zero and would flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if plan.rule.predicts(plan.config) else None
     options, key = plan.rule.options_of(plan.config), jax.random.fold_in(batch.key, 1)
-    return plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits))
+    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits))
+    return made if mixture is None else made._replace(mixture=mixture)
 
 
 def train_step(plan: Plan, active: int | None, task: Task, states: States, batch: Batch) -> tuple[States, dict[str, Array]]:
@@ -136,7 +137,7 @@ def train_step(plan: Plan, active: int | None, task: Task, states: States, batch
 
     Returns:
         The new states. And metrics for each group that trained: `loss`, `local_loss`, `head_loss`, `accuracy` of its head, `finite`, and
-        the rule's own; and `ensemble_accuracy` of all heads.
+        the rule's own; and `ensemble_accuracy` of all heads. Where images are mixed, the right class is that of the larger part.
     """
     streams = step_streams(plan, active, task, states, batch)
     streams = streams if active is None else behind_frozen(plan, active, states, streams, batch.features)

@@ -38,7 +38,7 @@ def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], d
 
     Returns:
         A function of images [batch, h, w, c], which returns `groups` [groups, batch, classes], for all groups that have trained, and
-        `ensemble` [batch, classes], the normalised mean over the groups that vote.
+        `ensemble` [batch, classes], the normalised mean over the groups that vote, or their weighted sum.
     """
     plan = dataclasses.replace(trained.plan, groups=trained.plan.groups[: trained.groups])
     states, task = trained.states[: trained.groups], trained.task
@@ -47,7 +47,9 @@ def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], d
         log_p = scores.SCORES[trained.scored_by](plan, task, states, augment.normalised(task, images))
         # Evaluation takes the same mean (`scores.ensemble`), without the normalisation, which changes no comparison.
         votes = jnp.stack([log_p[group] for group in trained.voting])
-        return {"ensemble": jax.nn.log_softmax(votes.mean(axis=0)), "groups": log_p}
+        weights = jnp.array(trained.vote_weights, votes.dtype).reshape(-1, 1, 1)
+        mean = jnp.sum(weights * votes, axis=0) if trained.vote_weights else votes.mean(axis=0)
+        return {"ensemble": jax.nn.log_softmax(mean), "groups": log_p}
 
     return ensemble
 
@@ -123,6 +125,7 @@ def write_artefact(path: pathlib.Path | str, trained: Trained) -> dict[str, Any]
         "image_dtype": "uint8",
         "groups": [group.name for group in trained.plan.groups[: trained.groups]],
         "voting": list(trained.voting),
+        **({"vote_weights": list(trained.vote_weights)} if trained.vote_weights else {}),
         "platforms": list(exported.platforms),
         "jax": importlib.metadata.version("jax"),
         "jaxlib": importlib.metadata.version("jaxlib"),

@@ -113,7 +113,8 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
     validation = loop.on_device(dataset.validation)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
-    validated = inference.validate(seen, validation.labels, trained.groups)
+    votes_by = "subset" if name == "early_exit" else plan.config.votes  # the groups before an exit have plain means
+    validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
     header = {"inference": name, "views": plan.config.views} | validated
     leaving = None
     if name == "early_exit":
@@ -124,7 +125,7 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
         return header
     unseen = loop.on_device(dataset.test)
     found = np.asarray(scores(task, states, unseen.images))[: trained.groups]
-    header |= inference.measure(found, unseen.labels, tuple(validated["voting"]), "test")
+    header |= inference.measure(found, unseen.labels, tuple(validated["voting"]), "test", tuple(validated.get("vote_weights", ())))
     if leaving is not None:
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
     return header

@@ -176,7 +176,7 @@ def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], ep
     found = []
     for i, path in enumerate(paths):
         by = {plan.groups[g].name: rank(scores[g, i], names, top) for g in range(trained.groups)}
-        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], trained.voting)[0], names, top)
+        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], trained.voting, trained.vote_weights)[0], names, top)
         note = oddity(images[i], np.asarray(task.mean), np.asarray(task.std))
         found.append({"image": str(path), "by": by} | ({"note": note} if note else {}))
     return found
