@@ -110,8 +110,8 @@ def test_heads_scale_with_the_group(width, grid):
 
 @pytest.mark.slow
 def test_a_heads_grid_is_by_width_if_the_configuration_leaves_it():
-    assert [group.head_grid for group in of("resnet50", head_grid=0)[0]] == [4, 2, 2, 1]
-    assert [group.head_grid for group in of("resnet50", head_grid=3)[0]] == [3] * 4
+    assert [group.head.grid for group in of("resnet50", head_grid=0)[0]] == [4, 2, 2, 1]
+    assert [group.head.grid for group in of("resnet50", head_grid=3)[0]] == [3] * 4
     variables = of("resnet18", head_grid=0)[1]
     assert [p["head"]["kernel"].shape for p, _ in variables] == [(4096, 10), (2048, 10), (4096, 10), (2048, 10)]
 
