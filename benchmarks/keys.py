@@ -140,7 +140,7 @@ PEER = Known(
         *("data_dir", "train_examples", "val_fraction"),
         # These belong to labellings and rules that the peers do not have.
         *("copies_per_class", "goodness_threshold", "peer_normalisation", "slow_share"),
-        # Nothing is classified, and nothing is saved.
+        # Nothing is saved, and `speedrun`, which classifies, sets these itself.
         *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={

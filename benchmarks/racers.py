@@ -10,7 +10,6 @@ from jaxtyping import Int, Shaped
 
 from contenders import TorchContender, Unavailable, Workload
 from vffjax.config import Config
-from vffjax.data import load
 from vffjax.data.sets import Dataset
 from vffjax.runs.experiment import plan_for
 from vffjax.runs.loop import on_device, training_images
@@ -133,9 +132,3 @@ class Torch:
         judged = getattr(self._dataset, split)
         found = self._peer.classes(self._tensor(judged.images), self._config.eval_batch_size)
         return float((found == self._tensor(judged.labels.astype(np.int64))).float().mean())
-
-
-def racers(config: Config, back_propagation: Config | None) -> list[Racer]:
-    """Our trainer, and PyTorch's back-propagation if its configuration is given, on the same images."""
-    dataset = load.load(config)
-    return [Ours(config, dataset), *([] if back_propagation is None else [Torch(back_propagation, dataset)])]

@@ -31,7 +31,7 @@ class GroupWork(NamedTuple):
 
     layers: tuple[int, ...]  # that learn
     fixed: int  # of a whitening layer, whose 2 k k c filters are of k k c entries each
-    head: int
+    head: tuple[int, ...]  # its convolutions, if there are any, and its linear map
 
 
 def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int) -> tuple[GroupWork, ...]:
@@ -56,12 +56,12 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
             else:
                 layers.append(math.prod(shape) * layer.width)
                 shape = (layer.width,)
-        head, seen = 0, shape
+        head, seen = [], shape
         for layer in group.head.auxiliary:
-            head += KERNEL * KERNEL * math.prod(seen) * layer.width
+            head.append(KERNEL * KERNEL * math.prod(seen) * layer.width)
             seen = (*seen[:-1], layer.width)
         cells = math.prod(min(group.head.grid, side) for side in seen[:-1])
-        work.append(GroupWork(tuple(layers), fixed, head + cells * seen[-1] * classes))
+        work.append(GroupWork(tuple(layers), fixed, (*head, cells * seen[-1] * classes)))
     return tuple(work)
 
 
@@ -69,8 +69,8 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     """The model FLOPs of one training step of all groups, two for each multiplication.
 
     For each row, clean or labelled, every layer has a forward pass and a kernel gradient. Every layer but the first of its group also has
-    an input gradient, and so has a head whose gradient trains the group. The layers of a frozen group have a forward pass only. Heads are
-    counted for clean rows only.
+    an input gradient. So has every layer of a head but its first, which has one if the head's gradient trains the group. The layers of a
+    frozen group have a forward pass only. Heads are counted for clean rows only.
 
     Args:
         config: a checked configuration.
@@ -89,9 +89,9 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     for group, (layers, fixed, head) in enumerate(forward_work(config, image_shape, classes)):
         frozen = group < config.frozen_groups
         total += rows * (fixed + (sum(layers) if frozen else 3 * sum(layers) - layers[0]))
-        total += batch * head * (3 if enters and not frozen else 2)
+        total += batch * (3 * sum(head) - (0 if enters and not frozen else head[0]))
         if rule.predicts(config):  # The predictions take one more forward pass of the clean rows.
-            total += batch * (fixed + sum(layers) + head)
+            total += batch * (fixed + sum(layers) + sum(head))
     return 2 * total
 
 

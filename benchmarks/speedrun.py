@@ -55,6 +55,8 @@ from vffjax.training.plan import Plan
 SET_HERE = {
     "schedule": JOINT,
     "init_from": RANDOM_WEIGHTS,
+    "views": Only(("one",), "every racer is judged on the images as they are", "use views=one"),
+    "votes": Only(("subset",), "all groups vote alike", "use votes=subset"),
     "inference": Only(("heads",), "the accuracy of the race is that of all heads together", "use inference=heads"),
 }
 

@@ -112,6 +112,17 @@ def test_weighted_votes_are_exported(tmp_path):
     np.testing.assert_allclose(found.call(images)["ensemble"], np.log(votes / votes.sum(axis=-1, keepdims=True)), atol=1e-5)
 
 
+def test_the_views_that_the_run_is_evaluated_by_are_exported(tmp_path):
+    run = small_run(config_of(**SHORT, views="six"), shape=SHAPE)
+    images = np.asarray(run.data.images)
+    found, _ = written(tmp_path, run)
+    groups = np.asarray(make_scores(run.plan, "heads")(run.task, run.states, run.data.images))
+    said = found.call(images)["groups"]
+    np.testing.assert_allclose(said, groups, atol=1e-5)
+    one = np.asarray(make_scores(small_run(config_of(**SHORT), shape=SHAPE).plan, "heads")(run.task, run.states, run.data.images))
+    assert np.abs(said - one).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_bf16_convolutions_are_those_of_the_run(tmp_path, monkeypatch):
     run = small_run(config_of(**SHORT, precision="bf16"), shape=SHAPE)

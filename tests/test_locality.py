@@ -14,6 +14,7 @@ import pytest
 
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of, slow_but
+from runs import tiny
 from vffjax.cli.config_file import load_config_file
 from vffjax.errors import UserError
 from vffjax.networks import find
@@ -171,6 +172,13 @@ def test_labelled_copies_touch_no_clean_image_and_statistics_are_told(norm):
     _check_numbers(found)
     for seen in found["numeric"]["images"].values():
         assert seen["other_images"] == (norm == "anchor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["supcon", "vff_supcon"])
+def test_a_contrast_among_images_of_one_class_is_probed_with_such_images_where_there_are_ten_classes(rule):
+    found = locality.certify(tiny(rule=rule))
+    assert (found["local"], found["violations"]) == (True, [])
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def valid(draw):
     raw |= {"network": draw(st.sampled_from(["mlp", "conv4", "conv", "cifarnet"])), "stem": "cifar"}
     raw |= {"norm_statistics": "batch", "pixel_statistics": "data"}
     raw["whitening"] = 0 if raw["network"] == "mlp" else draw(st.integers(0, 2))
+    raw["auxiliary"] = () if raw["network"] == "mlp" else raw["auxiliary"]
     count = 4 if raw["network"] == "conv4" else draw(st.integers(1, 4))
     raw["widths"] = draw(st.tuples(*[st.integers(1, 6)] * count))
     raw["widths"] = raw["widths"][:2] if raw["network"] == "cifarnet" else raw["widths"]

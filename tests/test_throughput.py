@@ -42,6 +42,8 @@ BY_WIDTH = 3 * sum(CONV_LAYERS) - 4608 - 3456  # the first layer of each group h
         (CONV | {"rule": "ff", "grouping": "layer"}, 36 * 2 * 22464 + 12 * 2 * (192 + 192 + 288 + 72)),
         # The first group frozen: its layers only go forward, and its head only reads.
         (CONV | {"head_weight": 0.5, "frozen_groups": 1}, 18 * (4608 + 9216 + 3 * 8640 - 3456) + 12 * (2 * 192 + 3 * 72)),
+        # A convolution before the first head: its kernel gradient, and the input gradient of the linear map behind it.
+        (CONV | {"auxiliary": (5,)}, (12 + 6) * BY_WIDTH + 12 * (2 * 9 * 16 * 4 * 5 + 3 * 16 * 5 * 3 + 2 * 72)),
         (MLP | {"rule": "head"}, 12 * 2 * (128 * 12 + 120 + 120) + 12 * 3 * (36 + 30 + 36)),
     ],
 )

@@ -10,13 +10,19 @@ import pytest
 import safetensors.numpy
 
 from oracles import config_of, quick_jit, small_run, variables_of
-from runs import tiny, train
+from runs import assert_same_bits, tiny, train
+from vffjax.data import load
+from vffjax.errors import UserError
 from vffjax.networks import find
 from vffjax.networks.groups import cut, make_groups
 from vffjax.networks.layers import FIXED, ConvLayer, WhiteningLayer, whitening_kernel
 from vffjax.proofs import locality
+from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
+from vffjax.training.checks import check_against_data
+from vffjax.training.plan import make_plan
 from vffjax.training.trainer import train_step
+from vffjax.weights.weights import write_weights
 
 CIFARNET = {"network": "cifarnet", "widths": (4, 6), "whitening": 2, "dataset": "digits"}
 SIDE, CHANNELS = 2, 3
@@ -146,3 +152,35 @@ def test_one_layer_behind_the_whitening_is_local_trivially():
     found = locality.certify(config, numeric=False)
     assert (found["local"], found["groups"]) == (True, {"group0": 1})
     assert "trivially" in found["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"network": "mlp", "widths": (4,), "whitening": 2}, "config.whitening=2: means nothing to network=mlp; leave it at 0"),
+        ({"network": "mlp", "widths": (4,), "auxiliary": (4,)}, "config.auxiliary=(4,): means nothing to network=mlp; leave it at ()"),
+        ({"network": "resnet18", "activation": "gelu"}, "config.activation='gelu': means nothing to network=resnet18; leave it at 'relu'"),
+        ({"network": "resnet18", "norm_scale": False}, "config.norm_scale=False: means nothing to network=resnet18; leave it at True"),
+        ({"network": "cifarnet", "widths": (4,), "image_size": 4, "whitening": 8}, "config.whitening=8: is larger than 4x4 images; use 2"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_network_that_would_ignore_a_key_refuses_it(changes, said):
+    with pytest.raises(UserError) as refused:
+        check_against_data(make_plan(tiny(**changes), 100, 10), 100, (8, 8, 1))
+    assert str(refused.value) == said
+
+
+def test_slow_averages_of_a_run_that_starts_from_a_file_begin_with_its_weights(tmp_path):
+    config = tiny(**CIFARNET | {"whitening": 0})
+    dataset = load.load(config)
+    plan = experiment.plan_for(config, dataset)
+    states, _ = experiment.start(plan, dataset)
+    filled = tuple(state._replace(params=jax.tree.map(lambda p: p + 7, state.params)) for state in states)
+    write_weights(tmp_path / "w.safetensors", plan, filled, {})
+    config = dataclasses.replace(config, look_ahead=2, init_from=str(tmp_path / "w.safetensors"))
+    states, _ = experiment.start(experiment.plan_for(config, dataset), dataset)
+    slow = states[1].opt_state.slow
+    assert_same_bits(slow, states[1].params)
+    assert np.min(slow["layers_0"]["kernel"]) > 0
+    assert_same_bits(states[1].params, filled[1].params)

@@ -27,6 +27,6 @@ def layers(config: Config, norm: str) -> tuple[Layer, ...]:
 
 NETWORK = Network(
     layers,
-    keys=("widths", "image_size", "whitening", *OWN_CHOICE),
+    keys=("widths", "image_size", "whitening", "auxiliary", *OWN_CHOICE),
     check_images=lambda config, shape: check_side(config, "widths", (2,) * len(config.widths), shape, "use fewer widths"),
 )

@@ -55,13 +55,15 @@ def deepened(config: Config, depth: int) -> Mapping[str, Any]:
 def check_side(config: Config, key: str, pools: Iterable[int], image_shape: tuple[int, int, int], fix: str) -> None:
     """Raises `UserError` if max-pooling leaves nothing of an image."""
     side = config.image_size or min(image_shape[:2])
+    if config.whitening > side:
+        raise bad_key("whitening", config.whitening, f"is larger than {side}x{side} images", "use 2")
     if math.prod(pools) > side:
         raise bad_key(key, getattr(config, key), f"pools {side}x{side} images to nothing", fix)
 
 
 NETWORK = Network(
     layers,
-    keys=("widths", "pools", "image_size", "whitening", *OWN_CHOICE),
+    keys=("widths", "pools", "image_size", "whitening", "auxiliary", *OWN_CHOICE),
     check=check,
     check_images=lambda config, shape: check_side(config, "pools", config.pools, shape, "use smaller windows"),
     deepened=deepened,

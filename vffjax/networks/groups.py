@@ -203,8 +203,8 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
     given = plain(config, "layer") | {"initialisation": "he"}
     auxiliary = tuple(ConvLayer(width, **given) for width in config.auxiliary)
     for i, layers in enumerate(parts):
-        grid = config.head_grid or fitting_grid(layers[-1].width)
         own = auxiliary if i + 1 < len(parts) and isinstance(layers[-1], ConvLayer) else ()
+        grid = config.head_grid or fitting_grid((own or layers)[-1].width)
         module = _Module(layers, Head(classes, grid, free_scale, own))
         groups.append(LayerGroup(i, module, config.rematerialise, i < config.frozen_groups))
     return tuple(groups)

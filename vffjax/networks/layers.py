@@ -19,6 +19,7 @@ from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise
 from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
+_BLOCK = 64  # images whose patches are in memory at a time, where their covariance is taken
 FIXED = "fixed"  # the name of a parameter that is set from the training images before training and then stays
 
 
@@ -236,9 +237,15 @@ def whitening_kernel(images: Float[np.ndarray, "n h w c"], side: int, smallest: 
         side: of a patch, in pixels.
         smallest: is added to each eigenvalue, in squared units of normalised pixels.
     """
-    patches = np.lib.stride_tricks.sliding_window_view(np.asarray(images, np.float64), (side, side), axis=(1, 2))
-    rows = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, side * side * images.shape[3])
-    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    size, count = side * side * images.shape[3], 0
+    covariance = np.zeros((size, size))
+    for start in range(0, len(images), _BLOCK):  # All patches of all images together would take side * side times the memory of the images.
+        block = np.asarray(images[start : start + _BLOCK], np.float64)
+        patches = np.lib.stride_tricks.sliding_window_view(block, (side, side), axis=(1, 2))
+        rows = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size)
+        covariance += rows.T @ rows
+        count += len(rows)
+    values, vectors = np.linalg.eigh(covariance / count)
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
     filters = (vectors * np.sign(largest) / np.sqrt(values + smallest))[:, ::-1]
     kernel = filters.reshape(side, side, images.shape[3], -1)

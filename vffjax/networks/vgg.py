@@ -26,4 +26,4 @@ def vgg(convolutional: tuple[tuple[int, int], ...]) -> Network:
     def check_images(config: Config, image_shape: tuple[int, int, int]) -> None:
         check_side(config, "network", (pool for _, pool in convolutional), image_shape, "set config.image_size=32")
 
-    return Network(layers, keys=("width_factor", "image_size", "whitening", *OWN_CHOICE), check_images=check_images)
+    return Network(layers, keys=("width_factor", "image_size", "whitening", "auxiliary", *OWN_CHOICE), check_images=check_images)

@@ -141,7 +141,8 @@ def _setting(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Plan, Task,
     plan = make_plan(dataclasses.replace(plan.config, batch_size=IMAGES), IMAGES, classes)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (IMAGES, *image_shape), dtype=np.uint8))
-    labels = jnp.asarray(np.arange(IMAGES) % classes, jnp.int32)
+    # Two images of each label, because a contrast among images of one class teaches nothing where every class has one.
+    labels = jnp.asarray(np.arange(IMAGES) // 2 % classes, jnp.int32)
     codebook = plan.config.noise_scale * rng.normal(size=(classes, *image_shape))
     pixels = np.full(image_shape[2], 0.5)
     task = Task(*(jnp.asarray(a, jnp.float32) for a in (codebook, pixels, pixels / 2)))

@@ -131,9 +131,10 @@ def local_loss(
     features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
     seen = _pooled(rule.cells(config), group.head, features)
 
-    # All rows through the head, the copies' scores dropped: cutting the small scores is cheaper than cutting the feature map.
+    # The head reads clean rows only. If it is linear, all rows pass through it, because cutting the scores is cheaper than cutting the map.
     share = 0 if group.frozen else rule.head_share(config, hyper)
-    logits = group.logits(params, _with_share(seen, share))[:clean]
+    read = seen[:clean] if group.head.auxiliary else seen
+    logits = group.logits(params, _with_share(read, share))[:clean]
     head_loss = head_cross_entropy(logits, streams.labels, hyper.label_smoothing, streams.mixture)
 
     local: Any = jnp.zeros((), jnp.float32)

@@ -25,7 +25,7 @@ from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_e
 from vffjax.training import checks, feature_cache, scores
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
-from vffjax.training.plan import Plan, init_states, make_task, whitened
+from vffjax.training.plan import Plan, init_states, make_task, whitened, with_new_optimizers
 from vffjax.weights.weights import local_file, read_weights
 
 
@@ -150,4 +150,5 @@ def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:
         states, left_out = read_weights(local_file(config), plan, states)
         for note in left_out:
             notice(f"{config.init_from}: {note}")
+        states = with_new_optimizers(plan, states)
     return states, task

@@ -12,6 +12,7 @@ from vffjax.data import load, sets, sizes_of
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
 from vffjax.networks.groups import layer_sizes
+from vffjax.networks.layers import OWN_CHOICE
 from vffjax.training.plan import Plan, make_plan
 
 
@@ -33,7 +34,7 @@ def check(config: Config) -> Config:
     own = options(rule.options, config.rule_options, "rule_options")
     config = dataclasses.replace(config, rule_options=dataclasses.asdict(own))
     _check_together(config)
-    for key in ("image_size", "width_factor", "stem"):
+    for key in ("image_size", "width_factor", "stem", "whitening", "auxiliary", *OWN_CHOICE):
         if key not in network.keys and getattr(config, key) != (usual := default_of(FIELDS[key])):
             raise bad_key(key, getattr(config, key), f"means nothing to network={config.network}", f"leave it at {usual!r}")
     if why := rule.cannot_score_by(config.inference):

@@ -216,8 +216,13 @@ def init_states(plan: Plan, image_shape: tuple[int, int, int]) -> States:
         return {"rule": make(options, shape, plan.classes, jax.random.fold_in(run_key(plan.config, RULE), group))} if make else {}
 
     variables = init_variables(plan.groups, run_key(plan.config, INITIALISATION), image_shape, own)
-    hyper, states = at_peak(plan.config, len(plan.groups)), []
-    for i, (group, (params, stats)) in enumerate(zip(plan.groups, variables, strict=True)):
+    return with_new_optimizers(plan, tuple(GroupState(params, stats, None) for params, stats in variables))
+
+
+def with_new_optimizers(plan: Plan, states: States) -> States:
+    """The states with what their optimizers keep before the first step. Slow averages of `look_ahead` begin with the parameters."""
+    hyper, out = at_peak(plan.config, len(plan.groups)), []
+    for i, (group, state) in enumerate(zip(plan.groups, states, strict=True)):
         optimizer = make_optimizer(for_group(plan.config, i), hyper.of(i), group.frozen)
-        states.append(GroupState(params, stats, optimizer.init(params)))
-    return tuple(states)
+        out.append(state._replace(opt_state=optimizer.init(state.params)))
+    return tuple(out)

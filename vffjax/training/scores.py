@@ -71,16 +71,21 @@ def views(images: UInt8[Array, "n h w c"], which: str) -> list[UInt8[Array, "n h
     return seen if which == "one" else [*seen, *(view[:, :, ::-1] for view in seen)]
 
 
+def of_views(plan: Plan, inference: str, task: Task, states: States, images: UInt8[Array, "n h w c"]) -> Float[Array, "groups n classes"]:
+    """The mean scores of the views of images that config.views names."""
+    per_batch = chosen("inference", inference, SCORES)
+    each = [per_batch(plan, task, states, augment.normalised(task, view)) for view in views(images, plan.config.views)]
+    return functools.reduce(jnp.add, each) / len(each)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def program_scores(
     plan: Plan, inference: str, task: Task, states: States, images: UInt8[Array, "n h w c"]
 ) -> Float[Array, "groups n classes"]:
     """The compiled function behind `make_scores`. It takes a `Plan.program`, so that runs with other seeds or rates share the program."""
-    per_batch = chosen("inference", inference, SCORES)
 
     def by_image(batch: Array) -> Array:
-        each = [per_batch(plan, task, states, augment.normalised(task, view)) for view in views(batch, plan.config.views)]
-        return jnp.moveaxis(functools.reduce(jnp.add, each) / len(each), 0, 1)
+        return jnp.moveaxis(of_views(plan, inference, task, states, batch), 0, 1)
 
     return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, UInt8
 from vffjax.errors import UserError
 from vffjax.files import holds, replace_file, sha256, write_json
 from vffjax.runs.trained import Trained
-from vffjax.training import augment, scores
+from vffjax.training import scores
 
 FORMAT = "vffjax ensemble 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -44,7 +44,7 @@ def make_ensemble(trained: Trained) -> Callable[[UInt8[Array, "batch h w c"]], d
     states, task = trained.states[: trained.groups], trained.task
 
     def ensemble(images: Array) -> dict[str, Array]:
-        log_p = scores.SCORES[trained.scored_by](plan, task, states, augment.normalised(task, images))
+        log_p = scores.of_views(plan, trained.scored_by, task, states, images)
         # Evaluation takes the same mean (`scores.ensemble`), without the normalisation, which changes no comparison.
         votes = jnp.stack([log_p[group] for group in trained.voting])
         weights = jnp.array(trained.vote_weights, votes.dtype).reshape(-1, 1, 1)
