@@ -63,11 +63,12 @@ def at_peak(config: Config, groups: int) -> HyperParameters:
 
 
 def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
-    """The learning rate in each of the `steps`, which are counted from 0 over the run: linear warm-up from 0, then decay to 0.
+    """The learning rate in each of the `steps`, by a linear warm-up from 0 and then a decay to 0.
 
-    The decay is that of Loshchilov and Hutter (2017), arXiv:1608.03983, without restarts, or with config.decay=linear a line. If the
-    warm-up fills the whole run, one step is left for the decay. With a cosine, the values equal those of
-    `optax.warmup_cosine_decay_schedule`, which would compile a program for the steps of an epoch; here NumPy computes them.
+    The steps are counted from 0 over the run, or over each stage of the sequential schedule. The decay is that of Loshchilov and Hutter
+    (2017), arXiv:1608.03983, without restarts, or with config.decay=linear a line. If the warm-up fills the whole run or stage, one step is
+    left for the decay. With a cosine, the values equal those of `optax.warmup_cosine_decay_schedule`, which would compile a program for the
+    steps of an epoch; here NumPy computes them.
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
@@ -77,16 +78,20 @@ def learning_rate(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np
 
 
 def slow_share(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
-    """The share of the slow averages in each of the `steps`, which grows with the cube of time (K. Jordan, 2024, arXiv:2404.00498)."""
+    """The share of the slow averages in each of the `steps`, which grows with the cube of time (K. Jordan, 2024, arXiv:2404.00498).
+
+    The steps are counted from 0 over the run, or over each stage of the sequential schedule.
+    """
     return config.slow_share * (steps / (config.epochs * steps_per_epoch)) ** 3
 
 
 def temperature(config: Config, steps_per_epoch: int, steps: np.ndarray) -> np.ndarray:
-    """The temperature of the contrasts in each of the `steps`, which are counted from 0 over the run.
+    """The temperature of the contrasts in each of the `steps`.
 
-    It goes from config.temperature, at step 0, to config.temperature_end, after the last step, by the same factor in every step. An end of
-    0 leaves it as it is. That low temperatures weigh the hardest negatives most is known of contrastive losses (Wang and Liu, 2021,
-    arXiv:2012.09740); the course is our choice.
+    The steps are counted from 0 over the run, or over each stage of the sequential schedule. The temperature goes from config.temperature,
+    at step 0, to config.temperature_end, after the last step, by the same factor in every step. An end of 0 leaves it as it is. That low
+    temperatures weigh the hardest negatives most is known of contrastive losses (Wang and Liu, 2021, arXiv:2012.09740); the course is our
+    choice.
     """
     if config.temperature_end == 0:
         return np.full(len(steps), config.temperature)

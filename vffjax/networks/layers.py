@@ -1,4 +1,4 @@
-"""Layers: a linear map, normalisation and ReLU, and for convolutions max-pooling.
+"""Layers: a linear map, normalisation and an activation, and for convolutions max-pooling.
 
 The rows of a batch are two streams: first `clean` rows, then labelled copies. Their distributions differ, because a copy carries class
 noise, so normalisation treats the two streams separately; see `Norm`.
@@ -79,13 +79,13 @@ def resized(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h2
 
 
 class Norm(nn.Module):
-    """Normalises the two streams, and then applies ReLU and max-pooling. Computed in float32.
+    """Normalises the two streams, and then applies ReLU and max-pooling if it is told to. Computed in float32.
 
     Attributes:
         kind: `batch`: each stream by its own statistics, of the batch in training and running in evaluation. `anchor`: both streams by the
             statistics of the clean one, so that labelled rows change no clean row. `layer`: each row by its own statistics.
         pool: side of the max-pooling window; 1: none.
-        relu: whether ReLU is applied.
+        relu: whether ReLU is applied. A layer applies any other activation itself, after this module.
         frozen: whether training uses the running statistics too, and leaves them unchanged.
         scaled: whether each channel has a scale beside its bias.
     """
@@ -164,7 +164,7 @@ class _Affine(Layer):
 
 
 class DenseLayer(_Affine):
-    """A dense map of the flattened input, normalisation and ReLU."""
+    """A dense map of the flattened input, normalisation and the activation."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch width"]:

@@ -1,4 +1,7 @@
-"""Noise with the spectrum of images: any linear filter of a few pixels answers both, of one size, on average equally strongly.
+"""Noise with the spectrum of images.
+
+If such noise and the images have the same root mean square, the outputs of any linear filter over a few pixels have about the same root
+mean square on both.
 
 The spectrum is that of the discrete cosine transform (DCT-II), which is the Fourier transform of images continued by their mirror images,
 so that the opposite borders of an image do not meet. For each frequency it is the matrix `S = E[d d^T]` of the images' coefficients `d`

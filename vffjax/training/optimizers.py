@@ -19,7 +19,9 @@ from vffjax.networks.layers import FIXED
 
 
 def make_optimizer(config: Config, hyper: HyperParameters, frozen: bool = False) -> optax.GradientTransformation:
-    """The optimizer of one group in one step. Kernels decay; biases and scales do not.
+    """The optimizer of one group in one step.
+
+    Weight decay reaches all kernels, with Muon only those of layers. It never reaches biases and scales.
 
     Args:
         config: the group's configuration, which says what kind of optimizer it is, and whether gradients are clipped.
