@@ -207,8 +207,9 @@ def test_a_step_is_finite_and_groups_are_isolated(raw, stage):
     assert bool(jnp.all(metrics["finite"]))
     for name, leaf in leaves(new):
         assert np.isfinite(leaf).all(), name
-    found = locality.certify(config, numeric=False)
-    assert found["local"] == (not back_propagates(config)), found["violations"]
+    if fits(raw["rule"], raw["widths"], 10):  # digits has ten classes
+        found = locality.certify(config, numeric=False)
+        assert found["local"] == (not back_propagates(config)), found["violations"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
