@@ -77,6 +77,7 @@ def test_the_file_says_what_it_is_to_any_reader(run, file):
         "norm_scale": True,
         "initialisation": "he",
         "whitening": 0,
+        "auxiliary": [],
         "norm": "auto",
         "grouping": "width",
     }
