@@ -6,26 +6,20 @@ mean square on both.
 The spectrum is that of the discrete cosine transform (DCT-II), which is the Fourier transform of images continued by their mirror images,
 so that the opposite borders of an image do not meet. For each frequency it is the matrix `S = E[d d^T]` of the images' coefficients `d`
 of all channels. Noise whose coefficients are `sqrt(S) e`, with white `e`, has the same `S`, and so the same covariance of any two pixels of
-the mirrored images, averaged over their positions. NumPy computes all of it in float64.
+the mirrored images, averaged over their positions. All of it is computed in float64.
 """
 
 import numpy as np
+import scipy.fft
 from jaxtyping import Float
 
 BLOCK = 250  # images that are transformed at once, which bounds the memory
 
 
-def basis(size: int) -> Float[np.ndarray, "size size"]:
-    """The orthonormal DCT-II of a row of so many pixels: one frequency in each row, from 0."""
-    frequencies, pixels = np.arange(size)[:, None], np.arange(size)[None, :]
-    scale = np.where(frequencies == 0, 1.0, 2.0) / size
-    return np.sqrt(scale) * np.cos(np.pi * (pixels + 0.5) * frequencies / size)
-
-
 def transformed(images: Float[np.ndarray, "n h w c"], inverse: bool = False) -> Float[np.ndarray, "n h w c"]:
     """The coefficients of images by frequency and channel; or, with `inverse`, the images that have these coefficients."""
-    rows, columns = (basis(side).T if inverse else basis(side) for side in images.shape[1:3])
-    return np.einsum("ih,jw,nhwc->nijc", rows, columns, np.asarray(images, np.float64), optimize=True)
+    transform = scipy.fft.idctn if inverse else scipy.fft.dctn
+    return transform(np.asarray(images, np.float64), axes=(1, 2), norm="ortho")
 
 
 def spectrum_root(images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "h w c c"]:
