@@ -56,6 +56,7 @@ RUNS = {
     "back-propagation by sgd, skipping": ({"grouping": "all", "rule": "head", "optimizer": "sgd", "on_nonfinite": "skip"}, 1, 7),
     "sequential": ({"schedule": "sequential", "epochs": 2, "labelling": "triplet", "negatives": "hard"}, 2, 5),
     "noise that is redrawn": ({"noise_redrawn": "epoch", "noise_spectrum": "images", "inference": "sweep"}, 1, 5),
+    "averages of weights, by muon": ({"optimizer": "muon", "look_ahead": 3, "slow_share": 0.9, "mixup": 0.5}, 1, 5),
     "kept features": ({"schedule": "sequential", "epochs": 2, "feature_cache": "host"}, 3, 5),
 }
 
