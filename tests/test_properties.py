@@ -150,7 +150,8 @@ def valid(draw):
 
 
 def back_propagates(config):
-    return config.grouping == "all" and len(widths_of(config)) > 1
+    """Whether one group holds several layers that learn: by `grouping=all`, or because one width or one block is all there is."""
+    return len(groups_of(config, CLASSES)) == 1 and len(widths_of(config)) > 1
 
 
 def widths_of(config):
