@@ -119,10 +119,6 @@ def _layers(config: Config) -> list[Layer]:
     return [layer for group in groups_of(config, 2) for layer in group.module.layers]
 
 
-def _owns_parameters(config: Config) -> bool:
-    return rules.find(config).parameters is not None
-
-
 def _predicts(config: Config) -> bool:
     return rules.find(config).predicts(config)
 
@@ -182,7 +178,7 @@ PEER = Known(
 FLOPS = Known(
     "the counted FLOPs",
     obeyed=(
-        *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule_options", "labelling"),
+        *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule", "rule_options", "labelling"),
         *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening", "auxiliary"),
     ),
     immaterial=(
@@ -206,7 +202,6 @@ FLOPS = Known(
         "network": Only((), "the count of FLOPs knows only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the count of FLOPs has no ResNet", "use cifar"),
         "image_size": Only((0,), "the count of FLOPs does not resize images", "use image_size=0"),
-        "rule": Only((), "the count of FLOPs knows no parameters that a rule owns", "use another rule", _owns_parameters),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the FLOPs are counted for groups that train together", "use feature_cache=none"),
     },

@@ -32,6 +32,7 @@ class GroupWork(NamedTuple):
     layers: tuple[int, ...]  # that learn
     fixed: int  # of a whitening layer, whose 2 k k c filters are of k k c entries each
     head: tuple[int, ...]  # its convolutions, if there are any, and its linear map
+    rule: tuple[int, ...]  # the kernels that the rule owns
 
 
 def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int) -> tuple[GroupWork, ...]:
@@ -61,8 +62,18 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
             head.append(KERNEL * KERNEL * math.prod(seen) * layer.width)
             seen = (*seen[:-1], layer.width)
         cells = math.prod(min(group.head.grid, side) for side in seen[:-1])
-        work.append(GroupWork(tuple(layers), fixed, (*head, cells * seen[-1] * classes)))
+        work.append(GroupWork(tuple(layers), fixed, (*head, cells * seen[-1] * classes), _rule_work(config, shape, classes)))
     return tuple(work)
+
+
+def _rule_work(config: Config, shape: tuple[int, ...], classes: int) -> tuple[int, ...]:
+    """The multiplications of each kernel that the rule owns in a group, for one row. A kernel of a convolution acts at each position."""
+    rule = rules.find(config)
+    if rule.parameters is None:
+        return ()
+    make = rule.parameters
+    owned = jax.tree.leaves(jax.eval_shape(lambda: make(rule.options_of(config), shape, classes, jax.random.key(0))))
+    return tuple(leaf.size * (math.prod(shape[:-1]) if leaf.ndim == 4 else 1) for leaf in owned if leaf.ndim > 1)
 
 
 def training_flops(config: Config, image_shape: tuple[int, int, int], classes: int) -> int:
@@ -70,7 +81,8 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
 
     For each row, clean or labelled, every layer has a forward pass and a kernel gradient. Every layer but the first of its group also has
     an input gradient. So has every layer of a head but its first, which has one if the head's gradient trains the group. The layers of a
-    frozen group have a forward pass only. Heads are counted for clean rows only.
+    frozen group have a forward pass only. Heads are counted for clean rows only. A kernel that the rule owns counts like a layer within its
+    group, for the rows that pass it; a frozen group has no loss of a rule.
 
     Args:
         config: a checked configuration.
@@ -86,10 +98,11 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     rows = batch + rule.labelled_rows(config, classes)
     enters = float(rule.head_share(config, at_peak(config, 1).of(0))) > 0
     total = 0
-    for group, (layers, fixed, head) in enumerate(forward_work(config, image_shape, classes)):
+    for group, (layers, fixed, head, owned) in enumerate(forward_work(config, image_shape, classes)):
         frozen = group < config.frozen_groups
         total += rows * (fixed + (sum(layers) if frozen else 3 * sum(layers) - layers[0]))
         total += batch * (3 * sum(head) - (0 if enters and not frozen else head[0]))
+        total += 0 if frozen else (rows if rule.owns_copies else batch) * 3 * sum(owned)
         if rule.predicts(config):  # The predictions take one more forward pass of the clean rows.
             total += batch * (fixed + sum(layers) + sum(head))
     return 2 * total

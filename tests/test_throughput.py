@@ -44,6 +44,12 @@ BY_WIDTH = 3 * sum(CONV_LAYERS) - 4608 - 3456  # the first layer of each group h
         (CONV | {"head_weight": 0.5, "frozen_groups": 1}, 18 * (4608 + 9216 + 3 * 8640 - 3456) + 12 * (2 * 192 + 3 * 72)),
         # A convolution before the first head: its kernel gradient, and the input gradient of the linear map behind it.
         (CONV | {"auxiliary": (5,)}, (12 + 6) * BY_WIDTH + 12 * (2 * 9 * 16 * 4 * 5 + 3 * 16 * 5 * 3 + 2 * 72)),
+        # Kernels that the rule owns: of supcon 2*2 cells, 4 and 6 channels, 128 dimensions; of predsim 3x3 on maps of 4x4 and 2x2.
+        (CONV | {"rule": "supcon"}, 12 * BY_WIDTH + 12 * 2 * (192 + 72) + 12 * 3 * 128 * (16 + 24)),
+        (CONV | {"rule": "vff_supcon"}, 18 * BY_WIDTH + 12 * 2 * (192 + 72) + 12 * 3 * 128 * (16 + 24)),
+        (CONV | {"rule": "vff_projected"}, 18 * BY_WIDTH + 12 * 2 * (192 + 72) + 18 * 3 * 128 * (16 + 24)),
+        (CONV | {"rule": "predsim"}, 12 * BY_WIDTH + 12 * 3 * (192 + 72) + 12 * 3 * (9 * 4 * 4 * 16 + 9 * 6 * 6 * 4)),
+        (CONV | {"rule": "supcon", "frozen_groups": 1}, 12 * (13824 + 3 * 8640 - 3456) + 12 * 2 * (192 + 72) + 12 * 3 * 128 * 24),
         (MLP | {"rule": "head"}, 12 * 2 * (128 * 12 + 120 + 120) + 12 * 3 * (36 + 30 + 36)),
     ],
 )

@@ -68,6 +68,7 @@ class Rule:
         scores: the rule's own log-probabilities of the classes, from the options, the clean features of a group, the rule's parameters
             there, and the number of classes; None: it has none.
         parameters: the rule's own parameters in a group, from the options, the shape of one row of features, the classes and a key.
+        owns_copies: whether labelled rows pass these parameters too, and not the clean rows alone; for the count of operations.
         options: a frozen dataclass of the rule's own keys, `config.rule_options.KEY`, declared by `keys.key`.
         norm: what `config.norm = "auto"` means.
         codebook: whether labels are told by the class noise of the codebook, which pictures then show.
@@ -86,6 +87,7 @@ class Rule:
     fits: Callable[[Config, Array, Array, Any], Float[Array, " batch"]] | None = None
     scores: Callable[[Any, Array, Any, int], Float[Array, "batch classes"]] | None = None
     parameters: Callable[[Any, tuple[int, ...], int, Any], Any] | None = None
+    owns_copies: bool = False
     options: type = NoOptions
     norm: str = "batch"
     codebook: bool = False

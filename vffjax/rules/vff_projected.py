@@ -65,4 +65,4 @@ def _cells(config: Config) -> int | None:
     return None if options.channels else options.cells
 
 
-RULE = dataclasses.replace(vff.RULE, loss=loss, cells=_cells, parameters=parameters, options=Options, fits=_fits)
+RULE = dataclasses.replace(vff.RULE, loss=loss, cells=_cells, parameters=parameters, owns_copies=True, options=Options, fits=_fits)
