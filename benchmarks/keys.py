@@ -133,7 +133,7 @@ PEER = Known(
     ),
     immaterial=(
         # No data set is read, and nothing is held out for validation.
-        *("data_dir", "train_examples", "val_fraction"),
+        *("data_dir", "train_examples", "val_fraction", "wrong_labels"),
         # These belong to labellings and rules that the peers do not have.
         *("copies_per_class", "goodness_threshold", "peer_normalisation", "slow_share"),
         # Nothing is saved, and `speedrun`, which classifies, sets these itself.
@@ -183,7 +183,7 @@ FLOPS = Known(
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
-        *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from"),
+        *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "wrong_labels", "init_from"),
         # By the definition in rates.py, only layers and heads count: not augmentation, normalisation, losses and optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
         *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),

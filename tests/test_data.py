@@ -94,6 +94,23 @@ def test_train_examples_is_drawn_before_the_validation_images():
     assert len(whole.train) == 2000
 
 
+def test_wrong_labels_are_a_share_of_the_images_to_train_on():
+    def loaded(share, seed=0):
+        return data.load(Config(dataset="digits", wrong_labels=share, seed=seed))
+
+    sound, wrong, other = loaded(0.0), loaded(0.3), loaded(0.3, seed=1)
+    changed = wrong.train.labels != sound.train.labels
+    assert changed.sum() == round(0.3 * len(sound.train)) and set(wrong.train.labels) == set(range(10))
+    shift = (wrong.train.labels - sound.train.labels)[changed] % 10
+    assert shift.min() == 1 and shift.max() == 9  # every other class
+    assert (other.train.labels != loaded(0.0, seed=1).train.labels).tolist() != changed.tolist()
+    assert wrong.train.labels.dtype == np.int32
+    np.testing.assert_array_equal(wrong.train.images, sound.train.images)
+    for part in ("validation", "test"):
+        np.testing.assert_array_equal(getattr(wrong, part).labels, getattr(sound, part).labels)
+    assert (loaded(1.0).train.labels != sound.train.labels).all()
+
+
 def test_std_has_a_floor():
     mean, std = data._moments(np.full((3, 2, 2, 3), 51, np.uint8))
     assert mean == pytest.approx((0.2,) * 3) and std == (1e-3,) * 3

@@ -36,8 +36,8 @@ ARGUMENTS: tuple[str, ...] = (
 _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
-    *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "init_from", "noise_scale", "feature_cache", "epochs"),
-    *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
+    *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "wrong_labels", "init_from", "noise_scale", "feature_cache"),
+    *("epochs", "noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
     *("temperature_end", "inference", "votes", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
 OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
@@ -53,6 +53,7 @@ class Config:
     data_dir: str = key("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     train_examples: int = key(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
     val_fraction: float = key(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
+    wrong_labels: float = key(0.0, "share of the images to train on that get another class's label, drawn by the seed", low=0.0, high=1.0)
     flip: bool = key(False, "mirror training images left to right with probability 1/2")
     alternating_flip: bool = key(False, "flip: mirror each image in every other epoch instead, half of the images in each")
     crop_padding: int = key(0, "pixels of black padding before a random crop; 0: no crop", low=0, high=1024)

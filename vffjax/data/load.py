@@ -10,7 +10,7 @@ from vffjax.data.sets import Dataset, Sizes, Split, take
 from vffjax.errors import bad_key
 from vffjax.registry import SOURCES
 
-SPLIT_STREAM = 0x5EED  # keeps the split apart from the other uses of the seed
+SPLIT_STREAM, WRONG_STREAM = 0x5EED, 0xBAD  # keep the split and the wrong labels apart from the other uses of the seed
 
 
 def load(config: Config) -> Dataset:
@@ -26,6 +26,7 @@ def load(config: Config) -> Dataset:
             expected = f"uint8 images of {source.sizes.image_shape}, int32 labels and names of {source.sizes.classes} classes"
             raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
     train, validation = _cut(train, config)
+    train = _with_wrong_labels(train, config, len(names))
     mean, std = _moments(train.images)
     return Dataset(config.dataset, train, validation, test, tuple(names), mean, std)
 
@@ -74,6 +75,20 @@ def _cut(split: Split, config: Config) -> tuple[Split, Split]:
     kept, held_out = split_sizes(config, len(split))
     order = np.random.default_rng([config.seed, SPLIT_STREAM]).permutation(len(split))[: kept + held_out]
     return take(split, order[held_out:]), take(split, order[:held_out])
+
+
+def _with_wrong_labels(split: Split, config: Config, classes: int) -> Split:
+    """The split, of which a share of the images has a label of another class. Images and labels are drawn uniformly, by the seed."""
+    count = round(config.wrong_labels * len(split))
+    if not count:
+        return split
+    if classes < 2:
+        raise bad_key("wrong_labels", config.wrong_labels, f"{config.dataset} has one class", "use 0")
+    rng = np.random.default_rng([config.seed, WRONG_STREAM])
+    chosen = rng.permutation(len(split))[:count]
+    labels = split.labels.copy()
+    labels[chosen] = (labels[chosen] + rng.integers(1, classes, count)) % classes
+    return Split(split.images, labels)
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
