@@ -205,7 +205,7 @@ def test_the_cross_entropy_of_mixed_images_weights_both_labels(smoothing):
     np.testing.assert_allclose(gradient, numeric_gradient(oracle, logits), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["vff", "head", "cwc", "mono_forward", "supcon"])
+@pytest.mark.parametrize("rule", ["vff", "head", "cwc", "deeper_forward", "mono_forward", "supcon"])
 def test_cross_entropies_take_both_labels_and_other_losses_that_of_the_larger_part(rule, key):
     """The smaller part's labels move the head's loss; they move the rule's own loss where that is a cross-entropy."""
     run = small_run(config_of(rule=rule, network="mlp", widths=(7,), mixup=1.0))
@@ -214,7 +214,7 @@ def test_cross_entropies_take_both_labels_and_other_losses_that_of_the_larger_pa
     f = quick_jit(lambda made: local.local_loss(state.params, oracles.setting_of(run, 0, key), group, state.batch_stats, made)[1][2])
     found, moved = f(made), f(made._replace(mixture=made.mixture._replace(labels=(made.mixture.labels + 1) % 3)))
     assert found["head_loss"] != moved["head_loss"]
-    assert (found["local_loss"] != moved["local_loss"]) == (rule in ("cwc", "mono_forward"))
+    assert (found["local_loss"] != moved["local_loss"]) == (rule in ("cwc", "deeper_forward", "mono_forward"))
     logits = found["log_p"]  # the cross-entropy of log-probabilities is that of the logits
     parts = [oracles.cross_entropy(logits, labels, 0.0) for labels in (made.labels, made.mixture.labels)]
     share = float(made.mixture.share)

@@ -106,7 +106,7 @@ def test_layer_normalises_each_row_by_itself(norm, streams):
     assert "batch_stats" not in variables
 
 
-@pytest.mark.parametrize("kind", ["layer", "input", "none"])
+@pytest.mark.parametrize("kind", ["layer", "input", "class", "none"])
 @pytest.mark.parametrize("cls", [DenseLayer, ConvLayer])
 def test_rows_are_independent_without_batch_statistics(cls, kind, streams):
     layer, x = cls(5, norm=kind), jnp.asarray(streams, jnp.float32)

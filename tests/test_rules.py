@@ -20,6 +20,7 @@ from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.hyperparameters import at_peak
 from vffjax.keys import fields_of
+from vffjax.ops.channel_sets import normalise_sets
 from vffjax.proofs import locality
 from vffjax.registry import RULES
 from vffjax.rules import cwc, local, predsim
@@ -28,7 +29,7 @@ from vffjax.runs import checkpoint, summary
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.workdir import claim_workdir, load_run
 from vffjax.training.checks import from_json
-from vffjax.training.plan import init_states
+from vffjax.training.plan import groups_of, init_states
 from vffjax.training.trainer import train_step
 from vffjax.uses import evaluation, reproduction
 from vffjax.weights.weights import read_weights, write_weights
@@ -327,6 +328,9 @@ def test_supcon_of_one_image_is_zero():
     assert (of_params["kernel"] == 0).all()
 
 
+NETWORKS = {"mlp": MLP, "conv4": CONV | {"widths": (10, 10, 12, 12)}}  # with enough channels for ten classes
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------
 # cwc
 
@@ -353,6 +357,61 @@ def test_cwc_and_its_gradient_equal_the_definition(shape, smoothing):
 def test_cwc_scores_classes_by_their_goodness(shape):
     rows = random(11, 4, *shape)
     assert_scores("cwc", rows, {}, class_goodness(rows))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# deeper_forward
+
+
+def mean_goodness(rows):
+    return np.array([[np.mean([row[..., c] for c in own]) for own in SETS[rows.shape[-1]]] for row in rows])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("shape", [(3, 3, 4), (3, 2, 6), (7,)], ids=str)
+def test_deeper_forward_and_its_gradient_equal_the_definition(shape, smoothing):
+    found = loss_of(config_of(rule="deeper_forward", label_smoothing=smoothing), LABELS)
+    rows = 1.5 * random(10, len(LABELS), *shape)
+    assert_is(found, lambda z, _: oracles.cross_entropy(mean_goodness(z), LABELS, smoothing), rows)
+    right = np.mean([mean_goodness(rows)[i, y] for i, y in enumerate(LABELS)])
+    np.testing.assert_allclose(found(rows, {})[1]["right_goodness"], right, rtol=1e-5)
+    assert_finite(found, rows, {})
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4), (7,)], ids=str)
+def test_deeper_forward_scores_classes_by_their_goodness(shape):
+    rows = random(11, 4, *shape)
+    assert_scores("deeper_forward", rows, {}, mean_goodness(rows))
+
+
+def normalised_by_sets(rows):
+    out = np.array(rows, np.float64)
+    for row in out:
+        for own in SETS.get(rows.shape[-1], [list(range(rows.shape[-1]))]):
+            part = row[..., own]
+            row[..., own] = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4), (3, 2, 6), (7,), (4, 4, 2)], ids=str)
+def test_inputs_are_normalised_by_the_sets_of_classes(shape):
+    rows = 3 + 2 * random(12, 5, *shape)
+    np.testing.assert_allclose(normalise_sets(jnp.asarray(rows), 3), normalised_by_sets(rows), atol=2e-5)
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv4"])
+def test_under_deeper_forward_no_layer_sees_the_goodness_of_the_one_before(network, key):
+    # A change of goodness alone, by a positive scale and an offset of each class's set, reaches no later layer.
+    config = config_of(**NETWORKS[network] | {"rule": "deeper_forward", "grouping": "layer"})
+    _, second, *_ = groups_of(config, 3)
+    shape = (6, 4, 4, 10) if network == "conv4" else (6, 12)
+    x = jax.random.normal(key, shape)
+    owner = np.arange(shape[-1]) * 3 // shape[-1]
+    changed = jnp.asarray(np.asarray(x) * np.array([0.5, 2.0, 3.0])[owner] + np.array([1.0, -2.0, 5.0])[owner], jnp.float32)
+    params, stats = second.init(key, x)
+    seen, _ = second.features(params, stats, x, 6, True)
+    np.testing.assert_allclose(second.features(params, stats, changed, 6, True)[0], seen, atol=1e-3)
+    assert np.abs(seen).max() > 0.5
 
 
 @pytest.mark.parametrize("channels", [10, 13, 64, 99])
@@ -431,7 +490,14 @@ def test_supcon_gives_the_layers_a_share_of_the_head(share, key):
     assert_close(layers, jax.tree.map(lambda a, b: share * a + b, layers_by_head, layers_by_contrast), rtol=1e-4)
 
 
-CUT = [("predsim", {"rule_options": {"weight": 1.0}}), ("supcon", {"head_weight": 0.0}), ("symba", {}), ("mono_forward", {}), ("cwc", {})]
+CUT = [
+    ("predsim", {"rule_options": {"weight": 1.0}}),
+    ("supcon", {"head_weight": 0.0}),
+    ("symba", {}),
+    ("mono_forward", {}),
+    ("cwc", {}),
+    ("deeper_forward", {}),
+]
 
 
 @pytest.mark.parametrize(("rule", "changes"), CUT, ids=str)
@@ -444,9 +510,8 @@ def test_a_head_that_only_reads_sends_not_even_infinity_to_the_layers(rule, chan
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# Every rule that the registry knows: steps of tiny networks, which here have enough channels for ten classes
+# Every rule that the registry knows: steps of tiny networks
 
-NETWORKS = {"mlp": MLP, "conv4": CONV | {"widths": (10, 10, 12, 12)}}
 EVERY = [(network, rule) for rule in RULES.names for network in NETWORKS]
 
 

@@ -22,6 +22,7 @@ from vffjax.registry import ROOMS
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
 # Larger numbers are taken for mistakes. XLA would abort the process for an array of more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
+NORMS = ("auto", "batch", "anchor", "layer", "input", "class", "none")
 _MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
 MAX_SIDE = 4096  # of an image, in pixels
 # Keys that may change when a run is resumed: where the data are, and how much memory and disk it uses. Any other makes it another run.
@@ -73,7 +74,7 @@ class Config:
     norm_scale: bool = key(True, "all but resnet: learn the scale of each normalised channel beside its bias")
     initialisation: str = key("he", "all but resnet: kernels start as He's, or as the identity in the first channels", ("he", "identity"))
     whitening: int = key(0, "conv4, conv, cifarnet, vgg: side in pixels of patches that a fixed layer whitens; 0: none", low=0, high=8)
-    norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", ("auto", "batch", "anchor", "layer", "input", "none"))
+    norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", NORMS)
     norm_statistics: str = key("batch", "what trains by: the batch's, or init_from's, which then stay (frozen)", ("batch", "frozen"))
     head_grid: int = key(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
     auxiliary: tuple[int, ...] = key((), "conv4, conv, cifarnet, vgg: channels of convolutions between map and head; not in the last group")

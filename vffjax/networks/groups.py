@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.networks import find
-from vffjax.networks.layers import ConvLayer, Layer, divide_by_rms, plain
+from vffjax.networks.layers import UNSCALED, ConvLayer, Layer, divide_by_rms, plain
 from vffjax.ops import pooling, recompute
 from vffjax.ops.normalisation import Rows
 
@@ -198,8 +198,10 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
         classes: outputs of each head.
     """
     # If no normalisation follows the linear map, the scale of the features is arbitrary, so the head normalises its input.
-    free_scale = norm in ("input", "none")
-    parts, groups = cut(find(config).layers(config, norm), config.grouping), []
+    free_scale = norm in UNSCALED
+    every = find(config).layers(config, norm)
+    every = tuple(layer.clone(sets=classes) for layer in every) if norm == "class" else every
+    parts, groups = cut(every, config.grouping), []
     given = plain(config, "layer") | {"initialisation": "he"}
     auxiliary = tuple(ConvLayer(width, **given) for width in config.auxiliary)
     for i, layers in enumerate(parts):

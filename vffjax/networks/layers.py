@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vffjax.config import Config
 from vffjax.errors import chosen
+from vffjax.ops.channel_sets import normalise_sets
 from vffjax.ops.conv import conv
 from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise
 from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
+UNSCALED = ("input", "class", "none")  # kinds of normalisation after which the scale of a layer's output is arbitrary
 _BLOCK = 64  # images whose patches are in memory at a time, where their covariance is taken
 FIXED = "fixed"  # the name of a parameter that is set from the training images before training and then stays
 
@@ -50,6 +52,7 @@ class Layer(nn.Module):
     Attributes:
         width: output channels.
         norm, dtype, frozen: as `common` gives them.
+        sets: of channels by which norm `class` normalises the input, one for each class.
         ends_block: whether a block of the network ends with this layer, for groups that are blocks.
         joins_next: whether it is a stem, which belongs to the group of the next layer.
         learns: whether it has parameters that training changes. A layer without them is in the next layer's group whatever the grouping.
@@ -59,6 +62,7 @@ class Layer(nn.Module):
     norm: str = "batch"
     dtype: Any = jnp.float32
     frozen: bool = False
+    sets: int = 1
     ends_block: bool = True
     joins_next: bool = False
     learns: bool = True
@@ -150,17 +154,23 @@ class _Affine(Layer):
 
     def finish(self, x: Array, clean: Rows, train: bool, pool: int = 1) -> Array:
         function = ACTIVATIONS[self.activation]
-        if self.norm in ("input", "none"):
+        if self.norm in UNSCALED:
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
             return max_pool(function(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
         one = function is nn.relu  # ReLU and pooling are computed with the normalisation, which is faster
         z = Norm(self.norm, pool if one else 1, one, self.frozen, self.scaled, name="norm")(x, clean, train)
         return z if one else max_pool(function(z), pool)
 
+    def start(self, x: Array) -> Array:
+        """The input, normalised if the kind of normalisation is one of inputs."""
+        if self.norm == "input":
+            return divide_by_rms(x)
+        return normalise_sets(x, self.sets) if self.norm == "class" else x
+
     def kernel(self, shape: tuple[int, ...]) -> Array:
         # Parameters are kept in float32 and cast where they are used.
-        start = chosen("initialisation", self.initialisation, {"he": nn.initializers.he_normal(), "identity": identity_like})
-        return self.param("kernel", start, shape, jnp.float32).astype(self.dtype)
+        initial = chosen("initialisation", self.initialisation, {"he": nn.initializers.he_normal(), "identity": identity_like})
+        return self.param("kernel", initial, shape, jnp.float32).astype(self.dtype)
 
 
 class DenseLayer(_Affine):
@@ -168,9 +178,7 @@ class DenseLayer(_Affine):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch width"]:
-        x = x.reshape(x.shape[0], -1).astype(self.dtype)
-        if self.norm == "input":
-            x = divide_by_rms(x)
+        x = self.start(x.astype(self.dtype)).reshape(x.shape[0], -1)
         return self.finish(x @ self.kernel((x.shape[1], self.width)), clean, train)
 
 
@@ -189,9 +197,7 @@ class ConvLayer(_Affine):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
-        x = resized(x, self.resize).astype(self.dtype)
-        if self.norm == "input":
-            x = divide_by_rms(x)
+        x = self.start(resized(x, self.resize).astype(self.dtype))
         x = conv(x, self.kernel((3, 3, x.shape[3], self.width)))
         if self.pools_first:
             return self.finish(max_pool(x, self.pool), clean, train)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from vffjax.config import Config
 from vffjax.errors import bad_key
-from vffjax.networks.layers import Layer, Norm, common, resized, scaled
+from vffjax.networks.layers import UNSCALED, Layer, Norm, common, resized, scaled
 from vffjax.networks.network import Block, Network
 from vffjax.ops.conv import conv
 from vffjax.ops.normalisation import Rows
@@ -107,6 +107,6 @@ def resnet(counts: tuple[int, ...], bottleneck: bool = False) -> Network:
 
 
 def _check(config: Config, norm: str) -> None:
-    if norm in ("input", "none"):
+    if norm in UNSCALED:
         because = f" (which norm=auto means under rule {config.rule})" if config.norm == "auto" else ""
         raise bad_key("network", config.network, f"residual sums need a normalisation, not norm={norm}{because}", "use vgg8b or conv")

@@ -17,16 +17,13 @@ from jaxtyping import Array, Float
 from vffjax.config import Config
 from vffjax.errors import bad_key
 from vffjax.hyperparameters import Scalar
+from vffjax.ops.channel_sets import means
 from vffjax.rules.local import Metrics, NoOptions, Rule, Seen, head_cross_entropy
 
 
 def goodness(features: Float[Array, "batch *feature"], classes: int) -> Float[Array, "batch classes"]:
     """Of each class the mean squared activity over positions and over the channels of its set."""
-    z = features.astype(jnp.float32)
-    of_channels = jnp.mean(z * z, axis=tuple(range(1, z.ndim - 1)))
-    channels = of_channels.shape[1]
-    owners = jax.nn.one_hot(jnp.arange(channels) * classes // channels, classes, dtype=jnp.float32)
-    return jnp.dot(of_channels, owners / owners.sum(axis=0, keepdims=True), precision=jax.lax.Precision.HIGHEST)
+    return means(jnp.square(features.astype(jnp.float32)), classes)
 
 
 def scores(options: NoOptions, features: Array, params: dict[str, Array], classes: int) -> Float[Array, "batch classes"]:

@@ -1,0 +1,39 @@
+"""deeper_forward: mean goodness by channel sets of classes, and inputs normalised by these sets (Sun et al., ICLR 2025, "DeeperForward").
+
+The channels of a group's features are cut into one set for each class. The goodness of a class is the mean activity of its set, where `cwc`
+takes the mean square, and the loss is the cross-entropy of the softmax over these. The input of each layer is normalised by `norm=class`:
+each set gets mean 0 and variance 1, so that a layer cannot read the goodness of the one before and has to find features of its own. The
+goodness also scores the classes (`config.inference = "rule"`). The head of the group only reads.
+
+The paper gives each layer a loss of its own (`config.grouping = "layer"`) and adds the goodness of the layers from one to another; with
+`config.votes = "subset"` the layers that vote are chosen on validation images. We differ in the network, whose layers have a bias and 3x3
+kernels and pool maxima after the activation; the paper's small network has no biases, kernels of 5x5 in its first two layers, and pools
+means before a layer. Our reading: the mean of log-probabilities ranks the classes as their mean goodness does; where the channels cannot be
+shared out evenly, sets differ by one channel; the images, which have fewer channels than there are classes, are normalised as one set.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vffjax.hyperparameters import Scalar
+from vffjax.ops.channel_sets import means
+from vffjax.rules import cwc
+from vffjax.rules.local import Metrics, NoOptions, Seen, head_cross_entropy
+
+
+def scores(options: NoOptions, features: Array, params: dict[str, Array], classes: int) -> Float[Array, "batch classes"]:
+    """The goodness of each class, as log-probabilities."""
+    return jax.nn.log_softmax(means(features, classes))
+
+
+def loss(seen: Seen) -> tuple[Scalar, Metrics]:
+    """Cross-entropy of the clean images' goodness. Its own metric is the goodness of the right class."""
+    found, labels = means(seen.made.clean, seen.logits.shape[1]), seen.made.labels
+    right = jnp.take_along_axis(found, labels[:, None], axis=1)
+    return head_cross_entropy(found, labels, seen.hyper.label_smoothing, seen.made.mixture), {"right_goodness": jnp.mean(right)}
+
+
+RULE = dataclasses.replace(cwc.RULE, loss=loss, scores=scores, norm="class")
