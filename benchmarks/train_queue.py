@@ -11,11 +11,15 @@ The list is TOML. Each run has a name, a configuration file, the keys that diffe
     set = { learning_rate = 1e-2 }
 
 This makes three runs, `cifar10-small-vff-s0` to `-s2`. Values that all runs share can be given once in a table [common] with the keys
-config, seeds, set and views; a run's own keys take precedence. With `views = "six"` the
-errors with test-time views are measured too. A run whose record `results/NAME.json` exists is skipped. The list is read again
-before each run, so that runs can be added, removed and reordered at any time. On SIGTERM the run saves its state within seconds and the
-script ends with status 143; the same command goes on from there, also within an epoch. To time something else meanwhile, pause the process
-with SIGSTOP and resume it with SIGCONT.
+config, seeds, set and views; a run's own keys take precedence. With `views = "six"` the errors with test-time views are measured too. A
+run whose record `results/NAME.json` exists is skipped. The list is read again before each run, so that runs can be added, removed and
+reordered at any time.
+
+Several processes may work on one list in one folder of runs: each takes the first run that no other is training. On two CPU cores, two
+processes that are bound to one core each (`taskset -c 0`) train more images in the same time than one process on both.
+
+On SIGTERM the run saves its state within seconds and the script ends with status 143; the same command goes on from there, also within an
+epoch. To time something else meanwhile, pause the process with SIGSTOP and resume it with SIGCONT.
 
 `quiet` in a record says whether the seconds of the run can be trusted. This needs --quiet, which states that nothing else runs on the
 machine, and a load of the machine that does not contradict it.
@@ -24,6 +28,7 @@ This file is not named queue.py, because scripts in this folder would then impor
 PyTorch needs.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -42,7 +47,7 @@ from vffjax.config import Config
 from vffjax.data import load as data
 from vffjax.errors import UserError, notice, printable
 from vffjax.files import read_bytes
-from vffjax.runs import experiment
+from vffjax.runs import experiment, lock
 from vffjax.runs.termination import Terminated, interruptible
 from vffjax.training.checks import make_config
 from vffjax.uses import evaluation
@@ -139,7 +144,7 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
 
 
 def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:
-    """Trains runs until each run of the list has a record.
+    """Trains runs until each run of the list has a record, or is in the hands of another process.
 
     Args:
         path: the list.
@@ -150,10 +155,24 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
     backend.start()
     while True:
         left = [run for run in read_list(path) if not (results / f"{run.name}.json").exists()]
-        if not left:
-            return
-        print(f"== {time.strftime('%H:%M:%S')}  {left[0].name}, the first of {len(left)} left", file=sys.stderr, flush=True)
-        train(left[0], runs, results, quiet)
+        with contextlib.ExitStack() as held:
+            run = next((run for run in left if _taken(runs / f"{run.name}.lock", held)), None)
+            if run is None:
+                return
+            if (results / f"{run.name}.json").exists():  # Another process has finished it since the list was read.
+                continue
+            print(f"== {time.strftime('%H:%M:%S')}  {run.name}; {len(left)} are left", file=sys.stderr, flush=True)
+            train(run, runs, results, quiet)
+
+
+def _taken(path: pathlib.Path, held: contextlib.ExitStack) -> bool:
+    """Takes the lock of a run until `held` is closed. False if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(path.open("ab"))
+    try:
+        return lock.take(file)
+    except OSError:  # The file system has no locks. One process works on the list then.
+        return True
 
 
 @one_line(__file__)

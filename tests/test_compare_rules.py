@@ -46,7 +46,9 @@ def test_every_rule_can_be_a_row_and_keeps_its_own_normalisation_and_scores():
     rows = {name: make_config(asked.to_dict() | changes) for name, changes in compare_rules.RULES.items()}
     assert set(registry.RULES.names) <= set(rows)
     assert all(rows[name].rule == name for name in registry.RULES.names)
-    assert {name: row.norm for name, row in rows.items() if row.norm != asked.norm} == dict.fromkeys(("ff", "symba", "deeper_forward"), "auto")
+    assert {name: row.norm for name, row in rows.items() if row.norm != asked.norm} == dict.fromkeys(
+        ("ff", "symba", "deeper_forward"), "auto"
+    )
     assert {name for name, row in rows.items() if row.inference == "rule"} == {"cwc", "deeper_forward", "mono_forward"}
 
 

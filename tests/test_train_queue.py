@@ -1,5 +1,6 @@
 """The queue of training runs: its list, its ledger, and that it goes on where it was stopped."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks
 import records
 import train_queue
 from vffjax.errors import UserError
-from vffjax.runs import experiment
+from vffjax.runs import experiment, lock
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import Terminated, interruptible
 
@@ -98,6 +99,33 @@ def test_runs_that_have_a_record_are_passed_over(done):
     with mock.patch.object(train_queue, "train") as train:
         work(path, folder)
     assert not train.called
+
+
+def test_processes_share_a_list_and_pass_over_the_runs_of_others(tmp_path):
+    path = write_list(tmp_path / "list.toml", {"name": "tiny", "seeds": [0, 1, 2]}, config=DIGITS, set=SET | {"network": "mlp"})
+    (tmp_path / "runs").mkdir()
+    trained = []
+    with mock.patch.object(train_queue, "train", lambda run, *rest: finish(run)), (tmp_path / "runs/tiny-s1.lock").open("ab") as other:
+
+        def finish(run):
+            trained.append(run.name)
+            assert not lock.take(held.enter_context((tmp_path / f"runs/{run.name}.lock").open("ab")))  # nobody else can take it
+            records.write(tmp_path / "results", {"name": run.name})
+            if run.name == "tiny-s0":  # meanwhile, the other process finishes its run
+                records.write(tmp_path / "results", {"name": "tiny-s1"})
+
+        with contextlib.ExitStack() as held:
+            assert lock.take(other)
+            work(path, tmp_path)
+            assert trained == ["tiny-s0", "tiny-s2"]
+            (tmp_path / "results/tiny-s1.json").unlink()
+            work(path, tmp_path)  # the other process has it again, and there is nothing to do
+            assert trained == ["tiny-s0", "tiny-s2"]
+    with mock.patch.object(
+        train_queue, "train", lambda run, *rest: records.write(tmp_path / "results", {"name": trained.append(run.name) or run.name})
+    ):
+        work(path, tmp_path)  # its lock ended with it
+    assert trained[2:] == ["tiny-s1"]
 
 
 def test_the_list_is_read_again_before_each_run(tmp_path):
