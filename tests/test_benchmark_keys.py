@@ -21,6 +21,7 @@ from vffjax.cli.flags import parse_train  # noqa: E402
 from vffjax.config import default_config  # noqa: E402
 from vffjax.errors import UserError  # noqa: E402
 from vffjax.training.checks import make_config  # noqa: E402
+from vffjax.training.plan import groups_of  # noqa: E402
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py")]
 OVERRIDES = """
@@ -101,5 +102,14 @@ def test_learning_rates_are_chosen_for_one_configuration_only():
     config, _, _ = parse_train(["--config", str(ROOT / transfer.CHOSEN_FOR)])
     words = transfer.heads_in_words(config, {rule: compare_rules.RULES[rule] for rule in transfer.RULES})
     inputs = {"vff": 16 * 16 * 16 + 8 * 8 * 32 + 4 * 4 * 64 + 2 * 2 * 128, "bp": 2 * 2 * 128}  # of images of 64x64
-    assert f"vff {10 * (inputs['vff'] + 4):,}, bp {10 * (inputs['bp'] + 1):,}." in words
-    assert "VFF has trained" in words
+    local = f"{10 * (inputs['vff'] + 4):,}"
+    assert f"vff {local}, head {local}, bp {10 * (inputs['bp'] + 1):,}." in words
+    assert "has trained itself" in words
+
+
+def test_fine_tuning_compares_last_groups_whose_heads_are_equal():
+    words = transfer.last_groups({"vff from scratch": [{"test_error_per_group": [50.0, error]} for error in (30.0, 32.0)]})
+    assert "vff from scratch 31.00 ± 1.41." in words
+    config, _, _ = parse_train(["--config", str(ROOT / transfer.CHOSEN_FOR)])
+    heads = [groups_of(make_config(config.to_dict() | compare_rules.RULES[rule]), 10)[-1].head for rule in transfer.RULES]
+    assert len(set(heads)) == 1
