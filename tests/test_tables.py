@@ -21,6 +21,7 @@ def ledger(tmp_path):
     for name, errors in ERRORS.items():
         for seed, error in enumerate(errors):
             about = {"test_error": error, "val_error": error + 1, "model_flop": 2_500_000, "parameters": {"layers": 1_234, "heads": 56}}
+            about |= {"test_error_views": error - 0.5} if name == "bp" else {}
             about |= {"quiet": name == "bp", "seconds": 100.0 + seed, "changes": {"learning_rate": 0.01}}
             records.write(folder, {"format": 1, "name": f"{name}-s{seed}", "seed": seed} | about)
     records.write(folder, {"format": 1, "name": "lost-s0", "seed": 0, "changes": {}, "problem": "epoch 1: not finite; lower it"})
@@ -28,11 +29,11 @@ def ledger(tmp_path):
 
 
 def test_a_table_has_mean_and_deviation_over_the_seeds(ledger):
-    columns = ["test_error", "val_error", "n", "seeds", "changes", "parameters", "model_flop", "seconds"]
+    columns = ["test_error", "val_error", "n", "seeds", "changes", "parameters", "model_flop", "seconds", "test_error_views"]
     lines = tables.table(records.read_all(ledger), ["vff", "bp", "lost"], columns).splitlines()
-    assert lines[2] == "| vff | 29.00 ± 1.00 | 30.00 ± 1.00 | 3 | 0, 1, 2 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | (busy machine) |"
-    assert lines[3] == "| bp | 26.51 | 27.51 | 1 | 0 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | 100 |"
-    assert lines[4] == "| lost | lost: epoch 1: not finite |  | 1, 1 lost | 0 | nothing |  |  |  |"
+    assert lines[2] == "| vff | 29.00 ± 1.00 | 30.00 ± 1.00 | 3 | 0, 1, 2 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | (busy machine) | not measured |"
+    assert lines[3] == "| bp | 26.51 | 27.51 | 1 | 0 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | 100 | 26.01 |"
+    assert lines[4] == "| lost | lost: epoch 1: not finite |  | 1, 1 lost | 0 | nothing |  |  |  |  |"
     assert all(line.count("|") == len(columns) + 2 for line in lines)
 
 
