@@ -57,7 +57,9 @@ def plain(certificate):
 # These differ from another configuration in their images alone, or in numbers that are arguments of the program, so the program is equal.
 SAME_PROGRAM = {
     "cifar100.py": "cifar10.py",
+    "cifar100.py:laptop": "cifar10.py:laptop",
     "cifar100.py:small": "cifar10.py:small",
+    "cifar100.py:cifarnet": "cifar10.py:cifarnet",
     "finetune.py:resnet34_cifar100": "finetune.py",
     "finetune.py:resnet50_cifar100": "finetune.py:resnet50_cifar10",
     "finetune.py:resnet18_cifar100": "finetune_resnet18_cifar10.py",
@@ -67,12 +69,12 @@ SAME_PROGRAM = {
 # These have the operations of another configuration: they differ from it in sizes, or their network has more blocks of the same kind.
 SAME_OPERATIONS = {
     "cifar10.py": "cifar10.py:small",
-    "cifar10.py:yardstick": "cifar10.py:small",
+    "cifar10.py:laptop": "cifar10.py:small",
     "cifar10_speed.py": "cifar10.py:small",
     "finetune.py": "finetune_resnet18_cifar10.py",
     "finetune_resnet18_cifar10.py:narrow": "finetune_resnet18_cifar10.py",
 }
-SIZES = ("widths", "pools", "width_factor", "image_size", "crop_padding")
+SIZES = ("widths", "pools", "width_factor", "image_size", "crop_padding", "alternating_flip")
 PROGRAMS = [given for given in GIVEN if given not in {**SAME_PROGRAM, **SAME_OPERATIONS}]
 
 

@@ -31,8 +31,9 @@ def ledger(tmp_path):
 def test_a_table_has_mean_and_deviation_over_the_seeds(ledger):
     columns = ["test_error", "val_error", "n", "seeds", "changes", "parameters", "model_flop", "seconds", "test_error_views"]
     lines = tables.table(records.read_all(ledger), ["vff", "bp", "lost"], columns).splitlines()
-    assert lines[2] == "| vff | 29.00 ± 1.00 | 30.00 ± 1.00 | 3 | 0, 1, 2 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | (busy machine) | not measured |"
-    assert lines[3] == "| bp | 26.51 | 27.51 | 1 | 0 | learning_rate=0.01 | 1,234 + 56 | 2.50e+06 | 100 | 26.01 |"
+    same = "learning_rate=0.01 | 1,234 + 56 | 2.50e+06"
+    assert lines[2] == f"| vff | 29.00 ± 1.00 | 30.00 ± 1.00 | 3 | 0, 1, 2 | {same} | (busy machine) | not measured |"
+    assert lines[3] == f"| bp | 26.51 | 27.51 | 1 | 0 | {same} | 100 | 26.01 |"
     assert lines[4] == "| lost | lost: epoch 1: not finite |  | 1, 1 lost | 0 | nothing |  |  |  |  |"
     assert all(line.count("|") == len(columns) + 2 for line in lines)
 
