@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.crop_padding = 2  # pixels
     config.noise_cell = 4  # pixels per side of a cell of class noise
     config.copies_per_class = 1  # labelled images of each class in a step
-    config.head_weight = 1.0  # of the head's gradient, beside CSCL's
+    config.head_weight = 10.0  # of the head's gradient, beside the 1 of CSCL
     config.label_smoothing = 0.1
     config.epochs = 4
     config.batch_size = 256  # images
