@@ -13,6 +13,7 @@ from command_lines import CONFIG, TINY_FLAGS
 from image_sets import fails as refused
 from oracles import CONV, config_of, slow_but, small_run
 from runs import TINY, assert_same_bits, contents, copy_of, finished, tiny, train
+from vffjax.errors import UserError
 from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
 from vffjax.training.checks import make_config
@@ -54,6 +55,22 @@ def test_written_and_read_back_to_the_bit(run, file):
         assert_same_bits((got.params, got.batch_stats), (given.params, given.batch_stats))
         assert_same_bits(got.opt_state, fresh.opt_state)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((got.params, got.batch_stats)))
+
+
+def test_kernels_as_float16_take_half_the_bytes_and_are_read_back_rounded(run, file, tmp_path):
+    weights.write_weights(tmp_path / "half.safetensors", run.plan, run.states, ABOUT, half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.75 * file.stat().st_size  # headers and small tensors stay
+    read, notes = weights.read_weights(tmp_path / "half.safetensors", run.plan, zeros(run))
+    assert notes == []
+    rounded = [(jax.tree.map(lambda a: np.float32(np.float16(a)) if a.ndim > 1 else a, s.params), s.batch_stats) for s in run.states]
+    assert_same_bits([(state.params, state.batch_stats) for state in read], rounded)
+    kernel = np.array(run.states[0].params["layers_0"]["kernel"])
+    kernel[0, 0, 0, 0] = 7e4
+    layer = run.states[0].params["layers_0"] | {"kernel": kernel}
+    large = (run.states[0]._replace(params=run.states[0].params | {"layers_0": layer}), *run.states[1:])
+    with pytest.raises(UserError, match=f"--half: tensor {KERNEL} has numbers that float16 cannot hold; leave it out"):
+        weights.write_weights(tmp_path / "large.safetensors", run.plan, large, ABOUT, half=True)
+    assert not (tmp_path / "large.safetensors").exists()
 
 
 def test_a_group_without_statistics_is_read_back(tmp_path):
@@ -546,6 +563,11 @@ def test_statistics_that_are_to_stay_must_be_there(run, file, tmp_path):
     )
 
 
+@pytest.mark.parametrize("other", ["--group=0", "--format=stablehlo"])
+def test_half_is_for_files_of_all_groups(other, fails):
+    fails("export", f"--workdir={finished()}", "--half", other, parts=["--half: only a safetensors file of all groups", "leave it out"])
+
+
 def test_a_group_that_is_not_there_is_refused(fails, tmp_path):
     where = f"--workdir={finished()}"
     out = f"--out={tmp_path}/w.safetensors"
@@ -578,6 +600,8 @@ def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):
     np.testing.assert_allclose(about["pixel_mean"], task.mean)
     status, out, _ = export(call, tmp_path / "last.safetensors", "--epoch=latest")
     assert (status, out) == (0, f"{tmp_path}/last.safetensors: 2 groups of epoch 3\n")
+    assert export(call, tmp_path / "half.safetensors", "--half")[0] == 0
+    assert (tmp_path / "half.safetensors").stat().st_size < path.stat().st_size
     assert contents(finished()) == before
     # As they are, without a run, they are worth what they are worth there.
     given = [f"--config.{key}={value}" for key, value in (TINY | {"init_from": path}).items()]

@@ -3,7 +3,8 @@
 By our names, each group's parameters and batch statistics are float32 tensors whose names say where they belong, such as
 `group0.params.layers_0.kernel`. A file holds all groups, or one. If the run's rule has parameters of its own in a group, they are called
 `group0.params.rule...`. torchvision's names are those of a ResNet without groups; see `weights.torchvision`. One metadata entry, `vffjax`,
-holds JSON: format, network, classes and image shape. We write safetensors; `weights.formats` opens what is read.
+holds JSON: format, network, classes and image shape. Kernels may be float16, which halves the file. We write safetensors;
+`weights.formats` opens what is read.
 """
 
 import json
@@ -34,7 +35,9 @@ FORMAT = "vffjax weights 1"
 _OTHER = "give weights of this network, as vffjax export writes them, or set config.init_from=''"
 
 
-def write_weights(path: pathlib.Path | str, plan: Plan, states: States, about: Mapping[str, Any], names: str = "auto") -> list[str]:
+def write_weights(
+    path: pathlib.Path | str, plan: Plan, states: States, about: Mapping[str, Any], names: str = "auto", half: bool = False
+) -> list[str]:
     """Writes the parameters and batch statistics of all groups to a safetensors file, as float32.
 
     Equal weights give equal bytes. An existing file is replaced in one step.
@@ -46,11 +49,13 @@ def write_weights(path: pathlib.Path | str, plan: Plan, states: States, about: M
         about: JSON values for the metadata, such as class_names and image_shape.
         names: vffjax: our names, for any network. torchvision: torchvision's, for a ResNet. auto: torchvision's if it has such a network.
 
+        half: whether kernels are rounded to float16. Everything else stays float32, because it is small and its range is not known.
+
     Returns:
         What is not in the file, in words.
 
     Raises:
-        UserError: torchvision has no names for this network.
+        UserError: torchvision has no names for this network, or a kernel has a number that float16 cannot hold.
         OSError: the file cannot be written.
     """
     config = plan.config
@@ -65,8 +70,15 @@ def write_weights(path: pathlib.Path | str, plan: Plan, states: States, about: M
         notes = ["the rule's own parameters have no name there; --names=vffjax keeps them"] * (len(network) < len(leaves))
         leaves, others = torchvision.exported(config, network)
         notes = others + notes
+    leaves = {name: _halved(name, leaf) if half and _is_kernel(name, leaf) else leaf for name, leaf in leaves.items()}
     _write(path, config, leaves, "torchvision" if theirs else "vffjax", about)
     return notes
+
+
+def _halved(name: str, kernel: np.ndarray) -> np.ndarray:
+    if np.abs(kernel).max(initial=0) > np.finfo(np.float16).max:
+        raise UserError(f"--half: tensor {name} has numbers that float16 cannot hold; leave it out")
+    return kernel.astype(np.float16)
 
 
 def write_group(path: pathlib.Path | str, plan: Plan, group: int, state: GroupState, about: Mapping[str, Any]) -> None:
@@ -84,9 +96,9 @@ def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarr
 def read_weights(path: pathlib.Path | str, plan: Plan, states: States) -> tuple[States, list[str]]:
     """Puts the parameters and statistics of a file into the groups of a run that starts from it.
 
-    By our names, the file holds all groups or some, each of them whole, and every number is taken to the bit. A ResNet is also read by the
-    names of torchvision or transformers, and converted to float32. Optimizer states stay as they are, and so do heads and parameters of the
-    rule that the file does not hold.
+    By our names, the file holds all groups or some, each of them whole, and every number is taken to the bit; kernels may be float16. A
+    ResNet is also read by the names of torchvision or transformers, and converted to float32. Optimizer states stay as they are, and so do
+    heads and parameters of the rule that the file does not hold.
 
     Args:
         path: the file.
@@ -140,7 +152,8 @@ def _own(
     wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in leaves.items() if _group(name) in present}
     for name in sorted(wanted.keys() | found.keys()):
         here, there = str(found.get(name, "missing")), wanted.get(name, f"of this {config.network} network")
-        if here != there:
+        halved = name in wanted and _is_kernel(name, leaves[name]) and here == there.replace("F32", "F16")
+        if here != there and not halved:
             raise UserError(f"{path}: tensor {printable(name, 200)} is {printable(here, 200)}, not {there}; {_OTHER}")
     arrays = {name: tensor.read() for name, tensor in found.items()}
     for name, array in arrays.items():
@@ -203,6 +216,11 @@ def _group(name: str) -> str:
 def _is_of_rule(name: str) -> bool:
     """Whether a tensor by our names is one of the rule's own parameters, such as `group0.params.rule.kernel`."""
     return re.match(r"group\d+\.params\.rule(\.|$)", name) is not None
+
+
+def _is_kernel(name: str, leaf: Any) -> bool:
+    """Whether a tensor is a kernel, and so one that may be float16. Statistics of two streams have two axes too."""
+    return leaf.ndim > 1 and ".batch_stats." not in name
 
 
 def _with_rule_of(named: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
             return
         about = {key: run[key] for key in ("epoch", "class_names", "image_shape")}
         about |= {"pixel_mean": task.mean.tolist(), "pixel_std": task.std.tolist()}
-        notes = weights.write_weights(path, plan, states, about, names=a.names)
+        notes = weights.write_weights(path, plan, states, about, names=a.names, half=a.half)
     print(printable("; ".join([f"{path}: {len(states)} groups of epoch {run['epoch']}", *notes])))
 
 
@@ -55,6 +55,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     form = "safetensors: weights; stablehlo: the ensemble, with a FILE.json that says how to call it; default: by the suffix of --out"
     parser.add_argument("--format", choices=tuple(FORMATS), default="", help=form + ", else safetensors")
     names = "names of the tensors in a safetensors file; auto, the default: torchvision's if it has this network, else our own"
+    half = "write kernels as float16, which halves a safetensors file of weights and rounds them"
+    parser.add_argument("--half", action="store_true", help=half)
     parser.add_argument("--names", choices=NAMES, default="auto", help=names)
     out = "an existing file is replaced; default: weights.safetensors, groupN.safetensors or ensemble.stablehlo in the workdir"
     parser.add_argument("--out", type=_export_file, metavar="FILE", help=out)
@@ -75,6 +77,8 @@ def _target(a: argparse.Namespace) -> tuple[str, pathlib.Path]:
         raise UserError(f"--format={form}: --out={a.out} is of another format; give a .{form} file, or leave out --format")
     if a.names != "auto" and form != "safetensors":
         raise UserError(f"--names={a.names}: a .{form} file holds no named tensors; leave it out, or use --format=safetensors")
+    if a.half and (form != "safetensors" or a.group is not None):
+        raise UserError("--half: only a safetensors file of all groups can have float16 kernels; leave it out")
     if a.group is not None and form != "safetensors":
         raise UserError(f"--group={a.group}: a .{form} file holds the ensemble; leave it out, or use --format=safetensors")
     if a.group is not None and a.names == "torchvision":
