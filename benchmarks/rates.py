@@ -27,7 +27,7 @@ PRODUCTS, TRIALS = 8, 5
 
 
 class GroupWork(NamedTuple):
-    """The multiplications of one row's forward pass, in each layer of a group and in its head."""
+    """The multiplications of one row's forward pass, in each layer of a group, in its head and in its rule."""
 
     layers: tuple[int, ...]  # that learn
     fixed: int  # of a whitening layer, whose 2 k k c filters are of k k c entries each

@@ -22,7 +22,7 @@ On SIGTERM the run saves its state within seconds and the script ends with statu
 epoch. To time something else meanwhile, pause the process with SIGSTOP and resume it with SIGCONT.
 
 `quiet` in a record says whether the seconds of the run can be trusted. This needs --quiet, which states that nothing else runs on the
-machine, and a load of the machine that does not contradict it.
+machine, all cores of the machine, and a load that does not contradict it.
 
 This file is not named queue.py, because scripts in this folder would then import it in the place of the standard library's `queue`, which
 PyTorch needs.
@@ -136,6 +136,7 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
         return
     plan = experiment.plan_for(run.config, data.load(run.config))
     load = max(load, os.getloadavg()[0]) - (os.cpu_count() or 1)
+    quiet = quiet and backend.cores() == os.cpu_count()  # A process that is bound to some of the cores has neighbours on the others.
     found = records.record(run.name, run.config_name, run.changes, plan, workdir, quiet and load < _IDLE_LOAD and not _stopped)
     if run.views:
         seen = evaluation.evaluate(workdir, views=run.views)
@@ -158,6 +159,7 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
         with contextlib.ExitStack() as held:
             run = next((run for run in left if _taken(runs / f"{run.name}.lock", held)), None)
             if run is None:
+                print(f"train_queue: other processes train the {len(left)} runs that are left", file=sys.stderr, flush=True)
                 return
             if (results / f"{run.name}.json").exists():  # Another process has finished it since the list was read.
                 continue
@@ -171,7 +173,8 @@ def _taken(path: pathlib.Path, held: contextlib.ExitStack) -> bool:
     file = held.enter_context(path.open("ab"))
     try:
         return lock.take(file)
-    except OSError:  # The file system has no locks. One process works on the list then.
+    except OSError:
+        notice(f"{path}: the file system has no locks; let one process alone work on this list")
         return True
 
 

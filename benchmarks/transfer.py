@@ -4,7 +4,7 @@
                                   [--pretrain configs/resnet18.py:narrow_cifar100] [--config configs/finetune_resnet18_cifar10.py:narrow]
 
 1. Each rule trains `--pretrain` (a narrow ResNet-18 on CIFAR-100) by itself, with seed 0, and exports it under torchvision's names to
-   OUT/pretrained-RULE.safetensors.
+   OUT/pretrained-RULE.safetensors. All rules pretrain at the learning rate of the configuration, which is tuned for none of them.
 2. For every seed, each rule trains `--config` (a subset of CIFAR-10) from its own file and from scratch. The seed draws the subset too; the
    pretrained weights are the same for all seeds. `--set` gives one rule its own value there, chosen on validation data. From scratch all
    groups learn at the same rate (`group_decay=1`).
@@ -39,8 +39,9 @@ from vffjax.training.checks import make_config
 from vffjax.weights import weights
 
 RULES = ("vff", "head", "bp")
-# For each rule and start, the one of the learning rates 1e-3 and 4e-3 that had the lower error on the 2,000 validation images of seed 0.
-# The configuration itself has the rate of VFF. These rates are used for this configuration only.
+# For vff and bp and each start, the one of the learning rates 1e-3 and 4e-3 that had the lower error on the 2,000 validation images of seed
+# 0, from weights that VFF had pretrained. The configuration itself has the rate of VFF, which head takes too, without a trial. These rates
+# are used for this configuration only.
 CHOSEN_FOR = "configs/finetune_resnet18_cifar10.py:narrow"
 CHOSEN: dict[tuple[str, str], dict[str, Any]] = {("bp", "pretrained"): {"learning_rate": 1e-3}}
 
@@ -102,8 +103,11 @@ def main() -> None:
     config, name = read_config(["--config", own.config])
     refuse(config, SET_HERE)
     compare_rules.check_keys(config, variants)
+    base = read_config(["--config", own.pretrain])[0]
+    refuse(base, SET_HERE)
+    compare_rules.check_keys(base, {rule: compare_rules.RULES[rule] for rule in RULES})
     chosen = CHOSEN if own.config == CHOSEN_FOR else {}
-    base, pretrained = read_config(["--config", own.pretrain])[0], {}
+    pretrained = {}
     for rule in RULES:
         print(f"== {rule}, pretraining", file=sys.stderr, flush=True)
         pretrained[rule] = pretrain(make_config(base.to_dict() | compare_rules.RULES[rule]), rule, own.out)

@@ -1,6 +1,6 @@
 """VFF-Net on CIFAR-10: four convolutions, or the six of a cifarnet, in two groups.
 
-    python train.py --config configs/cifar10.py             # full: an hour on 2 CPU cores; for a GPU or TPU too
+    python train.py --config configs/cifar10.py             # full: about an hour on 2 CPU cores; for a GPU or TPU too
     python train.py --config configs/cifar10.py:laptop      # about 10 minutes on 2 CPU cores
     python train.py --config configs/cifar10.py:small       # about 2 minutes on 2 CPU cores, with 20,000 images
     python train.py --config configs/cifar10.py:cifarnet    # an hour on 2 CPU cores
@@ -9,7 +9,13 @@
 Back-propagation trains the same network in the same steps with `--config.rule=head --config.grouping=all`, and the loss of the local heads
 alone with `--config.rule=head`.
 
-FIGURES
+Test errors (mean and standard deviation over seeds 0 to 2, float32, 2 CPU cores):
+
+small: VFF 20.3 ± 0.4 % (n = 3, results/cifar10-small-vff), the head loss alone 19.9 ± 0.2 % (n = 3, results/cifar10-small-head),
+back-propagation 18.7 ± 0.1 % (n = 3, results/cifar10-small-bp), all at the same learning rate, which is tuned for none.
+laptop: VFF 12.7 % (n = 1, results/c4b-vff-aux64-weight10), the head loss alone 12.8 % (n = 1, results/c4b-head-aux64), back-propagation
+12.1 % (n = 1, results/c4b-bp), all with seed 0 and at the same learning rate, from the exploration that this recipe comes from.
+full and cifarnet have not been trained to the end. The times above are estimates from images/s.
 
 yardstick: the network that figures of throughput, memory and compilers are about. It is frozen, whatever becomes of the recipe of the other
 variants, so that figures of different times can be compared. It is not meant to be accurate.

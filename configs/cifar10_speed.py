@@ -2,8 +2,8 @@
 
     python benchmarks/speedrun.py --target 0.85 --peer
 
-Four convolutions in two groups, pooled early, with the parts of the recipe of configs/cifar10.py that the PyTorch network has too. Untried:
-no accuracy and no time have been measured yet, and the target may need more epochs.
+Four convolutions in two groups, pooled early, with the parts of the recipe of configs/cifar10.py that back-propagation by PyTorch has too
+or has no use for. Untried: no accuracy and no time have been measured yet, and the target may need more epochs.
 """
 
 import ml_collections

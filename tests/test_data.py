@@ -122,6 +122,7 @@ def test_std_has_a_floor():
         ({"train_examples": 2001}, "config.train_examples=2001"),
         ({"train_examples": 10, "val_fraction": 0.01}, "config.val_fraction=0.01"),
         ({"train_examples": 1, "val_fraction": 0.9}, "config.val_fraction=0.9"),
+        ({"train_examples": 100, "wrong_labels": 0.001}, "config.wrong_labels=0.001"),
         ({"dataset": "imagenet"}, "config.dataset='imagenet'"),
     ],
 )

@@ -52,7 +52,7 @@ FREE = {
     "seed": st.integers(0, 2**31 - 1),
     "train_examples": st.sampled_from([0, 300]),
     "val_fraction": st.one_of(st.just(0.0), between(0.0625, 0.5)),
-    "wrong_labels": between(0, 1),
+    "wrong_labels": st.one_of(st.just(0.0), between(0.0625, 1)),
     "crop_padding": st.integers(0, 2),
     "cutout": st.integers(0, 4),
     "random_erasing": between(0, 1),

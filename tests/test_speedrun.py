@@ -13,10 +13,14 @@ import runs
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import racers
 import speedrun
+from keys import PEER
+from vffjax.cli.config_file import load_config_file
 from vffjax.data import load
 from vffjax.errors import UserError
+from vffjax.training.checks import make_config
 from vffjax.training.plan import make_plan
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 RACED_BY_BOTH = {"network": "cifarnet", "widths": (8, 8), "grouping": "block", "whitening": 2, "activation": "gelu", "norm_scale": False}
 
 
@@ -123,10 +127,29 @@ def test_pytorch_races_on_the_same_network_and_starts_afresh_after_its_warm_up(m
     assert peer.accuracy("test") == pytest.approx(np.mean(dataset.test.labels == 0))  # equal scores: the first class
 
 
+OF_OTHER_GROUPS = {"auxiliary": (4,), "noise_cell": 2, "noise_kind": "signs", "noise_redrawn": "epoch", "temperature_end": 1.0}
+
+
+@pytest.mark.parametrize("key", OF_OTHER_GROUPS)
+def test_keys_without_use_for_back_propagation_are_the_peers_too_and_no_other_contenders(key):
+    changes = {"labelling": "triplet", "contrast_gradient": "both", key: OF_OTHER_GROUPS[key]}
+    config = runs.tiny(**RACED_BY_BOTH | changes)
+    assert getattr(speedrun.back_propagation(config, {}), key) == OF_OTHER_GROUPS[key]
+    with pytest.raises(UserError, match=rf"config\.{key}="):
+        PEER.check(config)
+
+
+def test_the_board_itself_can_be_raced_by_both():
+    config = make_config(load_config_file(str(ROOT / "configs" / "cifar10_speed.py"))[0])
+    assert speedrun.back_propagation(config, {}).grouping == "all"
+
+
 def test_what_the_peer_would_not_obey_is_refused():
     config = runs.tiny(**RACED_BY_BOTH)
     with pytest.raises(UserError, match=r"config\.look_ahead=3: "):
         speedrun.back_propagation(config, {"look_ahead": 3})
+    with pytest.raises(UserError, match=r"config\.alternating_flip=True: "):
+        speedrun.back_propagation(config, {"flip": True, "alternating_flip": True})
     with pytest.raises(UserError, match="--peer learning_rate: not KEY=VALUE"):
         speedrun.pair("learning_rate")
     assert speedrun.pair("learning_rate=5e-3") == ("learning_rate", 5e-3)

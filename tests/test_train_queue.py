@@ -128,6 +128,24 @@ def test_processes_share_a_list_and_pass_over_the_runs_of_others(tmp_path):
     assert trained[2:] == ["tiny-s1"]
 
 
+def test_a_run_that_another_process_has_just_finished_is_not_trained_again(tmp_path):
+    path = write_list(tmp_path / "list.toml", {"name": "tiny", "seeds": [0, 1]}, config=DIGITS, set=SET | {"network": "mlp"})
+    taken, trained = train_queue._taken, []
+
+    def after_the_other(lock_file, held):
+        if lock_file.stem == "tiny-s0":
+            records.write(tmp_path / "results", {"name": "tiny-s0"})
+        return taken(lock_file, held)
+
+    def finish(run, *rest):
+        trained.append(run.name)
+        records.write(tmp_path / "results", {"name": run.name})
+
+    with mock.patch.object(train_queue, "_taken", after_the_other), mock.patch.object(train_queue, "train", finish):
+        work(path, tmp_path)
+    assert trained == ["tiny-s1"]
+
+
 def test_the_list_is_read_again_before_each_run(tmp_path):
     path = write_list(tmp_path / "list.toml", {"name": "one", "config": DIGITS})
     seen = []

@@ -71,7 +71,7 @@ class Config:
     stem: str = key("cifar", "resnet: first layers: 3x3, or 7x7 and max-pooling of stride 2 each (imagenet)", ("cifar", "imagenet"))
     image_size: int = key(0, "all but mlp: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
     activation: str = key("relu", "all but resnet: ReLU, or GELU in its tanh form, after normalisation", ("relu", "gelu"))
-    norm_scale: bool = key(True, "all but resnet: learn the scale of each normalised channel beside its bias")
+    norm_scale: bool = key(True, "all but resnet, if norm is batch, anchor or layer: learn the scale of a normalised channel")
     initialisation: str = key("he", "all but resnet: kernels start as He's, or as the identity in the first channels", ("he", "identity"))
     whitening: int = key(0, "conv4, conv, cifarnet, vgg: side in pixels of patches that a fixed layer whitens; 0: none", low=0, high=8)
     norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", NORMS)

@@ -67,6 +67,8 @@ def split_sizes(config: Config, images: int) -> tuple[int, int]:
         raise bad_key("val_fraction", config.val_fraction, f"no validation image out of {kept}", "raise it, or use 0 for none")
     if held_out >= kept:
         raise bad_key("val_fraction", config.val_fraction, f"leaves no training image out of {kept}", "lower it")
+    if config.wrong_labels > 0 and round(config.wrong_labels * (kept - held_out)) == 0:
+        raise bad_key("wrong_labels", config.wrong_labels, f"no image out of {kept - held_out}", "raise it, or use 0 for none")
     return kept - held_out, held_out
 
 

@@ -200,7 +200,9 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
     # If no normalisation follows the linear map, the scale of the features is arbitrary, so the head normalises its input.
     free_scale = norm in UNSCALED
     every = find(config).layers(config, norm)
-    every = tuple(layer.clone(sets=classes) for layer in every) if norm == "class" else every
+    if norm == "class":  # The channels of an image, or of a whitening layer, belong to no class.
+        first = next(i for i, layer in enumerate(every) if layer.learns)
+        every = (*every[: first + 1], *(layer.clone(sets=classes) for layer in every[first + 1 :]))
     parts, groups = cut(every, config.grouping), []
     given = plain(config, "layer") | {"initialisation": "he"}
     auxiliary = tuple(ConvLayer(width, **given) for width in config.auxiliary)

@@ -52,7 +52,7 @@ class Layer(nn.Module):
     Attributes:
         width: output channels.
         norm, dtype, frozen: as `common` gives them.
-        sets: of channels by which norm `class` normalises the input, one for each class.
+        sets: how many sets of channels of the input norm `class` normalises separately.
         ends_block: whether a block of the network ends with this layer, for groups that are blocks.
         joins_next: whether it is a stem, which belongs to the group of the next layer.
         learns: whether it has parameters that training changes. A layer without them is in the next layer's group whatever the grouping.

@@ -23,12 +23,13 @@ def means(x: Float[Array, "batch *feature"], sets: int) -> Float[Array, "batch s
 def normalise_sets(x: Float[Array, "batch *feature"], sets: int) -> Float[Array, "batch *feature"]:
     """Gives each set mean 0 and variance 1 over its channels and all positions, for each row.
 
-    This is group normalisation (Wu and He, 2018, arXiv:1803.08494) by sets that may differ by one channel. If there are fewer channels than
-    sets, all channels are one set, which is layer normalisation (Ba et al., 2016, arXiv:1607.06450). Computed in float32.
+    This is group normalisation (Wu and He, 2018, arXiv:1803.08494) by sets that may differ by one channel. If there are fewer than two
+    channels for each set, all channels are one set, because a single number has no variance. That is layer normalisation (Ba et al., 2016,
+    arXiv:1607.06450). Computed in float32.
     """
     z = x.astype(jnp.float32)
     channels = z.shape[-1]
-    sets = sets if sets <= channels else 1
+    sets = sets if 2 * sets <= channels else 1
     owner = jnp.arange(channels) * sets // channels
     shape = (z.shape[0], *(1,) * (z.ndim - 2), channels)
     z = z - means(z, sets)[:, owner].reshape(shape)

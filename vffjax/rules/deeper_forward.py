@@ -9,7 +9,8 @@ The paper gives each layer a loss of its own (`config.grouping = "layer"`) and a
 `config.votes = "subset"` the layers that vote are chosen on validation images. We differ in the network, whose layers have a bias and 3x3
 kernels and pool maxima after the activation; the paper's small network has no biases, kernels of 5x5 in its first two layers, and pools
 means before a layer. Our reading: the mean of log-probabilities ranks the classes as their mean goodness does; where the channels cannot be
-shared out evenly, sets differ by one channel; the images, which have fewer channels than there are classes, are normalised as one set.
+shared out evenly, sets differ by one channel. The input of the first layer, whose channels belong to no class, is normalised as one set. So
+is the output of a layer with fewer than two channels for each class, because a dense unit alone in its set would be normalised to 0.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vffjax.config import Config
+from vffjax.errors import bad_key
 from vffjax.hyperparameters import Scalar
 from vffjax.ops.channel_sets import means
 from vffjax.rules import cwc
@@ -36,4 +39,10 @@ def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     return head_cross_entropy(found, labels, seen.hyper.label_smoothing, seen.made.mixture), {"right_goodness": jnp.mean(right)}
 
 
-RULE = dataclasses.replace(cwc.RULE, loss=loss, scores=scores, norm="class")
+def _check(config: Config) -> None:
+    if config.norm not in ("auto", RULE.norm):
+        problem = f"rule {config.rule} needs inputs that carry no goodness of the layer before"
+        raise bad_key("norm", config.norm, problem, f"use norm=auto or norm={RULE.norm}")
+
+
+RULE = dataclasses.replace(cwc.RULE, loss=loss, scores=scores, norm="class", check=_check)

@@ -68,7 +68,8 @@ class Rule:
         scores: the rule's own log-probabilities of the classes, from the options, the clean features of a group, the rule's parameters
             there, and the number of classes; None: it has none.
         parameters: the rule's own parameters in a group, from the options, the shape of one row of features, the classes and a key.
-        owns_copies: whether labelled rows pass these parameters too, and not the clean rows alone; for the count of operations.
+        owns_copies: whether labelled rows pass these parameters too, and not the clean rows alone. The count of operations asks for it; it
+            takes a parameter of two axes for a product once a row, and one of four axes for a convolution at each position.
         options: a frozen dataclass of the rule's own keys, `config.rule_options.KEY`, declared by `keys.key`.
         norm: what `config.norm = "auto"` means.
         codebook: whether labels are told by the class noise of the codebook, which pictures then show.
