@@ -270,7 +270,7 @@ FILES = {
     "two megabytes": (config("#" * 2_000_000), ["bad.py: 2000000 bytes", "configs/digits.py"]),
     "a file without variants": (of("train", CONFIG + ":small"), ["digits.py:small", "no variants"]),
     "an empty variant": (of("train", CONFIG + ":"), ["digits.py:", "no variants"]),
-    "an unknown variant": (of("train", CIFAR_CONFIG + ":smal"), ["'smal'", "full, small"]),
+    "an unknown variant": (of("train", CIFAR_CONFIG + ":smal"), ["'smal'", "full, laptop, small"]),
     "a number for variants": (
         config("VARIANTS = 5\ndef get_config(v='a'): pass\n", variant=":x"),
         ["bad.py:x: VARIANTS=5: not names", "make it a tuple"],
