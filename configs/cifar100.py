@@ -5,7 +5,7 @@
     python train.py --config configs/cifar100.py:small       # about 3 minutes on 2 CPU cores, with 20,000 images
     python train.py --config configs/cifar100.py:cifarnet    # more than an hour on 2 CPU cores
 
-No variant has been trained with this recipe yet, and the times are estimates.
+small: VFF 50.4 % (n = 1, results/cifar100-small-vff). No other variant has been trained with this recipe yet, and the times are estimates.
 """
 
 import ml_collections
