@@ -10,8 +10,8 @@
    groups learn at the same rate (`group_decay=1`).
 3. Prints errors on the test set, training images/s, and the memory ledger of one step. Writes OUT/transfer.json and OUT/transfer.md.
 
-A local rule has a head for every group and back-propagation has one head in all. So that heads are equal too, the table gives the error of
-the last group alone, whose head is that of back-propagation, beside that of all groups that vote.
+A local rule has a head for every group and back-propagation has one head in all. The table gives the error of all groups that vote. A line
+below it gives the error of the last group alone, whose head has the same size under every rule.
 
 Each run is an ordinary run in OUT/runs, so that a comparison that was stopped goes on. To fine-tune ImageNet weights instead, see
 configs/finetune_resnet18_cifar10.py and configs/finetune.py.
@@ -84,7 +84,7 @@ def heads_in_words(config: Config, variants: dict[str, dict[str, Any]]) -> str:
 
 
 def last_groups(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The test error of each row's last group alone, whose head is the same under every rule, as lines of text."""
+    """The test error of each row's last group alone, whose head has the same size under every rule, as one line."""
     found = {name: Spread.of(run["test_error_per_group"][-1] for run in rows) for name, rows in runs.items()}
     return "Test error of the last group alone, %: " + "; ".join(f"{name} {spread:,.2f}" for name, spread in found.items()) + "."
 

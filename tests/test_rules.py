@@ -332,56 +332,36 @@ NETWORKS = {"mlp": MLP, "conv4": CONV | {"widths": (10, 10, 12, 12)}}  # with en
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# cwc
+# cwc and deeper_forward, whose classes compete by sets of channels
 
 SETS = {4: [[0, 1], [2], [3]], 6: [[0, 1], [2, 3], [4, 5]], 7: [[0, 1, 2], [3, 4], [5, 6]]}  # of channels, for three classes
 
 
-def class_goodness(rows):
-    sets = SETS[rows.shape[-1]]
-    return np.array([[np.mean([row[..., c] ** 2 for c in own]) for own in sets] for row in rows])
+# Of an activity, which the goodness of a class averages over its set and over positions.
+ACTIVITY = {"cwc": np.square, "deeper_forward": np.asarray}
+
+
+def class_goodness(rule, rows):
+    return np.array([[np.mean([ACTIVITY[rule](row[..., c]) for c in own]) for own in SETS[rows.shape[-1]]] for row in rows])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("shape", [(3, 3, 4), (3, 2, 6), (7,)], ids=str)
-def test_cwc_and_its_gradient_equal_the_definition(shape, smoothing):
-    found = loss_of(config_of(rule="cwc", label_smoothing=smoothing), LABELS)
+@pytest.mark.parametrize("rule", ACTIVITY)
+def test_competing_classes_and_their_gradient_equal_the_definition(rule, shape, smoothing):
+    found = loss_of(config_of(rule=rule, label_smoothing=smoothing), LABELS)
     rows = 1.5 * random(10, len(LABELS), *shape)
-    assert_is(found, lambda z, _: oracles.cross_entropy(class_goodness(z), LABELS, smoothing), rows)
-    right = np.mean([class_goodness(rows)[i, y] for i, y in enumerate(LABELS)])
+    assert_is(found, lambda z, _: oracles.cross_entropy(class_goodness(rule, z), LABELS, smoothing), rows)
+    right = np.mean([class_goodness(rule, rows)[i, y] for i, y in enumerate(LABELS)])
     np.testing.assert_allclose(found(rows, {})[1]["right_goodness"], right, rtol=1e-5)
     assert_finite(found, rows, {})
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4), (7,)], ids=str)
-def test_cwc_scores_classes_by_their_goodness(shape):
+@pytest.mark.parametrize("rule", ACTIVITY)
+def test_competing_classes_are_scored_by_their_goodness(rule, shape):
     rows = random(11, 4, *shape)
-    assert_scores("cwc", rows, {}, class_goodness(rows))
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------
-# deeper_forward
-
-
-def mean_goodness(rows):
-    return np.array([[np.mean([row[..., c] for c in own]) for own in SETS[rows.shape[-1]]] for row in rows])
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("shape", [(3, 3, 4), (3, 2, 6), (7,)], ids=str)
-def test_deeper_forward_and_its_gradient_equal_the_definition(shape, smoothing):
-    found = loss_of(config_of(rule="deeper_forward", label_smoothing=smoothing), LABELS)
-    rows = 1.5 * random(10, len(LABELS), *shape)
-    assert_is(found, lambda z, _: oracles.cross_entropy(mean_goodness(z), LABELS, smoothing), rows)
-    right = np.mean([mean_goodness(rows)[i, y] for i, y in enumerate(LABELS)])
-    np.testing.assert_allclose(found(rows, {})[1]["right_goodness"], right, rtol=1e-5)
-    assert_finite(found, rows, {})
-
-
-@pytest.mark.parametrize("shape", [(3, 3, 4), (7,)], ids=str)
-def test_deeper_forward_scores_classes_by_their_goodness(shape):
-    rows = random(11, 4, *shape)
-    assert_scores("deeper_forward", rows, {}, mean_goodness(rows))
+    assert_scores(rule, rows, {}, class_goodness(rule, rows))
 
 
 def normalised_by_sets(rows):
@@ -412,6 +392,12 @@ def test_under_deeper_forward_no_layer_sees_the_goodness_of_the_one_before(netwo
     seen, _ = second.features(params, stats, x, 6, True)
     np.testing.assert_allclose(second.features(params, stats, changed, 6, True)[0], seen, atol=1e-3)
     assert np.abs(seen).max() > 0.5
+
+
+def test_channels_of_images_and_of_whitened_images_belong_to_no_class():
+    config = config_of(**NETWORKS["conv4"] | {"rule": "deeper_forward", "whitening": 2})
+    layers = [layer for group in groups_of(config, 3) for layer in group.module.layers]
+    assert [(layer.learns, layer.sets) for layer in layers] == [(False, 1), (True, 1), (True, 3), (True, 3), (True, 3)]
 
 
 @pytest.mark.parametrize("channels", [10, 13, 64, 99])

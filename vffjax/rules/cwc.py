@@ -10,6 +10,9 @@ channels cannot be shared out evenly, sets differ by one channel; `config.label_
 log-probabilities ranks the classes as their mean goodness does.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,16 +29,22 @@ def goodness(features: Float[Array, "batch *feature"], classes: int) -> Float[Ar
     return means(jnp.square(features.astype(jnp.float32)), classes)
 
 
-def scores(options: NoOptions, features: Array, params: dict[str, Array], classes: int) -> Float[Array, "batch classes"]:
-    """The goodness of each class, as log-probabilities."""
-    return jax.nn.log_softmax(goodness(features, classes))
+def competing(goodness: Callable[[Array, int], Float[Array, "batch classes"]]) -> dict[str, Any]:
+    """The fields `loss` and `scores` of a rule whose classes compete by a goodness, which takes features and the number of classes.
 
+    The loss is the cross-entropy of the clean images' goodness. Its own metric is the mean goodness of the right class. The scores are the
+    goodness as log-probabilities.
+    """
 
-def loss(seen: Seen) -> tuple[Scalar, Metrics]:
-    """Cross-entropy of the clean images' goodness. Its own metric is the goodness of the right class."""
-    found, labels = goodness(seen.made.clean, seen.logits.shape[1]), seen.made.labels
-    right = jnp.take_along_axis(found, labels[:, None], axis=1)
-    return head_cross_entropy(found, labels, seen.hyper.label_smoothing, seen.made.mixture), {"right_goodness": jnp.mean(right)}
+    def scores(options: NoOptions, features: Array, params: dict[str, Array], classes: int) -> Float[Array, "batch classes"]:
+        return jax.nn.log_softmax(goodness(features, classes))
+
+    def loss(seen: Seen) -> tuple[Scalar, Metrics]:
+        found, labels = goodness(seen.made.clean, seen.logits.shape[1]), seen.made.labels
+        right = jnp.take_along_axis(found, labels[:, None], axis=1)
+        return head_cross_entropy(found, labels, seen.hyper.label_smoothing, seen.made.mixture), {"right_goodness": jnp.mean(right)}
+
+    return {"loss": loss, "scores": scores}
 
 
 def check_data(config: Config, image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...]) -> None:
@@ -45,4 +54,4 @@ def check_data(config: Config, image_shape: tuple[int, int, int], classes: int, 
         raise bad_key("rule", config.rule, problem, "use wider layers, or another rule")
 
 
-RULE = Rule(loss=loss, scores=scores, check_data=check_data)
+RULE = Rule(**competing(goodness), check_data=check_data)

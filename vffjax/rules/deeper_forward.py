@@ -15,28 +15,10 @@ is the output of a layer with fewer than two channels for each class, because a 
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from vffjax.config import Config
 from vffjax.errors import bad_key
-from vffjax.hyperparameters import Scalar
 from vffjax.ops.channel_sets import means
 from vffjax.rules import cwc
-from vffjax.rules.local import Metrics, NoOptions, Seen, head_cross_entropy
-
-
-def scores(options: NoOptions, features: Array, params: dict[str, Array], classes: int) -> Float[Array, "batch classes"]:
-    """The goodness of each class, as log-probabilities."""
-    return jax.nn.log_softmax(means(features, classes))
-
-
-def loss(seen: Seen) -> tuple[Scalar, Metrics]:
-    """Cross-entropy of the clean images' goodness. Its own metric is the goodness of the right class."""
-    found, labels = means(seen.made.clean, seen.logits.shape[1]), seen.made.labels
-    right = jnp.take_along_axis(found, labels[:, None], axis=1)
-    return head_cross_entropy(found, labels, seen.hyper.label_smoothing, seen.made.mixture), {"right_goodness": jnp.mean(right)}
 
 
 def _check(config: Config) -> None:
@@ -45,4 +27,4 @@ def _check(config: Config) -> None:
         raise bad_key("norm", config.norm, problem, f"use norm=auto or norm={RULE.norm}")
 
 
-RULE = dataclasses.replace(cwc.RULE, loss=loss, scores=scores, norm="class", check=_check)
+RULE = dataclasses.replace(cwc.RULE, **cwc.competing(means), norm="class", check=_check)
