@@ -12,6 +12,7 @@ from PIL import Image
 from command_lines import ROOT
 from runs import finished, tiny, train
 from vffjax.data import load as data
+from vffjax.data import pictures
 from vffjax.runs.workdir import load_run
 from vffjax.training import trainer
 from vffjax.training.augment import normalise
@@ -110,7 +111,7 @@ STORED = {
 def read_back(image, folder, shape=(8, 8, 1), suffix=".png", **options):
     path = folder / f"picture{suffix}"
     (image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))).save(path, **options)
-    return prediction.read_image(path, shape)
+    return pictures.read_image(path, shape)
 
 
 def exif_of(orientation):
@@ -230,7 +231,7 @@ CASES = ROOT.parent / "shared" / "cases"
     "name", ["exif3.jpg", "exif6.jpg", "exif6.png", "rgba_white_ink.png", "la_white_ink.png", "p_trns.png", "wide.png"]
 )
 def test_pictures_that_were_misread_are_seen_as_the_upright_one(name):
-    found, upright = (prediction.read_image(CASES / each, (8, 8, 1)).astype(int) for each in (name, "up.png"))
+    found, upright = (pictures.read_image(CASES / each, (8, 8, 1)).astype(int) for each in (name, "up.png"))
     assert np.abs(found - upright).max() <= 6
 
 
