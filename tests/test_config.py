@@ -77,7 +77,7 @@ def test_there_are_configuration_files():
 
 
 def test_every_data_set_has_sizes_here_and_in_the_library():
-    known = {name: SOURCES.find(name).sizes for name in SOURCES.names}
+    known = {name: sizes for name in SOURCES.names if not callable(sizes := SOURCES.find(name).sizes)}
     assert {name: (s.image_shape, s.classes, s.train_images) for name, s in known.items()} == SIZES
 
 

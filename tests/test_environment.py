@@ -118,7 +118,7 @@ VARIANTS = [
     {"precision": "bf16", "norm": "anchor", "similarity": "position", "rematerialise": True},
     {"schedule": "sequential", "on_nonfinite": "skip", "label_smoothing": 0.1},
     {"rule": "head", "grouping": "all", "precision": "bf16", "norm": "layer"},
-    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8},
+    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8, "random_resized_crop": 0.5, "color_jitter": 0.3},
 ]
 
 

@@ -144,7 +144,7 @@ OPTIONS = {
     "host cache": {"schedule": "sequential", "feature_cache": "host", "rule": "head"},
     "rematerialised": {"rematerialise": True, "grouping": "width", "widths": (8, 8, 8, 6), "head_weight": 1.0},
     "skip, clipped, overridden": {"on_nonfinite": "skip", "clip_norm": 1.0, "overrides": {"group1": {"optimizer": "sgd"}}},
-    "erased": {"random_erasing": 0.5, "trivial_augment": True},
+    "erased": {"random_erasing": 0.5, "trivial_augment": True, "random_resized_crop": 0.5, "color_jitter": 0.3},
     "mixed": {"mixup": 0.8, "head_weight": 0.5},
     "hard, mixed": {"labelling": "triplet", "negatives": "hard", "mixup": 0.8, "trivial_augment": True, "random_erasing": 0.1},
     "triplet, augmented, bf16": {"labelling": "triplet", "flip": True, "crop_padding": 1, "cutout": 2, "precision": "bf16"},

@@ -22,12 +22,13 @@ from vffjax.registry import ROOMS
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
 # Larger numbers are taken for mistakes. XLA would abort the process for an array of more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
+PLACES = ("device", "host")
 NORMS = ("auto", "batch", "anchor", "layer", "input", "class", "none")
 _MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
 MAX_SIDE = 4096  # of an image, in pixels
 # Keys that may change when a run is resumed: where the data are, and how much memory and disk it uses. Any other makes it another run.
-CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
-BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
+CHANGEABLE = ("data_dir", "data_on", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
+BITWISE = ("data_on", "checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
 # Numbers that compiled programs take as arguments, for each step and group; see `hyperparameters`.
 ARGUMENTS: tuple[str, ...] = (
     *("learning_rate", "bias_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
@@ -37,7 +38,8 @@ ARGUMENTS: tuple[str, ...] = (
 _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
-    *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "wrong_labels", "init_from", "noise_scale", "feature_cache"),
+    *("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels", "init_from"),
+    *("noise_scale", "feature_cache"),
     *("epochs", "noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
     *("temperature_end", "inference", "votes", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
@@ -50,10 +52,12 @@ class Config:
 
     # fmt: off
     seed: int = key(0, "seed of everything random: split, initialisation, codebook, order, augmentation", low=0, high=2**31 - 1)
-    dataset: str = key("digits", "what to learn")
-    data_dir: str = key("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    dataset: str = key("digits", "what to learn: a set by its name, or images of your own in a folder or an npz file")
+    data_dir: str = key("", "where the images lie; sets of tensorflow-datasets: empty means $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    data_on: str = key("device", "where the images lie while a run trains: on the device, or if they are too many, on the host", PLACES)
     train_examples: int = key(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
     val_fraction: float = key(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
+    test_fraction: float = key(0.2, "share of each class held out as test images where a set has none of its own", low=0.01, high=0.9)
     wrong_labels: float = key(0.0, "share of the images to train on that get another class's label, drawn by the seed", low=0.0, high=1.0)
     flip: bool = key(False, "mirror training images left to right with probability 1/2")
     alternating_flip: bool = key(False, "flip: mirror each image in every other epoch instead, half of the images in each")
@@ -61,6 +65,8 @@ class Config:
     cutout: int = key(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
     random_erasing: float = key(0.0, "probability that one random rectangle of an image is set to the mean; 0: none", low=0.0, high=1.0)
     trivial_augment: bool = key(False, "change each training image by one random operation of random strength, such as a rotation")
+    random_resized_crop: float = key(0.0, "least share of an image's area in a random part that fills it; 0: none", low=0.0, high=1.0)
+    color_jitter: float = key(0.0, "largest random change of brightness, contrast and saturation, as a share; 0: none", low=0.0, high=1.0)
     mixup: float = key(0.0, "alpha of Beta(alpha, alpha), which draws shares in which images are mixed; 0: none", low=0.0, high=_LARGE)
     pixel_statistics: str = key("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
 
@@ -69,7 +75,7 @@ class Config:
     pools: tuple[int, ...] = key((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
     width_factor: float = key(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
     stem: str = key("cifar", "resnet: first layers: 3x3, or 7x7 and max-pooling of stride 2 each (imagenet)", ("cifar", "imagenet"))
-    image_size: int = key(0, "all but mlp: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
+    image_size: int = key(0, "side in pixels to which images are resized, while they are decoded or on device; 0: none", low=0, high=1024)
     activation: str = key("relu", "all but resnet: ReLU, or GELU in its tanh form, after normalisation", ("relu", "gelu"))
     norm_scale: bool = key(True, "all but resnet, if norm is batch, anchor or layer: learn the scale of a normalised channel")
     initialisation: str = key("he", "all but resnet: kernels start as He's, or as the identity in the first channels", ("he", "identity"))

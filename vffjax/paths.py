@@ -55,3 +55,9 @@ def check_run_folder(folder: str | os.PathLike[str], named: str = "--workdir") -
             where = "" if path == os.fspath(folder) else f" (that is {path})"
             problem = f"the path holds {found[0]!r}, and checkpoints under it could not be found again"
             raise UserError(f"{named}={os.fspath(folder)}{where}: {problem}; give a path without any of {' '.join(_PATTERN)}")
+
+
+def cache_folder(kind: str) -> pathlib.Path:
+    """The folder for what can be made again: `$XDG_CACHE_HOME/vffjax/KIND`, or `~/.cache/vffjax/KIND`. It need not exist."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(home) / "vffjax" / kind

@@ -12,7 +12,7 @@ import ml_collections
 from vffjax import files, outside, paths
 from vffjax.config import Config, nearest_key
 from vffjax.errors import UserError, printable
-from vffjax.registry import ROOMS
+from vffjax.registry import outside_names
 
 MAX_FILE = 2**20  # bytes; no configuration file is larger
 
@@ -63,7 +63,7 @@ def load_config_file(given: str) -> tuple[dict[str, Any], str]:
 def allow_code(given: str, config: Config) -> None:
     """Lets the modules that a configuration names be run from the folder of FILE[:VARIANT], which a person has named."""
     folder = os.path.dirname(os.path.abspath(paths.local(split_variant(given)[0], "--config")))
-    outside.allow(folder, [getattr(config, room.key) for room in ROOMS])
+    outside.allow(folder, outside_names(vars(config)).values())
 
 
 def _called(module: types.ModuleType, file: str, variant: str | None) -> dict[str, Any]:

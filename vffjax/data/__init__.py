@@ -1,4 +1,7 @@
-"""Sources of images, one module each. `config.dataset` is the module's name, or `my_module:SOURCE` of a file beside the configuration."""
+"""Sources of images, one module each. `config.dataset` is the module's name, or `my_module:SOURCE` of a file beside the configuration.
+
+A name such as `tfds:svhn_cropped` names a set of a larger collection; see `registry`.
+"""
 
 from vffjax.config import Config
 from vffjax.data.sets import Sizes, Source
@@ -11,5 +14,6 @@ def find(config: Config) -> Source:
 
 
 def sizes_of(config: Config) -> Sizes:
-    """What there is to know of a configuration's set without reading it."""
-    return find(config).sizes
+    """The sizes of a configuration's set. Raises `UserError` if they follow from the data, and these cannot be had or are damaged."""
+    sizes = find(config).sizes
+    return sizes(config) if callable(sizes) else sizes

@@ -21,9 +21,10 @@ def load(config: Config) -> Dataset:
     """
     source = find(config)
     train, test, names = source.read(config)
+    sizes = Sizes(len(train), train.images.shape[1:], len(names)) if callable(source.sizes) else source.sizes
     for split, about in ((train, "training"), (test, "test")):
-        if problem := _problem(split, source.sizes) or (len(names) != source.sizes.classes and f"{len(names)} names of classes"):
-            expected = f"uint8 images of {source.sizes.image_shape}, int32 labels and names of {source.sizes.classes} classes"
+        if problem := _problem(split, sizes) or (len(names) != sizes.classes and f"{len(names)} names of classes"):
+            expected = f"uint8 images of {sizes.image_shape}, int32 labels and names of {sizes.classes} classes"
             raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
     train, validation = _cut(train, config)
     train = _with_wrong_labels(train, config, len(names))

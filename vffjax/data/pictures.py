@@ -4,6 +4,7 @@ import contextlib
 import io
 import pathlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +17,10 @@ from vffjax.files import read_bytes
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # as Pillow calls them
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of the names of their files
+KINDS = "PNG, JPEG, WebP or BMP"
+
 # How to turn a picture upright, by the EXIF orientation that it is stored with. From 5 on, width and height change places.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,11 +31,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")  # modes of pictures without colour
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow
 
 
 def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
-    """Reads one PNG or JPEG file as a person would see it, at the network's size and in grey or colour as the network takes it.
+    """Reads one picture file as a person would see it, at the network's size and in grey or colour as the network takes it.
 
     The image is turned upright by its EXIF orientation. Its short side is resized to that of (h, w), and the middle is cut out, as is
     usual when image classifiers are evaluated; nothing is squashed. Transparent parts show a background: black, or white where less than
@@ -39,45 +45,71 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
     Raises:
         UserError: the file is missing, too large, or not a readable image; the message names it.
     """
-    h, w, c = shape
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns above a limit of its own; `_decoded` refuses above ours
-            image = _decoded(path)
-            orientation = _orientation(image)
-            size = (h, w) if orientation >= 5 else (w, h)  # of the picture before it is turned; turning the small one takes less memory
-            box = _middle(image.size, size)
-            if image.mode.startswith("I"):
-                image = _eight_bit(image)
-            if image.has_transparency_data:
-                # One name for all steps, so that a large image is not kept in three versions at once.
-                image = image.convert("RGBA")
-                image = image.convert("RGBa")  # premultiplied by alpha, so that resizing does not mix in the colour of invisible pixels
-                image = _on_background(image.resize(size, Image.Resampling.BILINEAR, box)).convert("L" if c == 1 else "RGB")
-            else:
-                image = image.convert("L" if c == 1 else "RGB")
-                image = image.resize(size, Image.Resampling.BILINEAR, box)
-            if orientation in _TURNS:
-                image = image.transpose(_TURNS[orientation])
-    except UserError:
-        raise
-    except Image.DecompressionBombError:  # Pillow refuses twice as many pixels as it warns of
-        raise UserError(f"{path}: far too many pixels; give an image of at most {MAX_PIXELS} pixels") from None
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise UserError(f"{path}: not a readable PNG or JPEG image ({type(error).__name__}); convert or replace it") from None
-    return np.asarray(image, np.uint8).reshape(h, w, c)
-
-
-def _decoded(path: pathlib.Path) -> Image.Image:
-    """The decoded picture as it is stored in the file. Raises `UserError` if the file cannot be read, or is too large."""
     try:
         content = read_bytes(path, MAX_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a PNG or JPEG image") from None
-    # Read into memory first: from a file, Pillow would allocate as many bytes as a chunk claims to have, up to 4 GB.
-    image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        raise UserError(f"{path}: {error.strerror}; give a {KINDS} image") from None
+    with without_warnings():
+        return decoded(content, shape[:2], "L" if shape[2] == 1 else "RGB", str(path))[0]
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Hides the warnings of Pillow, which warns above a limit of its own; `decoded` refuses above ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def decoded(content: bytes, sides: tuple[int, int] | None, mode: str, named: str) -> tuple[UInt8[np.ndarray, "h w c"], bool]:
+    """Decodes a picture as `read_image` says.
+
+    Args:
+        content: of a file.
+        sides: height and width to which the picture is brought; None: it keeps its own.
+        mode: L for grey, RGB for colour.
+        named: what messages call it.
+
+    Returns:
+        The pixels; and whether the file holds a grey picture.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    try:
+        image = _as_stored(content, named)
+        grey, orientation = image.mode in _GREY, _orientation(image)
+        if image.mode.startswith("I"):
+            image = _eight_bit(image)
+        # Of the picture before it is turned, because turning the small one takes less memory.
+        size = image.size if sides is None else sides if orientation >= 5 else sides[::-1]
+        box = _middle(image.size, size)
+        if image.has_transparency_data:
+            # One name for all steps, so that a large image is not kept in three versions at once.
+            image = image.convert("RGBA")
+            image = image.convert("RGBa")  # premultiplied by alpha, so that resizing does not mix in the colour of invisible pixels
+            image = _on_background(image.resize(size, Image.Resampling.BILINEAR, box)).convert(mode)
+        else:
+            image = image.convert(mode)
+            image = image.resize(size, Image.Resampling.BILINEAR, box)
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+    except UserError:
+        raise
+    except Image.DecompressionBombError:  # Pillow refuses twice as many pixels as it warns of
+        raise UserError(f"{named}: far too many pixels; give an image of at most {MAX_PIXELS} pixels") from None
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise UserError(f"{named}: not a readable {KINDS} image ({type(error).__name__}); convert or replace it") from None
+    pixels = np.asarray(image, np.uint8)
+    return pixels.reshape(*pixels.shape[:2], len(mode)), grey
+
+
+def _as_stored(content: bytes, named: str) -> Image.Image:
+    """The decoded picture as it is stored in a file of this content. Raises `UserError` if it is too large."""
+    # From memory: from a file, Pillow would allocate as many bytes as a chunk claims to have, up to 4 GB.
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"{path}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
+        raise UserError(f"{named}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
     image.load()
     return image
 

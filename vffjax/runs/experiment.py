@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from vffjax import files, paths
-from vffjax.config import Config
+from vffjax.config import FIELDS, Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
+from vffjax.keys import default_of
 from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import checkpoint, logbook, loop, termination
@@ -36,7 +37,7 @@ def plan_for(config: Config, dataset: Dataset) -> Plan:
 
 def describe(plan: Plan) -> str:
     """The groups in words, and a note if they are not what the rule's name promises."""
-    shown = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
+    shown = " | ".join(" ".join(str(layer.width or "whitening") for layer in group.module.layers) for group in plan.groups)
     alone = len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1
     note = " (one group: gradients cross all layers, back-propagation)" if alone else ""
     frozen = plan.config.frozen_groups
@@ -124,7 +125,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved
     trained = Trained(plan, *best.restore(plan), best.run)
-    test = loop.on_device(dataset.test)
+    test = loop.placed(dataset.test, config.data_on)
     found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
     measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
     return conclude(trained, dataset, measured, run, workdir)
@@ -133,9 +134,12 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
     """Adds `here` to a run's origins if the run trains here and `here` differs from the last origin, or if its settings have changed.
 
-    A finished run that is only evaluated again keeps the origin that trained it. Older versions wrote no settings; these count as equal.
+    A finished run that is only evaluated again keeps the origin that trained it. An origin without settings, as older versions wrote it,
+    counts as one with the same.
     """
-    last = [{"settings": here["settings"]} | origin for origin in run["origins"][-1:]]
+    # Older versions lack the settings that came later, which have their defaults.
+    usual = {key: default_of(FIELDS[key]) for key in here["settings"]}
+    last = [origin | {"settings": usual | origin.get("settings", here["settings"])} for origin in run["origins"][-1:]]
     other_settings = any(origin["settings"] != here["settings"] for origin in last)
     if other_settings or (trains and last != [here]):
         run["origins"].append(here)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vffjax.data.sets import Dataset, Split
-from vffjax.errors import UserError
+from vffjax.errors import UserError, chosen
 from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
@@ -32,10 +32,15 @@ def on_device(split: Split) -> Images:
     return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
-def training_images(split: Split) -> Images:
-    """A split's images, each as one row of bytes, and labels on JAX's first device; `Epoch` gathers batches from them."""
+def placed(split: Split, where: str) -> Images:
+    """A split's images and labels on JAX's first device or on the host, as config.data_on says."""
+    return chosen("data_on", where, {"device": on_device, "host": lambda split: Images(split.images, split.labels)})(split)
+
+
+def training_images(split: Split, where: str = "device") -> Images:
+    """A split's images, each as one row of bytes, and labels, where config.data_on says; `Epoch` gathers batches from them."""
     rows = Images(split.images, split.labels).as_rows()  # on the host, where a reshape costs nothing
-    return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
+    return placed(Split(rows.images, rows.labels), where)._replace(shape=rows.shape)  # type: ignore[arg-type]
 
 
 class Loop:
@@ -65,7 +70,8 @@ class Loop:
         self._checkpoints, self._writer, self._request = checkpoints, writer, request
         redraws = plan.config.noise_redrawn != "never"
         self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
-        self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
+        where = plan.config.data_on
+        self._data, self._validation = training_images(dataset.train, where), placed(dataset.validation, where)
         self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
         self._epoch: Epoch | None = None
         self._compiled_for: int | None = None
@@ -132,12 +138,12 @@ class Loop:
 
     def _train_epoch(
         self, states: States, epoch: int, logbook: Logbook
-    ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
+    ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | np.ndarray | None], float]:
         """Trains one epoch, or the rest of it.
 
         Returns:
-            The new states; the metrics over all steps of the epoch; whether each group is finite, and the validation scores or None, both
-            still on the device; and the seconds that training took.
+            The new states; the metrics over all steps of the epoch; whether each group is finite, and the validation scores or None, still
+            on the device if the images are; and the seconds that training took.
         """
         assert self._epoch is not None
         step, seconds, parts = self._steps_done, 0.0, list[Any]()
@@ -155,11 +161,15 @@ class Loop:
                 seconds += time.perf_counter() - began
                 self._save_inside(states, epoch, part.done, seconds, metrics)
                 parts, began = [metrics], time.perf_counter()
-        # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
         images = self._validation.images
+        if isinstance(images, np.ndarray):  # To score them, the host waits for the device, and that time is no training.
+            jax.block_until_ready(parts)
+            seconds += time.perf_counter() - began
+        # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
         checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
-        jax.block_until_ready(parts)
-        seconds += time.perf_counter() - began
+        if isinstance(images, jax.Array):
+            jax.block_until_ready(parts)
+            seconds += time.perf_counter() - began
         return states, over_steps(joined(jax.device_get(parts))), checks, seconds
 
     def _save_is_due(self) -> bool:

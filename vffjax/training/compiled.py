@@ -1,10 +1,10 @@
 """Compiled programs: how much memory they need, and where they are cached."""
 
-import os
-import pathlib
 from typing import Any
 
 import jax
+
+from vffjax import paths
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:
@@ -21,5 +21,4 @@ def keep_compiled_programs() -> None:
     """
     told = jax.config.values.get("jax_compilation_cache_dir")
     if jax.default_backend() != "cpu" and not told:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "vffjax"))
+        jax.config.update("jax_compilation_cache_dir", str(paths.cache_folder("")))

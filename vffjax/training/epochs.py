@@ -159,10 +159,9 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
     """
     if plan.config.segment_steps:
         return plan.config.segment_steps
-    widths = [layer.width for group in plan.groups for layer in group.module.layers]
-    sizes = zip(layer_sizes(plan.groups, image_shape), widths, strict=True)
+    sizes = layer_sizes(plan.groups, image_shape)
     # Forward, gradient of inputs, gradient of kernels; two for each multiplication.
-    flop = 6 * plan.rows_of_a_step * sum(kernel * max(1, area // width) for (kernel, area), width in sizes)
+    flop = 6 * plan.rows_of_a_step * sum(size.kernels * max(1, size.map // size.width) for size in sizes)
     speed = _CORE * cores() if (backend or jax.default_backend()) == "cpu" else _ACCELERATOR
     most = LARGEST_BYTES // (plan.config.batch_size * (math.prod(image_shape) + feature_bytes))
     return max(2, min(round(SECONDS * speed / flop), most))

@@ -183,7 +183,7 @@ def local_file(config: Config) -> str:
 def _most_bytes(config: Config) -> int:
     """An upper bound for the bytes of a file with this network's weights, be they float64 and with a large classifier."""
     sizes = sizes_of(config)
-    return 8 * sum(kernel for kernel, _ in layer_sizes(groups_of(config, sizes.classes), sizes.image_shape)) + 2**28
+    return 8 * sum(layer.kernels for layer in layer_sizes(groups_of(config, sizes.classes), sizes.image_shape)) + 2**28
 
 
 def _opened(path: pathlib.Path | str, config: Config) -> Any:
