@@ -27,9 +27,9 @@ def _own(config: Config) -> own_sets.Own:
 @functools.lru_cache(maxsize=1)
 def _read(given: str, path: str, *_: int) -> own_sets.Own:
     try:
+        if not zipfile.is_zipfile(path):
+            raise bad_key("data_dir", given, "not an .npz file, which is an archive of arrays", f"make one by np.savez, with {NAMES}")
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise bad_key("data_dir", given, "one array, not an archive of several", f"save it by np.savez with {NAMES}")
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         fix = "save texts as np.array(names, dtype=str), not as objects" if "pickle" in str(error) else "save it again by np.savez"
