@@ -10,7 +10,13 @@ from vffjax.registry import SOURCES
 
 def find(config: Config) -> Source:
     """The source of a configuration. Raises `UserError` if it is not known, or is code from outside that may not be run or is none."""
-    return SOURCES.find(config.dataset, Source)
+    return find_source(config.dataset)
+
+
+def find_source(name: str) -> Source:
+    """The source that config.dataset would name so. Raises `UserError` as `find`."""
+    source: Source = SOURCES.find(name, Source)
+    return source
 
 
 def sizes_of(config: Config) -> Sizes:

@@ -19,6 +19,7 @@ from jaxtyping import Int32, UInt8
 from vffjax.data import tfrecord
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.paths import local
+from vffjax.registry import SOURCES
 
 CHUNK = 5_000  # records of an array_record file that are held in memory at once
 
@@ -29,6 +30,11 @@ def one_line(error: BaseException) -> str:
     """The message of another library's error, on one line of at most 300 characters."""
     text = printable(str(error)) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def dataset(name: str) -> str:
+    """What config.dataset calls the set that tensorflow-datasets calls `name`."""
+    return name if name in SOURCES.names else f"tfds:{name}"
 
 
 def data_root(data_dir: str) -> pathlib.Path:
@@ -113,7 +119,7 @@ def read_encoded(name: str, folder: pathlib.Path) -> tuple[dict[str, Records], t
         there = [split for split in ("test", "validation") if split in builder.info.splits][:1]
         if "train" not in builder.info.splits:
             problem = f"has the splits {', '.join(builder.info.splits)}, and train is not among them"
-            raise bad_key("dataset", f"tfds:{name}", problem, "use another set")
+            raise bad_key("dataset", dataset(name), problem, "use another set")
         names = tuple(builder.info.features[label].names or map(str, range(builder.info.features[label].num_classes)))
         found = {}
         for part, split in zip(("train", "test"), ("train", *there), strict=False):
@@ -137,7 +143,7 @@ def _picture_and_class(builder: Any, name: str) -> tuple[str, str]:
             found[:] = [key for key in found if key in supervised] or found
     if len(pictures) != 1 or len(classes) != 1:
         problem = f"its examples have the features {', '.join(features)}, and not one image and one class"
-        raise bad_key("dataset", f"tfds:{name}", problem, "use a set for image classification")
+        raise bad_key("dataset", dataset(name), problem, "use a set for image classification")
     return pictures[0], classes[0]
 
 
@@ -177,12 +183,12 @@ def imported(name: str) -> Any:
 
 def not_installed(name: str, error: ImportError) -> UserError:
     fix = "pip install tensorflow-datasets array_record importlib_resources pillow"
-    return bad_key("dataset", name, f"a library it needs is not installed ({one_line(error)})", fix)
+    return bad_key("dataset", dataset(name), f"a library it needs is not installed ({one_line(error)})", fix)
 
 
 def _damaged(path: pathlib.Path, problem: str, name: str) -> UserError:
     folder = path if path.is_dir() else path.parent
-    return UserError(f'{path}: {problem}; delete {folder} and run "vffjax prepare {name}", or set config.data_dir to a sound copy')
+    return UserError(f'{path}: {problem}; delete {folder} and run "vffjax prepare {dataset(name)}", or set config.data_dir to a sound copy')
 
 
 @contextlib.contextmanager

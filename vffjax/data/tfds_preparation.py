@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from vffjax.data.tfds_files import find, imported, not_installed, one_line, quiet
+from vffjax.data.tfds_files import dataset, find, imported, not_installed, one_line, quiet
 from vffjax.errors import SafeStream, UserError, bad_key
 
 REACH_SECONDS = 3.0  # how long a server may take to answer before it counts as unreachable
@@ -36,7 +36,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     if folder:
         return folder
     tfds = imported(name)
-    fix = f'run "vffjax prepare {name}" on a machine with network, or set config.data_dir or TFDS_DATA_DIR to a prepared folder'
+    fix = f'run "vffjax prepare {dataset(name)}" on a machine with network, or set config.data_dir or TFDS_DATA_DIR to a prepared folder'
     missing = [p for p in (root / name, root, *root.parents) if not os.path.exists(p)]  # innermost first
     manual = root / "downloads" / "manual"
     try:
@@ -48,7 +48,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
         if not (files and all(info.filename and (manual / info.filename).is_file() for info in files.values())):
             problem = _unreachable(next(iter(files), "https://storage.googleapis.com"))
             if problem:
-                raise bad_key("dataset", name, f"not prepared in {root} and the download failed ({problem})", fix)
+                raise bad_key("dataset", dataset(name), f"not prepared in {root} and the download failed ({problem})", fix)
         root.mkdir(parents=True, exist_ok=True)
         # A download folder of our own can be removed without harm to another process that prepares another set.
         downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
@@ -64,14 +64,14 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
         folder = find(name, root)
         if folder:  # another process was faster
             return folder
-        raise bad_key("dataset", name, f"not prepared in {root} and preparing it failed ({one_line(error)})", fix) from error
+        raise bad_key("dataset", dataset(name), f"not prepared in {root} and preparing it failed ({one_line(error)})", fix) from error
     finally:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()  # removes only empty folders, which a failure leaves
     folder = find(name, root)
     if folder is None:
-        raise bad_key("dataset", name, f"it was prepared, but {root / name} holds no prepared version", fix)
+        raise bad_key("dataset", dataset(name), f"it was prepared, but {root / name} holds no prepared version", fix)
     return folder
 
 
