@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -45,26 +45,28 @@ def describe(plan: Plan) -> str:
     return f"{len(plan.groups)} group(s) of widths {shown}{note}"
 
 
-def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") -> dict[str, Any]:
+def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "", progress: TextIO | None = None) -> dict[str, Any]:
     """Trains a run to its end, from its start or from the newest sound checkpoint in its workdir.
 
     Args:
         config: the run's configuration.
         workdir: the run's folder, which is created if there is none.
         data_sha256: if it is given, the digest that the data set must have.
+        progress: the stream on which the run says what it is and how far it has come; default: standard error.
 
     Returns:
         What summary.json holds.
 
     Raises:
-        UserError: the input is bad, or the run has diverged.
+        UserError: the input is bad; or, as `loop.Diverged`, the run has diverged.
         Terminated: SIGTERM came, and the run has been saved.
         KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
-    return termination.interruptible(functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256))
+    work = functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256, progress)
+    return termination.interruptible(work)
 
 
-def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
+def _train(config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None) -> dict[str, Any]:
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
@@ -74,18 +76,18 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str,
         used = (workdir / LOCK).exists()
         if used:
             held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
-        with phase("reading data"):
+        with phase("reading data", progress):
             dataset = data_module.load(config)
         if data_sha256:
             check_same_data(config, dataset, data_sha256)
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: after bad input there should be one line and no new folder.
-        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}")
+        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", progress)
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
-        return _train_in(config, workdir, dataset, plan, request)
+        return _train_in(config, workdir, dataset, plan, request, progress)
 
 
 def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
@@ -95,7 +97,9 @@ def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
         raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
 
 
-def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: termination.Request) -> dict[str, Any]:
+def _train_in(
+    config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: termination.Request, progress: TextIO | None
+) -> dict[str, Any]:
     checkpoints = checkpoint.Checkpoints(workdir)
     sound, begun = sound_epochs(checkpoints, config)
     if begun:
@@ -120,7 +124,7 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
-            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
+            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir, progress)
     request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved

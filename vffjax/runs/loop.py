@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,11 @@ from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
+
+
+class Diverged(UserError):
+    """A loss or a state is not finite. The message says where, what is kept, and the fix."""
+
 
 # An epoch of fewer FLOP takes at most about a second on two CPU cores.
 _SHORT_EPOCH = 2e10
@@ -82,13 +87,13 @@ class Loop:
         """The steps that are done already of an epoch which was saved inside and goes on; else 0."""
         return self._position["step"] if self._position else 0
 
-    def train(self, states: States, workdir: pathlib.Path) -> dict[str, Any]:
-        """Trains to the end, from these states, whose arrays are donated; returns the run's state.
+    def train(self, states: States, workdir: pathlib.Path, progress: TextIO | None = None) -> dict[str, Any]:
+        """Trains to the end, from these states, whose arrays are donated; returns the run's state. Shows its progress as `Logbook` does.
 
-        Raises `Terminated` if the run was told to leave, after it has been saved, and `UserError` if it has diverged.
+        Raises `Terminated` if the run was told to leave, after it has been saved, and `Diverged` if it has diverged.
         """
         done, total = self._run["epoch"], self._plan.total_epochs
-        with Logbook(workdir, total, done) as logbook:
+        with Logbook(workdir, total, done, progress) as logbook:
             logbook.phase("compiling")
             self._compile_checks(states)
             for epoch in range(done, total):
@@ -209,7 +214,7 @@ class Loop:
         self._request.saved = what_is_saved(self._plan, epochs, step)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, step: int = 0) -> None:
-        """Raises `UserError` if the run has diverged. This is done before each save, so that checkpoints hold finite numbers only.
+        """Raises `Diverged` if the run has diverged. This is done before each save, so that checkpoints hold finite numbers only.
 
         Args:
             metrics: the metrics of the epoch, or of its first `step` steps, as `epochs.over_steps` returns them.
@@ -230,7 +235,7 @@ class Loop:
         if problems:
             kept = f"the checkpoint of epoch {self._writer.newest} is kept" if self._writer.newest else "there is no checkpoint yet"
             fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"
-            raise UserError(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
+            raise Diverged(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
 
 
 def what_is_saved(plan: Plan, epochs: int, step: int) -> str:

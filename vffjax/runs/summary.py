@@ -1,6 +1,5 @@
 """What a run writes at its end: summary.json, curves.png and features.png."""
 
-import functools
 import pathlib
 from typing import Any
 
@@ -17,7 +16,9 @@ from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
 from vffjax.runs.trained import Trained
 from vffjax.training.augment import normalise
+from vffjax.training.compiled import compiled
 from vffjax.training.plan import Plan
+from vffjax.training.trainer import feature_maps
 
 
 def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
@@ -66,10 +67,9 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: Stat
         for told in (labels, wrong):
             pairs = zip(x[:, None], map(jnp.asarray, told), strict=True)
             kinds.append(jnp.concatenate([plan.rule.told(task, image, label) for image, label in pairs]))
-    streams = []
-    z, clean = jnp.concatenate(kinds), len(labels)
-    for group, state in zip(plan.groups, states, strict=True):
-        z, _ = jax.jit(functools.partial(group.features, clean=clean, train=False))(state.params, state.batch_stats, z)
+    streams, clean = [], len(labels)
+    rows = jnp.concatenate(kinds)
+    for z in compiled(feature_maps, plan.program, clean, states, rows)(states, rows):
         shown = np.full((3, clean, *z.shape[1:]), np.nan, np.float32)
         shown[: len(kinds)] = np.asarray(z, np.float32).reshape(len(kinds), clean, *z.shape[1:])
         streams.append(shown)

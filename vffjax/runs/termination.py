@@ -28,7 +28,7 @@ class Terminated(Exception):
     """A run was told to leave and has done so. The message says what is saved."""
 
 
-NOTHING = "nothing is saved yet; the same command begins anew"
+NOTHING = "nothing of this run is saved yet; the same command begins it anew"
 KEPT = "what was saved before is kept; the same command goes on from there"
 
 

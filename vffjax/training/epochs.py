@@ -21,6 +21,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import States, layer_sizes
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
+from vffjax.training.compiled import compiled
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
 from vffjax.training.trainer import run_segment
 
@@ -118,7 +119,7 @@ class Epoch:
 
     def _program(self, length: int, task: Task, states: States, batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
-            self._compiled[length] = segment.lower(self._plan.program, self._active, task, states, batches).compile()
+            self._compiled[length] = compiled(segment, self._plan.program, self._active, task, states, batches)
         return self._compiled[length]
 
 

@@ -15,6 +15,7 @@ from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training import augment, trainer
+from vffjax.training.compiled import compiled
 from vffjax.training.plan import Plan
 
 PIECE_BYTES = 2**26  # of images on the host that are brought to the device at once
@@ -110,7 +111,7 @@ def compile_scores(
     """`make_scores`, compiled for images of this shape."""
     size = plan.config.eval_batch_size
     shape = images.shape if isinstance(images, jax.Array) else (_piece(images, size), *images.shape[1:])
-    program = program_scores.lower(plan.program, inference, task, states, jax.ShapeDtypeStruct(shape, images.dtype)).compile()
+    program = compiled(program_scores, plan.program, inference, task, states, jax.ShapeDtypeStruct(shape, images.dtype))
     return functools.partial(_scored, program, size)
 
 
