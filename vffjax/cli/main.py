@@ -11,6 +11,7 @@ import sys
 from typing import NoReturn
 
 from vffjax.cli import commands
+from vffjax.cli.options import beside
 from vffjax.errors import SafeStream, UserError, notice
 from vffjax.runs import termination
 from vffjax.runs.termination import Terminated
@@ -24,7 +25,7 @@ def names() -> list[str]:
 def usage() -> str:
     """The help of `vffjax` itself."""
     documented = {name: importlib.import_module(f"{commands.__name__}.{name}").__doc__ or "" for name in names()}
-    lines = [f"  {name:9s}  {text.partition(chr(10))[0]}" for name, text in documented.items()]
+    lines = [line for name, text in documented.items() for line in beside(f"  {name}", text.partition("\n")[0], 13)]
     return "\n".join(["usage: vffjax COMMAND [OPTION ...]", "", *lines, "", "vffjax COMMAND --help tells more."])
 
 
