@@ -39,7 +39,7 @@ def from_mapping(given: Mapping[str, Any], where: str) -> own_sets.Own:
     kinds = [parts for parts in _PARTS if all(name in given for part in parts for name in part)]
     if not kinds:
         raise UserError(f"{where}: holds {printable(', '.join(map(str, given)), 200) or 'nothing'}; give it {NAMES}")
-    parts = [(_images(given[x], f"{where}: {x}"), _labels(given[y], f"{where}: {y}")) for x, y in kinds[0]]
+    parts = [(as_bytes(given[x], f"{where}: {x}"), _labels(given[y], f"{where}: {y}")) for x, y in kinds[0]]
     for (images, labels), (x, y) in zip(parts, kinds[0], strict=True):
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{where}: {len(images)} {x} and {len(labels)} {y}; give each image one label")
@@ -51,8 +51,8 @@ def from_mapping(given: Mapping[str, Any], where: str) -> own_sets.Own:
     return own_sets.Own(Split(images, np.concatenate(numbers)), names, len(numbers[0]) if len(parts) > 1 else None)
 
 
-def _images(given: Any, where: str) -> np.ndarray:
-    """Images as bytes, [n, h, w, c]."""
+def as_bytes(given: Any, where: str) -> np.ndarray:
+    """Images as bytes, [n, h, w, c]; `from_mapping` says what is taken. Raises `UserError` that calls them `where`."""
     images = np.asarray(given)
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -110,6 +110,18 @@ def _numbered(labels: list[np.ndarray], names: Any, where: str) -> tuple[list[np
         raise UserError(f"{where}: has one class, so that there is nothing to learn; give two classes or more")
     numbered = [np.searchsorted(classes, part).astype(np.int32) for part in labels]
     return numbered, tuple(c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in classes.tolist())
+
+
+def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
+    """Labels, as numbers or as names of classes, as numbers, int32 [n]. Raises `UserError` if they are none of the classes."""
+    labels = _labels(given, where)
+    if labels.dtype.kind == "U":
+        if strange := sorted(set(labels.tolist()) - set(names)):
+            raise UserError(f"{where}: {printable(strange[0])!r} is no class; the classes are {printable(', '.join(names), 200)}")
+        return np.array([names.index(label) for label in labels.tolist()], np.int32)
+    if labels.size and (labels.min() < 0 or labels.max() >= len(names)):
+        raise UserError(f"{where}: from {labels.min()} to {labels.max()}; give numbers from 0 to {len(names) - 1}, or names of classes")
+    return labels.astype(np.int32)
 
 
 def hold(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, str]:

@@ -45,7 +45,13 @@ def describe(plan: Plan) -> str:
     return f"{len(plan.groups)} group(s) of widths {shown}{note}"
 
 
-def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "", progress: TextIO | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: pathlib.Path | str,
+    data_sha256: str = "",
+    progress: TextIO | None = None,
+    after_epoch: loop.AfterEpoch = loop.goes_on,
+) -> dict[str, Any]:
     """Trains a run to its end, from its start or from the newest sound checkpoint in its workdir.
 
     Args:
@@ -53,20 +59,23 @@ def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "", pr
         workdir: the run's folder, which is created if there is none.
         data_sha256: if it is given, the digest that the data set must have.
         progress: the stream on which the run says what it is and how far it has come; default: standard error.
+        after_epoch: is called with the record of each epoch, as it stands in metrics.jsonl. If it returns true, the run is saved and left.
 
     Returns:
         What summary.json holds.
 
     Raises:
         UserError: the input is bad; or, as `loop.Diverged`, the run has diverged.
-        Terminated: SIGTERM came, and the run has been saved.
+        Terminated: SIGTERM came, or `after_epoch` asked for it, and the run has been saved.
         KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
-    work = functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256, progress)
+    work = functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256, progress, after_epoch)
     return termination.interruptible(work)
 
 
-def _train(config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None) -> dict[str, Any]:
+def _train(
+    config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
+) -> dict[str, Any]:
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
@@ -87,7 +96,7 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str, progress: Te
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
-        return _train_in(config, workdir, dataset, plan, request, progress)
+        return _train_in(config, workdir, dataset, plan, request, progress, after_epoch)
 
 
 def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
@@ -98,7 +107,13 @@ def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
 
 
 def _train_in(
-    config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: termination.Request, progress: TextIO | None
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    plan: Plan,
+    request: termination.Request,
+    progress: TextIO | None,
+    after_epoch: loop.AfterEpoch,
 ) -> dict[str, Any]:
     checkpoints = checkpoint.Checkpoints(workdir)
     sound, begun = sound_epochs(checkpoints, config)
@@ -124,7 +139,7 @@ def _train_in(
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
-            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir, progress)
+            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
     request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
     best = check_best(checkpoints, run, sound)
     assert best is not None  # the last epoch is always saved

@@ -1,8 +1,10 @@
 """The loop over the epochs of a run: it trains, validates, keeps the record and saves."""
 
 import contextlib
+import copy
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
@@ -22,6 +24,13 @@ from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
+
+AfterEpoch = Callable[[dict[str, Any]], object]
+
+
+def goes_on(record: dict[str, Any]) -> bool:
+    """What is done after an epoch by default: nothing, and the run goes on."""
+    return False
 
 
 class Diverged(UserError):
@@ -59,6 +68,7 @@ class Loop:
         checkpoints: the run's checkpoints, for saves inside of an epoch.
         writer: saves whole epochs.
         request: what SIGTERM and Ctrl-C ask for. The loop looks at it between two segments, and keeps it informed about what is saved.
+        after_epoch: is called with the record of each epoch. If it returns true, the run is saved and told to leave.
     """
 
     def __init__(
@@ -70,9 +80,10 @@ class Loop:
         checkpoints: Checkpoints,
         writer: Writer,
         request: Request,
+        after_epoch: AfterEpoch = goes_on,
     ):
         self._plan, self._config, self._task, self._run = plan, plan.config, task, run
-        self._checkpoints, self._writer, self._request = checkpoints, writer, request
+        self._checkpoints, self._writer, self._request, self._after_epoch = checkpoints, writer, request, after_epoch
         redraws = plan.config.noise_redrawn != "never"
         self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
         where = plan.config.data_on
@@ -113,6 +124,8 @@ class Loop:
                 validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch), self._config.votes)
                 # The line comes before the checkpoint: an epoch with a line but no checkpoint is trained again and gets a new line.
                 record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
+                if self._after_epoch(copy.deepcopy(record)) and epoch + 1 < total:
+                    self._request.made = True
                 logbook.phase("saving")
                 self._finish_epoch(states, epoch, record, validated)
         return self._run

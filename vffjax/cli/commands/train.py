@@ -26,16 +26,12 @@ stopped. The workdir gets config.json, metrics.jsonl, checkpoints/, summary.json
 The keys and their defaults:
 """
 
-import contextlib
 import json
-import os
 import pathlib
 import re
-from typing import Any
 
 from vffjax.cli import flags, key_help, options
-from vffjax.config import CHANGEABLE, FIELDS, Config
-from vffjax.errors import UserError
+from vffjax.config import CHANGEABLE, FIELDS
 from vffjax.files import sha256
 
 
@@ -48,12 +44,13 @@ def run(arguments: list[str]) -> None:
     folder = pathlib.Path(workdir or f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
     with options.naming_files(folder):
         config = flags.ready(config)
+        from vffjax.costs import fits
         from vffjax.runs import experiment
         from vffjax.weights import weights
 
         if not (folder / "config.json").exists():  # a run that continues has its weights already
             weights.check_start(config)
-        check_memory(config)
+        fits.check_memory(config)
         summary = experiment.train(config, folder)
     shown = ", ".join(f"{e:.2f}" for e in summary["test_error_per_group"])
     print(f"test error {summary['test_error']:.2f} % (groups {shown}; voting {summary['voting']}), best epoch {summary['best_epoch']}")
@@ -67,28 +64,3 @@ def _help_asked(arguments: list[str]) -> str | None:
             word = key if equals else next(iter(arguments[i + 1 :]), "")
             return word if re.match(r"(--?config\.)?\w", word) else ""
     return None if arguments else ""
-
-
-def check_memory(config: Config) -> None:
-    """Raises `UserError` if training cannot fit into memory. Without this check XLA or the kernel would kill the process."""
-    import jax
-
-    from vffjax.costs.memory import least_bytes
-
-    device = jax.devices()[0]
-    here, least = bytes_of(device), least_bytes(config)
-    if here is not None and least > here:  # one device trains, however many there are
-        shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
-        raise UserError(f"{shown}: needs {least / 1e9:,.1f} GB at the least, and {device.device_kind} has {here / 1e9:,.1f}; lower them")
-
-
-def bytes_of(device: Any) -> int | None:
-    """The memory of a device in bytes; for a processor that of the machine. None if it is not known."""
-    with contextlib.suppress(Exception):  # a plugin without statistics may raise anything
-        if limit := (device.memory_stats() or {}).get("bytes_limit"):
-            return int(limit)
-    if device.platform == "cpu":
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-            found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            return found if found > 0 else None
-    return None
