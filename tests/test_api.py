@@ -30,9 +30,9 @@ def digits(run):
     return run.data.test
 
 
-def trained(workdir, **keys):
+def trained(workdir, config=CONFIG, **keys):
     """A run that is trained from Python, without its progress."""
-    return vffjax.train(CONFIG, workdir, quiet=True, **keys)
+    return vffjax.train(config, workdir, quiet=True, **keys)
 
 
 def test_import_vffjax_loads_neither_jax_nor_the_modules_of_its_names():
@@ -165,12 +165,13 @@ def test_two_runs_in_one_process_a_changed_value_and_one_begun_anew(tmp_path, mo
 def test_arrays_are_trained_evaluated_and_bound_to_the_run(tmp_path):
     split = data.load(vffjax.make_config(CONFIG)).train
     x, y = split.images[:300, ..., 0], split.labels[:300]
-    found = trained(tmp_path / "run", data=(x, y))
+    config = CONFIG | {"train_examples": 0}
+    found = trained(tmp_path / "run", config, data=(x, y))
     assert found.summary["data_sha256"] == found.data.sha256()
     assert vffjax.evaluate(found)["test_error"] == found.summary["test_error"]
     assert len(found.data.test) == sum(max(1, round(0.2 * n)) for n in np.bincount(y))
-    fails(lambda: trained(tmp_path / "run", data=(x, (y + 1) % 10)), "config.data_dir")
-    fails(lambda: trained(tmp_path / "other", data=(x, y[:4])), "data: 300 images and 4 labels")
+    fails(lambda: trained(tmp_path / "run", config, data=(x, (y + 1) % 10)), "config.data_dir")
+    fails(lambda: trained(tmp_path / "other", config, data=(x, y[:4])), "data: 300 images and 4 labels")
 
 
 def test_problems_of_training_are_named_before_anything_is_written(tmp_path):
