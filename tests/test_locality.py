@@ -19,6 +19,7 @@ from vffjax.cli.config_file import load_config_file
 from vffjax.errors import UserError
 from vffjax.networks import find
 from vffjax.proofs import locality
+from vffjax.registry import SOURCES
 from vffjax.rules import local as rules
 from vffjax.training import trainer
 from vffjax.training.checks import make_config
@@ -41,7 +42,9 @@ GIVEN = [given for path in FILES for given in given_of(path)]
 
 
 def of_file(given):
-    return make_config(load_config_file(str(ROOT / "configs" / given))[0])
+    """The configuration of a file; one that wants images of your own gets others of its size, because there are none here."""
+    values = load_config_file(str(ROOT / "configs" / given))[0]
+    return make_config(values | ({"dataset": "synthetic"} if callable(SOURCES.find(values["dataset"]).sizes) else {}))
 
 
 def plain(certificate):
