@@ -86,7 +86,8 @@ def _run(arguments: list[str]) -> int:
         notice(f"vffjax: error: {error}")
         return 2
     except Terminated as leave:
-        notice(f"vffjax: told to leave (SIGTERM): {leave}")
+        if not termination.abandoned():
+            notice(f"vffjax: told to leave (SIGTERM): {leave}")
         return 143
     except SystemExit as leave:  # of argparse after its help, or of a library that gives its reason in words
         if leave.code is None or isinstance(leave.code, int):

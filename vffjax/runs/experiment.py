@@ -141,13 +141,14 @@ def _train_in(
             states, task = begun.restore(plan) if begun else start(plan, dataset)
             run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
     request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
-    best = check_best(checkpoints, run, sound)
-    assert best is not None  # the last epoch is always saved
-    trained = Trained(plan, *best.restore(plan), best.run)
-    test = loop.placed(dataset.test, config.data_on)
-    found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
-    measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
-    return conclude(trained, dataset, measured, run, workdir)
+    with phase("measuring the test error, drawing", progress):
+        best = check_best(checkpoints, run, sound)
+        assert best is not None  # the last epoch is always saved
+        trained = Trained(plan, *best.restore(plan), best.run)
+        test = loop.placed(dataset.test, config.data_on)
+        found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
+        measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
+        return conclude(trained, dataset, measured, run, workdir)
 
 
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
