@@ -635,10 +635,10 @@ def huge_image(place):
 
 CONVERT = "convert or replace it"
 IMAGES = {
-    "an image that is missing": (on_run("predict", "no.png"), ["no.png: No such file", "give a PNG or JPEG"]),
-    "an image that is a folder": (on_run("predict", "."), [".: not a file", "give a PNG or JPEG"]),
-    "an image that is a device": (on_run("predict", "/dev/zero"), ["/dev/zero: not a file", "give a PNG or JPEG"]),
-    "an image that is a pipe": (image_pipe, ["pipe.png: not a file", "give a PNG or JPEG"]),
+    "an image that is missing": (on_run("predict", "no.png"), ["no.png: No such file", "give a PNG, JPEG, WebP or BMP"]),
+    "an image that is a folder": (on_run("predict", "."), [".: no PNG, JPEG, WebP or BMP file in this folder", "give another"]),
+    "an image that is a device": (on_run("predict", "/dev/zero"), ["/dev/zero: not a file", "give a PNG, JPEG"]),
+    "an image that is a pipe": (image_pipe, ["pipe.png: not a file", "give a PNG, JPEG"]),
     "an image of no bytes": (predict("a.png", b""), ["a.png: not a readable", CONVERT]),
     "an image that is text": (predict("a.png", b"not an image"), ["a.png: not a readable", CONVERT]),
     "an image that is a GIF": (predict("a.png", b"GIF89a\x01\0\x01\0\0\0\0;"), ["a.png: not a readable", CONVERT]),
@@ -647,6 +647,8 @@ IMAGES = {
     "an image with too many pixels": (predict("a.png", png(10_000, 10_000)), ["a.png: 10000x10000 pixels", "at most"]),
     "an image with far too many pixels": (predict("a.png", png(10**5, 10**5)), ["a.png: far too many pixels", "at most"]),
     "an image of 256 MB": (huge_image, ["big.png: 268435457 bytes", "at most 268435456"]),
+    "a table that is no CSV file": (on_run("predict", "--csv=a.txt", "."), ["--csv=a.txt: cannot be written", "give a .csv file"]),
+    "a table of nothing": (on_run("predict", "--csv=a.csv", "no.png"), ["no.png: No such file"]),
     "an image with a null byte": (on_run("predict", "a\0.png"), ["a\\x00.png", "; "]),
     "an image with a name of two lines": (
         predict("a\nvffjax: error: b\x1b[2J.png", b""),

@@ -66,7 +66,7 @@ def networks():
 def make(seed, number):
     """Suffix and bytes of file `number`."""
     rng = random.Random(f"{seed}/{number}")
-    kind = rng.choice(["png", "png", "jpg", "safetensors"])
+    kind = rng.choice(["png", "png", "jpg", "webp", "bmp", "safetensors"])
     sound = [networks()[number % 2][2]] if kind == "safetensors" else mutations.images()[kind]
     return kind, mutations.mutated(rng, kind, sound)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import warnings
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from vffjax.files import read_bytes
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # as Pillow calls them
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of the names of their files
-KINDS = "PNG, JPEG, WebP or BMP"
+# The formats that are read, by Pillow's names, and the endings of their files.
+FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",)}
+KINDS = "PNG, JPEG, WebP or BMP"  # as messages call them
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # How to turn a picture upright, by the EXIF orientation that it is stored with. From 5 on, width and height change places.
 _TURNS = {
@@ -36,7 +38,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in 
 
 
 def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
-    """Reads one picture file as a person would see it, at the network's size and in grey or colour as the network takes it.
+    """Reads one PNG, JPEG, WebP or BMP file as a person would see it, at the network's size and in grey or colour as the network takes it.
 
     The image is turned upright by its EXIF orientation. Its short side is resized to that of (h, w), and the middle is cut out, as is
     usual when image classifiers are evaluated; nothing is squashed. Transparent parts show a background: black, or white where less than
@@ -107,9 +109,10 @@ def decoded(content: bytes, sides: tuple[int, int] | None, mode: str, named: str
 def _as_stored(content: bytes, named: str) -> Image.Image:
     """The decoded picture as it is stored in a file of this content. Raises `UserError` if it is too large."""
     # From memory: from a file, Pillow would allocate as many bytes as a chunk claims to have, up to 4 GB.
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"{named}: {image.width}x{image.height} pixels; give an image of at most {MAX_PIXELS} pixels")
+    image = Image.open(io.BytesIO(content), formats=tuple(FORMATS))
+    most = MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS  # whose decoder keeps more copies
+    if image.width * image.height > most:
+        raise UserError(f"{named}: {image.width}x{image.height} pixels; give an image of at most {most} pixels")
     image.load()
     return image
 
@@ -146,3 +149,24 @@ def _on_background(image: Image.Image) -> Image.Image:
     ground = 255.0 if bright < alpha.sum() / 10 else 0.0
     seen = colour + (1 - alpha[..., None] / 255) * ground
     return Image.fromarray(np.clip(np.rint(seen), 0, 255).astype(np.uint8))
+
+
+def pictures_in(folder: pathlib.Path | str) -> tuple[list[pathlib.Path], list[UserError]]:
+    """The picture files of a folder and of the folders in it, by their endings, in the order of their paths.
+
+    Hidden files and folders are passed over, such as the `._name` beside a file that a Mac has copied. Links to folders are not followed.
+
+    Returns:
+        The files, and an error for each folder that cannot be read, or for the whole if it has no such file.
+    """
+    found, problems = list[pathlib.Path](), list[UserError]()
+
+    def refuse(error: OSError) -> None:
+        problems.append(UserError(f"{error.filename}: {error.strerror}; make the folder readable"))
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [pathlib.Path(place, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    if not found and not problems:
+        problems.append(UserError(f"{folder}: no {KINDS} file in this folder; give another"))
+    return sorted(found), problems

@@ -1,16 +1,22 @@
 """Prediction: image files in, ranked classes out."""
 
+import itertools
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vffjax.data.pictures import read_image
+from vffjax.data.pictures import pictures_in, read_image
+from vffjax.errors import UserError
+from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training.scores import ensemble, make_scores
+
+MOST_AT_ONCE = 500  # images in memory
 
 
 def oddity(image: UInt8[np.ndarray, "h w c"], mean: Float[np.ndarray, " c"], std: Float[np.ndarray, " c"]) -> str:
@@ -43,31 +49,54 @@ def rank(log_p: Float[np.ndarray, " classes"], class_names: list[str], top: int)
     return [{"class": class_names[i], "probability": float(p[i])} for i in np.argsort(-p, kind="stable")[:top]]
 
 
-def predict(workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], epoch: str = "best", top: int = 3) -> list[dict[str, Any]]:
-    """Classifies image files by a trained run.
+def predict(
+    workdir: pathlib.Path | str, paths: Sequence[pathlib.Path | str], epoch: str = "best", top: int = 3
+) -> Iterator[dict[str, Any]]:
+    """Classifies image files by a trained run, some hundreds at a time.
 
     Args:
         workdir: the run's folder.
-        paths: PNG or JPEG files; `read_image` says how they become images of the network's size.
+        paths: image files, and folders, of which all image files are taken (see `pictures.pictures_in`). `pictures.read_image` says what is
+            read and how it becomes an image of the network's size.
         epoch: best, latest, or the number of a saved epoch.
         top: how many classes are listed.
 
-    Returns:
-        For each file its path as `image`; as `by` the likeliest classes by each trained group and by the voting `ensemble`; and a
-        `note` if the image looks unlike the training images (see `oddity`).
+    Yields:
+        For each file, in their order, its path as `image`. As `by` the likeliest classes by each trained group and by the voting
+        `ensemble`, and a `note` if the image looks unlike the training images (see `oddity`). Or an `error`, if it cannot be read.
 
     Raises:
-        UserError: the run or an image cannot be read.
+        UserError: the run cannot be read.
     """
     trained = load_run(workdir, epoch)
-    plan, states, task, run = trained
-    images = np.stack([read_image(pathlib.Path(path), tuple(run["image_shape"])) for path in paths])
-    scores = np.asarray(make_scores(plan, trained.scored_by)(task, states, jnp.asarray(images)))
-    names = run["class_names"]
-    found = []
-    for i, path in enumerate(paths):
-        by = {plan.groups[g].name: rank(scores[g, i], names, top) for g in range(trained.groups)}
-        by["ensemble"] = rank(ensemble(scores[:, i : i + 1], trained.voting, trained.vote_weights)[0], names, top)
-        note = oddity(images[i], np.asarray(task.mean), np.asarray(task.std))
-        found.append({"image": str(path), "by": by} | ({"note": note} if note else {}))
-    return found
+    shape, most = tuple(trained.run["image_shape"]), min(trained.plan.config.eval_batch_size, MOST_AT_ONCE)
+    waiting, images = list[dict[str, Any]](), list[np.ndarray]()
+    for path in paths:
+        files, problems = pictures_in(path) if os.path.isdir(path) else ([pathlib.Path(path)], [])
+        waiting += [{"image": str(path), "error": str(problem)} for problem in problems]
+        for file in files:
+            waiting.append({"image": str(file)})
+            try:
+                images.append(read_image(file, shape))
+            except UserError as error:
+                waiting[-1]["error"] = str(error)
+            if len(images) == most:
+                yield from _classified(trained, waiting, images, top)
+                waiting, images = [], []
+    yield from _classified(trained, waiting, images, top)
+
+
+def _classified(trained: Trained, entries: list[dict[str, Any]], images: list[np.ndarray], top: int) -> Iterator[dict[str, Any]]:
+    """The entries of `predict`, completed. The images belong to those without an error, in their order."""
+    (plan, states, task, run), numbers = trained, itertools.count()
+    if images:
+        scores = np.asarray(make_scores(plan, trained.scored_by)(task, states, jnp.asarray(np.stack(images))))
+        votes = ensemble(scores, trained.voting, trained.vote_weights)
+    for entry in entries:
+        if "error" not in entry:
+            i = next(numbers)
+            entry["by"] = {plan.groups[g].name: rank(scores[g, i], run["class_names"], top) for g in range(trained.groups)}
+            entry["by"]["ensemble"] = rank(votes[i], run["class_names"], top)
+            if note := oddity(images[i], np.asarray(task.mean), np.asarray(task.std)):
+                entry["note"] = note
+        yield entry
