@@ -312,22 +312,24 @@ def prepared(root, splits):
     """Lets tensorflow-datasets itself prepare a set in a folder: JPEG pictures of several sizes, with two features that are classes."""
     import tensorflow_datasets as tfds
 
-    class MyPhotos(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = root
+    with tfds.core.registered.skip_registering():  # it may be defined again
 
-        def _info(self):
-            kinds = {"image": tfds.features.Image(encoding_format="jpeg"), "coarse": tfds.features.ClassLabel(num_classes=2)}
-            kinds["species"] = tfds.features.ClassLabel(names=list(CLASSES))
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(kinds), supervised_keys=("image", "species"))
+        class MyPhotos(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+            pkg_dir_path = root
 
-        def _split_generators(self, manager):
-            return {split: self._generate_examples(seeds) for split, seeds in splits.items()}
+            def _info(self):
+                kinds = {"image": tfds.features.Image(encoding_format="jpeg"), "coarse": tfds.features.ClassLabel(num_classes=2)}
+                kinds["species"] = tfds.features.ClassLabel(names=list(CLASSES))
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(kinds), supervised_keys=("image", "species"))
 
-        def _generate_examples(self, seeds):
-            for seed in seeds:
-                file = io.BytesIO(encoded(picture(seed, 10 + seed % 3, 10), "JPEG"))
-                yield seed, {"image": file, "coarse": 1, "species": seed % 3}
+            def _split_generators(self, manager):
+                return {split: self._generate_examples(seeds) for split, seeds in splits.items()}
+
+            def _generate_examples(self, seeds):
+                for seed in seeds:
+                    file = io.BytesIO(encoded(picture(seed, 10 + seed % 3, 10), "JPEG"))
+                    yield seed, {"image": file, "coarse": 1, "species": seed % 3}
 
     MyPhotos(data_dir=root, file_format="array_record").download_and_prepare()
 

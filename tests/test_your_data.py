@@ -90,5 +90,5 @@ def test_the_program_of_the_page(page, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["1", "2", "3"]
     assert "('cat', 'dog', 'fox')" in lines[3]
-    assert lines[5] == "(1, 32, 32, 32)"
+    assert lines[5] == "(1, 16, 16, 32)"
     assert float(lines[-1]) < 30
