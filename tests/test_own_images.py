@@ -311,8 +311,9 @@ def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path):
 def prepared(root, splits):
     """Lets tensorflow-datasets itself prepare a set in a folder: JPEG pictures of several sizes, with two features that are classes."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
 
-    with tfds.core.registered.skip_registering():  # it may be defined again
+    with registered.skip_registering():  # it may be defined again
 
         class MyPhotos(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
