@@ -313,7 +313,7 @@ def prepared(root, splits):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
-    with registered.skip_registering():  # it may be defined again
+    with registered.skip_registration():  # it may be defined again
 
         class MyPhotos(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
