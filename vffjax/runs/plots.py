@@ -18,21 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = ("clean", "right label\nadded", "wrong label\nadded")
+KINDS = ("clean", "right label", "wrong label")  # of the columns under an image
 
 
-def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
+def plot_curves(workdir: pathlib.Path, title: str = "") -> pathlib.Path | None:
     """Draws the training loss and the error of each group from metrics.jsonl into curves.png. Returns what `drawing.draw` does."""
-    return draw(pathlib.Path(workdir) / "curves.png", lambda: curves_figure(read_metrics(workdir)))
+    return draw(pathlib.Path(workdir) / "curves.png", lambda: curves_figure(read_metrics(workdir), title))
 
 
-def curves_figure(records: list[dict[str, Any]]) -> "Figure":
+def curves_figure(records: list[dict[str, Any]], title: str = "") -> "Figure":
     """The figure of curves.png, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     legend_rows = math.ceil((_num_groups(records, "val_error_per_group") + 1) / 3)
     figure = Figure(figsize=(11.0, 4.4 + 0.18 * legend_rows), dpi=120, layout="constrained")
+    if title:
+        figure.suptitle(_short(title, 110), fontsize="large", parse_math=False)
     left, right = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in records]
     _curves(left, records, "loss", "all groups", scale=lambda v: v, percent=False)
@@ -159,7 +161,7 @@ def plot_features(path: pathlib.Path, **what: Any) -> pathlib.Path | None:
 
 
 def features_figure(
-    images: np.ndarray,
+    inputs: np.ndarray,
     class_names: Sequence[str],
     labels: Sequence[int] | np.ndarray,
     wrong_labels: Sequence[int] | np.ndarray,
@@ -170,15 +172,16 @@ def features_figure(
     """The codebook, the filters of the first layer, and the features of clean and labelled images in each group.
 
     Args:
-        images: test images [n, h, w, c] on the scale 0 to 1; the first three are drawn.
+        inputs: images as the network sees them [kinds, n, h, w, c], on the scale where black is 0 and white is 1. The first kind is clean;
+            a second and third are copies that were told the right and a wrong label. Labelled copies may leave the scale.
         class_names: the names of all classes.
         labels: the classes of the images.
-        wrong_labels: the wrong classes that the labelled copies were given.
+        wrong_labels: the wrong classes that the labelled copies were told.
         codebook: the noise that labels each class [classes, h, w, c]; None if the rule has none.
-        streams: for each group the features [3, n, h, w, c] or [3, n, units] of the clean, right-labelled and wrong-labelled images.
+        streams: for each group the features [kinds, n, h, w, c] or [kinds, n, units].
         filters: the first layer's kernel [kh, kw, cin, cout] or [fan_in, cout], or None.
     """
-    images = np.asarray(images, np.float32)[:3]
+    inputs = np.asarray(inputs, np.float32)
     codebook = None if codebook is None else np.asarray(codebook, np.float32)
     streams = [np.asarray(stream, np.float32) for stream in streams]
     from matplotlib.figure import Figure
@@ -189,11 +192,10 @@ def features_figure(
     if codebook is not None:
         y = _draw_codebook(sheet, y, codebook, class_names)
     if filters is not None:
-        tiles = _filter_tiles(np.asarray(filters, np.float32), images.shape[1:])
+        tiles = _filter_tiles(np.asarray(filters, np.float32), inputs.shape[2:])
         y = _draw_filters(sheet, y, tiles, filters.shape[-1]) if tiles else y
-    if len(images):
-        names = [(_short(class_names[int(a)], 16), _short(class_names[int(b)], 16)) for a, b in zip(labels, wrong_labels, strict=True)]
-        inputs = [_inputs(image, codebook, int(a), int(b)) for image, a, b in zip(images, labels, wrong_labels, strict=False)]
+    if inputs.shape[1]:
+        names = [[_short(class_names[int(label)], 13) for label in pair] for pair in zip(labels, wrong_labels, strict=True)]
         y = _draw_streams(sheet, y, inputs, names, streams)
     figure.set_size_inches(WIDTH, max(y, 1.0))
     sheet.set(xlim=(0, WIDTH), ylim=(-max(y, 1.0), 0))
@@ -226,7 +228,7 @@ def _draw_codebook(sheet: "Axes", y: float, codebook: np.ndarray, class_names: S
     pitch = USABLE / 10
     for i in range(shown):
         _write(sheet, LEFT + (i + 0.46) * pitch, y + 0.08, _short(class_names[i], 13))
-        _draw(sheet, LEFT + i * pitch, y + 0.18, 0.92 * pitch, _picture(_unit(codebook[i])))
+        _draw(sheet, LEFT + i * pitch, y + 0.18, 0.92 * pitch, _picture(_unit(codebook[i], *_limits(codebook[i]))))
     return y + 0.18 + pitch + 0.2
 
 
@@ -239,36 +241,57 @@ def _draw_filters(sheet: "Axes", y: float, tiles: list[np.ndarray], total: int) 
     return y + math.ceil(len(tiles) / 12) * pitch + 0.2
 
 
-def _draw_streams(
-    sheet: "Axes", y: float, inputs: list[list[np.ndarray]], names: list[tuple[str, str]], streams: list[np.ndarray]
-) -> float:
-    """Draws a block of three rows for each image, and puts blocks side by side if the maps stay legible."""
+def _draw_streams(sheet: "Axes", y: float, inputs: np.ndarray, names: list[list[str]], streams: list[np.ndarray]) -> float:
+    """Draws a row of inputs and a row for each group. Each image has a column for each kind."""
+    kinds, images = inputs.shape[:2]
+    copies = "; labelled copies share one scale, 1 % clipped at either end" if _leaves_the_scale(inputs) else ""
     folded = "units in rows" if all(stream.ndim == 3 for stream in streams) else "mean over channels"
-    note = f"first column: the image, then the noise added to it; groups: {folded}, one scale for three rows (dark: low; top 0.5 % clipped)"
+    note = f"inputs as the network sees them{copies}; groups: {folded}, one colour scale for a row, top 0.5 % clipped"
     y = _heading(sheet, y, "Features of each group", note)
-    columns, between = len(streams) + 1, 0.35
-    abreast = max(1, min(len(inputs), 12 // columns))
-    pitch = min(1.2, (USABLE - (abreast - 1) * between) / (abreast * columns))
-    for start in range(0, len(inputs), abreast):
-        for row, kind in enumerate(KINDS):
-            _write(sheet, LEFT - 0.1, y + 0.45 + (row + 0.46) * pitch, kind, ha="right")
-        for place, i in enumerate(range(start, min(start + abreast, len(inputs)))):
-            x = LEFT + place * max(columns * pitch + between, 3.1)  # room for two long class names
-            _write(sheet, x, y + 0.1, f"{names[i][0]}  (wrong: {names[i][1]})", fontsize=9, ha="left")
-            for column in range(columns):
-                header = "input" if column == 0 else (f"group {column - 1}" if pitch >= 0.6 else f"g{column - 1}")
-                _write(sheet, x + (column + 0.46) * pitch, y + 0.34, header, color="0.35")
-                maps = inputs[i] if column == 0 else _unit(np.stack([_fold(features) for features in streams[column - 1][:, i]]), 99.5)
-                for row, pixels in enumerate(maps):
-                    top = y + 0.45 + row * pitch
-                    _draw(sheet, x + column * pitch, top, 0.92 * pitch, pixels, "gray" if column == 0 else "magma")
-        y += 0.45 + 3 * pitch + 0.15
-    return y
+    between, bar = (0.25 if kinds > 1 else 0.0), 0.65
+    pitch = min(1.2, (USABLE - bar - (images - 1) * between) / (images * kinds), 24 / (1 + len(streams)))
+    block = kinds * pitch + between
+    for i, (right, wrong) in enumerate(names):
+        x = LEFT + i * block
+        _write(sheet, x + 0.46 * kinds * pitch, y + 0.1, right, fontsize=10, fontweight="bold")
+        for k in range(kinds if kinds > 1 else 0):
+            middle = x + (k + 0.46) * pitch
+            _write(sheet, middle, y + 0.32, KINDS[k], color="0.35")
+            _write(sheet, middle, y + 0.46, ("", right, wrong)[k], color="0.35")
+    y += 0.56 if kinds > 1 else 0.22
+    for row, values in enumerate([inputs, *streams]):
+        _write(sheet, LEFT - 0.1, y + 0.46 * pitch, f"group {row - 1}" if row else "input", ha="right")
+        maps = _displayed(values) if row == 0 else np.array([[_fold(features) for features in kind] for kind in values])
+        low, high = _limits(maps, 99.5)
+        for k, i in itertools.product(range(kinds), range(images)):
+            pixels = _picture(maps[k, i]) if row == 0 else _unit(maps[k, i], low, high)
+            _draw(sheet, LEFT + i * block + k * pitch, y, 0.92 * pitch, pixels, "magma" if row else "gray")
+        if row and np.isfinite(high):
+            _draw_scale(sheet, LEFT + images * block - between + 0.08, y, 0.92 * pitch, low, high)
+        y += pitch
+    return y + 0.15
 
 
-def _inputs(image: np.ndarray, codebook: np.ndarray | None, label: int, wrong: int) -> list[np.ndarray]:
-    clean = [_picture(np.clip(np.nan_to_num(image), 0, 1))]
-    return clean if codebook is None else [*clean, _picture(_unit(codebook[label])), _picture(_unit(codebook[wrong]))]
+def _draw_scale(sheet: "Axes", x: float, y: float, height: float, low: float, high: float) -> None:
+    axes = sheet.inset_axes((x, -y - height, 0.1, height), transform=sheet.transData)
+    axes.imshow(np.linspace(1, 0, 64)[:, None], cmap="magma", aspect="auto")
+    axes.axis("off")
+    for value, at in ((high, y + 0.07), (low, y + height - 0.07)):
+        _write(sheet, x + 0.15, at, f"{value:.2g}", fontsize=7, ha="left", color="0.35")
+
+
+def _leaves_the_scale(inputs: np.ndarray) -> bool:
+    return bool(np.nanmax(np.abs(inputs - 0.5), initial=0) > 0.501)
+
+
+def _displayed(inputs: np.ndarray) -> np.ndarray:
+    """Inputs [kinds, n, h, w, c] brought to the range 0 to 1. Copies that leave it are scaled together, with 1 % clipped at either end."""
+    shown = np.array(inputs)
+    copies = shown[1:]
+    if copies.size and _leaves_the_scale(copies):
+        low, high = np.nanpercentile(copies, (1, 99))
+        shown[1:] = (copies - low) / max(high - low, 1e-6)
+    return np.clip(np.nan_to_num(shown, nan=0.5), 0, 1)
 
 
 def _filter_tiles(filters: np.ndarray, image_shape: tuple[int, ...], most: int = 24) -> list[np.ndarray]:
@@ -291,15 +314,19 @@ def _fold(features: np.ndarray) -> np.ndarray:
     return folded.reshape(-1, side)
 
 
-def _unit(values: np.ndarray, top: float = 100.0) -> np.ndarray:
-    """Values scaled to 0..1, from the least finite one to percentile `top`; a constant becomes 0.5. NaN stays, and is drawn blank."""
+def _limits(values: np.ndarray, top: float = 100.0) -> tuple[float, float]:
+    """The least finite value and percentile `top`, or the greatest where that is no more than the least; NaN if no value is finite."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return math.nan, math.nan
+    low, high = float(finite.min()), float(np.percentile(finite, top))
+    return low, high if high > low else float(finite.max())
+
+
+def _unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values scaled so that `low` becomes 0 and `high`, with all above it, 1; if both are equal, 0.5. What is not finite is drawn blank."""
     values = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
-    if not np.isfinite(values).any():
-        return values
-    low, high = np.nanmin(values), np.nanpercentile(values, top)
-    if high <= low:
-        high = np.nanmax(values)
-    return np.minimum((values - low) / (high - low), 1.0) if high > low else values * 0 + 0.5
+    return np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else values * 0 + 0.5
 
 
 def _picture(pixels: np.ndarray) -> np.ndarray:
