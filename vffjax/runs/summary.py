@@ -1,5 +1,6 @@
 """What a run writes at its end: summary.json, curves.png and features.png."""
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from vffjax.networks.groups import States
 from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
 from vffjax.runs.plots import plot_curves, plot_features
+from vffjax.runs.tensorboard import Events
 from vffjax.runs.trained import Trained
 from vffjax.training import trainer
 from vffjax.training.augment import normalise
@@ -21,7 +23,7 @@ from vffjax.training.plan import Plan
 
 
 def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """Writes summary.json, curves.png and features.png of a finished run; returns what summary.json holds.
+    """Writes summary.json, curves.png and features.png of a finished run, and its last TensorBoard events; returns what summary.json holds.
 
     `seconds` and `images_per_second` are those of training alone. Compilation has its own entry; validation and saving are not counted.
 
@@ -49,6 +51,8 @@ def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: di
     plot_curves(workdir, f"{workdir.resolve().name}: rule {best.plan.config.rule}, test error {summary['test_error']:.2f} %")
     with aid(f"{workdir / 'features.png'}"):
         draw_features(workdir / "features.png", best.plan, dataset, best.states, best.task)
+    with contextlib.closing(Events(workdir / "tensorboard", summary["epochs"])) as events:
+        events.finish({"test_error": summary["test_error"]}, [workdir / "curves.png", workdir / "features.png"], summary["epochs"])
     return summary
 
 
