@@ -1,5 +1,6 @@
 """Paths as users write them: with `~`, as addresses, or with characters that checkpoints cannot have in their path. Needs no JAX."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -55,3 +56,15 @@ def check_run_folder(folder: str | os.PathLike[str], named: str = "--workdir") -
             where = "" if path == os.fspath(folder) else f" (that is {path})"
             problem = f"the path holds {found[0]!r}, and checkpoints under it could not be found again"
             raise UserError(f"{named}={os.fspath(folder)}{where}: {problem}; give a path without any of {' '.join(_PATTERN)}")
+
+
+def refuse_links(workdir: pathlib.Path, *folders: str) -> None:
+    """Raises `UserError` if a link in a workdir, or deeper in one of these folders in it, leads out of the workdir.
+
+    It may have been packed by somebody else, and nothing is written outside of it.
+    """
+    root = os.path.realpath(workdir)
+    for path in itertools.chain(workdir.glob("*"), *((workdir / name).rglob("*") for name in folders)):
+        # Not resolve(), which raises if links form a circle.
+        if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{path}: a link that leads out of --workdir {workdir}; remove it, or give another --workdir")
