@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from oracles import slow_but
 from runs import TINY
 from vffjax.data import load as data
-from vffjax.runs import experiment, plots, summary
+from vffjax.runs import experiment, feature_plots, plots, summary
 from vffjax.runs.logbook import Logbook
 from vffjax.training.checks import make_config
 
@@ -105,7 +105,7 @@ def test_curves_of_no_epoch(tmp_path):
 def features(path, shape, classes=10, maps=((4, 4, 6), (2, 2, 6)), filters=(3, 3, None, 16), count=2, kinds=3):
     rng = np.random.default_rng(0)
     filters = tuple(shape[2] if size is None else size for size in filters)
-    return plots.plot_features(
+    return feature_plots.plot_features(
         path,
         inputs=rng.uniform(size=(kinds, count, *shape)).astype(np.float32),
         class_names=[f"a rather long $name_{i}" for i in range(classes)],
@@ -147,15 +147,15 @@ def test_filters_are_skipped_when_they_cannot_be_shown(tmp_path):
 
 def test_filter_tiles():
     weights = np.arange(-12.0, 12.0).reshape(12, 2)  # a 2x2 RGB image, two units
-    tiles = plots._filter_tiles(weights, (2, 2, 3))
+    tiles = feature_plots._filter_tiles(weights, (2, 2, 3))
     assert [tile.shape for tile in tiles] == [(2, 2, 3)] * 2
     np.testing.assert_allclose(tiles[0].ravel(), 0.5 + weights[:, 0] / 24)
-    assert len(plots._filter_tiles(np.zeros((3, 3, 1, 30)), (8, 8, 1))) == 24
+    assert len(feature_plots._filter_tiles(np.zeros((3, 3, 1, 30)), (8, 8, 1))) == 24
 
 
 def test_features_that_diverged(tmp_path):
     stream = np.full((3, 1, 2, 2, 1), np.nan)
-    path = plots.plot_features(
+    path = feature_plots.plot_features(
         tmp_path / "x.png",
         inputs=np.full((3, 1, 8, 8, 1), np.nan),
         class_names=["a", "b"],
@@ -169,23 +169,25 @@ def test_features_that_diverged(tmp_path):
 
 
 def test_fold_and_scale():
-    folded = plots._fold(np.arange(5.0))
+    folded = feature_plots._fold(np.arange(5.0))
     np.testing.assert_array_equal(folded, [[0, 1, 2], [3, 4, np.nan]])
-    np.testing.assert_array_equal(plots._fold(np.arange(8.0).reshape(2, 2, 2)), [[0.5, 2.5], [4.5, 6.5]])
+    np.testing.assert_array_equal(feature_plots._fold(np.arange(8.0).reshape(2, 2, 2)), [[0.5, 2.5], [4.5, 6.5]])
     values = np.array([-1.0, 1.0, 3.0, np.nan])
-    assert plots._limits(values) == (-1.0, 3.0)
-    np.testing.assert_allclose(plots._unit(values, -1.0, 2.0), [0, 2 / 3, 1, np.nan])
-    np.testing.assert_array_equal(plots._unit(np.full(3, 7.0), 7.0, 7.0), [0.5] * 3)
+    assert feature_plots._limits(values) == (-1.0, 3.0)
+    np.testing.assert_allclose(feature_plots._unit(values, -1.0, 2.0), [0, 2 / 3, 1, np.nan])
+    np.testing.assert_array_equal(feature_plots._unit(np.full(3, 7.0), 7.0, 7.0), [0.5] * 3)
 
 
 def test_labelled_copies_are_brought_to_the_range_of_the_display():
     clean = np.tile(np.linspace(0, 1, 100), (1, 1, 1, 1, 1)).reshape(1, 1, 10, 10, 1)
     copies = np.concatenate([5 * clean - 2, 3 * clean])
-    shown = plots._displayed(np.concatenate([clean, copies]))
+    shown = feature_plots._displayed(np.concatenate([clean, copies]))
     np.testing.assert_array_equal(shown[0], clean[0])
     low, high = np.percentile(copies, (1, 99))
     np.testing.assert_allclose(shown[1:], np.clip((copies - low) / (high - low), 0, 1))
-    np.testing.assert_array_equal(plots._displayed(np.concatenate([clean, clean[:, :, ::-1]]))[1], clean[0, :, ::-1])  # they fit already
+    np.testing.assert_array_equal(
+        feature_plots._displayed(np.concatenate([clean, clean[:, :, ::-1]]))[1], clean[0, :, ::-1]
+    )  # they fit already
 
 
 @pytest.mark.parametrize("rule", ["vff", "head"])

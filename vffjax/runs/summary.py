@@ -14,7 +14,8 @@ from vffjax.files import write_json
 from vffjax.networks.groups import States
 from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
-from vffjax.runs.plots import plot_curves, plot_features
+from vffjax.runs.feature_plots import plot_features
+from vffjax.runs.plots import plot_curves
 from vffjax.runs.tensorboard import Events
 from vffjax.runs.trained import Trained
 from vffjax.training import trainer
