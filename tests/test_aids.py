@@ -15,6 +15,7 @@ from unittest import mock
 import matplotlib
 import pytest
 from orbax.checkpoint._src.serialization import tensorstore_utils
+from PIL import Image
 
 from command_lines import ROOT, TINY_FLAGS
 from runs import copy_of, finished, summary_of, tiny, train, untimed
@@ -174,6 +175,36 @@ def test_a_failure_of_tensorboard_is_one_line_and_every_epoch_is_recorded(moment
     assert printed.getvalue().count("\n") == 3
     assert lines(capsys) == [f"TensorBoard fails ({MOMENTS[moment]}); the training goes on without its events"]
     assert threading.excepthook == hook
+
+
+def test_tensorboard_gets_the_configuration_the_results_and_the_pictures(tmp_path, monkeypatch):
+    class Recorder(Writer):
+        fails, written, file_writer = "", [], mock.Mock()
+
+        def add_text(self, tag, text):
+            self.written.append((tag, text))
+
+        def add_image(self, tag, pixels, step, dataformats):
+            self.written.append((tag, pixels.shape, step, dataformats))
+
+        def add_scalar(self, tag, value, step):
+            self.written.append((tag, value, step))
+
+    module, plugin = types.ModuleType("tensorboardX"), types.ModuleType("tensorboardX.summary")
+    module.SummaryWriter = Recorder
+    plugin.hparams = lambda values, metrics: (("defined", values, list(metrics)), "started", "ended")
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    monkeypatch.setitem(sys.modules, "tensorboardX.summary", plugin)
+    Image.new("L", (4, 3)).save(tmp_path / "curves.png")
+    events = tensorboard.Events(tmp_path, 0)
+    events.describe({"epochs": 2, "rule": "a|b", "widths": [3]})
+    events.finish({"test_error": 1.5}, [tmp_path / "curves.png", tmp_path / "missing.png"], 2)
+    events.close()
+    text = "    epochs = 2\n    rule = 'a|b'\n    widths = [3]"
+    assert Recorder.written == [("config", text), ("test_error", 1.5, 2), ("curves", (3, 4, 3), 2, "HWC")]
+    values = {"epochs": 2, "rule": "a|b", "widths": "[3]"}
+    told = [call.args[0] for call in Recorder.file_writer.add_summary.call_args_list]
+    assert told == [("defined", values, ["val_error", "test_error", "loss"]), "started", "ended"]
 
 
 @pytest.mark.parametrize(

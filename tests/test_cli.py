@@ -92,6 +92,7 @@ OPTIONS = {
     "predict": ["--workdir", "--epoch", "--top", "--json", "IMAGE"],
     "export": ["--workdir", "--out", "--epoch", "--group"],
     "locality": ["--config NAME|FILE", "--config.KEY=VALUE", "--structure", "--json", "--out"],
+    "report": ["--workdir", "--epoch", "--data_dir", "--code", "--live"],
     "reproduce": ["WORKDIR", "--into", "--data_dir", "--json"],
     "prepare": ["DATASET", "--data_dir", "cifar10"],
     "memory": ["--config NAME|FILE", "--config.KEY=VALUE", "--depths", "--batches", "--target", "here", "cpu", "tpu", "--json", "--out"],

@@ -1,14 +1,18 @@
 """The figures of a run: the curves of its record, and what its network sees."""
 
 import io
+from unittest import mock
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from oracles import slow_but
-from vffjax.runs import plots
+from runs import TINY
+from vffjax.data import load as data
+from vffjax.runs import experiment, feature_plots, plots, summary
 from vffjax.runs.logbook import Logbook
+from vffjax.training.checks import make_config
 
 
 def pixels(path, least=(300, 600), most=(3000, 2000)):
@@ -56,7 +60,9 @@ def test_curves_file(tmp_path, no_tensorboard, groups, count):
 
 
 def test_curves_content():
-    left, right = plots.curves_figure(curve_records(2, 4)).axes
+    figure = plots.curves_figure(curve_records(2, 4), "run: rule $x_1$")
+    left, right = figure.axes
+    assert figure.get_suptitle() == "run: rule $x_1$"
     assert curves(left) == {"group 0": [1, 2, 3, 4], "group 1": [1, 2, 3, 4]}
     assert curves(right) == {"group 0": [1, 2, 3, 4], "group 1": [1, 2, 3, 4], "ensemble": [1, 2, 3, 4]}
     ensemble = next(line for line in right.lines if line.get_label().startswith("ensemble"))
@@ -96,17 +102,17 @@ def test_curves_of_no_epoch(tmp_path):
 # --- features.png
 
 
-def features(path, shape, classes=10, maps=((4, 4, 6), (2, 2, 6)), filters=(3, 3, None, 16), count=2, codebook=True):
+def features(path, shape, classes=10, maps=((4, 4, 6), (2, 2, 6)), filters=(3, 3, None, 16), count=2, kinds=3):
     rng = np.random.default_rng(0)
     filters = tuple(shape[2] if size is None else size for size in filters)
-    return plots.plot_features(
+    return feature_plots.plot_features(
         path,
-        images=rng.uniform(size=(count, *shape)).astype(np.float32),
+        inputs=rng.uniform(size=(kinds, count, *shape)).astype(np.float32),
         class_names=[f"a rather long $name_{i}" for i in range(classes)],
         labels=np.arange(count) % classes,
         wrong_labels=(np.arange(count) + 1) % classes,
-        codebook=rng.normal(size=(classes, *shape)) if codebook else None,
-        streams=[rng.uniform(size=(3, count, *size)) for size in maps],
+        codebook=rng.normal(size=(classes, *shape)) if kinds == 3 else None,
+        streams=[rng.uniform(size=(kinds, count, *size)) for size in maps],
         filters=rng.normal(size=filters),
     )
 
@@ -119,11 +125,11 @@ def features(path, shape, classes=10, maps=((4, 4, 6), (2, 2, 6)), filters=(3, 3
             {"shape": (8, 8, 1), "classes": 2, "count": 1, "maps": ((3, 3, 2),)},
             {"shape": (224, 224, 3), "classes": 100, "count": 3, "maps": ((56, 56, 2),) * 8},
             {"shape": (28, 28, 1), "count": 3, "maps": ((30,), (31,), (1,)), "filters": (784, 20)},
-            {"shape": (8, 8, 3), "codebook": False},
+            {"shape": (8, 8, 3), "kinds": 1, "count": 9},
         ],
-        {"shape": (8, 8, 3), "codebook": False},
+        {"shape": (8, 8, 3), "kinds": 1, "count": 9},
     ),
-    ids=["conv", "smallest", "largest", "dense", "no codebook"],
+    ids=["conv", "smallest", "largest", "dense", "no copies"],
 )
 def test_features_file(tmp_path, arguments):
     path = features(tmp_path / "features.png", **arguments)
@@ -141,17 +147,17 @@ def test_filters_are_skipped_when_they_cannot_be_shown(tmp_path):
 
 def test_filter_tiles():
     weights = np.arange(-12.0, 12.0).reshape(12, 2)  # a 2x2 RGB image, two units
-    tiles = plots._filter_tiles(weights, (2, 2, 3))
+    tiles = feature_plots._filter_tiles(weights, (2, 2, 3))
     assert [tile.shape for tile in tiles] == [(2, 2, 3)] * 2
     np.testing.assert_allclose(tiles[0].ravel(), 0.5 + weights[:, 0] / 24)
-    assert len(plots._filter_tiles(np.zeros((3, 3, 1, 30)), (8, 8, 1))) == 24
+    assert len(feature_plots._filter_tiles(np.zeros((3, 3, 1, 30)), (8, 8, 1))) == 24
 
 
 def test_features_that_diverged(tmp_path):
     stream = np.full((3, 1, 2, 2, 1), np.nan)
-    path = plots.plot_features(
+    path = feature_plots.plot_features(
         tmp_path / "x.png",
-        images=np.zeros((1, 8, 8, 1)),
+        inputs=np.full((3, 1, 8, 8, 1), np.nan),
         class_names=["a", "b"],
         labels=[0],
         wrong_labels=[1],
@@ -163,8 +169,42 @@ def test_features_that_diverged(tmp_path):
 
 
 def test_fold_and_scale():
-    folded = plots._fold(np.arange(5.0))
+    folded = feature_plots._fold(np.arange(5.0))
     np.testing.assert_array_equal(folded, [[0, 1, 2], [3, 4, np.nan]])
-    np.testing.assert_array_equal(plots._fold(np.arange(8.0).reshape(2, 2, 2)), [[0.5, 2.5], [4.5, 6.5]])
-    np.testing.assert_allclose(plots._unit(np.array([-1.0, 1.0, 3.0, np.nan])), [0, 0.5, 1, np.nan])
-    np.testing.assert_array_equal(plots._unit(np.full(3, 7.0)), [0.5] * 3)
+    np.testing.assert_array_equal(feature_plots._fold(np.arange(8.0).reshape(2, 2, 2)), [[0.5, 2.5], [4.5, 6.5]])
+    values = np.array([-1.0, 1.0, 3.0, np.nan])
+    assert feature_plots._limits(values) == (-1.0, 3.0)
+    np.testing.assert_allclose(feature_plots._unit(values, -1.0, 2.0), [0, 2 / 3, 1, np.nan])
+    np.testing.assert_array_equal(feature_plots._unit(np.full(3, 7.0), 7.0, 7.0), [0.5] * 3)
+
+
+def test_labelled_copies_are_brought_to_the_range_of_the_display():
+    clean = np.tile(np.linspace(0, 1, 100), (1, 1, 1, 1, 1)).reshape(1, 1, 10, 10, 1)
+    copies = np.concatenate([5 * clean - 2, 3 * clean])
+    shown = feature_plots._displayed(np.concatenate([clean, copies]))
+    np.testing.assert_array_equal(shown[0], clean[0])
+    low, high = np.percentile(copies, (1, 99))
+    np.testing.assert_allclose(shown[1:], np.clip((copies - low) / (high - low), 0, 1))
+    np.testing.assert_array_equal(
+        feature_plots._displayed(np.concatenate([clean, clean[:, :, ::-1]]))[1], clean[0, :, ::-1]
+    )  # they fit already
+
+
+@pytest.mark.parametrize("rule", ["vff", "head"])
+def test_features_show_what_the_rule_uses(rule, tmp_path):
+    config = make_config(TINY | {"rule": rule})
+    dataset = data.load(config)
+    plan = experiment.plan_for(config, dataset)
+    states, task = experiment.start(plan, dataset)
+    with mock.patch.object(summary, "plot_features") as plot:
+        summary.draw_features(tmp_path / "features.png", plan, dataset, states, task)
+    drawn = plot.call_args.kwargs
+    assert len(set(drawn["labels"])) == len(drawn["labels"]) == drawn["inputs"].shape[1]
+    images = [dataset.test.images[list(dataset.test.labels).index(label)] / 255 for label in drawn["labels"]]
+    np.testing.assert_allclose(drawn["inputs"][0], images, atol=1e-6)
+    if rule == "head":
+        assert (drawn["codebook"], len(drawn["inputs"])) == (None, 1)
+        assert [stream.shape for stream in drawn["streams"]] == [(1, 9, 16), (1, 9, 12)]
+    else:
+        noise = (drawn["inputs"][1:] - drawn["inputs"][0]) / np.asarray(task.std)
+        np.testing.assert_allclose(noise, np.asarray(task.codebook)[[drawn["labels"], drawn["wrong_labels"]]], atol=1e-5)

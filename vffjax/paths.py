@@ -1,5 +1,6 @@
 """Paths as users write them: with `~`, as addresses, or with characters that checkpoints cannot have in their path. Needs no JAX."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -61,3 +62,15 @@ def cache_folder(kind: str) -> pathlib.Path:
     """The folder for what can be made again: `$XDG_CACHE_HOME/vffjax/KIND`, or `~/.cache/vffjax/KIND`. It need not exist."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return pathlib.Path(home) / "vffjax" / kind
+
+
+def refuse_links(workdir: pathlib.Path, *folders: str) -> None:
+    """Raises `UserError` if a link in a workdir, or deeper in one of these folders in it, leads out of the workdir.
+
+    It may have been packed by somebody else, and nothing is written outside of it.
+    """
+    root = os.path.realpath(workdir)
+    for path in itertools.chain(workdir.glob("*"), *((workdir / name).rglob("*") for name in folders)):
+        # Not resolve(), which raises if links form a circle.
+        if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{path}: a link that leads out of --workdir {workdir}; remove it, or give another --workdir")

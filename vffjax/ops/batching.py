@@ -1,24 +1,25 @@
 """Applies a function of one batch to any number of images."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 
-def map_batches(function: Callable[[Array], Array], images: Array, batch_size: int) -> Array:
+def map_batches(function: Callable[[Array], Any], images: Array, batch_size: int) -> Any:
     """Applies `function` to batches of images, one batch after the other, inside a compiled program.
 
     The last batch is padded with zeros, and the results for the padding are dropped.
 
     Args:
-        function: maps `[batch, ...]` to `[batch, ...]`, row by row.
+        function: maps `[batch, ...]` to `[batch, ...]`, row by row, or to a tree of such arrays.
         images: `[n, ...]`, with `n` at least 1.
         batch_size: images in a batch. Fewer are taken if there are fewer images.
 
     Returns:
-        The results in the order of the images, `[n, ...]`.
+        The results in the order of the images, `[n, ...]`, or the tree of them.
 
     >>> map_batches(lambda x: 10 * x, jnp.arange(5), batch_size=2)
     Array([ 0, 10, 20, 30, 40], dtype=int32)
@@ -27,4 +28,4 @@ def map_batches(function: Callable[[Array], Array], images: Array, batch_size: i
     batch = min(batch_size, n)
     padded = jnp.pad(images, ((0, -n % batch), *((0, 0),) * (images.ndim - 1)))
     out = jax.lax.map(function, padded.reshape(-1, batch, *images.shape[1:]))
-    return out.reshape(-1, *out.shape[2:])[:n]
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)

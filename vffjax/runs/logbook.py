@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from vffjax.errors import SafeStream, notice
@@ -35,9 +35,17 @@ class Logbook(contextlib.ExitStack):
         total_epochs: the number of epochs of the whole run.
         first_epoch: the number of epochs that are finished already; `restore_metrics` has put their lines into metrics.jsonl.
         stream: where progress is shown; default: standard error.
+        config: the run's configuration, for TensorBoard; None: it is not written.
     """
 
-    def __init__(self, workdir: pathlib.Path, total_epochs: int, first_epoch: int = 0, stream: TextIO | io.TextIOBase | None = None):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        total_epochs: int,
+        first_epoch: int = 0,
+        stream: TextIO | io.TextIOBase | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -50,6 +58,8 @@ class Logbook(contextlib.ExitStack):
         self._metrics = self.enter_context(open(workdir / METRICS, "ab"))  # noqa: SIM115  # closed with the rest
         self._tensorboard = Events(workdir / "tensorboard", first_epoch)
         self.callback(self._tensorboard.close)
+        if config is not None:
+            self._tensorboard.describe(config)
         if self._stream.isatty():
             self._with_bar(lambda: self._open_bar(first_epoch))
             self.callback(self._close_bar)

@@ -104,7 +104,7 @@ class Loop:
         Raises `Terminated` if the run was told to leave, after it has been saved, and `Diverged` if it has diverged.
         """
         done, total = self._run["epoch"], self._plan.total_epochs
-        with Logbook(workdir, total, done, progress) as logbook:
+        with Logbook(workdir, total, done, progress, self._config.to_dict()) as logbook:
             logbook.phase("compiling")
             self._compile_checks(states)
             for epoch in range(done, total):

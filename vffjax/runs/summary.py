@@ -1,5 +1,6 @@
 """What a run writes at its end: summary.json, curves.png and features.png."""
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -13,7 +14,9 @@ from vffjax.files import write_json
 from vffjax.networks.groups import States
 from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
-from vffjax.runs.plots import plot_curves, plot_features
+from vffjax.runs.feature_plots import plot_features
+from vffjax.runs.plots import plot_curves
+from vffjax.runs.tensorboard import Events
 from vffjax.runs.trained import Trained
 from vffjax.training.augment import normalise
 from vffjax.training.compiled import compiled
@@ -22,7 +25,7 @@ from vffjax.training.trainer import feature_maps
 
 
 def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """Writes summary.json, curves.png and features.png of a finished run; returns what summary.json holds.
+    """Writes summary.json, curves.png and features.png of a finished run, and its last TensorBoard events; returns what summary.json holds.
 
     `seconds` and `images_per_second` are those of training alone. Compilation has its own entry; validation and saving are not counted.
 
@@ -47,40 +50,43 @@ def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: di
         "seed": best.plan.config.seed,
     }
     write_json(workdir / "summary.json", summary)
-    plot_curves(workdir)
+    plot_curves(workdir, f"{workdir.resolve().name}: rule {best.plan.config.rule}, test error {summary['test_error']:.2f} %")
     with aid(f"{workdir / 'features.png'}"):
         draw_features(workdir / "features.png", best.plan, dataset, best.states, best.task)
+    with contextlib.closing(Events(workdir / "tensorboard", summary["epochs"])) as events:
+        events.finish({"test_error": summary["test_error"]}, [workdir / "curves.png", workdir / "features.png"], summary["epochs"])
     return summary
 
 
-def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: States, task: Task) -> None:
-    """`features.png`: codebook, first filters, and every group's maps of the three kinds of data, for three test images.
+def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: States, task: Task) -> pathlib.Path | None:
+    """`features.png`: codebook, first filters, and every group's maps of test images of different classes.
 
-    Under a rule without labelled images their rows are left blank.
+    Under a rule that tells images a label, three images are drawn, each also with the right and with a wrong label. Under any other rule
+    up to nine images are drawn as they are. Returns what `drawing.draw` does.
     """
-    labels = dataset.test.labels[:3]
-    wrong = (labels + 1) % dataset.num_classes
-    images = dataset.test.images[:3]
-    x = normalise(jnp.asarray(images), task.mean, task.std)
-    kinds = [plan.rule.shown(task, x)]
-    if plan.rule.told is not None:
-        for told in (labels, wrong):
+    rule, labels = plan.rule, dataset.test.labels
+    chosen = np.sort(np.unique(labels, return_index=True)[1])[: 9 if rule.told is None else 3]  # the first image of each class
+    right = labels[chosen]
+    wrong = (right + 1) % dataset.num_classes
+    x = normalise(jnp.asarray(dataset.test.images[chosen]), task.mean, task.std)
+    kinds = [rule.shown(task, x)]
+    if rule.told is not None:
+        for told in (right, wrong):
             pairs = zip(x[:, None], map(jnp.asarray, told), strict=True)
-            kinds.append(jnp.concatenate([plan.rule.told(task, image, label) for image, label in pairs]))
-    streams, clean = [], len(labels)
-    rows = jnp.concatenate(kinds)
-    for z in compiled(feature_maps, plan.program, clean, states, rows)(states, rows):
-        shown = np.full((3, clean, *z.shape[1:]), np.nan, np.float32)
-        shown[: len(kinds)] = np.asarray(z, np.float32).reshape(len(kinds), clean, *z.shape[1:])
-        streams.append(shown)
-    plot_features(
+            kinds.append(jnp.concatenate([rule.told(task, image, label) for image, label in pairs]))
+    rows, clean = jnp.concatenate(kinds), len(chosen)
+
+    def by_kind(rows: jax.Array) -> np.ndarray:
+        return np.asarray(rows, np.float32).reshape(len(kinds), clean, *rows.shape[1:])
+
+    return plot_features(
         path,
-        images=images / 255,
+        inputs=by_kind(rows) * np.asarray(task.std) + np.asarray(task.mean),
         class_names=dataset.class_names,
-        labels=labels.tolist(),
+        labels=right.tolist(),
         wrong_labels=wrong.tolist(),
-        codebook=np.asarray(task.codebook) if plan.rule.codebook else None,
-        streams=streams,
+        codebook=np.asarray(task.codebook) if rule.codebook else None,
+        streams=[by_kind(z) for z in compiled(feature_maps, plan.program, clean, states, rows)(states, rows)],
         filters=np.asarray(_first_kernel(states)),
     )
 

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vffjax.errors import notice
@@ -11,10 +11,12 @@ from vffjax.errors import notice
 # Writing an epoch's scalars takes far less. The limit is needed because tensorboardX waits for its thread, which may have died, for example
 # of a full disk.
 SECONDS = 30.0
+# What TensorBoard shows beside the hyper-parameters of a run. Each is the tag of a scalar that a run writes.
+METRICS = ("val_error", "test_error", "loss")
 
 
 class Events:
-    """Writes scalars of each epoch into a folder. After the first failure it writes nothing more."""
+    """Writes the events of a run into a folder. After the first failure it writes nothing more."""
 
     def __init__(self, folder: pathlib.Path, first_epoch: int):
         self._writer: Any = None
@@ -48,6 +50,44 @@ class Events:
             self._fail(failure.exc_value)
         else:
             self._other_hook(failure)
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Writes a configuration as text, and as the hyper-parameters by which TensorBoard compares runs."""
+        writer = self._writer
+
+        def add() -> None:
+            from tensorboardX.summary import hparams
+
+            values = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+            definition, start, _ = hparams(values, dict.fromkeys(METRICS, 0.0))
+            writer.file_writer.add_summary(definition)
+            writer.file_writer.add_summary(start)
+            # Four spaces begin a block of code in Markdown, in which nothing is markup.
+            writer.add_text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
+            writer.flush()
+
+        if writer is not None:
+            self._limited(add)
+
+    def finish(self, scalars: Mapping[str, float], pictures: Sequence[pathlib.Path], epoch: int) -> None:
+        """Writes the results of a run that has ended after `epoch` epochs: scalars, and those of the PNG files that exist."""
+        writer = self._writer
+
+        def add() -> None:
+            import numpy as np
+            from PIL import Image
+            from tensorboardX.summary import hparams
+
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, epoch)
+            for path in filter(pathlib.Path.exists, pictures):
+                with Image.open(path) as picture:
+                    writer.add_image(path.stem, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
+            writer.file_writer.add_summary(hparams({}, {})[2])  # that the run has ended
+            writer.flush()
+
+        if writer is not None:
+            self._limited(add)
 
     def write(self, scalars: Sequence[tuple[str, float]], epoch: int) -> None:
         """Writes tagged scalars of an epoch, and flushes them."""

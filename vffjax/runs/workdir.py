@@ -1,8 +1,6 @@
 """A run's folder: which run it belongs to, its lock, the epoch from which its run goes on, and how a trained run is read from it."""
 
 import contextlib
-import itertools
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -30,7 +28,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config, named: str = "--workdir
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{named}={workdir}: not a folder; give a folder, new or of the same run")
-    _refuse_links(workdir)
+    paths.refuse_links(workdir, FOLDER, "tensorboard")
     if not path.exists():
         if Checkpoints(workdir).epochs():
             raise UserError(f"{named}={workdir}: has checkpoints but no {path.name}; restore it, or give another {named}")
@@ -57,15 +55,6 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
     rounds = [key for key in keys if key not in BITWISE]
     return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
-
-
-def _refuse_links(workdir: pathlib.Path) -> None:
-    """Raises `UserError` if a link leads out of the workdir, which may have been packed by somebody else: a run writes nowhere else."""
-    root = os.path.realpath(workdir)
-    for path in itertools.chain(workdir.glob("*"), *((workdir / name).rglob("*") for name in (FOLDER, "tensorboard"))):
-        # Not resolve(), which raises if links form a circle.
-        if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
-            raise UserError(f"{path}: a link that leads out of --workdir {workdir}; remove it, or give another --workdir")
 
 
 @contextlib.contextmanager

@@ -48,19 +48,20 @@ def evaluate(
         UserError: the run cannot be read, or the data do not fit it.
     """
     trained = load_run(workdir, epoch)
-    trained = trained._replace(plan=_with_views(trained.plan, views))
+    trained = trained._replace(plan=with_views(trained.plan, views))
     config = trained.plan.config
     dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
-    own_data = _check_data(dataset, trained.run, data_dir, other_data)
+    own_data = check_data(dataset, trained.run, data_dir, other_data)
     about = {"workdir": str(workdir), "epoch": trained.run["epoch"], "own_data": own_data}
     return about | _judge(trained, dataset, inference_name, test, early)
 
 
-def _with_views(plan: Plan, views: str) -> Plan:
+def with_views(plan: Plan, views: str) -> Plan:
+    """The plan with another config.views; if that is empty, the plan itself."""
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, views=views or plan.config.views))
 
 
-def _check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool) -> bool:
+def check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool) -> bool:
     """Whether a data set is the one that the run was trained on. If it is not, and `other_data` is false, raises `UserError`; so it does
     if the data set has images of another shape, or other classes."""
     where = f"--data_dir={data_dir}" if data_dir else f"config.dataset={dataset.name!r}"
@@ -91,7 +92,7 @@ def evaluate_start(
         UserError: the weights do not fit the network, or bring no head although the heads are to classify.
     """
     dataset = data_module.load(config)
-    plan = _with_views(experiment.plan_for(config, dataset), views)
+    plan = with_views(experiment.plan_for(config, dataset), views)
     states, task = experiment.start(plan, dataset)
     if (inference_name or config.inference) in ("heads", "early_exit") and not any(
         np.any(state.params["head"]["kernel"]) for state in states
