@@ -142,12 +142,12 @@ def _located(given: str) -> tuple[str, str, str | None]:
 
 def _nearest(given: str) -> str:
     """The advice for a name that does not exist."""
-    every = []
-    for name in packaged.names():
-        with running(name) as loaded:
-            every += [name, *(f"{name}:{variant}" for variant in loaded.variants or ())]
-    near = difflib.get_close_matches(given, every, n=1)
-    return f"did you mean {near[0]}? vffjax configs lists all" if near else "vffjax configs lists all; the name of a file ends in .py"
+    near = difflib.get_close_matches(given.partition(":")[0], packaged.names(), n=1)
+    if not near:
+        return "vffjax configs lists all; the name of a file ends in .py"
+    with running(near[0]) as loaded:
+        every = [near[0], *(f"{near[0]}:{variant}" for variant in loaded.variants or ())]
+    return f"did you mean {difflib.get_close_matches(given, every, n=1, cutoff=0)[0]}? vffjax configs lists all"
 
 
 def _program(file: str) -> bytes:

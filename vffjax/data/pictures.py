@@ -49,8 +49,8 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
     """
     try:
         content = read_bytes(path, MAX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a {KINDS} image") from None
+    except (OSError, ValueError) as error:  # a null byte in the path is a ValueError
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; give a {KINDS} image") from None
     with without_warnings():
         return decoded(content, shape[:2], "L" if shape[2] == 1 else "RGB", str(path))[0]
 
