@@ -85,8 +85,8 @@ def main() -> None:
     found: dict[str, Any] = json.loads(own.out.read_text()) if own.out.exists() else {}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     for network in own.networks:
-        file = "configs/resnet18.py" if NETWORKS.find(network).blocks else "configs/vgg8b.py"
-        given = ["--config", file, f"--config.network={network}", "--config.precision=bf16", *rest]
+        name = "resnet18" if NETWORKS.find(network).blocks else "vgg8b"
+        given = ["--config", name, f"--config.network={network}", "--config.precision=bf16", *rest]
         config = read_config(given)[0]
         refuse(config, {"network": Only((network,), "the networks are those of --networks", "leave it out")} | SET_HERE)
         print(f"== {network}", file=sys.stderr, flush=True)

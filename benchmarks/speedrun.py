@@ -28,7 +28,6 @@ The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epoch
 """
 
 import ast
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -170,7 +169,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", metavar="KEY=VALUE", help="race PyTorch's back-propagation too, with these keys of its own")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
-        rest = ["--config", str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "cifar10_speed.py"), *rest]
+        rest = ["--config", "cifar10_speed", *rest]
     if not 0 < own.target < 1:
         raise UserError(f"--target={own.target}: not between 0 and 1; give for example 0.80")
     config, name = read_config(rest)

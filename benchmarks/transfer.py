@@ -42,7 +42,7 @@ RULES = ("vff", "head", "bp")
 # For vff and bp and each start, the one of the learning rates 1e-3 and 4e-3 that had the lower error on the 2,000 validation images of seed
 # 0, from weights that VFF had pretrained. The configuration itself has the rate of VFF, which head takes too, without a trial. These rates
 # are used for this configuration only.
-CHOSEN_FOR = "configs/finetune_resnet18_cifar10.py:narrow"
+CHOSEN_FOR = ("finetune_resnet18_cifar10:narrow", "configs/finetune_resnet18_cifar10.py:narrow")  # the same by its name and by its file
 CHOSEN: dict[tuple[str, str], dict[str, Any]] = {("bp", "pretrained"): {"learning_rate": 1e-3}}
 
 # Keys whose values the benchmark sets itself.
@@ -93,8 +93,8 @@ def last_groups(runs: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     parser = parser_of(__file__, __doc__, "--seeds", "--set")
     parser.add_argument("--out", type=a_path, required=True, help="folder of results and runs")
-    parser.add_argument("--pretrain", default="configs/resnet18.py:narrow_cifar100", metavar="FILE[:VARIANT]")
-    parser.add_argument("--config", default=CHOSEN_FOR, metavar="FILE[:VARIANT]")
+    parser.add_argument("--pretrain", default="resnet18:narrow_cifar100", metavar="NAME|FILE[:VARIANT]")
+    parser.add_argument("--config", default=CHOSEN_FOR[0], metavar="NAME|FILE[:VARIANT]")
     own = parser.parse_args()
     begin = time.perf_counter()
     # A program does not depend on its initial weights, so the two runs of a rule and seed share one compiled program.
@@ -106,7 +106,7 @@ def main() -> None:
     base = read_config(["--config", own.pretrain])[0]
     refuse(base, SET_HERE)
     compare_rules.check_keys(base, {rule: compare_rules.RULES[rule] for rule in RULES})
-    chosen = CHOSEN if own.config == CHOSEN_FOR else {}
+    chosen = CHOSEN if own.config in CHOSEN_FOR else {}
     pretrained = {}
     for rule in RULES:
         print(f"== {rule}, pretraining", file=sys.stderr, flush=True)

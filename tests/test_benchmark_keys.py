@@ -99,7 +99,7 @@ def test_rules_that_share_groups_may_freeze_them_and_set_may_free_the_others():
 
 def test_learning_rates_are_chosen_for_one_configuration_only():
     """Another configuration of transfer.py keeps its own rate; the table says how many parameters the heads have."""
-    config, _, _ = parse_train(["--config", str(ROOT / transfer.CHOSEN_FOR)])
+    config, _, _ = parse_train(["--config", transfer.CHOSEN_FOR[0]])
     words = transfer.heads_in_words(config, {rule: compare_rules.RULES[rule] for rule in transfer.RULES})
     inputs = {"vff": 16 * 16 * 16 + 8 * 8 * 32 + 4 * 4 * 64 + 2 * 2 * 128, "bp": 2 * 2 * 128}  # of images of 64x64
     local = f"{10 * (inputs['vff'] + 4):,}"
@@ -110,6 +110,6 @@ def test_learning_rates_are_chosen_for_one_configuration_only():
 def test_fine_tuning_compares_last_groups_whose_heads_are_equal():
     words = transfer.last_groups({"vff from scratch": [{"test_error_per_group": [50.0, error]} for error in (30.0, 32.0)]})
     assert "vff from scratch 31.00 ± 1.41." in words
-    config, _, _ = parse_train(["--config", str(ROOT / transfer.CHOSEN_FOR)])
+    config, _, _ = parse_train(["--config", transfer.CHOSEN_FOR[0]])
     heads = [groups_of(make_config(config.to_dict() | compare_rules.RULES[rule]), 10)[-1].head for rule in transfer.RULES]
     assert len(set(heads)) == 1

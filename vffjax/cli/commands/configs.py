@@ -5,10 +5,8 @@ Give such a name to --config, with a variant as cifar10:small. The first variant
 
 import re
 import textwrap
-from collections.abc import Collection
 from typing import Any
 
-from vffjax import backend
 from vffjax.cli import packaged
 from vffjax.cli.config_file import Loaded, running
 from vffjax.cli.options import COLUMNS, beside, give, parser_of
@@ -17,14 +15,13 @@ from vffjax.errors import UserError
 
 _LEGEND = """Test errors are means ± standard deviations over n seeds. head: by the loss of
 the local heads alone. back-propagation: of the same network in the same steps."""
-_KEYS = ("dataset", "train_examples", "network", "grouping", "rule", "epochs", "batch_size", "init_from")
+_KEYS = ("dataset", "network", "rule", "epochs")  # listed even if they have their defaults
 # How a configuration file states an error in MEASURED; benchmarks/tables.py checks those that name a record.
 _ERROR = re.compile(r"(?P<mean>\d+\.\d+)(?: ± (?P<sd>\d+\.\d+))? % \(n = (?P<n>\d+)(?:, (?P<source>results/[\w.-]+))?\)")
 
 
 def run(arguments: list[str]) -> None:
     a = parser_of("configs", __doc__, "--json").parse_args(arguments)
-    backend.start()  # networks say which keys are theirs, and import JAX
     found = [_about(name) for name in packaged.names()]
     give(a, found, "\n\n".join([*map(_text, found), _LEGEND]))
 
@@ -37,19 +34,11 @@ def _about(name: str) -> dict[str, Any]:
 
 
 def _variant(loaded: Loaded, variant: str | None) -> dict[str, Any]:
-    from vffjax.networks import find
-
-    config, measured = converted(loaded.config(variant)), getattr(loaded.module, "MEASURED", {})
-    keys = find(config).keys
+    config, usual, measured = converted(loaded.config(variant)), Config().to_dict(), getattr(loaded.module, "MEASURED", {})
     name = loaded.shown if variant is None else f"{loaded.shown}:{variant}"
     errors = measured if variant is None else measured.get(variant, {})
-    trains = {key: value for key, value in config.to_dict().items() if key in (*_KEYS, *keys)}
-    return {
-        "name": name,
-        "trains": trains,
-        "summary": _summary(config, keys),
-        "measured": [_error(by, text) for by, text in errors.items()],
-    }
+    trains = {key: value for key, value in config.to_dict().items() if key in _KEYS or value != usual[key]}
+    return {"name": name, "trains": trains, "summary": _summary(trains), "measured": [_error(by, text) for by, text in errors.items()]}
 
 
 def _error(by: str, text: str) -> dict[str, Any]:
@@ -60,12 +49,12 @@ def _error(by: str, text: str) -> dict[str, Any]:
     return {"by": by, "test_error": float(match["mean"]), "sd": sd, "n": int(match["n"]), "source": match["source"]}
 
 
-def _summary(config: Config, keys: Collection[str]) -> str:
-    """What a configuration trains, in words; `keys` are those that its network depends on."""
-    widths = f" of {'-'.join(map(str, config.widths))}" if "widths" in keys else ""
-    images = f"{config.train_examples:,} images of {config.dataset}" if config.train_examples else config.dataset
-    start = f", from {config.init_from}" if config.init_from else ""
-    return f"{config.network}{widths} by {config.rule}, {config.epochs} epochs of {images}{start}"
+def _summary(trains: dict[str, Any]) -> str:
+    """What a configuration trains, in words."""
+    widths = f" of {'-'.join(map(str, trains['widths']))}" if "widths" in trains else ""
+    images = f"{trains['train_examples']:,} images of " if "train_examples" in trains else ""
+    start = f", from {trains['init_from']}" if "init_from" in trains else ""
+    return f"{trains['network']}{widths} by {trains['rule']}, {trains['epochs']} epochs of {images}{trains['dataset']}{start}"
 
 
 def _text(about: dict[str, Any]) -> str:
