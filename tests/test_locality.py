@@ -594,5 +594,5 @@ def test_bad_input_is_refused_before_jax_is_there_and_help_needs_none():
     run += "except SystemExit as e: print('jax' in sys.modules, e.code)"
     assert in_a_process("-c", run, CONFIG, "--workdir=w").stdout == "False 2\n"
     done = in_a_process("-c", run, "--help")
-    assert done.stdout.startswith("usage: vffjax locality --config FILE")
+    assert done.stdout.startswith("usage: vffjax locality --config NAME|FILE")
     assert done.stdout.endswith("False 0\n")
