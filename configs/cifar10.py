@@ -22,7 +22,7 @@ import ml_collections
 from vffjax.config import default_config
 
 VARIANTS = ("full", "laptop", "small", "cifarnet", "yardstick")
-# Test errors by variant and rule. `vffjax configs` shows them, and `python benchmarks/tables.py` compares those that name a record with it.
+# Test errors by variant and rule. `vffjax configs` shows them; benchmarks/tables.py compares them with the records that they name.
 MEASURED = {
     "laptop": {
         "vff": "12.7 % (n = 1, results/c4b-vff-aux64-weight10)",

@@ -13,7 +13,7 @@ import ml_collections
 from vffjax.config import default_config
 
 VARIANTS = ("full", "laptop", "small", "cifarnet")
-# Test errors by variant and rule. `vffjax configs` shows them, and `python benchmarks/tables.py` compares those that name a record with it.
+# Test errors by variant and rule. `vffjax configs` shows them; benchmarks/tables.py compares them with the records that they name.
 MEASURED = {"small": {"vff": "50.4 % (n = 1, results/cifar100-small-vff)"}}
 
 

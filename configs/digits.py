@@ -7,7 +7,7 @@ import ml_collections
 
 from vffjax.config import default_config
 
-# Test errors by rule. `vffjax configs` shows them, and `python benchmarks/tables.py` compares those that name a record with it.
+# Test errors by rule. `vffjax configs` shows them; benchmarks/tables.py compares them with the records that they name.
 MEASURED = {
     "vff": "1.7 ± 0.6 % (n = 3, results/digits-vff)",
     "head": "1.2 ± 0.3 % (n = 3, results/digits-head)",

@@ -13,9 +13,9 @@ import pytest
 
 from oracles import slow_but
 from vffjax import config as config_module
-from vffjax import rules
+from vffjax import rules, synonyms
 from vffjax.cli.config_file import load_config_file
-from vffjax.config import ARGUMENTS, FIELDS, Config, default_config, for_group, of_program
+from vffjax.config import ARGUMENTS, FIELDS, Config, default_config, for_group, key_like, of_program
 from vffjax.errors import UserError
 from vffjax.keys import value_of
 from vffjax.networks.groups import init_variables
@@ -96,6 +96,15 @@ def test_every_key_has_a_documentation_and_a_default_in_its_range(key):
     assert not meta["choices"] or default in meta["choices"]
     assert meta["low"] is None or default >= meta["low"]
     assert meta["high"] is None or default <= meta["high"]
+
+
+def test_what_other_programs_call_a_key_leads_to_it():
+    assert set(synonyms.KEYS.values()) <= set(FIELDS)
+    assert not set(synonyms.KEYS) & set(FIELDS)
+    assert [key_like(word) for word in ("lr", "wd", "BS", "batch-size", "warmup", "epoch")] == [
+        *("learning_rate", "weight_decay", "batch_size", "batch_size", "warmup_epochs", "epochs")
+    ]
+    assert {key_like(word) for word in ("dropout", "device", "num_workers", "gpus", "betas", "patience", "steps", "x", "")} == {""}
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one():

@@ -120,6 +120,7 @@ def test_every_command_of_the_page(call, page):
         assert "Traceback" not in err
     assert load_file(page / "mine.safetensors")["group1.params.rule.prototypes"].shape == (10, 16)
     assert sorted(path.name for path in (page / "runs").iterdir()) == ["mine", "network", "stripes"]
+    assert call("export", "--workdir=runs/network", "--code=.", "--out=network.safetensors")[0] == 0
 
 
 @pytest.mark.slow

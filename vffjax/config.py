@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from vffjax import files, versions
+from vffjax import files, synonyms, versions
 from vffjax.errors import UserError, bad_key, printable, said
 from vffjax.keys import default_of, fields_of, key, value_of
 from vffjax.registry import ROOMS
@@ -43,38 +43,6 @@ _OUTSIDE = (
     *("epochs", "noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
     *("temperature_end", "inference", "votes", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
-# What other programs call our keys.
-_SYNONYMS = {
-    **dict.fromkeys(("lr", "max_lr", "peak_lr", "base_lr", "step_size", "eta"), "learning_rate"),
-    **dict.fromkeys(("lr_schedule", "lr_scheduler", "scheduler", "lr_decay"), "decay"),
-    **dict.fromkeys(("wd", "l2", "l2_reg"), "weight_decay"),
-    **dict.fromkeys(("bs", "minibatch", "minibatch_size", "train_batch_size"), "batch_size"),
-    **dict.fromkeys(("test_batch_size", "val_batch_size"), "eval_batch_size"),
-    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs", "train_epochs"), "epochs"),
-    **dict.fromkeys(("opt", "optim"), "optimizer"),
-    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clip", "max_grad_norm", "clip_grad_norm"), "clip_norm"),
-    **dict.fromkeys(("data", "data_set", "task"), "dataset"),
-    **dict.fromkeys(("data_path", "data_folder", "tfds_data_dir"), "data_dir"),
-    **dict.fromkeys(("val_split", "validation_split", "valid_size"), "val_fraction"),
-    **dict.fromkeys(("num_train", "subset", "max_examples"), "train_examples"),
-    **dict.fromkeys(("model", "arch", "net", "backbone"), "network"),
-    **dict.fromkeys(("hidden", "hidden_size", "hidden_sizes", "channels", "units", "layers"), "widths"),
-    **dict.fromkeys(("resize", "img_size", "resolution", "input_size"), "image_size"),
-    **dict.fromkeys(("nonlinearity", "act", "act_fn"), "activation"),
-    **dict.fromkeys(("init", "weight_init", "kernel_init"), "initialisation"),
-    **dict.fromkeys(("bn", "norm_layer", "normalization", "normalisation"), "norm"),
-    **dict.fromkeys(("pretrained", "weights", "load_from", "init_weights"), "init_from"),
-    **dict.fromkeys(("algorithm", "loss", "objective", "method"), "rule"),
-    **dict.fromkeys(("temp", "tau"), "temperature"),
-    **dict.fromkeys(("smoothing", "ls"), "label_smoothing"),
-    **dict.fromkeys(("dtype", "amp", "half", "mixed_precision"), "precision"),
-    **dict.fromkeys(("remat", "gradient_checkpointing"), "rematerialise"),
-    **dict.fromkeys(("tta", "test_time_augmentation"), "views"),
-    **dict.fromkeys(("hflip", "horizontal_flip", "mirror"), "flip"),
-    **dict.fromkeys(("random_crop", "crop", "padding"), "crop_padding"),
-    **dict.fromkeys(("random_seed", "rng", "prng_seed"), "seed"),
-    **dict.fromkeys(("save_every", "save_freq", "checkpoint_interval"), "checkpoint_every"),
-}
 OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
 
 
@@ -238,7 +206,7 @@ def key_like(name: str) -> str:
     word = name.lower().replace("-", "_")
     begun = [key for key in FIELDS if key.startswith(word)] if len(word) > 2 else []
     near = difflib.get_close_matches(word, FIELDS, n=1, cutoff=0.7)  # below it the keys found have little to do with the word
-    return next(iter([key for key in [_SYNONYMS.get(word)] if key] + begun + near), "")
+    return synonyms.KEYS.get(word) or next(iter(begun + near), "")
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -79,6 +79,8 @@ def _names(key: str) -> tuple[str, ...]:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    return (
-        "" if low is None or high is None else " to ".join(f"{int(side):,}" if side == int(side) else f"{side:g}" for side in (low, high))
-    )
+    return "" if low is None or high is None else f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"

@@ -19,13 +19,12 @@ _LAYOUTS = {
     "vffjax": {"images": "NHWC", "convolution": "HWIO", "dense": "IO", "flattened": "HWC"},
     "torchvision": {"images": "NCHW", "convolution": "OIHW", "dense": "OI"},
 }
-_STATISTICS = {"vffjax": ["clean images", "labelled copies"], "torchvision": ["clean images"]}
 # Attributes of a layer that say nothing about what it computes from given tensors.
 _NOT_SAID = ("dtype", "frozen", "ends_block", "joins_next", "learns", "initialisation", "parent", "name")
 
 
 def described(plan: Plan, names: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a file of weights, in JSON's types.
+    """The description of a file of weights, in JSON's types but for what layers of one's own may have as attributes.
 
     Args:
         plan: of the run.
@@ -35,6 +34,7 @@ def described(plan: Plan, names: str, about: Mapping[str, Any]) -> dict[str, Any
     config = plan.config
     network = {key: getattr(config, key) for key in ("network", *networks.find(config).keys)}
     network |= {"norm": rules.norm_of(config), "grouping": config.grouping}
+    streams = ["clean images", "labelled copies"] if names == "vffjax" and network["norm"] == "batch" else ["clean images"]
     groups = [
         {
             "layers": [_layer(layer) for layer in group.module.layers],
@@ -52,7 +52,7 @@ def described(plan: Plan, names: str, about: Mapping[str, Any]) -> dict[str, Any
         "network": as_json(network),
         "layout": _LAYOUTS[names],
         "epsilon": EPSILON,
-        "batch_statistics": {"rows": _STATISTICS[names], "clean_row": 0},
+        "batch_statistics": {"rows": streams, "clean_row": 0},
         "rule_changes_images": plan.rule.shown is not _field(Rule, "shown").default,
         "groups": groups,
         **about,

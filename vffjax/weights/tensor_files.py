@@ -18,7 +18,7 @@ import numpy as np
 from vffjax import file_kinds, files
 from vffjax.errors import UserError, printable, said
 
-# A thousand layers need less than 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
+# A thousand layers, and what the file says of them, need about 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
 MAX_HEADER = 2**21
 # NumPy has no bfloat16, so its bits are read as whole numbers.
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}

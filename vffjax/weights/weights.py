@@ -87,7 +87,8 @@ def write_group(path: pathlib.Path | str, plan: Plan, group: int, state: GroupSt
 
 def _write(path: pathlib.Path | str, plan: Plan, tensors: dict[str, np.ndarray], names: str, about: Mapping[str, Any]) -> None:
     # One metadata entry, because safetensors writes several of them in random order.
-    said = {METADATA: json.dumps(described(plan, names, about))}
+    # What a layer of one's own may have as an attribute, such as a function, is named by its type.
+    said = {METADATA: json.dumps(described(plan, names, about), default=lambda value: type(value).__name__)}
     files.replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, said))
 
 
