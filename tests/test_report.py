@@ -108,6 +108,13 @@ def test_the_page_holds_every_part_and_needs_nothing_else():
     assert "learning_rate" in changed and "weight_decay" not in changed
 
 
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path):
+    shutil.copytree(voting() / "report", tmp_path / "report")
+    (tmp_path / "report" / "mine.png").touch()
+    report_page.picture_folder(tmp_path, fresh=True)
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["mine.png"]
+
+
 def test_what_a_rule_does_not_have_is_left_out(tmp_path, call):
     train(tiny(rule="head", grouping="all", epochs=2, val_fraction=0.0), tmp_path)
     status, out, err = call("report", f"--workdir={tmp_path}")
@@ -148,7 +155,7 @@ def test_a_picture_that_fails_is_a_line_and_the_report_stands(tmp_path, monkeypa
 def test_names_and_values_from_outside_are_text(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
-    names = (HOSTILE, "b" * 500, *seen().names[2:])
+    names = (HOSTILE, "b" * 500, "$\\frac{$", "猫", *seen().names[4:])
     hostile = seen()._replace(dataset=dataclasses.replace(seen().dataset, class_names=names))
     sections = [
         Section("Mistakes", folder).fill(functools.partial(report_sections.mistakes, seen=hostile)),

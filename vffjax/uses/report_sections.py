@@ -81,7 +81,7 @@ def write(workdir: pathlib.Path, epoch: str = "best", data_dir: str = "") -> pat
     check_data(dataset, run, data_dir, other_data=False)
     with phase("classifying test images"):
         seen = look(trained, dataset)._replace(called="Chosen epoch" if epoch == "best" else "Epoch of this report")
-    records, folder = read_metrics(workdir) or run["history"], report_page.picture_folder(workdir)
+    records, folder = read_metrics(workdir) or run["history"], report_page.picture_folder(workdir, fresh=True)
     makers: dict[str, Callable[[Section], None]] = {
         "Errors": functools.partial(errors, seen=seen),
         "The run": lambda section: report_page.about_the_run(section, config.to_dict(), run["origins"], workdir),
@@ -121,9 +121,7 @@ def describe(seen: Seen) -> str:
     """One line about the network and the images."""
     plan, of = seen.trained.plan, len(seen.dataset.test)
     widths = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
-    tested = (
-        f"{len(seen.test):,} test images" if len(seen.test) == of else f"{len(seen.test):,} of the {of:,} test images, drawn by the seed"
-    )
+    tested = f"{len(seen.test):,} test images" + ("" if len(seen.test) == of else f" of {of:,}, drawn by the seed")
     return f"{plan.config.network}, {len(plan.groups)} group(s) of widths {widths}; {len(seen.dataset.train):,} training images; {tested}."
 
 
@@ -254,9 +252,7 @@ def copies(section: Section, seen: Seen) -> None:
     section.draw("copies", "Right and wrong noise", caption, lambda: figures.fits(found))
     if len(told) >= FEWEST * classes:
         last = seen.trained.groups - 1
-        caption = (
-            f"Group {last}, means by the class of the image and the class of the noise, from each of which the mean of its row is taken."
-        )
+        caption = f"Group {last}: means by the class of the image and the class of the noise, less the mean of each row."
         make = functools.partial(figures.fit_means, found.means[last], seen.names)
         section.draw("copy_means", "Similarity by class", caption, make, classes > 40)
 
