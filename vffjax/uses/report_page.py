@@ -124,7 +124,7 @@ def about_the_run(section: Section, config: Mapping[str, Any], origins: Sequence
         section.tables.append(Table((), list(_rows_of(origin)), fold))
     if origins:
         outside = any(":" in str(config.get(key, "")) for key in ("rule", "network", "dataset"))
-        section.command = f"vffjax reproduce {shlex.quote(str(workdir))}" + (" --code FOLDER_OF_YOUR_CODE" if outside else "")
+        section.command = f"vffjax reproduce {shlex.quote(str(workdir.resolve()))}" + (" --code FOLDER_OF_YOUR_CODE" if outside else "")
 
 
 def _rows_of(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
