@@ -133,7 +133,7 @@ PEER = Known(
     ),
     immaterial=(
         # No data set is read, and nothing is held out for validation.
-        *("data_dir", "train_examples", "val_fraction", "wrong_labels"),
+        *("data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels"),
         # These belong to labellings and rules that the peers do not have.
         *("copies_per_class", "goodness_threshold", "peer_normalisation", "slow_share"),
         # Nothing is saved, and `speedrun`, which classifies, sets these itself.
@@ -145,6 +145,8 @@ PEER = Known(
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "random_erasing": Only((0.0,), "the PyTorch contenders erase no rectangles", "use random_erasing=0"),
         "trivial_augment": Only((False,), "the PyTorch contenders have no such operations", "use trivial_augment=False"),
+        "random_resized_crop": Only((0.0,), "the PyTorch contenders enlarge no parts", "use random_resized_crop=0"),
+        "color_jitter": Only((0.0,), "the PyTorch contenders change no colours", "use color_jitter=0"),
         "mixup": Only((0.0,), "the PyTorch contenders mix no images", "use mixup=0"),
         "image_size": Only((0,), "the PyTorch contenders do not resize images", "use image_size=0"),
         "norm": Only(("auto", "batch"), "the PyTorch contenders normalise only by batch", "use norm=auto"),
@@ -183,13 +185,13 @@ FLOPS = Known(
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
-        *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "wrong_labels", "init_from"),
+        *("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels", "init_from"),
         # By the definition in rates.py, only layers, heads and a rule's kernels count: not augmentation, normalisation, losses, optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
         *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),
         *("bias_rate", "look_ahead", "slow_share"),
         *("contrast", "contrast_gradient", "similarity", "margin", "temperature", "temperature_end"),
-        *("random_erasing", "trivial_augment", "mixup"),
+        *("random_erasing", "trivial_augment", "random_resized_crop", "color_jitter", "mixup"),
         *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
         "overrides",

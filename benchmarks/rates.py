@@ -49,8 +49,8 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
         layers, fixed = [], 0
         for layer in group.module.layers:
             if isinstance(layer, WhiteningLayer):
-                shape = (*shape[:2], layer.width)
-                fixed = math.prod(shape) * layer.width // 2
+                shape = (*shape[:2], layer.channels(shape[2]))
+                fixed = math.prod(shape) * shape[2] // 2
             elif isinstance(layer, ConvLayer):
                 layers.append(KERNEL * KERNEL * math.prod(shape) * layer.width)
                 shape = (shape[0] // layer.pool, shape[1] // layer.pool, layer.width)

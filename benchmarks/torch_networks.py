@@ -58,7 +58,7 @@ class Whitening(nn.Module):
 
     def __init__(self, channels: int, layer: WhiteningLayer):
         super().__init__()
-        self.register_buffer("kernel", torch.zeros(layer.width, channels, layer.side, layer.side))
+        self.register_buffer("kernel", torch.zeros(layer.channels(channels), channels, layer.side, layer.side))
         self.activation = activation(layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,10 +104,11 @@ def _layer(layer: Layer, shape: tuple[int, ...]) -> nn.Module:
 
 def _shape_behind(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a layer's output for maps of `shape`."""
-    if not isinstance(layer, ConvLayer | WhiteningLayer):
+    if isinstance(layer, WhiteningLayer):
+        return *shape[:2], layer.channels(shape[2])
+    if not isinstance(layer, ConvLayer):
         return (layer.width,)
-    pool = layer.pool if isinstance(layer, ConvLayer) else 1
-    return shape[0] // pool, shape[1] // pool, layer.width
+    return shape[0] // layer.pool, shape[1] // layer.pool, layer.width
 
 
 def flat(x: Tensor) -> Tensor:

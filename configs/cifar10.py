@@ -9,13 +9,9 @@
 Back-propagation trains the same network in the same steps with `--config.rule=head --config.grouping=all`, and the loss of the local heads
 alone with `--config.rule=head`.
 
-Test errors (mean and standard deviation over seeds 0 to 2, float32, 2 CPU cores):
-
-small: VFF 20.3 ± 0.4 % (n = 3, results/cifar10-small-vff), the head loss alone 19.9 ± 0.2 % (n = 3, results/cifar10-small-head),
-back-propagation 18.7 ± 0.1 % (n = 3, results/cifar10-small-bp), all at the same learning rate, which is tuned for none.
-laptop: VFF 12.7 % (n = 1, results/c4b-vff-aux64-weight10), the head loss alone 12.8 % (n = 1, results/c4b-head-aux64), back-propagation
-12.1 % (n = 1, results/c4b-bp), all with seed 0 and at the same learning rate, from the exploration that this recipe comes from.
-full and cifarnet have not been trained to the end. The times above are estimates from images/s.
+MEASURED below has the test errors: mean and standard deviation over n seeds, float32, 2 CPU cores. The rows of a variant have the same
+learning rate, which is tuned for none of them. Those of laptop are from the exploration that this recipe comes from. full and cifarnet have
+not been trained to the end. The times above are estimates from images/s.
 
 yardstick: the network that figures of throughput, memory and compilers are about. It is frozen, whatever becomes of the recipe of the other
 variants, so that figures of different times can be compared. It is not meant to be accurate.
@@ -26,6 +22,19 @@ import ml_collections
 from vffjax.config import default_config
 
 VARIANTS = ("full", "laptop", "small", "cifarnet", "yardstick")
+# Test errors by variant and rule. `vffjax configs` shows them, and `python benchmarks/tables.py` compares those that name a record with it.
+MEASURED = {
+    "laptop": {
+        "vff": "12.7 % (n = 1, results/c4b-vff-aux64-weight10)",
+        "head": "12.8 % (n = 1, results/c4b-head-aux64)",
+        "back-propagation": "12.1 % (n = 1, results/c4b-bp)",
+    },
+    "small": {
+        "vff": "20.3 ± 0.4 % (n = 3, results/cifar10-small-vff)",
+        "head": "19.9 ± 0.2 % (n = 3, results/cifar10-small-head)",
+        "back-propagation": "18.7 ± 0.1 % (n = 3, results/cifar10-small-bp)",
+    },
+}
 
 
 def get_config(variant: str = "full") -> ml_collections.ConfigDict:

@@ -8,6 +8,7 @@ import pytest
 from oracles import config_of, quick_jit, small_run
 from vffjax.errors import UserError
 from vffjax.training.augment import augment, augmented, cut_out, erase, mix_up, normalise
+from vffjax.training.photo_augment import color_jitter, random_resized_crop
 
 H, W, N = 6, 8, 300
 
@@ -219,7 +220,67 @@ def test_no_mixup_changes_no_bit(key, images):
 # --- all of them together
 
 
+# --- parts and colours of photographs
+
+
+def as_bytes(function, key, images, amount):
+    return np.asarray(quick_jit(lambda k, x: function(k, x, amount))(key, jnp.asarray(images)))
+
+
+def test_a_random_part_fills_the_image_as_an_affine_map_of_positions(key):
+    """On images whose brightness grows along one side, each result is a line whose slope is the part's length, and its ends its place."""
+    n, h, w, smallest = 500, 32, 48, 0.2
+    along_rows = np.broadcast_to(np.arange(h).reshape(1, h, 1, 1) * 6, (n, h, w, 1)).astype(np.uint8)
+    along_columns = np.broadcast_to(np.arange(w).reshape(1, 1, w, 1) * 5, (n, h, w, 1)).astype(np.uint8)
+    rows = as_bytes(random_resized_crop, key, along_rows, smallest)[..., 0] / 6.0
+    columns = as_bytes(random_resized_crop, key, along_columns, smallest)[..., 0] / 5.0
+    assert (rows == rows[:, :, :1]).all() and (columns == columns[:, :1]).all()
+    found = []
+    for lines, side in ((rows[:, :, 0], h), (columns[:, 0], w)):
+        inner = slice(side // 4, -(side // 4))  # away from the border, whose pixels are repeated
+        slope, first = np.polyfit(np.arange(side)[inner] + 0.5, lines[:, inner].T, 1)
+        np.testing.assert_allclose(lines[:, inner], first[:, None] + slope[:, None] * (np.arange(side)[inner] + 0.5), atol=0.25)
+        length, start = slope * side, first + 0.5  # pixel p has its centre at p + 0.5
+        assert length.max() <= side + 0.5 and start.min() > -0.6 and (start + length).max() < side + 0.6
+        found.append(length)
+    share, aspect = found[0] * found[1] / (h * w), found[0] / found[1]
+    whole = (found[0] < h - 0.5) & (found[1] < w - 0.5)  # not cut to the image
+    assert share[whole].min() > smallest - 0.02 and share.max() < 1.03
+    assert aspect[whole].min() > 0.74 and aspect[whole].max() < 1.36
+    never_cut = share < 0.48
+    assert abs(np.log(aspect[never_cut]).mean()) < 5 * 0.17 / np.sqrt(never_cut.sum())
+
+
+def test_the_whole_image_stays_to_the_bit_where_the_part_is_all_of_it(key, images):
+    square = (np.asarray(images) * 20).astype(np.uint8)[:8]
+    found = as_bytes(random_resized_crop, key, np.repeat(square[:, :1, :1], 8, axis=1).repeat(8, axis=2), 1.0)
+    np.testing.assert_array_equal(found, np.repeat(square[:, :1, :1], 8, axis=1).repeat(8, axis=2))
+
+
+def test_colours_change_by_the_factors_asked(key):
+    n, strength = 400, 0.4
+    x = np.random.default_rng(0).integers(90, 130, (n, 6, 5, 3)).astype(np.uint8)
+    out = as_bytes(color_jitter, key, x, strength).astype(np.float64)
+    luma = np.array([0.299, 0.587, 0.114])
+    before, after = x @ luma, out @ luma
+    brightness = after.mean((1, 2)) / before.mean((1, 2))  # neither contrast nor saturation changes the mean grey
+    contrast = after.std((1, 2)) / before.std((1, 2)) / brightness
+    colour = (out - after[..., None]).std((1, 2, 3)) / (x - before[..., None]).std((1, 2, 3)) / brightness / contrast
+    for factor in (brightness, contrast, colour):
+        assert factor.min() > 0.55 and factor.max() < 1.45  # rounding to bytes blurs the ends
+        assert abs(factor.mean() - 1) < 0.06 and factor.std() == pytest.approx(strength / np.sqrt(3), rel=0.2)
+    assert abs(np.corrcoef([brightness, contrast, colour])[np.triu_indices(3, 1)]).max() < 0.2
+
+
+def test_grey_images_have_no_colour_to_change(key):
+    x = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 1)).astype(np.uint8)
+    colour = as_bytes(color_jitter, key, np.repeat(x, 3, axis=3), 0.5)
+    assert (colour == colour[..., :1]).all() and (colour[..., :1] != x).any()
+    np.testing.assert_array_equal(as_bytes(color_jitter, key, x, 0.0), x)
+
+
 ALL = {"flip": True, "crop_padding": 1, "cutout": 2, "random_erasing": 0.5, "trivial_augment": True, "mixup": 1.0}
+ALL |= {"random_resized_crop": 0.5, "color_jitter": 0.25}
 
 
 def test_a_step_draws_the_same_whichever_others_are_asked(key):
@@ -228,7 +289,7 @@ def test_a_step_draws_the_same_whichever_others_are_asked(key):
     batch = jax.tree.map(jnp.asarray, run.batch(key=key))
     together, mixture = quick_jit(lambda b: augmented(run.plan.config, run.task, b))(batch)
     own, x = jax.random.fold_in(key, 0), batch.images
-    for changes in ({"trivial_augment": True}, {"flip": True}, {"crop_padding": 1}):
+    for changes in ({"random_resized_crop": 0.5}, {"color_jitter": 0.25}, {"trivial_augment": True}, {"flip": True}, {"crop_padding": 1}):
         x = augment(own, x, batch.ids, batch.epoch, config_of(**changes))
     x = erase(own, cut_out(own, normalise(x, run.task.mean, run.task.std), 2), 0.5)
     x, alone = mix_up(own, x, batch.labels, 1.0)
@@ -236,7 +297,7 @@ def test_a_step_draws_the_same_whichever_others_are_asked(key):
     assert float(mixture.share) == pytest.approx(float(alone.share), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["random_erasing", "trivial_augment", "mixup"])
+@pytest.mark.parametrize("name", ["random_erasing", "trivial_augment", "mixup", "random_resized_crop", "color_jitter"])
 def test_kept_features_refuse_what_changes_images(name):
     with pytest.raises(UserError, match=rf"config\.feature_cache='host': .* {name}={ALL[name]}; use {name}=.*, or feature_cache=none"):
         config_of(schedule="sequential", feature_cache="host", **{name: ALL[name]})

@@ -21,13 +21,18 @@ from vffjax.runs import experiment
 # Help
 
 
+def longest(text):
+    return max(map(len, text.splitlines()))
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_the_commands(arguments, call):
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
     assert {"train", "evaluate", "predict", "export", "prepare", "memory", "locality", "reproduce", "version"} <= set(cli.names())
     for command in cli.names():
-        assert re.search(rf"^  {command}  +\w+.*\.$", out, re.MULTILINE)
+        assert re.search(rf"^  {command}  +\w+[^.]*", out, re.MULTILINE)
+    assert longest(out) <= 80
 
 
 def test_the_documentation_lists_every_command():
@@ -46,38 +51,68 @@ def test_no_module_of_a_command_imports_jax_or_a_library_that_draws():
 def test_help_of_train_explains_every_key(arguments, call):
     status, out, err = call("train", *arguments)
     assert (status, err) == (0, "")
-    assert "--config FILE" in out
+    assert "--config NAME" in out
     assert "--workdir DIR" in out
     for key, field in FIELDS.items():
         assert re.search(rf"^  {key} = ", out, re.MULTILINE)
         assert all(choice in out for choice in field.metadata["choices"])
-    assert max(map(len, out.splitlines())) <= 140
+    assert longest(out) <= 80
+    sections = {part.partition(":\n")[0]: part for part in out.partition("their defaults:\n\n")[2].split("\n\n")}
+    assert list(sections) == ["data", "network", "rule", "training", "output"]
+    first = {"data": "seed", "network": "network", "rule": "rule", "training": "schedule", "output": "inference"}
+    assert all(sections[name].startswith(f"{name}:\n  {key} = ") for name, key in first.items())
+
+
+KEYS = {
+    "epochs": ["section  training", "meaning  passes over", "type     whole number", "default  10", "range    1 to 1,000,000"],
+    "config.decay": ["type     text", "default  'cosine'", "choices  cosine, linear"],
+    "--config.rule": ["default  'vff'", "deeper_forward", "vffjax list says what each is"],
+    "learning_rate": ["section  training", "default  0.001", "range    0 to 1,000,000"],
+    "dataset": ["section  data", "names    cifar10, "],
+    "network": ["section  network", "vgg8b"],
+    "flip": ["--noconfig.flip clears it", "default  False"],
+    "overrides": ["type     dictionary", "--config.overrides.NAME=VALUE"],
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_help_of_one_key_is_all_about_it(key, call):
+    for arguments in (["--help", key], [CONFIG, "-h", key], [f"--help={key}"]):
+        status, out, err = call("train", *arguments)
+        assert (status, err) == (0, "")
+        assert out.startswith(f"config.{key.rpartition('.')[2]}\n  section  ")
+        assert all(part in out for part in KEYS[key]), out
+        assert longest(out) <= 80
 
 
 OPTIONS = {
+    "configs": ["--json"],
+    "list": ["--json"],
     "evaluate": ["--workdir", "--inference", "--epoch", "--data_dir", "--json"],
     "predict": ["--workdir", "--epoch", "--top", "--json", "IMAGE"],
     "export": ["--workdir", "--out", "--epoch", "--group"],
-    "locality": ["--config FILE", "--config.KEY=VALUE", "--structure", "--json", "--out"],
+    "locality": ["--config NAME|FILE", "--config.KEY=VALUE", "--structure", "--json", "--out"],
     "report": ["--workdir", "--epoch", "--data_dir", "--code", "--live"],
     "reproduce": ["WORKDIR", "--into", "--data_dir", "--json"],
     "prepare": ["DATASET", "--data_dir", "cifar10"],
-    "memory": ["--config FILE", "--config.KEY=VALUE", "--depths", "--batches", "--target", "here", "cpu", "tpu", "--json", "--out"],
+    "memory": ["--config NAME|FILE", "--config.KEY=VALUE", "--depths", "--batches", "--target", "here", "cpu", "tpu", "--json", "--out"],
 }
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_help_of_the_other_commands_explains_their_options(command, call):
+def test_help_of_the_other_commands_explains_their_options(command, call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, err = call(command, "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: vffjax {command}")
     assert all(option in out for option in OPTIONS[command])
+    assert longest(out) <= 80
 
 
 def test_train_py_is_the_train_command_and_help_needs_no_jax():
     run = "import runpy, sys; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')"
     done = in_a_process("-c", f"{run}\nexcept SystemExit as e: print('jax' in sys.modules, e.code)")
-    assert done.stdout.startswith("usage: python train.py --config FILE")
+    assert done.stdout.startswith("usage: vffjax train --config NAME|FILE")
     assert done.stdout.endswith("False 0\n")
     assert done.stderr == ""
 

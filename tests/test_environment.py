@@ -118,7 +118,7 @@ VARIANTS = [
     {"precision": "bf16", "norm": "anchor", "similarity": "position", "rematerialise": True},
     {"schedule": "sequential", "on_nonfinite": "skip", "label_smoothing": 0.1},
     {"rule": "head", "grouping": "all", "precision": "bf16", "norm": "layer"},
-    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8},
+    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8, "random_resized_crop": 0.5, "color_jitter": 0.3},
 ]
 
 
@@ -174,16 +174,16 @@ class Device:
 
 
 def test_the_memory_of_one_device_is_what_counts():
-    assert train.bytes_of(Device("gpu", {"bytes_limit": 5})) == 5
+    assert fits.bytes_of(Device("gpu", {"bytes_limit": 5})) == 5
     for stats in (None, {}, NotImplementedError("no")):
-        assert train.bytes_of(Device("gpu", stats)) is None
-        assert train.bytes_of(Device("cpu", stats)) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert fits.bytes_of(Device("gpu", stats)) is None
+        assert fits.bytes_of(Device("cpu", stats)) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(train, "os", types.SimpleNamespace())  # as on Windows, which has no sysconf
-    assert train.bytes_of(Device("cpu", None)) is None
-    train.check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
+    assert fits.bytes_of(Device("cpu", None)) is None
+    fits.check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
 
 
 def test_several_devices_do_not_make_one_larger(monkeypatch):
@@ -192,4 +192,4 @@ def test_several_devices_do_not_make_one_larger(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": half})] * 8)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):
-        train.check_memory(config)
+        fits.check_memory(config)

@@ -70,7 +70,7 @@ def test_any_segmentation_of_a_convolutional_network_gives_the_same_bits():
 
 RULES = {
     "shared, cutout": {**AUGMENTED, "cutout": 2, "head_weight": 0.5},
-    "erased, mixed": {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8, "head_weight": 0.5},
+    "erased, mixed": {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8, "random_resized_crop": 0.5, "head_weight": 0.5},
     "ff": {"rule": "ff", "peer_normalisation": 0.1, "negatives": "hard", **AUGMENTED},
     "triplet, hard negatives": {"labelling": "triplet", "negatives": "hard", "optimizer": "sgd", "clip_norm": 1.0},
 }

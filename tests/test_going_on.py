@@ -130,7 +130,14 @@ def left_after(epoch):
         yield
 
 
-CHANGES = {"eval_batch_size": 37, "checkpoint_every": 2, "rematerialise": True, "segment_steps": 4, "checkpoint_seconds": 1e3}
+CHANGES = {
+    "data_on": "host",
+    "eval_batch_size": 37,
+    "checkpoint_every": 2,
+    "rematerialise": True,
+    "segment_steps": 4,
+    "checkpoint_seconds": 1e3,
+}
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ PROGRAMS = [
     {"rule": "ff", "peer_normalisation": 0.1, "cutout": 3, "inference": "sweep"},
     {"schedule": "sequential", "on_nonfinite": "skip", "frozen_groups": 1, "overrides": {"group1": {"margin": 0.1, "optimizer": "sgd"}}},
     {"rule": "head", "grouping": "all", "precision": "bf16", "rematerialise": True, "image_size": 8},
-    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8},
+    {"random_erasing": 0.5, "trivial_augment": True, "mixup": 0.8, "random_resized_crop": 0.5, "color_jitter": 0.3},
 ]
 
 

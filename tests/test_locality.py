@@ -19,6 +19,7 @@ from vffjax.cli.config_file import load_config_file
 from vffjax.errors import UserError
 from vffjax.networks import find
 from vffjax.proofs import locality
+from vffjax.registry import SOURCES
 from vffjax.rules import local as rules
 from vffjax.training import trainer
 from vffjax.training.checks import make_config
@@ -41,7 +42,9 @@ GIVEN = [given for path in FILES for given in given_of(path)]
 
 
 def of_file(given):
-    return make_config(load_config_file(str(ROOT / "configs" / given))[0])
+    """The configuration of a file; one that wants images of your own gets others of its size, because there are none here."""
+    values = load_config_file(str(ROOT / "configs" / given))[0]
+    return make_config(values | ({"dataset": "synthetic"} if callable(SOURCES.find(values["dataset"]).sizes) else {}))
 
 
 def plain(certificate):
@@ -144,7 +147,7 @@ OPTIONS = {
     "host cache": {"schedule": "sequential", "feature_cache": "host", "rule": "head"},
     "rematerialised": {"rematerialise": True, "grouping": "width", "widths": (8, 8, 8, 6), "head_weight": 1.0},
     "skip, clipped, overridden": {"on_nonfinite": "skip", "clip_norm": 1.0, "overrides": {"group1": {"optimizer": "sgd"}}},
-    "erased": {"random_erasing": 0.5, "trivial_augment": True},
+    "erased": {"random_erasing": 0.5, "trivial_augment": True, "random_resized_crop": 0.5, "color_jitter": 0.3},
     "mixed": {"mixup": 0.8, "head_weight": 0.5},
     "hard, mixed": {"labelling": "triplet", "negatives": "hard", "mixup": 0.8, "trivial_augment": True, "random_erasing": 0.1},
     "triplet, augmented, bf16": {"labelling": "triplet", "flip": True, "crop_padding": 1, "cutout": 2, "precision": "bf16"},

@@ -1,10 +1,15 @@
 """The record of a run on disk and on the terminal."""
 
+import fcntl
 import io
 import json
 import os
+import pty
+import re
+import select
 import struct
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -226,18 +231,46 @@ def test_default_stream_is_the_present_stderr(tmp_path, no_tensorboard, capsys):
 
 def test_bar(tmp_path, no_tensorboard):
     stream = FakeTerminal()
+
+    def shown():
+        return stream.getvalue().split("\r")[-1].rstrip()
+
     with Logbook(tmp_path, 10, 2, stream) as book:
-        assert "2/10" in stream.getvalue()
+        book.phase("compiling")
+        assert shown().startswith("compiling   2/10 |") and shown().endswith("| ? left")
+        book.phase("training")
+        book.step(2, 1, 2)
+        assert shown().startswith("training    3/10 |") and shown().endswith(" left")
         book.epoch(RECORD)
-        assert "3/10" in stream.getvalue()
-        shown = stream.getvalue().split("\r")[-1]
-        assert "loss 1.234, val error 4.20 %, 2,346 images/s" in shown
+        assert re.fullmatch(r"training    3/10 \|.{10,}\| loss 1.234, val error 4.20 %, \d\d:\d\d left", shown())
+        book.phase("training")
+        assert shown().startswith("training    4/10 |")
         book.epoch({"epoch": 4, "loss": 1.0, "train_accuracy": 0.5})
-        shown = stream.getvalue().split("\r")[-1]
-        assert "4/10" in shown and "loss 1.000, train 50.0 %" in shown
-        assert "val error" not in shown
+        assert "loss 1.000, train 50.0 %" in shown()
+        assert "val error" not in shown()
+        book.epoch({"epoch": 10, "loss": 0.5})
+    assert re.fullmatch(r"trained    10/10 \|#+\| loss 0.500, \d\d:\d\d in all", shown())
     assert stream.getvalue().endswith("\n")
-    assert epochs(tmp_path) == [3, 4]
+    assert {len(line) for line in stream.getvalue().split("\r") if line.strip()} <= {79, 80}  # the last has a line feed
+    assert epochs(tmp_path) == [3, 4, 10]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_the_bar_fits_the_terminal_and_cuts_nothing_in_the_middle(columns, tmp_path, no_tensorboard):
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    shown = b""
+    with open(terminal, "w") as stream:
+        with Logbook(tmp_path, 1000, 0, stream) as book:
+            book.epoch(RECORD | {"group": 3})
+        while b"\n" not in shown and select.select([reader], [], [], 10)[0]:  # the kernel hands it on in its own time
+            shown += os.read(reader, 65536)
+    os.close(reader)
+    lines = shown.decode().split("\r")
+    assert max(map(len, lines)) < columns
+    said = {40: "", 80: "group 3, loss 1.234, ", 120: "group 3, loss 1.234, val error 4.20 %, 2,346 images/s, "}[columns]
+    line = next(line for line in lines if "3/1000" in line)
+    assert re.fullmatch(rf"starting      3/1000 \|.{{5,}}\| {said}\d\d:\d\d left *", line)
 
 
 def test_close_twice_and_on_error(tmp_path, no_tensorboard):

@@ -1,5 +1,6 @@
 """Prediction for image files: their scores, the kinds and sizes that are taken, and those that are refused."""
 
+import csv
 import json
 import struct
 import zlib
@@ -12,6 +13,7 @@ from PIL import Image
 from command_lines import ROOT
 from runs import finished, tiny, train
 from vffjax.data import load as data
+from vffjax.data import pictures
 from vffjax.runs.workdir import load_run
 from vffjax.training import trainer
 from vffjax.training.augment import normalise
@@ -110,7 +112,7 @@ STORED = {
 def read_back(image, folder, shape=(8, 8, 1), suffix=".png", **options):
     path = folder / f"picture{suffix}"
     (image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))).save(path, **options)
-    return prediction.read_image(path, shape)
+    return pictures.read_image(path, shape)
 
 
 def exif_of(orientation):
@@ -220,6 +222,21 @@ def test_of_an_animation_the_first_frame_is_seen_and_print_colours_are_converted
     cmyk = Image.merge("CMYK", [Image.new("L", (8, 8), ink) for ink in (0, 255, 255, 0)])  # red
     red = read_back(cmyk, tmp_path, (8, 8, 3), ".jpg", quality=100)
     assert np.abs(red.astype(int) - [255, 0, 0]).max() < 8
+    assert np.abs(read_back(cmyk, tmp_path, (8, 8, 1), ".jpg", quality=100).astype(int) - 0.299 * 255).max() < 8
+
+
+@pytest.mark.parametrize(("suffix", "options"), [(".webp", {"lossless": True}), (".bmp", {})])
+def test_webp_and_bmp_are_seen_as_png_is(suffix, options, tmp_path):
+    colour = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(read_back(colour, tmp_path, (8, 8, 3), suffix, **options), colour)
+    np.testing.assert_array_equal(read_back(colour, tmp_path, (8, 8, 1), suffix, **options), read_back(colour, tmp_path))
+    if suffix == ".webp":
+        frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200)]
+        assert (read_back(frames[0], tmp_path, (8, 8, 3), suffix, save_all=True, append_images=frames[1:], **options) == 10).all()
+        clear = np.concatenate([colour, np.full((8, 8, 1), 99, np.uint8)], axis=2)
+        np.testing.assert_array_equal(
+            read_back(clear, tmp_path, (8, 8, 3), suffix, exact=True, **options), read_back(clear, tmp_path, (8, 8, 3))
+        )
 
 
 CASES = ROOT.parent / "shared" / "cases"
@@ -230,7 +247,7 @@ CASES = ROOT.parent / "shared" / "cases"
     "name", ["exif3.jpg", "exif6.jpg", "exif6.png", "rgba_white_ink.png", "la_white_ink.png", "p_trns.png", "wide.png"]
 )
 def test_pictures_that_were_misread_are_seen_as_the_upright_one(name):
-    found, upright = (prediction.read_image(CASES / each, (8, 8, 1)).astype(int) for each in (name, "up.png"))
+    found, upright = (pictures.read_image(CASES / each, (8, 8, 1)).astype(int) for each in (name, "up.png"))
     assert np.abs(found - upright).max() <= 6
 
 
@@ -278,9 +295,9 @@ def png(width, height):
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_named(fails, digit, tmp_path):
+def test_unreadable_images_are_named_and_the_others_answered(call, digit, tmp_path):
     bad = {
-        "text.png": (b"not an image", ["not a readable PNG or JPEG image"]),
+        "text.png": (b"not an image", ["not a readable PNG, JPEG, WebP or BMP image"]),
         "empty.png": (b"", ["not a readable"]),
         "truncated.png": (digit.read_bytes()[:60], ["not a readable"]),
         "huge.png": (png(100_000, 100_000), ["too many pixels", "at most"]),
@@ -288,9 +305,57 @@ def test_unreadable_images_are_named(fails, digit, tmp_path):
         "lies.png": (png(4_000, 4_000), ["not a readable"]),
         "other.png": (b"GIF89a\x01\0\x01\0\0\0\0;", ["not a readable"]),
     }
+    alone = call("predict", f"--workdir={finished()}", digit)[1]
     for name, (content, parts) in bad.items():
         (tmp_path / name).write_bytes(content)
-        # A good image before it does not matter.
-        fails("predict", f"--workdir={finished()}", digit, tmp_path / name, parts=[str(tmp_path / name), *parts])
-    fails("predict", f"--workdir={finished()}", tmp_path / "missing.png", parts=[f"{tmp_path}/missing.png: No such file"])
-    fails("predict", f"--workdir={finished()}", tmp_path, parts=[f"{tmp_path}: "])
+        status, out, err = call("predict", f"--workdir={finished()}", tmp_path / name, digit)
+        assert (status, out, err.count("\n")) == (1, alone, 1)
+        assert all(part in err for part in [f"vffjax: error: {tmp_path / name}: ", *parts]), err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures of a test image each, of all kinds and in two folders; a broken one; and files that are passed over."""
+    images, folder = data.load(tiny()).test.images[:7, :, :, 0], tmp_path / "pictures"
+    names = ["0.png", "1.BMP", "2.webp", "3.jpeg", "inner/4.PNG", "inner/a, b\n.png", "z.jpg"]
+    for image, name in zip(images, names, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name, quality=100, lossless=True)
+    (folder / "broken.png").write_bytes(b"no picture")
+    for name in ("notes.txt", "._0.png", ".hidden/0.png", "inner/.a.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"passed over")
+    return folder, images, [str(folder / name) for name in sorted([*names, "broken.png"])]
+
+
+def test_a_folder_becomes_a_table(call, folder, tmp_path, monkeypatch):
+    folder, images, names = folder
+    monkeypatch.setattr(prediction, "MOST_AT_ONCE", 3)  # pictures, so that there are three batches
+    table = tmp_path / "out.csv"
+    table.write_text("an older file")
+    status, out, err = call("predict", f"--workdir={finished()}", folder, tmp_path / "missing.png", f"--csv={table}", "--top=2")
+    assert (status, out) == (1, f"{table}: 7 images, and 2 that could not be read\n")
+    assert [line.split(": ")[2] for line in err.splitlines()] == [str(folder / "broken.png"), str(tmp_path / "missing.png")]
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "class", "probability", "class_2", "probability_2", "note", "error"]
+    assert [row["file"] for row in rows] == [*names, str(tmp_path / "missing.png")]
+    assert [row["error"].partition(" (")[0].partition(";")[0] for row in rows if not row["class"]] == [
+        "not a readable PNG, JPEG, WebP or BMP image",
+        "No such file or directory",
+    ]
+    log_p, run = direct_scores(images[..., None])
+    p = np.exp(log_p[run["voting"]].mean(axis=0))
+    p /= p.sum(axis=1, keepdims=True)
+    found = {row["file"]: row for row in rows}
+    for i, name in {0: "0.png", 1: "1.BMP", 4: "inner/4.PNG", 5: "inner/a, b\n.png"}.items():  # the others are rounded by their format
+        row = found[str(folder / name)]
+        best = np.argsort(-p[i])[:2]
+        assert [row["class"], row["class_2"]] == [run["class_names"][k] for k in best]
+        np.testing.assert_allclose([float(row["probability"]), float(row["probability_2"])], p[i][best], atol=1e-5)
+    listed = call("predict", f"--workdir={finished()}", folder, "--json")
+    assert listed[0] == 1 and [entry["image"] for entry in json.loads(listed[1])] == names
+    assert "not a readable" in next(entry["error"] for entry in json.loads(listed[1]) if "by" not in entry)
+    before = table.read_bytes()
+    assert call("predict", f"--workdir={finished()}", folder / "broken.png", f"--csv={table}")[0] == 2
+    assert table.read_bytes() == before

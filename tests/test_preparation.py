@@ -12,7 +12,7 @@ from image_sets import BATCHES, CIFAR_NAMES, CIFAR_URL, as_set, fails, load, put
 from oracles import slow_but
 from vffjax.config import Config
 from vffjax.data import load as data
-from vffjax.data import tfds_files
+from vffjax.data import tfds_preparation
 
 
 def test_mnist_prepared_offline_and_tensorflow_put_back(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_resolver_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
         raise requests.ConnectionError
 
     monkeypatch.setattr(requests, "get", hang)
-    monkeypatch.setattr(tfds_files, "REACH_SECONDS", 0.2)
+    monkeypatch.setattr(tfds_preparation, "REACH_SECONDS", 0.2)
     start = time.monotonic()
     try:
         fails(lambda: load(tmp_path), "the download failed (no answer from www.cs.toronto.edu within 0.2 s)")

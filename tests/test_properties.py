@@ -22,7 +22,7 @@ from vffjax.data.load import split_sizes
 from vffjax.errors import UserError
 from vffjax.proofs import locality
 from vffjax.registry import RULES, SOURCES
-from vffjax.training.checks import check_against_data, from_json, make_config
+from vffjax.training.checks import AUGMENTATIONS, check_against_data, from_json, make_config
 from vffjax.training.plan import groups_of, make_plan
 from vffjax.training.trainer import train_step
 
@@ -82,7 +82,10 @@ FREE = {
     "checkpoint_every": st.integers(1, 100),
     "segment_steps": st.integers(0, 100),
     "checkpoint_seconds": st.sampled_from([0.0, 0.5, 1e3]),
-    "dataset": st.sampled_from(SOURCES.names),
+    "dataset": st.sampled_from([name for name in SOURCES.names if not callable(SOURCES.find(name).sizes)]),
+    "test_fraction": between(0.015625, 0.5),
+    "random_resized_crop": between(0, 1),
+    "color_jitter": between(0, 1),
 }
 
 
@@ -141,7 +144,7 @@ def valid(draw):
     if raw["schedule"] == "joint":
         raw["feature_cache"] = "none"
     if raw["feature_cache"] != "none":
-        raw |= {"flip": False, "crop_padding": 0, "cutout": 0, "random_erasing": 0.0, "trivial_augment": False, "mixup": 0.0}
+        raw |= {key: getattr(Config(), key) for key in AUGMENTATIONS}
     raw["alternating_flip"] &= raw["flip"]
     groups = len(groups_of(make_config(raw), CLASSES))
     names = st.sampled_from([f"group{i}" for i in range(groups)])

@@ -68,12 +68,12 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
     sizes, x = layer_sizes(groups, shape), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     layers = [layer for group in groups for layer in group.module.layers]
     assert len(sizes) == len(layers)
-    for layer, (kernels, area) in zip(layers, sizes, strict=True):
+    for layer, size in zip(layers, sizes, strict=True):
         variables = jax.eval_shape(lambda x, layer=layer: layer.init(jax.random.key(0), x, 1, False), x)
-        assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1) == kernels
+        assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1) == size.kernels
         x = jax.eval_shape(lambda v, x, layer=layer: layer.apply(v, x, 1, False), variables, x)
-        assert x.size <= area
-        assert x.shape[-1] == layer.width
+        assert x.size <= size.map
+        assert x.shape[-1] == layer.width == size.width
 
 
 CUT = [

@@ -184,7 +184,7 @@ def test_a_signal_while_it_compiles_is_answered_at_once(how, status, tmp_path):
     assert (found, (tmp_path / "run" / "checkpoints" / "1").exists()) == (status, False)
     assert seconds < MOST_SECONDS
     words = "interrupted; " if how == signal.SIGINT else "told to leave (SIGTERM): "
-    assert err.splitlines()[-1] == f"vffjax: {words}nothing is saved yet; the same command begins anew"
+    assert err.splitlines()[-1] == f"vffjax: {words}nothing of this run is saved yet; the same command begins it anew"
 
 
 @pytest.mark.slow
@@ -194,6 +194,7 @@ def test_ctrl_c_while_it_trains_says_what_is_saved(tmp_path):
     found, err, seconds = ended(process, signal.SIGINT)
     assert (found, seconds < MOST_SECONDS) == (130, True)
     last = err.splitlines()[-1]
+    assert "SIGTERM" not in err  # what ends in the background keeps quiet
     assert last.startswith("vffjax: interrupted; epoch ") and last.endswith(" of 100000 is saved; the same command goes on from there")
 
 

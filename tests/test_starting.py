@@ -17,7 +17,7 @@ VERSION = f"vffjax {importlib.metadata.version('vffjax')}\n"
 def test_python_m_is_the_command(module):
     done = in_a_process("-m", module, "train")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: python train.py --config FILE")
+    assert done.stdout.startswith("usage: vffjax train --config NAME|FILE")
     done = in_a_process("-m", module, "nothing")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 

@@ -59,7 +59,8 @@ def test_written_and_read_back_to_the_bit(run, file):
 
 def test_kernels_as_float16_take_half_the_bytes_and_are_read_back_rounded(run, file, tmp_path):
     weights.write_weights(tmp_path / "half.safetensors", run.plan, run.states, ABOUT, half=True)
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.75 * file.stat().st_size  # headers and small tensors stay
+    full, half = (len(parts_of(path)[1]) for path in (file, tmp_path / "half.safetensors"))
+    assert half < 0.75 * full  # small tensors stay
     read, notes = weights.read_weights(tmp_path / "half.safetensors", run.plan, zeros(run))
     assert notes == []
     rounded = [(jax.tree.map(lambda a: np.float32(np.float16(a)) if a.ndim > 1 else a, s.params), s.batch_stats) for s in run.states]
@@ -95,11 +96,64 @@ def test_the_file_says_what_it_is_to_any_reader(run, file):
         "initialisation": "he",
         "whitening": 0,
         "auxiliary": [],
-        "norm": "auto",
+        "norm": "batch",
         "grouping": "width",
     }
     assert (about["class_names"], about["image_shape"]) == (["a", "b", "c"], list(SHAPE))
     assert safetensors.numpy.load_file(file)[KERNEL].dtype == np.float32
+    assert about["layout"] == {"images": "NHWC", "convolution": "HWIO", "dense": "IO", "flattened": "HWC"}
+    assert (about["epsilon"], about["batch_statistics"]) == (1e-5, {"rows": ["clean images", "labelled copies"], "clean_row": 0})
+    second = about["groups"][0]["layers"][1]
+    assert second == {
+        **{"layer": "ConvLayer", "width": 4, "norm": "batch", "sets": 1, "activation": "relu", "scaled": True},
+        **{"pool": 2, "resize": 0, "pools_first": False},
+    }
+    assert [group["head"] for group in about["groups"]] == [{"grid": 4, "normalises": False, "auxiliary": []}] * 2
+
+
+def saying(path, **values):
+    """Changes what the file says of the network."""
+    header, data = parts_of(path)
+    about = json.loads(header["__metadata__"]["vffjax"])
+    about["network"] |= values
+    path.write_bytes(with_header(header | {"__metadata__": {"vffjax": json.dumps(about)}}, data))
+
+
+NORMS = [
+    ("class", {"norm": "none"}, "none"),
+    ("none", {"norm": "input"}, "input"),
+    ("class", {"rule": "ff"}, "input, which norm=auto means under rule ff"),
+]
+
+
+@pytest.mark.parametrize(("there", "keys", "here"), NORMS)
+def test_weights_of_another_normalisation_are_refused_where_the_tensors_cannot_tell(there, keys, here, tmp_path):
+    trained, started = (small_run(config_of(**CONV, **own), shape=SHAPE) for own in ({"norm": there}, keys))
+    path = tmp_path / "w.safetensors"
+    weights.write_weights(path, trained.plan, trained.states, {})
+    says = f"{path}: was trained with norm={there}, and this run has norm={here}; set config.norm={there}, or give other weights"
+    refused(lambda: weights.read_weights(path, started.plan, started.states), says)
+    assert weights.read_weights(path, trained.plan, trained.states)[1] == []
+    saying(path, norm="auto")  # as version 0.2.0 wrote it
+    assert weights.read_weights(path, started.plan, started.states)[1] == []
+
+
+def test_a_difference_that_changes_what_weights_mean_is_said(run, file):
+    other = small_run(config_of(**{**CONV, "pools": (1, 1, 2, 2)}, activation="gelu"), shape=SHAPE)
+    assert weights.read_weights(file, other.plan, other.states)[1] == [
+        "was trained with pools=[1, 2, 1, 2], and this run has [1, 1, 2, 2]",
+        "was trained with activation=relu, and this run has gelu",
+    ]
+
+
+@pytest.mark.parametrize("said", [None, 3, "no JSON", "[]", '{"network": 3}', '{"network": {"norm": [1]}, "names": "vffjax"}', "[" * 10**5])
+def test_a_file_that_says_nothing_sensible_of_itself_is_read_by_its_tensors(said, run, file):
+    header, data = parts_of(file)
+    header["__metadata__"] = {} if said is None else {"vffjax": said}
+    file.write_bytes(with_header(header, data))
+    read, notes = weights.read_weights(file, run.plan, zeros(run))
+    assert notes == []
+    assert_same_bits([state[:2] for state in read], [state[:2] for state in run.states])
 
 
 def test_equal_weights_give_equal_bytes_and_an_old_file_is_replaced_whole(run, file, monkeypatch):
@@ -301,7 +355,7 @@ def test_a_resnet_is_written_by_torchvisions_names_unless_asked_otherwise(narrow
         "width_factor": 0.05,
         "stem": "cifar",
         "image_size": 0,
-        "norm": "auto",
+        "norm": "batch",
         "grouping": "all",
     }
     own = tmp_path / "own.safetensors"
@@ -598,6 +652,8 @@ def test_a_run_is_exported_and_another_starts_from_it(call, tmp_path):
         about = json.loads(opened.metadata()["vffjax"])
     assert (about["epoch"], about["class_names"]) == (run["epoch"], run["class_names"])
     np.testing.assert_allclose(about["pixel_mean"], task.mean)
+    assert (about["voting"], about["scored_by"], about["views"]) == (run["voting"], "heads", "one")
+    assert about["vote_weights"] == [1 / len(run["voting"])] * len(run["voting"])
     status, out, _ = export(call, tmp_path / "last.safetensors", "--epoch=latest")
     assert (status, out) == (0, f"{tmp_path}/last.safetensors: 2 groups of epoch 3\n")
     assert export(call, tmp_path / "half.safetensors", "--half")[0] == 0

@@ -72,11 +72,12 @@ def test_a_small_number_keeps_directions_without_variance_finite():
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_the_layer_is_a_convolution_and_the_activation_and_repeats_the_last_row_and_column(activation):
     x = images()[:3]
-    layer = WhiteningLayer(8, side=SIDE, activation=activation)
+    layer = WhiteningLayer(0, side=SIDE, activation=activation)
     variables = variables_of(layer, x[:1])
     kernel = np.asarray(variables["params"][FIXED], np.float64)
     repeated = np.pad(x, ((0, 0), (0, SIDE - 1), (0, SIDE - 1), (0, 0)), mode="edge")
-    z = (patches(repeated, SIDE) @ kernel.reshape(-1, 8)).reshape(3, 8, 8, 8)
+    channels = layer.channels(x.shape[3])
+    z = (patches(repeated, SIDE) @ kernel.reshape(-1, channels)).reshape(3, 8, 8, channels)
     cubic = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
     wanted = np.maximum(z, 0) if activation == "relu" else 0.5 * z * (1 + np.tanh(cubic))
     np.testing.assert_allclose(layer.apply(variables, jnp.asarray(x, jnp.float32), 3, False), wanted, rtol=1e-4, atol=1e-4)
@@ -120,7 +121,7 @@ def test_cifarnet_is_local(grouping):
 def test_cifarnet_pools_before_it_normalises_and_its_blocks_are_pairs():
     config = config_of(network="cifarnet", widths=(4, 6, 6), whitening=2, dataset="synthetic")
     first, *layers = find(config).layers(config, "batch")
-    assert (type(first), first.width, first.learns) == (WhiteningLayer, 24, False)
+    assert (type(first), first.channels(3), first.learns) == (WhiteningLayer, 24, False)
     assert [(layer.width, layer.pool, layer.pools_first, layer.ends_block) for layer in layers] == [
         *((4, 2, True, False), (4, 1, False, True)),
         *((6, 2, True, False), (6, 1, False, True)) * 2,

@@ -22,12 +22,13 @@ from vffjax.registry import ROOMS
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
 # Larger numbers are taken for mistakes. XLA would abort the process for an array of more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
+PLACES = ("device", "host")
 NORMS = ("auto", "batch", "anchor", "layer", "input", "class", "none")
 _MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
 MAX_SIDE = 4096  # of an image, in pixels
 # Keys that may change when a run is resumed: where the data are, and how much memory and disk it uses. Any other makes it another run.
-CHANGEABLE = ("data_dir", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
-BITWISE = ("checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
+CHANGEABLE = ("data_dir", "data_on", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
+BITWISE = ("data_on", "checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
 # Numbers that compiled programs take as arguments, for each step and group; see `hyperparameters`.
 ARGUMENTS: tuple[str, ...] = (
     *("learning_rate", "bias_rate", "weight_decay", "momentum", "clip_norm", "temperature", "margin", "head_weight", "label_smoothing"),
@@ -37,23 +38,58 @@ ARGUMENTS: tuple[str, ...] = (
 _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
-    *("seed", "dataset", "data_dir", "train_examples", "val_fraction", "wrong_labels", "init_from", "noise_scale", "feature_cache"),
+    *("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels", "init_from"),
+    *("noise_scale", "feature_cache"),
     *("epochs", "noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
     *("temperature_end", "inference", "votes", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
 )
+# What other programs call our keys.
+_SYNONYMS = {
+    **dict.fromkeys(("lr", "max_lr", "peak_lr", "base_lr", "step_size", "eta"), "learning_rate"),
+    **dict.fromkeys(("lr_schedule", "lr_scheduler", "scheduler", "lr_decay"), "decay"),
+    **dict.fromkeys(("wd", "l2", "l2_reg"), "weight_decay"),
+    **dict.fromkeys(("bs", "minibatch", "minibatch_size", "train_batch_size"), "batch_size"),
+    **dict.fromkeys(("test_batch_size", "val_batch_size"), "eval_batch_size"),
+    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs", "train_epochs"), "epochs"),
+    **dict.fromkeys(("opt", "optim"), "optimizer"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clip", "max_grad_norm", "clip_grad_norm"), "clip_norm"),
+    **dict.fromkeys(("data", "data_set", "task"), "dataset"),
+    **dict.fromkeys(("data_path", "data_folder", "tfds_data_dir"), "data_dir"),
+    **dict.fromkeys(("val_split", "validation_split", "valid_size"), "val_fraction"),
+    **dict.fromkeys(("num_train", "subset", "max_examples"), "train_examples"),
+    **dict.fromkeys(("model", "arch", "net", "backbone"), "network"),
+    **dict.fromkeys(("hidden", "hidden_size", "hidden_sizes", "channels", "units", "layers"), "widths"),
+    **dict.fromkeys(("resize", "img_size", "resolution", "input_size"), "image_size"),
+    **dict.fromkeys(("nonlinearity", "act", "act_fn"), "activation"),
+    **dict.fromkeys(("init", "weight_init", "kernel_init"), "initialisation"),
+    **dict.fromkeys(("bn", "norm_layer", "normalization", "normalisation"), "norm"),
+    **dict.fromkeys(("pretrained", "weights", "load_from", "init_weights"), "init_from"),
+    **dict.fromkeys(("algorithm", "loss", "objective", "method"), "rule"),
+    **dict.fromkeys(("temp", "tau"), "temperature"),
+    **dict.fromkeys(("smoothing", "ls"), "label_smoothing"),
+    **dict.fromkeys(("dtype", "amp", "half", "mixed_precision"), "precision"),
+    **dict.fromkeys(("remat", "gradient_checkpointing"), "rematerialise"),
+    **dict.fromkeys(("tta", "test_time_augmentation"), "views"),
+    **dict.fromkeys(("hflip", "horizontal_flip", "mirror"), "flip"),
+    **dict.fromkeys(("random_crop", "crop", "padding"), "crop_padding"),
+    **dict.fromkeys(("random_seed", "rng", "prng_seed"), "seed"),
+    **dict.fromkeys(("save_every", "save_freq", "checkpoint_interval"), "checkpoint_every"),
+}
 OVERRIDABLE = ("optimizer", "warmup_epochs", "temperature_end", *ARGUMENTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment. The documentation of each field is printed by `python train.py --help`."""
+    """One experiment. `vffjax train --help` prints the documentation of each field; the first field of a section names it."""
 
     # fmt: off
-    seed: int = key(0, "seed of everything random: split, initialisation, codebook, order, augmentation", low=0, high=2**31 - 1)
-    dataset: str = key("digits", "what to learn")
-    data_dir: str = key("", "folder of tensorflow-datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    seed: int = key(0, "seed of everything random: split, first weights, noise, order, augmentation", low=0, high=2**31 - 1, section="data")
+    dataset: str = key("digits", "what to learn: a set by its name, or images of your own in a folder or an npz file")
+    data_dir: str = key("", "where the images lie; sets of tensorflow-datasets: empty means $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    data_on: str = key("device", "where the images lie while a run trains: on the device, or if they are too many, on the host", PLACES)
     train_examples: int = key(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
     val_fraction: float = key(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
+    test_fraction: float = key(0.2, "share of each class held out as test images where a set has none of its own", low=0.01, high=0.9)
     wrong_labels: float = key(0.0, "share of the images to train on that get another class's label, drawn by the seed", low=0.0, high=1.0)
     flip: bool = key(False, "mirror training images left to right with probability 1/2")
     alternating_flip: bool = key(False, "flip: mirror each image in every other epoch instead, half of the images in each")
@@ -61,15 +97,17 @@ class Config:
     cutout: int = key(0, "side in pixels of one random square set to the mean; 0: none", low=0, high=1024)
     random_erasing: float = key(0.0, "probability that one random rectangle of an image is set to the mean; 0: none", low=0.0, high=1.0)
     trivial_augment: bool = key(False, "change each training image by one random operation of random strength, such as a rotation")
+    random_resized_crop: float = key(0.0, "least share of an image's area in a random part that fills it; 0: none", low=0.0, high=1.0)
+    color_jitter: float = key(0.0, "largest random change of brightness, contrast and saturation, as a share; 0: none", low=0.0, high=1.0)
     mixup: float = key(0.0, "alpha of Beta(alpha, alpha), which draws shares in which images are mixed; 0: none", low=0.0, high=_LARGE)
     pixel_statistics: str = key("data", "mean and deviation of pixels: the training images', or ImageNet's", ("data", "imagenet"))
 
-    network: str = key("mlp", "layers to train; or MODULE:NETWORK, of a file beside the configuration")
+    network: str = key("mlp", "layers to train; or MODULE:NETWORK, of a file beside the configuration", section="network")
     widths: tuple[int, ...] = key((512, 512, 512), "mlp, conv4, conv: units or channels of each layer; cifarnet: of each pair of layers")
     pools: tuple[int, ...] = key((1, 2, 1, 2), "conv4, conv: side of the max-pooling window after each layer, in positions; 1: none")
     width_factor: float = key(1.0, "vgg, resnet: channels of each layer, as a multiple of the published", low=0.01, high=16.0)
     stem: str = key("cifar", "resnet: first layers: 3x3, or 7x7 and max-pooling of stride 2 each (imagenet)", ("cifar", "imagenet"))
-    image_size: int = key(0, "all but mlp: side in pixels to which images are resized, on device; 0: none", low=0, high=1024)
+    image_size: int = key(0, "side in pixels to which images are resized, while they are decoded or on device; 0: none", low=0, high=1024)
     activation: str = key("relu", "all but resnet: ReLU, or GELU in its tanh form, after normalisation", ("relu", "gelu"))
     norm_scale: bool = key(True, "all but resnet, if norm is batch, anchor or layer: learn the scale of a normalised channel")
     initialisation: str = key("he", "all but resnet: kernels start as He's, or as the identity in the first channels", ("he", "identity"))
@@ -82,7 +120,7 @@ class Config:
     frozen_groups: int = key(0, "first groups whose layers stay as they start; their heads learn", low=0, high=MAX_LAYERS)
     init_from: str = key("", "weights to start from: by vffjax, torchvision, timm or transformers, or hf://OWNER/NAME; empty: random")
 
-    rule: str = key("vff", "local objective of a group; or MODULE:RULE, of a file beside the configuration")
+    rule: str = key("vff", "local objective of a group; or MODULE:RULE, of a file beside the configuration", section="rule")
     rule_options: Mapping[str, Any] = key({}, "keys of the rule's own, as its file documents them: {'weight': 0.5}")
     labelling: str = key("shared", "LWNL copies: shared by all anchors, or one right and one wrong per image", ("shared", "triplet"))
     noise_scale: float = key(3.0, "standard deviation of the class noise, in units of normalised pixels", low=0.0, high=_LARGE)
@@ -103,7 +141,7 @@ class Config:
     goodness_threshold: float = key(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
     peer_normalisation: float = key(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0, high=_LARGE)
 
-    schedule: str = key("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"))
+    schedule: str = key("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"), section="training")
     feature_cache: str = key("none", "sequential: keep the frozen groups' features of the training images", ("none", "device", "host"))
     epochs: int = key(10, "passes over the training images (sequential: for each group)", low=1, high=1_000_000)
     batch_size: int = key(128, "images in a step", low=1, high=2**20)
@@ -123,7 +161,7 @@ class Config:
     precision: str = key("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
 
-    inference: str = key("heads", "how classes are scored: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"))
+    inference: str = key("heads", "scores: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"), section="output")
     votes: str = key("subset", "ensemble: plain mean of a subset of groups, or weights of all (weighted)", ("subset", "weighted"))
     views: str = key("one", "averaged scores: of the image; and mirror image; six: and both shifted two ways", ("one", "mirror", "six"))
     eval_batch_size: int = key(500, "images in a step of evaluation", low=1, high=2**20)
@@ -191,8 +229,16 @@ def converted(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 def nearest_key(name: str) -> str:
     """The advice for a key that does not exist."""
-    near = difflib.get_close_matches(name, FIELDS, n=1)
-    return f"did you mean config.{near[0]}?" if near else "see python train.py --help for the keys"
+    near = key_like(name)
+    return f"did you mean config.{near}?" if near else "see vffjax train --help for the keys"
+
+
+def key_like(name: str) -> str:
+    """The key that somebody may have meant by a name; empty if none is near: a well-known synonym, a beginning, or a near spelling."""
+    word = name.lower().replace("-", "_")
+    begun = [key for key in FIELDS if key.startswith(word)] if len(word) > 2 else []
+    near = difflib.get_close_matches(word, FIELDS, n=1, cutoff=0.7)  # below it the keys found have little to do with the word
+    return next(iter([key for key in [_SYNONYMS.get(word)] if key] + begun + near), "")
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

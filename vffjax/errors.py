@@ -4,7 +4,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -99,17 +99,17 @@ class SafeStream:
         return getattr(self._stream, name)
 
 
-def notice(text: str) -> None:
-    """Prints one `printable` line on stderr. If stderr is missing or closed, the line is lost, and nothing else happens."""
-    stream = SafeStream(sys.stderr)  # looked up at each call, because it may have been replaced
+def notice(text: str, to: TextIO | None = None) -> None:
+    """Prints one `printable` line on stderr, or on `to`. If the stream is missing or closed, the line is lost, and nothing else happens."""
+    stream = SafeStream(sys.stderr if to is None else to)  # looked up at each call, because it may have been replaced
     stream.write(printable(text) + "\n")
     stream.flush()
 
 
 @contextlib.contextmanager
-def phase(text: str) -> Iterator[None]:
-    """Shows `text` on stderr while the work within goes on, if stderr is a terminal."""
-    stream = SafeStream(sys.stderr)
+def phase(text: str, to: TextIO | None = None) -> Iterator[None]:
+    """Shows `text` on stderr, or on `to`, while the work within goes on, if the stream is a terminal."""
+    stream = SafeStream(sys.stderr if to is None else to)
     if stream.isatty():
         stream.write(f"\r\x1b[K{text} ...")
         stream.flush()

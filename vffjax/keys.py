@@ -10,7 +10,9 @@ from typing import Any
 from vffjax.errors import UserError, bad_key, printable
 
 
-def key(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+def key(
+    default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None, section: str = ""
+) -> Any:
     """A field of a dataclass that is a configuration key.
 
     Args:
@@ -18,8 +20,9 @@ def key(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None
         doc: what it means, with its unit; `--help` prints it.
         choices: the words that it takes; empty: any.
         low, high: the least and the largest number that it takes.
+        section: the heading under which `--help` lists it and those after it; empty: that of the key before.
     """
-    about = {"doc": doc, "choices": choices, "low": low, "high": high}
+    about = {"doc": doc, "choices": choices, "low": low, "high": high, "section": section}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=about)
     return dataclasses.field(default=default, metadata=about)

@@ -58,6 +58,12 @@ def check_run_folder(folder: str | os.PathLike[str], named: str = "--workdir") -
             raise UserError(f"{named}={os.fspath(folder)}{where}: {problem}; give a path without any of {' '.join(_PATTERN)}")
 
 
+def cache_folder(kind: str) -> pathlib.Path:
+    """The folder for what can be made again: `$XDG_CACHE_HOME/vffjax/KIND`, or `~/.cache/vffjax/KIND`. It need not exist."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(home) / "vffjax" / kind
+
+
 def refuse_links(workdir: pathlib.Path, *folders: str) -> None:
     """Raises `UserError` if a link in a workdir, or deeper in one of these folders in it, leads out of the workdir.
 

@@ -3,7 +3,7 @@
     python tests/faults/fuzz.py --files 10000 --seed 0 [--out FILE.json] [--keep DIR]
 
 Each file is a valid PNG, JPEG or safetensors file that was mutated; which one follows from the seed and the file's number. A child
-process reads all of them, one after the other, by `prediction.read_image` and `weights.read_weights`. Allowed are success and
+process reads all of them, one after the other, by `pictures.read_image` and `weights.read_weights`. Allowed are success and
 `UserError`. Another exception, a dead or silent process, a file that takes longer than `--seconds`, and memory beyond `--megabytes` are
 failures; so is a UserError for want of memory, since the child's address space is limited to a little more than that. Status 1 if there
 is a failure; its file is written to `--keep`.
@@ -29,7 +29,7 @@ sys.path.insert(0, str(TESTS))
 
 from faults import mutations  # noqa: E402
 
-# What one image of `prediction.MAX_PIXELS` takes: decoded with an alpha channel, and converted, 256 MiB each; the file, and some to spare.
+# What one image of `pictures.MAX_PIXELS` takes: decoded with an alpha channel, and converted, 256 MiB each; the file, and some to spare.
 MEGABYTES = 700
 
 
@@ -66,15 +66,15 @@ def networks():
 def make(seed, number):
     """Suffix and bytes of file `number`."""
     rng = random.Random(f"{seed}/{number}")
-    kind = rng.choice(["png", "png", "jpg", "safetensors"])
+    kind = rng.choice(["png", "png", "jpg", "webp", "bmp", "safetensors"])
     sound = [networks()[number % 2][2]] if kind == "safetensors" else mutations.images()[kind]
     return kind, mutations.mutated(rng, kind, sound)
 
 
 def read(path, kind, number):
     """What happened: read or refused. Raises what must not happen."""
+    from vffjax.data import pictures
     from vffjax.errors import UserError
-    from vffjax.uses import prediction
     from vffjax.weights import weights
 
     try:
@@ -82,7 +82,7 @@ def read(path, kind, number):
             plan, states, _ = networks()[number % 2]
             weights.read_weights(path, plan, states)
         else:
-            prediction.read_image(path, ((8, 8, 1), (32, 32, 3))[number % 2])
+            pictures.read_image(path, ((8, 8, 1), (32, 32, 3))[number % 2])
         return "read"
     except UserError as error:
         if "\n" in str(error) or not str(error).startswith(str(path)):

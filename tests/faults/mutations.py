@@ -15,7 +15,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @functools.cache
 def images():
-    """{"png": [bytes, ...], "jpg": [...]}: modes, depths, sizes, interlaced and progressive, with and without metadata."""
+    """{"png": [bytes, ...], "jpg": [...], ...}: modes, depths, sizes, interlaced and progressive, with and without metadata."""
     rng = np.random.default_rng(0)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile[:24] + bytes(12) + profile[36:]  # without the time of day, so that the files are the same in every process
@@ -49,7 +49,11 @@ def images():
     jpg += [saved(picture(mode, 40, 40), "JPEG", progressive=True, optimize=True) for mode in ("L", "RGB")]
     jpg.append(saved(picture("RGB", 24, 24), "JPEG", exif=exif, icc_profile=profile, comment=b"words"))
     jpg.append(saved(picture("RGB", 48, 48), "JPEG", restart_marker_blocks=2))
-    return {"png": png, "jpg": jpg}
+    webp = [saved(picture(mode, 17, 13), "WEBP", lossless=lossless) for mode in ("RGB", "RGBA") for lossless in (False, True)]
+    webp += [saved(picture("RGB", *size), "WEBP", exif=exif, icc_profile=profile) for size in ((1, 1), (200, 150))]
+    webp.append(saved(picture("RGB", 9, 9), "WEBP", save_all=True, append_images=[picture("RGB", 9, 9)]))  # animated
+    bmp = [saved(picture(mode, 17, 13), "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")]
+    return {"png": png, "jpg": jpg, "webp": webp, "bmp": bmp}
 
 
 def png_of(rng, width, height, depth, colour, adam7):
@@ -219,6 +223,30 @@ def jpg_size(rng, content, _):
     return content
 
 
+# Mutations of BMP and WebP: the sizes that they claim
+
+
+def bmp_head(rng, content, _):
+    head = list(struct.unpack_from("<iiHH", content, 18))  # width, height, planes, bits
+    field = rng.randrange(4)
+    sizes = [-1, 0, 1, 7, -13, 4_000, 8_191, 8_193, 30_000, 2**31 - 1, -(2**31)]
+    head[field] = rng.choice(sizes) if field < 2 else rng.choice([0, 1, 4, 8, 16, 24, 32, 255])
+    return content[:18] + struct.pack("<iiHH", *head) + content[30:]
+
+
+def webp_size(rng, content, _):
+    size = rng.choice([0, 1, 7, 4_000, 5_792, 5_793, 16_383])
+    for chunk, at, packed in (
+        (b"VP8X", 12, (size & 0xFFFFFF).to_bytes(3, "little") * 2),
+        (b"VP8 ", 14, struct.pack("<HH", size, size)),
+        (b"VP8L", 9, struct.pack("<I", size | size << 14)),
+    ):
+        start = content.find(chunk)
+        if start > 0:
+            content = content[: start + at] + packed + content[start + at + len(packed) :]
+    return content
+
+
 # Mutations of safetensors
 
 
@@ -297,6 +325,8 @@ OF_KIND = {
     "pth": [flip],
     "png": [png_chunk, png_chunk, png_head, png_head, png_order, png_pixels, png_pixels, png_length],
     "jpg": [jpg_segment, jpg_segment, jpg_size],
+    "bmp": [bmp_head, flip, overwrite],
+    "webp": [webp_size, flip, overwrite],
     "safetensors": [tensors_length, tensors_entry, tensors_entry, tensors_text, tensors_text, tensors_data],
 }
 

@@ -2,26 +2,25 @@
 
 import argparse
 import ast
+import difflib
 import re
-import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
 from vffjax import backend, paths
-from vffjax.cli import config_file, options
-from vffjax.config import FIELDS, Config, converted, nearest_key
+from vffjax.cli import config_file, options, packaged
+from vffjax.config import FIELDS, Config, converted, key_like, nearest_key
 from vffjax.errors import UserError, bad_key
-from vffjax.registry import ROOMS
 
 _DEFAULTS = Config()
 
 
 def parse_train(arguments: list[str], others: str = "--workdir DIR") -> tuple[Config, str, str]:
-    """Reads --config FILE[:VARIANT], --config.KEY=VALUE and --workdir DIR. No other argument is allowed.
+    """Reads --config FILE[:VARIANT], --config.KEY=VALUE, --workdir DIR and --code DIR. No other argument is allowed.
 
     If two flags set the same, the last one wins. A value may also follow its flag as the next argument. --config.KEY and --noconfig.KEY
     set a truth value.
@@ -37,36 +36,56 @@ def parse_train(arguments: list[str], others: str = "--workdir DIR") -> tuple[Co
     Raises:
         UserError: names the argument or key, its value and the fix.
     """
-    given, workdir, settings, left = "", None, [], iter(arguments)
+    given, workdir, code, settings, left = "", None, None, [], iter(arguments)
     for argument in left:
         flag, equals, value = argument.partition("=")
-        match = re.fullmatch(r"--?(config|workdir|(no)?config\.(.*))", flag, re.DOTALL)
+        match = re.fullmatch(r"--?(config|workdir|code|(no)?config\.(.*))", flag, re.DOTALL)
         name, no, path = match.groups() if match else ("", None, None)
         truth = isinstance(getattr(_DEFAULTS, path or "", None), bool)
         if not match or (no and (equals or not truth)):
-            raise UserError(f"argument {argument!r}: not known; give --config FILE, --config.KEY=VALUE and {others}")
+            fix = _meant(flag, value if equals else next(left, "")) or f"give --config FILE, --config.KEY=VALUE and {others}"
+            raise UserError(f"argument {argument!r}: not known; {fix}")
         if not equals:
             value = ("false" if no else "true") if truth else next(left, "")
         if path is not None:
             settings.append((path, value))
         elif name == "config":
             given = value
-        else:
+        elif name == "workdir":
             workdir = value
+        else:
+            code = value
     if not given:
-        raise UserError("--config: missing; give a configuration file such as --config configs/digits.py")
+        raise UserError("--config: missing; give a name such as --config digits (vffjax configs lists them), or a file: configs/digits.py")
     plain, name = config_file.load_config_file(given)
     for path, value in settings:
         _set(plain, path, value)
     if workdir is not None:
-        try:
-            workdir = str(options.a_path(workdir))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--workdir={workdir}: {error}") from None
+        workdir = str(_value("workdir", workdir, options.a_path))
         paths.check_run_folder(workdir)
     config = converted(plain)
+    if code is not None:
+        _value("code", code, options.a_code_folder)
     config_file.allow_code(given, config)
     return config, name, workdir or ""
+
+
+def _value(flag: str, text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        return kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--{flag}={text}: {error}") from None
+
+
+def _meant(flag: str, value: str) -> str:
+    """The advice for an argument that is not known; empty if nothing like it is."""
+    word = flag.lstrip("-")
+    if not flag.startswith("-"):
+        return f"did you mean --config={word}?" if word.partition(":")[0] in packaged.names() or word.endswith(".py") else ""
+    near = difflib.get_close_matches(word, ("config", "workdir", "code"), n=1, cutoff=0.7)
+    meant = near[0] if near else key_like(word) and f"config.{key_like(word)}"
+    shown = f"={value}" if value and not value.startswith("--") else ""
+    return f"did you mean --{meant}{shown}?" if meant else ""
 
 
 def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
@@ -141,15 +160,3 @@ _PARSERS = {
     tuple: tuple_parser.TupleParser().parse,
     dict: _dictionary,
 }
-
-
-def describe_keys() -> str:
-    """Every configuration key with its default, its choices and what it means."""
-    lines, known = [], {room.key: room.names for room in ROOMS}
-    for key, field in FIELDS.items():
-        names = known.get(key, field.metadata["choices"])
-        choices = f" One of {', '.join(names)}." if names else ""
-        text = f"{field.metadata['doc']}.{choices}"
-        lines.append(f"  {key} = {getattr(_DEFAULTS, key)!r}")
-        lines += textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)

@@ -11,6 +11,7 @@ import sys
 from typing import NoReturn
 
 from vffjax.cli import commands
+from vffjax.cli.options import beside
 from vffjax.errors import SafeStream, UserError, notice
 from vffjax.runs import termination
 from vffjax.runs.termination import Terminated
@@ -24,7 +25,7 @@ def names() -> list[str]:
 def usage() -> str:
     """The help of `vffjax` itself."""
     documented = {name: importlib.import_module(f"{commands.__name__}.{name}").__doc__ or "" for name in names()}
-    lines = [f"  {name:9s}  {text.partition(chr(10))[0]}" for name, text in documented.items()]
+    lines = [line for name, text in documented.items() for line in beside(f"  {name}", text.partition("\n")[0], 13)]
     return "\n".join(["usage: vffjax COMMAND [OPTION ...]", "", *lines, "", "vffjax COMMAND --help tells more."])
 
 
@@ -85,7 +86,8 @@ def _run(arguments: list[str]) -> int:
         notice(f"vffjax: error: {error}")
         return 2
     except Terminated as leave:
-        notice(f"vffjax: told to leave (SIGTERM): {leave}")
+        if not termination.abandoned():
+            notice(f"vffjax: told to leave (SIGTERM): {leave}")
         return 143
     except SystemExit as leave:  # of argparse after its help, or of a library that gives its reason in words
         if leave.code is None or isinstance(leave.code, int):

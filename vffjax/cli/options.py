@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from vffjax import files, outside, paths
 from vffjax.errors import UserError, printable
 
+COLUMNS = 80  # of the narrowest terminal that texts are made for
 MAX_DIGITS = 18  # no number that a user gives has more, and Python refuses to read one of thousands
 
 
@@ -36,9 +38,18 @@ def parser_of(command: str, about: str | None, *shared: str, usage: str | None =
 
 def parser_with_config(command: str, about: str | None, own: str) -> Parser:
     """The parser of a command that trains nothing but takes a configuration, besides its `own` options, --json and --out."""
-    usage = f"vffjax {command} --config FILE[:VARIANT] [--config.KEY=VALUE ...] {own} [--json] [--out FILE.json]"
+    usage = f"vffjax {command} --config NAME|FILE[:VARIANT] [--config.KEY=VALUE ...]"
+    whole = re.sub(r" (?!\[)", "\N{NO-BREAK SPACE}", f"{own} [--json] [--out FILE.json]")  # lines end between options only
+    rest = [line.replace("\N{NO-BREAK SPACE}", " ") for line in beside("", whole, 15 + len(command))]
     note = "--config and --config.KEY=VALUE are those of train; see vffjax train --help."
-    return parser_of(command, about, "--json", "--out", usage=f"{usage}\n\n{note}")
+    return parser_of(command, about, "--json", "--out", usage="\n".join([usage, *rest, "", note]))
+
+
+def beside(name: str, text: str, column: int) -> list[str]:
+    """Lines of at most `COLUMNS` characters: a name, and from `column` on a text. A name that is too long has a line of its own."""
+    lines = textwrap.wrap(text, COLUMNS - column, break_long_words=False, break_on_hyphens=False)
+    first = [name] if len(name) >= column else [f"{name:{column}s}{lines.pop(0) if lines else ''}".rstrip()]
+    return [*first, *(" " * column + line for line in lines)]
 
 
 def give(a: argparse.Namespace, found: Any, text: str) -> None:

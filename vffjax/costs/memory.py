@@ -71,11 +71,12 @@ def accumulated_step(plan: Plan, task: Task, states: States, batch: Batch) -> tu
 def least_bytes(config: Config) -> int:
     """A lower bound on the bytes that training takes: parameters, optimizer states, and the largest feature map of a step once."""
     plan, sizes = checks.plan_before_data(config)
-    kernels, areas = zip(*layer_sizes(plan.groups, sizes.image_shape), strict=True)
+    layers = layer_sizes(plan.groups, sizes.image_shape)
     optimizer = optimizers.make_optimizer(config, at_peak(config, 1).of(0))
     copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, {"kernel": jnp.zeros((1, 1))})))
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
-    return 4 * sum(kernels) * (1 + copies) + plan.rows_of_a_step * max(areas) * itemsize
+    kernels, largest = sum(layer.kernels for layer in layers), max(layer.map for layer in layers)
+    return 4 * kernels * (1 + copies) + plan.rows_of_a_step * largest * itemsize
 
 
 def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:

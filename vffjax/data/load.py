@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from vffjax.config import Config
-from vffjax.data import find
+from vffjax.data import find, find_source
 from vffjax.data.sets import Dataset, Sizes, Split, take
 from vffjax.errors import bad_key
 from vffjax.registry import SOURCES
@@ -21,9 +21,10 @@ def load(config: Config) -> Dataset:
     """
     source = find(config)
     train, test, names = source.read(config)
+    sizes = Sizes(len(train), train.images.shape[1:], len(names)) if callable(source.sizes) else source.sizes
     for split, about in ((train, "training"), (test, "test")):
-        if problem := _problem(split, source.sizes) or (len(names) != source.sizes.classes and f"{len(names)} names of classes"):
-            expected = f"uint8 images of {source.sizes.image_shape}, int32 labels and names of {source.sizes.classes} classes"
+        if problem := _problem(split, sizes) or (len(names) != sizes.classes and f"{len(names)} names of classes"):
+            expected = f"uint8 images of {sizes.image_shape}, int32 labels and names of {sizes.classes} classes"
             raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
     train, validation = _cut(train, config)
     train = _with_wrong_labels(train, config, len(names))
@@ -43,17 +44,20 @@ def _problem(split: Split, sizes: Sizes) -> str:
 
 
 def prepare(name: str, data_dir: str) -> pathlib.Path:
-    """Downloads a set and prepares it as array_record; returns its folder DATA_DIR/NAME/VERSION.
+    """Brings a set to this machine, if its source can, and returns its folder.
 
-    An empty `data_dir` means $TFDS_DATA_DIR, else ~/tensorflow_datasets. A set that is there already, in any version or format, is
-    left as it is. TensorFlow is not needed. Archives in DATA_DIR/downloads/manual are used instead of a download. Raises
-    `UserError`, and leaves no half-made folder, if the set needs no preparation or cannot be downloaded or written.
+    A set of tensorflow-datasets is downloaded and prepared as array_record, in DATA_DIR/NAME/VERSION, unless it is there already in any
+    version or format. An empty `data_dir` means $TFDS_DATA_DIR, else ~/tensorflow_datasets. Archives in DATA_DIR/downloads/manual are used
+    instead of a download. MNIST, Fashion-MNIST and CIFAR are prepared without TensorFlow; others may need it.
+
+    Raises `UserError`, and leaves no half-made folder, if the set needs no preparation or cannot be downloaded or written.
     """
-    can = {known: source.prepare for known in SOURCES.names if (source := SOURCES.find(known)).prepare}
-    if name not in can:
-        problem = "needs no preparation" if name in SOURCES.names else "not known"
+    source = find_source(name) if ":" in name or name in SOURCES.names else None
+    if source is None or source.prepare is None:
+        problem = "not known" if source is None else "needs no preparation"
+        can = [known for known in SOURCES.names if find_source(known).prepare] + [f"{family}:NAME" for family in SOURCES.families]
         raise bad_key("dataset", name, problem, f"prepare one of {', '.join(can)}")
-    return can[name](data_dir)
+    return source.prepare(data_dir)
 
 
 def split_sizes(config: Config, images: int) -> tuple[int, int]:

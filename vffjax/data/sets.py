@@ -74,13 +74,16 @@ class Source:
     """Where the images of a set come from.
 
     Attributes:
-        sizes: what there is to know without reading the set.
+        sizes: what there is to know of the set without reading it; or, where the sizes follow from the data, a function that finds them.
         read: the training images (validation images among them), the test images, and the names of the classes. Raises `UserError` if the
             data cannot be had or are damaged.
         prepare: brings the set to this machine, under a data directory ('' for the usual one), and returns its folder; None: there is
             nothing to bring.
+        resizes: whether config.image_size, where it is set, is the size to which the source itself brings its images. Otherwise the
+            network's first layer resizes them.
     """
 
-    sizes: Sizes
+    sizes: Sizes | Callable[[Config], Sizes]
     read: Callable[[Config], tuple[Split, Split, tuple[str, ...]]]
     prepare: Callable[[str], pathlib.Path] | None = None
+    resizes: bool = False

@@ -1,32 +1,27 @@
-"""Image sets of tensorflow-datasets (TFDS), read and prepared without TensorFlow.
+"""Image sets of tensorflow-datasets (TFDS), read without TensorFlow.
 
 TFDS reads array_record files itself; it needs TensorFlow for tfrecord files, which `tfrecord` reads instead. Examples are parsed with the
 protocol-buffer classes of TFDS, and Pillow decodes the images, so the feature decoding of TFDS is not needed.
 """
 
 import contextlib
-import importlib.util
 import io
 import os
 import pathlib
 import re
-import sys
-import tempfile
-import threading
-import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
 from vffjax.data import tfrecord
-from vffjax.errors import SafeStream, UserError, bad_key, printable
+from vffjax.errors import UserError, bad_key, printable
 from vffjax.paths import local
+from vffjax.registry import SOURCES
 
 CHUNK = 5_000  # records of an array_record file that are held in memory at once
-REACH_SECONDS = 3.0  # how long a server may take to answer before it counts as unreachable
 
 ArraysOfSplit = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]  # images and labels
 
@@ -35,6 +30,11 @@ def one_line(error: BaseException) -> str:
     """The message of another library's error, on one line of at most 300 characters."""
     text = printable(str(error)) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def dataset(name: str) -> str:
+    """What config.dataset calls the set that tensorflow-datasets calls `name`."""
+    return name if name in SOURCES.names else f"tfds:{name}"
 
 
 def data_root(data_dir: str) -> pathlib.Path:
@@ -80,7 +80,7 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, ArraysOfSplit], tup
 
     Args:
         name: the set's name in TFDS.
-        folder: a folder that `find` or `prepare` has returned.
+        folder: a folder that `find` or `tfds_preparation.prepare` has returned.
 
     Returns:
         The images and labels of each split, in the order of the files; and the names of the classes.
@@ -88,22 +88,83 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, ArraysOfSplit], tup
     Raises:
         UserError: the folder is damaged or holds another set, or a library is missing. The message names the file.
     """
-    tfds = _import_tfds(name)
-    with _quiet():
+    with _opened(name, folder) as builder:
+        shape, names = _features(builder.info.features)
+        return {split: _read_split(builder, split, shape, len(names), folder, name) for split in ("train", "test")}, names
+
+
+class Records(NamedTuple):
+    """The pictures of a split of any set, as they are stored: the content of a file each."""
+
+    contents: list[bytes]
+    labels: Int32[np.ndarray, " n"]
+
+
+def read_encoded(name: str, folder: pathlib.Path) -> tuple[dict[str, Records], tuple[str, ...]]:
+    """Reads the split "train" of a prepared folder of any set with one image and one class in each example, and its test part.
+
+    The test part is the split "test" or, where there is none, "validation".
+
+    Args:
+        name, folder: as for `read`.
+
+    Returns:
+        The pictures of "train" and, if there is a test part, of "test"; and the names of the classes.
+
+    Raises:
+        UserError: as `read`; also if the set has no split "train", or if its features are others.
+    """
+    with _opened(name, folder) as builder:
+        image, label = _picture_and_class(builder, name)
+        there = [split for split in ("test", "validation") if split in builder.info.splits][:1]
+        if "train" not in builder.info.splits:
+            problem = f"has the splits {', '.join(builder.info.splits)}, and train is not among them"
+            raise bad_key("dataset", dataset(name), problem, "use another set")
+        names = tuple(builder.info.features[label].names or map(str, range(builder.info.features[label].num_classes)))
+        found = {}
+        for part, split in zip(("train", "test"), ("train", *there), strict=False):
+            pairs = [_fields(record, image, label) for chunk in _chunks(builder, split, folder, name) for record in chunk]
+            labels = np.array([one for _, one in pairs], np.int64)
+            _check_labels(labels, len(names), split, folder, name)
+            found[part] = Records([content for content, _ in pairs], labels.astype(np.int32))
+        return found, names
+
+
+def _picture_and_class(builder: Any, name: str) -> tuple[str, str]:
+    """The names of the features of a set that are its picture and its class."""
+    tfds = imported(name)
+    features = builder.info.features
+    pictures, classes = (
+        [key for key in features if isinstance(features[key], kind)] for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    )
+    supervised = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
+    for found in (pictures, classes):
+        if len(found) > 1:
+            found[:] = [key for key in found if key in supervised] or found
+    if len(pictures) != 1 or len(classes) != 1:
+        problem = f"its examples have the features {', '.join(features)}, and not one image and one class"
+        raise bad_key("dataset", dataset(name), problem, "use a set for image classification")
+    return pictures[0], classes[0]
+
+
+@contextlib.contextmanager
+def _opened(name: str, folder: pathlib.Path) -> Iterator[Any]:
+    """TFDS's builder of a prepared folder. Errors within become a `UserError` that names the file."""
+    tfds = imported(name)
+    with quiet():
         try:
             # TFDS would import any module that features.json names. A folder may come from anywhere and must not run code, so only the
             # features that TFDS has registered itself are found.
             known = tfds.features.FeatureConnector._registered_features
             with mock.patch.object(tfds.features.FeatureConnector, "cls_from_name", known.__getitem__):
                 builder = tfds.builder_from_directory(folder)
-            if builder.info.name != name:
+            if builder.info.name != name.partition("/")[0]:
                 raise _damaged(folder, f"dataset_info.json is of {builder.info.name!r}", name)
-            shape, names = _features(builder.info.features)
-            return {split: _read_split(builder, split, shape, len(names), folder, name) for split in ("train", "test")}, names
+            yield builder
         except UserError:
             raise
         except ImportError as error:
-            raise _not_installed(name, error) from None
+            raise not_installed(name, error) from None
         except KeyError as error:
             problem = f"lacks an entry or names a class that tensorflow-datasets lacks ({one_line(error)})"
             raise _damaged(folder / "features.json", problem, name) from None
@@ -111,81 +172,27 @@ def read(name: str, folder: pathlib.Path) -> tuple[dict[str, ArraysOfSplit], tup
             raise _damaged(folder, one_line(error), name) from error
 
 
-def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
-    """Downloads a set and writes it below `root` as array_record files. A set that is prepared already is left as it is.
-
-    Archives in ROOT/downloads/manual are used instead of a download.
-
-    Returns:
-        The folder of the prepared set.
-
-    Raises:
-        UserError: the set could not be prepared. Nothing is left behind. If there is no network, this takes at most `REACH_SECONDS`.
-    """
-    folder = find(name, root)
-    if folder:
-        return folder
-    tfds = _import_tfds(name)
-    fix = f'run "vffjax prepare {name}" on a machine with network, or set config.data_dir or TFDS_DATA_DIR to a prepared folder'
-    missing = [p for p in (root / name, root, *root.parents) if not os.path.exists(p)]  # innermost first
-    manual = root / "downloads" / "manual"
-    try:
-        with _quiet():
-            import array_record.python.array_record_module  # noqa: F401  # if it is missing, say so before the download
-
-            builder = tfds.builder(name, data_dir=root, file_format="array_record")
-        files = builder.url_infos or {}
-        if not (files and all(info.filename and (manual / info.filename).is_file() for info in files.values())):
-            problem = _unreachable(next(iter(files), "https://storage.googleapis.com"))
-            if problem:
-                raise bad_key("dataset", name, f"not prepared in {root} and the download failed ({problem})", fix)
-        root.mkdir(parents=True, exist_ok=True)
-        # A download folder of our own can be removed without harm to another process that prepares another set.
-        downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
-        # TFDS may print to a terminal, where its progress bars are wanted. Elsewhere its output is dropped, so that a failure is one line.
-        shown: Any = SafeStream(sys.stderr) if SafeStream(sys.stderr).isatty() else io.StringIO()
-        with downloads_at as downloads, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _without_tensorflow():
-            builder.download_and_prepare(download_dir=downloads, download_config=tfds.download.DownloadConfig(manual_dir=manual))
-    except UserError:
-        raise
-    except ImportError as error:
-        raise _not_installed(name, error) from None
-    except Exception as error:  # requests, TFDS and the file system raise many types of errors
-        folder = find(name, root)
-        if folder:  # another process was faster
-            return folder
-        raise bad_key("dataset", name, f"not prepared in {root} and preparing it failed ({one_line(error)})", fix) from error
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()  # removes only empty folders, which a failure leaves
-    folder = find(name, root)
-    if folder is None:
-        raise bad_key("dataset", name, f"it was prepared, but {root / name} holds no prepared version", fix)
-    return folder
-
-
-def _import_tfds(name: str) -> Any:
+def imported(name: str) -> Any:
     try:
         import PIL  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise _not_installed(name, error) from None
+        raise not_installed(name, error) from None
     return tfds
 
 
-def _not_installed(name: str, error: ImportError) -> UserError:
+def not_installed(name: str, error: ImportError) -> UserError:
     fix = "pip install tensorflow-datasets array_record importlib_resources pillow"
-    return bad_key("dataset", name, f"a library it needs is not installed ({one_line(error)})", fix)
+    return bad_key("dataset", dataset(name), f"a library it needs is not installed ({one_line(error)})", fix)
 
 
 def _damaged(path: pathlib.Path, problem: str, name: str) -> UserError:
     folder = path if path.is_dir() else path.parent
-    return UserError(f'{path}: {problem}; delete {folder} and run "vffjax prepare {name}", or set config.data_dir to a sound copy')
+    return UserError(f'{path}: {problem}; delete {folder} and run "vffjax prepare {dataset(name)}", or set config.data_dir to a sound copy')
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides log lines of TFDS below the level of an error."""
     from absl import logging
 
@@ -205,8 +212,8 @@ def _features(features: Any) -> tuple[tuple[int, int, int], tuple[str, ...]]:
     return (shape[0], shape[1], shape[2]), tuple(features["label"].names)
 
 
-def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: int, folder: pathlib.Path, name: str) -> ArraysOfSplit:
-    """The images and labels of one split; raises `UserError` if a file is missing or damaged, or a label is no class."""
+def _chunks(builder: Any, split: str, folder: pathlib.Path, name: str) -> Iterator[Sequence[bytes | memoryview]]:
+    """The records of one split, some at a time; raises `UserError` if a file is missing or damaged."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if split not in builder.info.splits or not builder.info.splits[split].num_examples:
@@ -223,8 +230,13 @@ def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: 
         if kind == "array_record":  # TFDS would silently read fewer records
             with contextlib.closing(ArrayRecordReader(os.fspath(path))) as reader:
                 _check_count(reader.num_records(), expected, path, name)
-    chunks = _array_records(builder, split) if kind == "array_record" else (_tfrecords(path, expected, name) for path, expected in shards)
-    images, labels, n = np.empty((info.num_examples, *shape), np.uint8), np.empty(info.num_examples, np.int64), 0
+    return _array_records(builder, split) if kind == "array_record" else (_tfrecords(path, expected, name) for path, expected in shards)
+
+
+def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: int, folder: pathlib.Path, name: str) -> ArraysOfSplit:
+    """The images and labels of one split; raises `UserError` if a file is missing or damaged, or a label is no class."""
+    chunks, count = _chunks(builder, split, folder, name), builder.info.splits[split].num_examples
+    images, labels, n = np.empty((count, *shape), np.uint8), np.empty(count, np.int64), 0
     for chunk in chunks:
         for record in chunk:
             try:
@@ -232,10 +244,14 @@ def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: 
             except Exception as error:  # Pillow and protobuf raise many types of errors, SyntaxError among them
                 raise _damaged(folder, f"record {n} of split {split!r} cannot be used ({one_line(error)})", name) from error
             n += 1
+    _check_labels(labels, classes, split, folder, name)
+    return images, labels.astype(np.int32)
+
+
+def _check_labels(labels: np.ndarray, classes: int, split: str, folder: pathlib.Path, name: str) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:
         raise _damaged(folder, f"record {wrong[0]} of split {split!r} has label {labels[wrong[0]]}, outside 0..{classes - 1}", name)
-    return images, labels.astype(np.int32)
 
 
 def _check_count(found: int, expected: int, path: pathlib.Path, name: str) -> None:
@@ -260,71 +276,25 @@ def _array_records(builder: Any, split: str) -> Iterator[list[bytes]]:
         yield source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
 
 
-def _decode(record: bytes | memoryview, out: UInt8[np.ndarray, "h w c"]) -> int:
-    """Decodes one `tf.train.Example`: writes its image to `out` and returns its label."""
-    from PIL import Image
+def _fields(record: bytes | memoryview, image: str, label: str) -> tuple[bytes, int]:
+    """The encoded picture and the label of one `tf.train.Example`, by the names of these features."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     fields = tf_example_pb2.Example.FromString(bytes(record)).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-    encoded, label = fields["image"].bytes_list.value, fields["label"].int64_list.value
-    if len(encoded) != 1 or len(label) != 1:
+    encoded, number = fields[image].bytes_list.value, fields[label].int64_list.value
+    if len(encoded) != 1 or len(number) != 1:
         raise ValueError("it does not hold one image and one label")
+    return encoded[0], number[0]
+
+
+def _decode(record: bytes | memoryview, out: UInt8[np.ndarray, "h w c"]) -> int:
+    """Decodes one `tf.train.Example`: writes its image to `out` and returns its label."""
+    from PIL import Image
+
+    encoded, label = _fields(record, "image", "label")
     height, width, channels = out.shape
-    with Image.open(io.BytesIO(encoded[0]), formats=("PNG",)) as image:
+    with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
         if image.size != (width, height) or image.mode != ("L" if channels == 1 else "RGB"):
             raise ValueError(f"the image is {image.size[1]}x{image.size[0]} {image.mode}, not {height}x{width}x{channels}")
         out[...] = np.asarray(image).reshape(out.shape)
-    return label[0]
-
-
-def _unreachable(url: str) -> str:
-    """Says why `url` cannot be reached; an empty string if it can.
-
-    TFDS itself would try ten times with growing pauses. The request runs in a thread that is abandoned after `REACH_SECONDS`, because
-    the look-up of a host's address may hang for longer than any timeout of requests.
-    """
-    import requests
-
-    outcome = [f"no answer from {url.split('/')[2]} within {REACH_SECONDS:g} s"]
-
-    def attempt() -> None:
-        try:
-            with requests.get(url, stream=True, timeout=REACH_SECONDS) as response:
-                outcome.append("" if response.ok else f"{url} answers {response.status_code}")
-        except requests.Timeout:
-            pass
-        except (OSError, ValueError) as error:  # the errors of requests are OSErrors
-            cause = getattr(error.args[0], "reason", error) if error.args else error
-            outcome.append(f"{url.split('/')[2]}: {one_line(cause)}")
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(REACH_SECONDS)
-    return outcome[-1]
-
-
-@contextlib.contextmanager
-def _without_tensorflow() -> Iterator[None]:
-    """Replaces the parts of TensorFlow that TFDS uses to prepare these sets, if it is not installed: PNG encoding and plain files."""
-    if importlib.util.find_spec("tensorflow") is not None:
-        yield
-        return
-    from PIL import Image
-    from tensorflow_datasets.core.download import extractor
-    from tensorflow_datasets.core.features import image_feature
-    from tensorflow_datasets.image_classification import cifar, mnist
-
-    def encode(encoder: Any, pixels: np.ndarray) -> bytes:
-        if encoder.encoding_format != "png" or pixels.dtype != np.uint8:
-            raise ValueError(f"only uint8 PNG can be written without TensorFlow, not {pixels.dtype} {encoder.encoding_format}")
-        buffer = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    files = types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open))
-    stand_in = types.SimpleNamespace(io=files, compat=types.SimpleNamespace(as_text=str))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(image_feature._ImageEncoder, "_encode_image", encode))
-        for module in (cifar, mnist, extractor):
-            stack.enter_context(mock.patch.object(module, "tf", stand_in))
-        yield
+    return label

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vffjax.config import Config
-from vffjax.data import sizes_of
 from vffjax.errors import bad_key
 from vffjax.networks.layers import OWN_CHOICE, ConvLayer, Layer, WhiteningLayer, common, plain
 from vffjax.networks.network import Network
@@ -29,14 +28,13 @@ def whitening(config: Config) -> tuple[Layer, ...]:
     """The fixed layer that whitens the images, if the configuration asks for it."""
     if not config.whitening:
         return ()
-    width = 2 * config.whitening**2 * sizes_of(config).image_shape[2]
     given = {
         "side": config.whitening,
         "resize": config.image_size,
         "activation": config.activation,
         "dtype": common(config, "none")["dtype"],
     }
-    return (WhiteningLayer(width, ends_block=False, joins_next=True, learns=False, **given),)
+    return (WhiteningLayer(0, ends_block=False, joins_next=True, learns=False, **given),)
 
 
 def check(config: Config, norm: str) -> None:

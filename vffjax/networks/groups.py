@@ -33,6 +33,14 @@ class GroupState(NamedTuple):
 States = tuple[GroupState, ...]  # of all groups, from input to output
 
 
+class LayerSize(NamedTuple):
+    """The sizes of a layer for one image."""
+
+    kernels: int  # entries of all its kernels
+    map: int  # entries of its feature map before pooling
+    width: int  # channels or units of its output
+
+
 class Head(nn.Module):
     """The auxiliary classifier of a group: a linear map of its features, mean-pooled to a grid, behind layers of its own if it has any.
 
@@ -215,17 +223,13 @@ def make_groups(config: Config, norm: str, classes: int) -> tuple[LayerGroup, ..
 
 
 @functools.lru_cache(maxsize=16)
-def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """The sizes of each layer, from input to output. Nothing is computed.
-
-    Returns:
-        For each layer the number of entries of all its kernels, and of its feature map for one image before pooling.
-    """
+def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int]) -> list[LayerSize]:
+    """The sizes of each layer, from input to output. Nothing is computed."""
     x, found = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), []
     for layer in (layer for group in groups for layer in group.module.layers):
         x, variables = jax.eval_shape(functools.partial(layer.init_with_output, clean=1, train=False), jax.random.key(0), x)
         kernels = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1)
-        found.append((kernels, x.size * getattr(layer, "pool", 1) ** 2))
+        found.append(LayerSize(kernels, x.size * getattr(layer, "pool", 1) ** 2, x.shape[-1]))
     return found
 
 

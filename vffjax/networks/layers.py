@@ -210,6 +210,7 @@ class WhiteningLayer(Layer):
     Its kernel is `whitening_kernel` of the training images, which `training.plan` sets before training, and which nothing changes.
 
     Attributes:
+        width: 0, because the number of its output channels follows from the images (see `channels`).
         side: of a patch, in pixels.
         resize: side to which the input images are resized first; 0: none.
     """
@@ -218,17 +219,22 @@ class WhiteningLayer(Layer):
     resize: int = 0
     activation: str = "relu"
 
+    def channels(self, of: int) -> int:
+        """Its output channels for images of so many channels: each eigenvector of the patches with either sign."""
+        return 2 * self.side * self.side * of
+
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
         x = resized(x, self.resize).astype(self.dtype)
-        kernel = self.param(FIXED, nn.initializers.zeros, (self.side, self.side, x.shape[3], self.width), jnp.float32)
+        width = self.channels(x.shape[3])
+        kernel = self.param(FIXED, nn.initializers.zeros, (self.side, self.side, x.shape[3], width), jnp.float32)
         kernel = jax.lax.stop_gradient(kernel).astype(self.dtype)
         # An even side stays even, as the fast form of the next convolution needs it. A product of patches is faster on CPU than XLA's
         # convolution of so few channels.
         h, w = x.shape[1:3]
         x = jnp.pad(x, ((0, 0), (0, self.side - 1), (0, self.side - 1), (0, 0)), mode="edge")
         patches = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(self.side) for j in range(self.side)], axis=3)
-        return ACTIVATIONS[self.activation](patches @ kernel.reshape(-1, self.width))
+        return ACTIVATIONS[self.activation](patches @ kernel.reshape(-1, width))
 
 
 def whitening_kernel(images: Float[np.ndarray, "n h w c"], side: int, smallest: float = 5e-4) -> Float[np.ndarray, "k k c d"]:

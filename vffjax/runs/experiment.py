@@ -4,16 +4,17 @@ import contextlib
 import copy
 import functools
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
 from vffjax import files, paths
-from vffjax.config import Config
+from vffjax.config import FIELDS, Config
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
+from vffjax.keys import default_of
 from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import checkpoint, logbook, loop, termination
@@ -36,7 +37,7 @@ def plan_for(config: Config, dataset: Dataset) -> Plan:
 
 def describe(plan: Plan) -> str:
     """The groups in words, and a note if they are not what the rule's name promises."""
-    shown = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
+    shown = " | ".join(" ".join(str(layer.width or "whitening") for layer in group.module.layers) for group in plan.groups)
     alone = len(plan.groups) == 1 and len(plan.groups[0].module.layers) > 1
     note = " (one group: gradients cross all layers, back-propagation)" if alone else ""
     frozen = plan.config.frozen_groups
@@ -44,26 +45,37 @@ def describe(plan: Plan) -> str:
     return f"{len(plan.groups)} group(s) of widths {shown}{note}"
 
 
-def train(config: Config, workdir: pathlib.Path | str, data_sha256: str = "") -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: pathlib.Path | str,
+    data_sha256: str = "",
+    progress: TextIO | None = None,
+    after_epoch: loop.AfterEpoch = loop.goes_on,
+) -> dict[str, Any]:
     """Trains a run to its end, from its start or from the newest sound checkpoint in its workdir.
 
     Args:
         config: the run's configuration.
         workdir: the run's folder, which is created if there is none.
         data_sha256: if it is given, the digest that the data set must have.
+        progress: the stream on which the run says what it is and how far it has come; default: standard error.
+        after_epoch: is called with the record of each epoch, as it stands in metrics.jsonl. If it returns true, the run is saved and left.
 
     Returns:
         What summary.json holds.
 
     Raises:
-        UserError: the input is bad, or the run has diverged.
-        Terminated: SIGTERM came, and the run has been saved.
+        UserError: the input is bad; or, as `loop.Diverged`, the run has diverged.
+        Terminated: SIGTERM came, or `after_epoch` asked for it, and the run has been saved.
         KeyboardInterrupt: Ctrl-C was pressed. It is raised at once; the training ends in the background, after its current segment.
     """
-    return termination.interruptible(functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256))
+    work = functools.partial(_train, config, paths.local(workdir, "--workdir"), data_sha256, progress, after_epoch)
+    return termination.interruptible(work)
 
 
-def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str, Any]:
+def _train(
+    config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
+) -> dict[str, Any]:
     claim_workdir(workdir, config)
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
@@ -73,18 +85,18 @@ def _train(config: Config, workdir: pathlib.Path, data_sha256: str) -> dict[str,
         used = (workdir / LOCK).exists()
         if used:
             held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
-        with phase("reading data"):
+        with phase("reading data", progress):
             dataset = data_module.load(config)
         if data_sha256:
             check_same_data(config, dataset, data_sha256)
         plan = plan_for(config, dataset)
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: after bad input there should be one line and no new folder.
-        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}")
+        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", progress)
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
-        return _train_in(config, workdir, dataset, plan, request)
+        return _train_in(config, workdir, dataset, plan, request, progress, after_epoch)
 
 
 def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
@@ -94,7 +106,15 @@ def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
         raise bad_key(key, getattr(config, key), "other images or labels than the run began with", "restore them, or start anew")
 
 
-def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, request: termination.Request) -> dict[str, Any]:
+def _train_in(
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    plan: Plan,
+    request: termination.Request,
+    progress: TextIO | None,
+    after_epoch: loop.AfterEpoch,
+) -> dict[str, Any]:
     checkpoints = checkpoint.Checkpoints(workdir)
     sound, begun = sound_epochs(checkpoints, config)
     if begun:
@@ -119,23 +139,27 @@ def _train_in(config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Pla
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
-            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request).train(states, workdir)
+            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
     request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
-    best = check_best(checkpoints, run, sound)
-    assert best is not None  # the last epoch is always saved
-    trained = Trained(plan, *best.restore(plan), best.run)
-    test = loop.on_device(dataset.test)
-    found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
-    measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
-    return conclude(trained, dataset, measured, run, workdir)
+    with phase("measuring the test error, drawing", progress):
+        best = check_best(checkpoints, run, sound)
+        assert best is not None  # the last epoch is always saved
+        trained = Trained(plan, *best.restore(plan), best.run)
+        test = loop.placed(dataset.test, config.data_on)
+        found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
+        measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
+        return conclude(trained, dataset, measured, run, workdir)
 
 
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
     """Adds `here` to a run's origins if the run trains here and `here` differs from the last origin, or if its settings have changed.
 
-    A finished run that is only evaluated again keeps the origin that trained it. Older versions wrote no settings; these count as equal.
+    A finished run that is only evaluated again keeps the origin that trained it. An origin without settings, as older versions wrote it,
+    counts as one with the same.
     """
-    last = [{"settings": here["settings"]} | origin for origin in run["origins"][-1:]]
+    # Older versions lack the settings that came later, which have their defaults.
+    usual = {key: default_of(FIELDS[key]) for key in here["settings"]}
+    last = [origin | {"settings": usual | origin.get("settings", here["settings"])} for origin in run["origins"][-1:]]
     other_settings = any(origin["settings"] != here["settings"] for origin in last)
     if other_settings or (trains and last != [here]):
         run["origins"].append(here)

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -20,6 +21,8 @@ from vffjax.runs.tensorboard import Events
 
 METRICS = "metrics.jsonl"
 SECONDS = 60.0  # between two lines about the progress within an epoch, if there is no terminal
+COLUMNS = 80  # of a terminal that does not say how many it has
+_NARROWEST = 10  # columns of the bar itself
 
 
 class Logbook(contextlib.ExitStack):
@@ -50,6 +53,7 @@ class Logbook(contextlib.ExitStack):
         self._stream = SafeStream(sys.stderr if stream is None else stream)
         self._total = total_epochs
         self._bar: Any = None
+        self._phase, self._now, self._parts = "starting", first_epoch, list[str]()  # what the bar's line says
         self._told = time.monotonic()
         self._metrics = self.enter_context(open(workdir / METRICS, "ab"))  # noqa: SIM115  # closed with the rest
         self._tensorboard = Events(workdir / "tensorboard", first_epoch)
@@ -63,17 +67,41 @@ class Logbook(contextlib.ExitStack):
     def _open_bar(self, first_epoch: int) -> None:
         import tqdm  # only now: it reads settings from the environment, and fails on import if they are wrong
 
-        self._bar = tqdm.tqdm(total=self._total, initial=first_epoch, file=self._stream, unit="epoch", dynamic_ncols=True)
+        self._bar = tqdm.tqdm(total=self._total, initial=first_epoch, file=self._stream, bar_format=self._line(""), ncols=self._columns())
 
-    def _move_bar(self, epochs: float, *parts: str) -> None:
-        if parts:
-            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+    def _draw(self, epochs: float) -> None:
+        """Draws the bar's line anew. `epochs` are those that are done, with the share of the present one."""
         self._bar.n = epochs
+        self._bar.ncols = self._columns()  # the window may have been resized
+        self._bar.bar_format = self._line("{elapsed} in all" if epochs >= self._total else "{remaining} left")
         self._bar.refresh()
+
+    def _line(self, end: str) -> str:
+        """The bar's line as a format of tqdm. What does not fit into the terminal is left out, so that nothing is cut in the middle."""
+        head = f"{self._phase:10s} {self._now:{len(str(self._total))}d}/{self._total} "
+        room, shown = self._columns() - len(head) - _NARROWEST - len("|| 00:00 in all"), ""
+        for part in self._parts:
+            if len(shown) + len(part) + 2 > room:
+                break
+            shown += f"{part}, "
+        return f"{head}|{{bar}}| {shown}{end}"
+
+    def _columns(self) -> int:
+        """The columns of the terminal but the last, where some terminals break the line."""
+        found = 0
+        with contextlib.suppress(Exception):  # the stream may be any object
+            found = os.get_terminal_size(self._stream.fileno()).columns
+        return (found or COLUMNS) - 1
 
     def _close_bar(self) -> None:
         if self._bar is not None:
-            self._with_bar(self._bar.close)
+            self._with_bar(self._end_bar)
+
+    def _end_bar(self) -> None:
+        if self._bar.n >= self._total:
+            self._phase = "trained"
+            self._draw(self._bar.n)
+        self._bar.close()
 
     def _with_bar(self, action: Callable[[], None]) -> None:
         """Does something with the progress bar. If that fails, there is no bar from then on, and epochs are printed as lines."""
@@ -96,7 +124,8 @@ class Logbook(contextlib.ExitStack):
         flush_to_disk(self._metrics.fileno(), METRICS)
         self._tensorboard.write(_scalars(record), record["epoch"])
         if self._bar is not None:
-            self._with_bar(lambda: self._move_bar(record["epoch"], *_bar_parts(record)))
+            self._parts, self._now = _bar_parts(record), record["epoch"]
+            self._with_bar(lambda: self._draw(record["epoch"]))
         if self._bar is None:
             self._told = time.monotonic()
             head = f"epoch {record['epoch']:{len(str(self._total))}d}/{self._total}"
@@ -112,15 +141,22 @@ class Logbook(contextlib.ExitStack):
             steps: how many steps it has.
         """
         if self._bar is not None:
-            self._with_bar(lambda: self._move_bar(round(epoch + done / steps, 2)))
+            self._now = epoch + 1
+            self._with_bar(lambda: self._draw(epoch + done / steps))
         elif time.monotonic() - self._told > SECONDS and done < steps:
             self._told = time.monotonic()
             print(f"epoch {epoch + 1:{len(str(self._total))}d}/{self._total}  step {done}/{steps}", file=self._stream, flush=True)
 
     def phase(self, name: str) -> None:
-        """Shows on a terminal what the run is doing now, such as compiling."""
-        if self._bar is not None:
-            self._with_bar(lambda: self._bar.set_description_str(name))
+        """Shows on a terminal what the run is doing now, such as compiling. The time that is left is reckoned from when it first trains."""
+        if self._bar is None:
+            return
+        if name == "training":
+            self._now = int(self._bar.n) + 1
+            if self._bar.n == self._bar.initial:
+                self._bar.start_t = self._bar.last_print_t = time.time()
+        self._phase = name
+        self._with_bar(lambda: self._draw(self._bar.n))
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

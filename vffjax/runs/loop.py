@@ -1,16 +1,18 @@
 """The loop over the epochs of a run: it trains, validates, keeps the record and saves."""
 
 import contextlib
+import copy
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vffjax.data.sets import Dataset, Split
-from vffjax.errors import UserError
+from vffjax.errors import UserError, chosen
 from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
@@ -23,6 +25,18 @@ from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
 
+AfterEpoch = Callable[[dict[str, Any]], object]
+
+
+def goes_on(record: dict[str, Any]) -> bool:
+    """What is done after an epoch by default: nothing, and the run goes on."""
+    return False
+
+
+class Diverged(UserError):
+    """A loss or a state is not finite. The message says where, what is kept, and the fix."""
+
+
 # An epoch of fewer FLOP takes at most about a second on two CPU cores.
 _SHORT_EPOCH = 2e10
 
@@ -32,10 +46,15 @@ def on_device(split: Split) -> Images:
     return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
-def training_images(split: Split) -> Images:
-    """A split's images, each as one row of bytes, and labels on JAX's first device; `Epoch` gathers batches from them."""
+def placed(split: Split, where: str) -> Images:
+    """A split's images and labels on JAX's first device or on the host, as config.data_on says."""
+    return chosen("data_on", where, {"device": on_device, "host": lambda split: Images(split.images, split.labels)})(split)
+
+
+def training_images(split: Split, where: str = "device") -> Images:
+    """A split's images, each as one row of bytes, and labels, where config.data_on says; `Epoch` gathers batches from them."""
     rows = Images(split.images, split.labels).as_rows()  # on the host, where a reshape costs nothing
-    return rows._replace(images=jnp.asarray(rows.images), labels=jnp.asarray(rows.labels))
+    return placed(Split(rows.images, rows.labels), where)._replace(shape=rows.shape)  # type: ignore[arg-type]
 
 
 class Loop:
@@ -49,6 +68,7 @@ class Loop:
         checkpoints: the run's checkpoints, for saves inside of an epoch.
         writer: saves whole epochs.
         request: what SIGTERM and Ctrl-C ask for. The loop looks at it between two segments, and keeps it informed about what is saved.
+        after_epoch: is called with the record of each epoch. If it returns true, the run is saved and told to leave.
     """
 
     def __init__(
@@ -60,12 +80,14 @@ class Loop:
         checkpoints: Checkpoints,
         writer: Writer,
         request: Request,
+        after_epoch: AfterEpoch = goes_on,
     ):
         self._plan, self._config, self._task, self._run = plan, plan.config, task, run
-        self._checkpoints, self._writer, self._request = checkpoints, writer, request
+        self._checkpoints, self._writer, self._request, self._after_epoch = checkpoints, writer, request, after_epoch
         redraws = plan.config.noise_redrawn != "never"
         self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
-        self._data, self._validation = training_images(dataset.train), on_device(dataset.validation)
+        where = plan.config.data_on
+        self._data, self._validation = training_images(dataset.train, where), placed(dataset.validation, where)
         self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
         self._epoch: Epoch | None = None
         self._compiled_for: int | None = None
@@ -76,13 +98,13 @@ class Loop:
         """The steps that are done already of an epoch which was saved inside and goes on; else 0."""
         return self._position["step"] if self._position else 0
 
-    def train(self, states: States, workdir: pathlib.Path) -> dict[str, Any]:
-        """Trains to the end, from these states, whose arrays are donated; returns the run's state.
+    def train(self, states: States, workdir: pathlib.Path, progress: TextIO | None = None) -> dict[str, Any]:
+        """Trains to the end, from these states, whose arrays are donated; returns the run's state. Shows its progress as `Logbook` does.
 
-        Raises `Terminated` if the run was told to leave, after it has been saved, and `UserError` if it has diverged.
+        Raises `Terminated` if the run was told to leave, after it has been saved, and `Diverged` if it has diverged.
         """
         done, total = self._run["epoch"], self._plan.total_epochs
-        with Logbook(workdir, total, done, config=self._config.to_dict()) as logbook:
+        with Logbook(workdir, total, done, progress, self._config.to_dict()) as logbook:
             logbook.phase("compiling")
             self._compile_checks(states)
             for epoch in range(done, total):
@@ -102,6 +124,8 @@ class Loop:
                 validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch), self._config.votes)
                 # The line comes before the checkpoint: an epoch with a line but no checkpoint is trained again and gets a new line.
                 record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
+                if self._after_epoch(copy.deepcopy(record)) and epoch + 1 < total:
+                    self._request.made = True
                 logbook.phase("saving")
                 self._finish_epoch(states, epoch, record, validated)
         return self._run
@@ -132,12 +156,12 @@ class Loop:
 
     def _train_epoch(
         self, states: States, epoch: int, logbook: Logbook
-    ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | None], float]:
+    ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | np.ndarray | None], float]:
         """Trains one epoch, or the rest of it.
 
         Returns:
-            The new states; the metrics over all steps of the epoch; whether each group is finite, and the validation scores or None, both
-            still on the device; and the seconds that training took.
+            The new states; the metrics over all steps of the epoch; whether each group is finite, and the validation scores or None, still
+            on the device if the images are; and the seconds that training took.
         """
         assert self._epoch is not None
         step, seconds, parts = self._steps_done, 0.0, list[Any]()
@@ -155,11 +179,15 @@ class Loop:
                 seconds += time.perf_counter() - began
                 self._save_inside(states, epoch, part.done, seconds, metrics)
                 parts, began = [metrics], time.perf_counter()
-        # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
         images = self._validation.images
+        if isinstance(images, np.ndarray):  # To score them, the host waits for the device, and that time is no training.
+            jax.block_until_ready(parts)
+            seconds += time.perf_counter() - began
+        # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
         checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
-        jax.block_until_ready(parts)
-        seconds += time.perf_counter() - began
+        if isinstance(images, jax.Array):
+            jax.block_until_ready(parts)
+            seconds += time.perf_counter() - began
         return states, over_steps(joined(jax.device_get(parts))), checks, seconds
 
     def _save_is_due(self) -> bool:
@@ -199,7 +227,7 @@ class Loop:
         self._request.saved = what_is_saved(self._plan, epochs, step)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], finite: np.ndarray, epoch: int, step: int = 0) -> None:
-        """Raises `UserError` if the run has diverged. This is done before each save, so that checkpoints hold finite numbers only.
+        """Raises `Diverged` if the run has diverged. This is done before each save, so that checkpoints hold finite numbers only.
 
         Args:
             metrics: the metrics of the epoch, or of its first `step` steps, as `epochs.over_steps` returns them.
@@ -220,7 +248,7 @@ class Loop:
         if problems:
             kept = f"the checkpoint of epoch {self._writer.newest} is kept" if self._writer.newest else "there is no checkpoint yet"
             fix = "lower config.learning_rate, or set config.clip_norm or config.on_nonfinite=skip, in a new --workdir"
-            raise UserError(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
+            raise Diverged(f"epoch {epoch + 1}, {min(problems)[1]}; {kept}; {fix}")
 
 
 def what_is_saved(plan: Plan, epochs: int, step: int) -> str:

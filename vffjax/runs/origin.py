@@ -12,7 +12,7 @@ import jax
 from vffjax import backend, outside, versions
 from vffjax.config import CHANGEABLE, Config
 from vffjax.errors import UserError
-from vffjax.registry import ROOMS
+from vffjax.registry import outside_names
 
 # Environment variables that can change numbers, beside those of JAX.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
@@ -40,7 +40,7 @@ def origin(config: Config) -> dict[str, Any]:
 
 def code_of(config: Config) -> dict[str, str]:
     """SHA-256 of the files from which code outside of this package is run under a configuration, by file name."""
-    return outside.sha256({room.key: getattr(config, room.key) for room in ROOMS})
+    return outside.sha256(outside_names(vars(config)))
 
 
 def check_code(run: dict[str, Any], config: Config) -> None:

@@ -18,9 +18,10 @@ from vffjax.runs.feature_plots import plot_features
 from vffjax.runs.plots import plot_curves
 from vffjax.runs.tensorboard import Events
 from vffjax.runs.trained import Trained
-from vffjax.training import trainer
 from vffjax.training.augment import normalise
+from vffjax.training.compiled import compiled
 from vffjax.training.plan import Plan
+from vffjax.training.trainer import feature_maps
 
 
 def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
@@ -78,10 +79,6 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: Stat
     def by_kind(rows: jax.Array) -> np.ndarray:
         return np.asarray(rows, np.float32).reshape(len(kinds), clean, *rows.shape[1:])
 
-    @jax.jit
-    def features(states: States, rows: jax.Array) -> list[jax.Array]:
-        return [z for _, _, z in trainer.evaluated(plan, states, rows, clean)]
-
     return plot_features(
         path,
         inputs=by_kind(rows) * np.asarray(task.std) + np.asarray(task.mean),
@@ -89,7 +86,7 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: Stat
         labels=right.tolist(),
         wrong_labels=wrong.tolist(),
         codebook=np.asarray(task.codebook) if rule.codebook else None,
-        streams=[by_kind(z) for z in features(states, rows)],
+        streams=[by_kind(z) for z in compiled(feature_maps, plan.program, clean, states, rows)(states, rows)],
         filters=np.asarray(_first_kernel(states)),
     )
 

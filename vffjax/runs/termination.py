@@ -28,7 +28,7 @@ class Terminated(Exception):
     """A run was told to leave and has done so. The message says what is saved."""
 
 
-NOTHING = "nothing is saved yet; the same command begins anew"
+NOTHING = "nothing of this run is saved yet; the same command begins it anew"
 KEPT = "what was saved before is kept; the same command goes on from there"
 
 
@@ -55,7 +55,7 @@ def deferred() -> Iterator[Request]:
     """Within, SIGTERM ends nothing but sets the request's `made`, which the run reads between two segments."""
     request = Request()
     _running.append(request)
-    request.abandoned = threading.current_thread() in _abandoned  # Ctrl-C may have come before
+    request.abandoned = abandoned()  # Ctrl-C may have come before
     try:
         yield request
     finally:
@@ -107,6 +107,11 @@ def interruptible(work: Callable[[], T]) -> T:
             raise
     thread.join()
     return found.result()
+
+
+def abandoned() -> bool:
+    """Whether the work of this thread was interrupted, so that another thread says what is saved."""
+    return threading.current_thread() in _abandoned
 
 
 def settle(seconds: float) -> str:

@@ -38,3 +38,18 @@ class Trained(NamedTuple):
     def vote_weights(self) -> tuple[float, ...]:
         """The weights of `voting`, with config.votes=weighted; empty if all weigh the same."""
         return tuple(self.run.get("vote_weights", ())) if self.plan.config.inference == self.scored_by else ()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What an export says of the run, in JSON's types: its epoch and classes, how images are normalised, and how groups vote."""
+        weights = self.vote_weights or (1 / len(self.voting),) * len(self.voting)
+        return {
+            **{key: self.run[key] for key in ("epoch", "class_names", "image_shape")},
+            "pixel_mean": self.task.mean.tolist(),
+            "pixel_std": self.task.std.tolist(),
+            "trained_groups": self.groups,
+            "scored_by": self.scored_by,
+            "views": self.plan.config.views,
+            "voting": list(self.voting),
+            "vote_weights": list(weights),
+        }

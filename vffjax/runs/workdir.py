@@ -21,22 +21,22 @@ LOCK = ".lock"
 _Read = TypeVar("_Read")
 
 
-def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
+def claim_workdir(workdir: pathlib.Path, config: Config, named: str = "--workdir") -> None:
     """Raises `UserError` if a run by `config` cannot use this workdir: it holds a run by another configuration, is no folder, contains
-    links that lead out of it, or has a path under which checkpoints could not be found again."""
-    paths.check_run_folder(workdir)
+    links that lead out of it, or has a path under which checkpoints could not be found again. `named` is the flag that gave it."""
+    paths.check_run_folder(workdir, named)
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: not a folder; give a folder, new or of the same run")
+        raise UserError(f"{named}={workdir}: not a folder; give a folder, new or of the same run")
     paths.refuse_links(workdir, FOLDER, "tensorboard")
     if not path.exists():
         if Checkpoints(workdir).epochs():
-            raise UserError(f"--workdir={workdir}: has checkpoints but no {path.name}; restore it, or give another --workdir")
+            raise UserError(f"{named}={workdir}: has checkpoints but no {path.name}; restore it, or give another {named}")
         return
     wanted, found = config.trained_by(), read_config(workdir).trained_by()
     for key in wanted:
         if wanted[key] != found[key]:
-            raise bad_key(key, wanted[key], f"--workdir {workdir} holds a run with {found[key]!r}", "give another --workdir")
+            raise bad_key(key, wanted[key], f"{named} {workdir} holds a run with {found[key]!r}", f"give another {named}")
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> list[str]:

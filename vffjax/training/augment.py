@@ -9,12 +9,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 from vffjax.config import Config
 from vffjax.rules.streams import Mixture, Task
 from vffjax.training.batch import Batch
+from vffjax.training.photo_augment import color_jitter, random_resized_crop
 from vffjax.training.trivial_augment import trivial_augment
 
 # Of the red, green and blue channel, where 255 is 1. torchvision's weights and most of timm's were trained with these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A step's key for augmentation is folded with one of these, so that no two draws share a key.
-FLIP, CROP, CUTOUT, ERASING, TRIVIAL, MIXUP = range(6)
+FLIP, CROP, CUTOUT, ERASING, TRIVIAL, MIXUP, RESIZED, COLOURS = range(8)
 ERASED_SHARES, ERASED_ASPECTS = (0.02, 0.33), (0.3, 3.3)  # of an image's area; height divided by width
 
 
@@ -30,7 +31,7 @@ def normalise(images: UInt8[Array, "batch h w c"], mean: Float[Array, " c"], std
 def augment(
     key: PRNGKeyArray, images: Shaped[Array, "batch h w c"], ids: Int[Array, " batch"], epoch: Int[Array, ""], config: Config
 ) -> Shaped[Array, "batch h w c"]:
-    """Changes images by one operation of many, mirrors them and shifts them, each by its own random draws.
+    """Changes parts, colours and more of images, mirrors them and shifts them, each by its own random draws.
 
     It works on bytes, which are a quarter of the data, and in which black padding is 0.
 
@@ -39,9 +40,15 @@ def augment(
         images: of a batch.
         ids: their numbers in the training set.
         epoch: its number; with config.alternating_flip, it and `ids` decide which images are mirrored.
-        config: trivial_augment, flip, alternating_flip and crop_padding.
+        config: random_resized_crop, color_jitter, trivial_augment, flip, alternating_flip and crop_padding.
     """
-    flip_key, crop_key, trivial_key = (jax.random.fold_in(key, i) for i in (FLIP, CROP, TRIVIAL))
+    flip_key, crop_key, trivial_key, resized_key, colours_key = (
+        jax.random.fold_in(key, i) for i in (FLIP, CROP, TRIVIAL, RESIZED, COLOURS)
+    )
+    if config.random_resized_crop:
+        images = random_resized_crop(resized_key, images, config.random_resized_crop)
+    if config.color_jitter:
+        images = color_jitter(colours_key, images, config.color_jitter)
     if config.trivial_augment:  # before the crop, whose black border would change what a stretch of contrast does
         images = trivial_augment(trivial_key, images)
     if config.flip:

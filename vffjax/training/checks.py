@@ -8,12 +8,15 @@ import ml_collections
 
 from vffjax import file_kinds, networks, rules, versions
 from vffjax.config import FIELDS, HUB, MAX_ENTRIES, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, WEIGHT_FILES, Config, converted
-from vffjax.data import load, sets, sizes_of
+from vffjax.data import find, load, sets, sizes_of
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.keys import default_of, options
 from vffjax.networks.groups import layer_sizes
 from vffjax.networks.layers import OWN_CHOICE
 from vffjax.training.plan import Plan, make_plan
+
+# Keys by which training images differ from epoch to epoch.
+AUGMENTATIONS = ("flip", "crop_padding", "cutout", "random_erasing", "trivial_augment", "random_resized_crop", "color_jitter", "mixup")
 
 
 def make_config(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -35,7 +38,8 @@ def check(config: Config) -> Config:
     config = dataclasses.replace(config, rule_options=dataclasses.asdict(own))
     _check_together(config)
     for key in ("image_size", "width_factor", "stem", "whitening", "auxiliary", *OWN_CHOICE):
-        if key not in network.keys and getattr(config, key) != (usual := default_of(FIELDS[key])):
+        obeyed = key in network.keys or (key == "image_size" and find(config).resizes)
+        if not obeyed and getattr(config, key) != (usual := default_of(FIELDS[key])):
             raise bad_key(key, getattr(config, key), f"means nothing to network={config.network}", f"leave it at {usual!r}")
     if why := rule.cannot_score_by(config.inference):
         raise bad_key("inference", config.inference, f"rule {config.rule} {why}", "use inference=heads")
@@ -75,7 +79,7 @@ def _check_together(c: Config) -> None:
         raise bad_key("norm_statistics", c.norm_statistics, f"norm={norm} has no running statistics", "use batch")
     if c.feature_cache != "none" and c.schedule != "sequential":
         raise bad_key("feature_cache", c.feature_cache, "no group is frozen where all train together", "use schedule=sequential")
-    for name in ("flip", "crop_padding", "cutout", "random_erasing", "trivial_augment", "mixup") if c.feature_cache != "none" else ():
+    for name in AUGMENTATIONS if c.feature_cache != "none" else ():
         if getattr(c, name) != (usual := default_of(FIELDS[name])):
             problem = f"the features of augmented images change in every epoch, and {name}={getattr(c, name)!r}"
             raise bad_key("feature_cache", c.feature_cache, problem, f"use {name}={usual!r}, or feature_cache=none")
@@ -145,8 +149,8 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
     for name in sorted(c.overrides.keys() - {group.name for group in groups}):
         problem = f"the network has {len(groups)} groups"
         raise bad_key(f"overrides.{name}", dict(c.overrides[name]), problem, f"use group0 to {groups[-1].name}")
-    for layer, (kernel, _) in enumerate(layer_sizes(groups, image_shape)):
-        if kernel > MAX_ENTRIES:
+    for layer, size in enumerate(layer_sizes(groups, image_shape)):
+        if size.kernels > MAX_ENTRIES:
             key = "widths" if "widths" in networks.find(c).keys else "width_factor"
-            problem = f"layer {layer} would have {kernel} parameters"
+            problem = f"layer {layer} would have {size.kernels} parameters"
             raise bad_key(key, getattr(c, key), problem, f"use smaller widths: at most {MAX_ENTRIES} parameters in a layer")

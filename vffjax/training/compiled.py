@@ -1,10 +1,36 @@
-"""Compiled programs: how much memory they need, and where they are cached."""
+"""Compiled programs: how long they are kept, how much memory they need, and where they are cached."""
 
-import os
-import pathlib
+from collections.abc import Hashable
 from typing import Any
 
 import jax
+
+from vffjax import paths
+
+KEPT = 8  # `Plan.program`s whose compiled programs a process keeps
+_programs: set[Hashable] = set()
+_functions: set[Any] = set()
+
+
+def compiled(function: Any, program: Hashable, *arguments: Any) -> jax.stages.Compiled:
+    """A jitted function, compiled for these arguments. Runs of one process whose programs are equal share what is compiled.
+
+    JAX itself keeps compiled programs by function, static arguments, shapes and settings, and returns the one that it has if the same is
+    lowered and compiled again. It would keep thousands of them, though, and each takes tens of megabytes on CPU. So the programs of at most
+    `KEPT` plans are kept: before those of another plan are compiled, all are forgotten. Whoever holds one can still call it.
+
+    Args:
+        function: a jitted function whose first argument is static.
+        program: that argument, the `Plan.program`.
+        arguments: the others, arrays or their shapes.
+    """
+    if program not in _programs and len(_programs) >= KEPT:
+        for other in _functions:
+            other.clear_cache()
+        _programs.clear()
+    _programs.add(program)
+    _functions.add(function)
+    return function.lower(program, *arguments).compile()
 
 
 def executable_bytes(compiled: jax.stages.Compiled) -> int:
@@ -21,5 +47,4 @@ def keep_compiled_programs() -> None:
     """
     told = jax.config.values.get("jax_compilation_cache_dir")
     if jax.default_backend() != "cpu" and not told:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "vffjax"))
+        jax.config.update("jax_compilation_cache_dir", str(paths.cache_folder("")))

@@ -21,6 +21,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import States, layer_sizes
 from vffjax.rules.streams import Task
 from vffjax.training.batch import Batch, abstract_batch
+from vffjax.training.compiled import compiled
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
 from vffjax.training.trainer import run_segment
 
@@ -118,7 +119,7 @@ class Epoch:
 
     def _program(self, length: int, task: Task, states: States, batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
-            self._compiled[length] = segment.lower(self._plan.program, self._active, task, states, batches).compile()
+            self._compiled[length] = compiled(segment, self._plan.program, self._active, task, states, batches)
         return self._compiled[length]
 
 
@@ -159,10 +160,9 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
     """
     if plan.config.segment_steps:
         return plan.config.segment_steps
-    widths = [layer.width for group in plan.groups for layer in group.module.layers]
-    sizes = zip(layer_sizes(plan.groups, image_shape), widths, strict=True)
+    sizes = layer_sizes(plan.groups, image_shape)
     # Forward, gradient of inputs, gradient of kernels; two for each multiplication.
-    flop = 6 * plan.rows_of_a_step * sum(kernel * max(1, area // width) for (kernel, area), width in sizes)
+    flop = 6 * plan.rows_of_a_step * sum(size.kernels * max(1, size.map // size.width) for size in sizes)
     speed = _CORE * cores() if (backend or jax.default_backend()) == "cpu" else _ACCELERATOR
     most = LARGEST_BYTES // (plan.config.batch_size * (math.prod(image_shape) + feature_bytes))
     return max(2, min(round(SECONDS * speed / flop), most))

@@ -15,8 +15,10 @@ from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training import augment, trainer
+from vffjax.training.compiled import compiled
 from vffjax.training.plan import Plan
 
+PIECE_BYTES = 2**26  # of images on the host that are brought to the device at once
 # With more groups than this, only sets of consecutive last groups are tried as voters, because there are too many sets.
 _EXHAUSTIVE_GROUPS = 6
 # Of the fit of weights: the multiple of their squares, the gradient at which it ends, and the most steps, which it never needs.
@@ -90,21 +92,46 @@ def program_scores(
     return jnp.moveaxis(map_batches(by_image, images, plan.config.eval_batch_size), 1, 0)
 
 
-def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array, "groups n classes"]]:
-    """A jitted function of `(task, states, images)` that returns scores `[groups, n, classes]`. Higher is likelier.
+def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array | np.ndarray, "groups n classes"]]:
+    """A function of `(task, states, images)` that returns scores `[groups, n, classes]`. Higher is likelier.
 
     Args:
         plan: of the run.
         inference: heads, sweep or rule; see config.inference.
 
-    The images are bytes `[n, h, w, c]`. They are scored in batches of `config.eval_batch_size`.
+    The images are bytes `[n, h, w, c]`, on the device or, as a NumPy array, on the host. They are scored in batches of
+    `config.eval_batch_size`, and images on the host are brought to the device in pieces of several batches.
     """
-    return functools.partial(program_scores, plan.program, inference)
+    return functools.partial(_scored, functools.partial(program_scores, plan.program, inference), plan.config.eval_batch_size)
 
 
-def compile_scores(plan: Plan, inference: str, task: Task, states: States, images: Any) -> jax.stages.Compiled:
-    """`make_scores`, compiled for images of this shape. Takes `(task, states, images)`."""
-    return program_scores.lower(plan.program, inference, task, states, images).compile()
+def compile_scores(
+    plan: Plan, inference: str, task: Task, states: States, images: Any
+) -> Callable[..., Float[Array | np.ndarray, "groups n classes"]]:
+    """`make_scores`, compiled for images of this shape."""
+    size = plan.config.eval_batch_size
+    shape = images.shape if isinstance(images, jax.Array) else (_piece(images, size), *images.shape[1:])
+    program = compiled(program_scores, plan.program, inference, task, states, jax.ShapeDtypeStruct(shape, images.dtype))
+    return functools.partial(_scored, program, size)
+
+
+def _piece(images: np.ndarray, batch_size: int) -> int:
+    """How many images on the host are brought to the device at once: all, or as many batches as `PIECE_BYTES` hold."""
+    batches = PIECE_BYTES // max(1, batch_size * images[:1].nbytes)
+    return min(len(images), max(2, batches) * batch_size)
+
+
+def _scored(program: Callable[..., Array], batch_size: int, task: Task, states: States, images: Any) -> Array | np.ndarray:
+    if isinstance(images, jax.Array) or (piece := _piece(images, batch_size)) == len(images):
+        return program(task, states, jnp.asarray(images))
+    found, before = [], None
+    for start in range(0, len(images), piece):
+        part = images[start : start + piece]
+        padded = np.concatenate([part, np.zeros((piece - len(part), *part.shape[1:]), part.dtype)]) if len(part) < piece else part
+        found.append(program(task, states, jnp.asarray(padded)))
+        jax.block_until_ready(before)  # so that two pieces are on the device at most
+        before = found[-1]
+    return np.concatenate([np.asarray(scores) for scores in found], axis=1)[:, : len(images)]
 
 
 def ensemble(scores: Float[ArrayLike, "groups n classes"], voting: tuple[int, ...], weights: tuple[float, ...] = ()) -> np.ndarray:

@@ -177,6 +177,12 @@ def evaluated(
         yield group, state, rows
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def feature_maps(plan: Plan, clean: int, states: States, rows: Float[Array, "rows *feature"]) -> list[Array]:
+    """The features of the rows in each group, as `evaluated` gives them. Takes a `Plan.program`, so that runs share what is compiled."""
+    return [z for _, _, z in evaluated(plan, states, rows, clean)]
+
+
 def run_segment(plan: Plan, active: int | None, task: Task, states: States, batches: Batch) -> tuple[States, dict[str, Array]]:
     """Trains some steps of an epoch, one after the other. Returns the new states and the metrics of each step.
 

@@ -112,7 +112,7 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     if why := plan.rule.cannot_score_by(name):
         raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
     scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
-    validation = loop.on_device(dataset.validation)
+    validation = loop.placed(dataset.validation, plan.config.data_on)
     seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
     votes_by = "subset" if name == "early_exit" else plan.config.votes  # the groups before an exit have plain means
     validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
@@ -124,7 +124,7 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
         header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
     if not test:
         return header
-    unseen = loop.on_device(dataset.test)
+    unseen = loop.placed(dataset.test, plan.config.data_on)
     found = np.asarray(scores(task, states, unseen.images))[: trained.groups]
     header |= inference.measure(found, unseen.labels, tuple(validated["voting"]), "test", tuple(validated.get("vote_weights", ())))
     if leaving is not None:

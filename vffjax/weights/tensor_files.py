@@ -4,6 +4,7 @@ A file may come from anyone. So the sizes that its header claims are compared wi
 request, after its shape has been compared with the network's. No claim in a file makes us allocate more memory than that.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -14,13 +15,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from vffjax import file_kinds
+from vffjax import file_kinds, files
 from vffjax.errors import UserError, printable, said
 
 # A thousand layers need less than 1 MiB, and JSON of 2 MiB takes at most some 100 MB to parse.
 MAX_HEADER = 2**21
 # NumPy has no bfloat16, so its bits are read as whole numbers.
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+METADATA = "vffjax"  # the entry of a file's metadata that holds what it says of itself, as JSON
 AGAIN = "download or export it again, or set config.init_from=''"
 
 
@@ -71,6 +73,15 @@ def of_safetensors(path: pathlib.Path | str, file: IO[bytes]) -> dict[str, Tenso
             raise UserError(f"{path}: damaged: bytes {min(start, reached)} to {max(start, reached)} belong to no tensor or to two; {AGAIN}")
         reached = end
     return found
+
+
+def said_of(path: pathlib.Path | str) -> Any:
+    """What a sound safetensors file says of itself under `METADATA`; None if it is no such file, or says nothing that is JSON."""
+    if not str(path).endswith(".safetensors"):
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError), files.opened(path) as file:
+        return json.loads(json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"][METADATA])
+    return None
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 By our names, each group's parameters and batch statistics are float32 tensors whose names say where they belong, such as
 `group0.params.layers_0.kernel`. A file holds all groups, or one. If the run's rule has parameters of its own in a group, they are called
 `group0.params.rule...`. torchvision's names are those of a ResNet without groups; see `weights.torchvision`. One metadata entry, `vffjax`,
-holds JSON: format, network, classes and image shape. Kernels may be float16, which halves the file. We write safetensors;
-`weights.formats` opens what is read.
+holds JSON, which says how to compute with the tensors; see `weights.description`. Kernels may be float16, which halves the file. We write
+safetensors; `weights.formats` opens what is read.
 """
 
 import json
@@ -28,10 +28,10 @@ from vffjax.registry import NETWORKS
 from vffjax.training.checks import plan_before_data
 from vffjax.training.plan import Plan, abstract_start, groups_of
 from vffjax.weights import formats, hub, torchvision
-from vffjax.weights.tensor_files import AGAIN, Tensor
+from vffjax.weights.description import compared, described
+from vffjax.weights.tensor_files import AGAIN, METADATA, Tensor, said_of
 
 _KINDS = ("params", "batch_stats")
-FORMAT = "vffjax weights 1"
 _OTHER = "give weights of this network, as vffjax export writes them, or set config.init_from=''"
 
 
@@ -46,9 +46,8 @@ def write_weights(
         path: the file.
         plan: the run's plan.
         states: the groups.
-        about: JSON values for the metadata, such as class_names and image_shape.
+        about: JSON values for the metadata, as `Trained.about` has them.
         names: vffjax: our names, for any network. torchvision: torchvision's, for a ResNet. auto: torchvision's if it has such a network.
-
         half: whether kernels are rounded to float16. Everything else stays float32, because it is small and its range is not known.
 
     Returns:
@@ -71,7 +70,7 @@ def write_weights(
         leaves, others = torchvision.exported(config, network)
         notes = others + notes
     leaves = {name: _halved(name, leaf) if half and _is_kernel(name, leaf) else leaf for name, leaf in leaves.items()}
-    _write(path, config, leaves, "torchvision" if theirs else "vffjax", about)
+    _write(path, plan, leaves, "torchvision" if theirs else "vffjax", about)
     return notes
 
 
@@ -83,14 +82,13 @@ def _halved(name: str, kernel: np.ndarray) -> np.ndarray:
 
 def write_group(path: pathlib.Path | str, plan: Plan, group: int, state: GroupState, about: Mapping[str, Any]) -> None:
     """Writes one group alone, by our names, and else as `write_weights`. A run that starts from it takes other groups from its seed."""
-    _write(path, plan.config, _float32((state,), group), "vffjax", {**about, "group": group})
+    _write(path, plan, _float32((state,), group), "vffjax", {**about, "group": group})
 
 
-def _write(path: pathlib.Path | str, config: Config, tensors: dict[str, np.ndarray], names: str, about: Mapping[str, Any]) -> None:
-    network = {key: getattr(config, key) for key in ("network", *networks.find(config).keys, "norm", "grouping")}
-    described = {"format": FORMAT, "names": names, "network": network, **about}
+def _write(path: pathlib.Path | str, plan: Plan, tensors: dict[str, np.ndarray], names: str, about: Mapping[str, Any]) -> None:
     # One metadata entry, because safetensors writes several of them in random order.
-    files.replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, {"vffjax": json.dumps(described)}))
+    said = {METADATA: json.dumps(described(plan, names, about))}
+    files.replace_file(pathlib.Path(path), safetensors.numpy.save(tensors, said))
 
 
 def read_weights(path: pathlib.Path | str, plan: Plan, states: States) -> tuple[States, list[str]]:
@@ -109,11 +107,12 @@ def read_weights(path: pathlib.Path | str, plan: Plan, states: States) -> tuple[
         The groups, and what was not taken from the file or is not in it, in words.
 
     Raises:
-        UserError: the file is not sound, or a tensor is missing, belongs to another network, has another shape or type, is not finite, or
-            is a negative variance. The message names the file and the tensor.
+        UserError: the file is not sound, or was trained with another normalisation, or a tensor is missing, belongs to another network, has
+            another shape or type, is not finite, or is a negative variance. The message names the file and the tensor.
     """
     leaves, config = _named(states), plan.config
     with _opened(path, config) as found:
+        differs = compared(path, said_of(path), config)
         theirs = networks.find(config).blocks and not any(re.match(r"group\d+\.", name) for name in found)
         leaves, found, notes = _matched(leaves, found)
         arrays, others = (torchvision.imported if theirs else _own)(path, config, leaves, found)
@@ -125,7 +124,7 @@ def read_weights(path: pathlib.Path | str, plan: Plan, states: States) -> tuple[
     for i, state in enumerate(states):
         read = [taken(name, leaf) for name, leaf in _named((state,), i).items()]
         new.append(state._replace(**jax.tree.unflatten(jax.tree.structure(_weights(state)), read)))
-    return tuple(new), others + notes
+    return tuple(new), others + notes + differs
 
 
 def _matched(leaves: dict[str, Any], found: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
@@ -183,7 +182,7 @@ def local_file(config: Config) -> str:
 def _most_bytes(config: Config) -> int:
     """An upper bound for the bytes of a file with this network's weights, be they float64 and with a large classifier."""
     sizes = sizes_of(config)
-    return 8 * sum(kernel for kernel, _ in layer_sizes(groups_of(config, sizes.classes), sizes.image_shape)) + 2**28
+    return 8 * sum(layer.kernels for layer in layer_sizes(groups_of(config, sizes.classes), sizes.image_shape)) + 2**28
 
 
 def _opened(path: pathlib.Path | str, config: Config) -> Any:

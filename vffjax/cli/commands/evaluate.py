@@ -13,9 +13,9 @@ from vffjax.cli import flags, options
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key, printable
 
-USAGE = """vffjax evaluate (--workdir DIR | --config FILE[:VARIANT] [--config.KEY=VALUE ...])
-                       [--inference heads|sweep|rule|early_exit [--threshold T] [--exits voting|all] [--curve FILE.json]]
-                       [--views one|mirror|six] [--epoch best|latest|N] [--data_dir DIR [--other_data]] [--code DIR] [--json]"""
+USAGE = """vffjax evaluate --workdir DIR [OPTION ...]
+       vffjax evaluate --config NAME|FILE[:VARIANT] [--config.KEY=VALUE ...]
+                       [OPTION ...]"""
 MAX_CURVE = 2**20  # bytes of a file that --curve may replace
 
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = options.parser_of("evaluate", __doc__, "--epoch", "--data_dir", "--json", "--code", usage=USAGE)
     parser.add_argument("--workdir", type=options.a_path, help="folder of the run; or in its place a configuration:")
     weights = "a configuration as for train, whose --config.init_from names weights that were not trained here"
-    parser.add_argument("--config", metavar="FILE", help=weights)
+    parser.add_argument("--config", metavar="CONFIG", help=weights)
     ways = "how to classify; early_exit: by the heads, where an image leaves at the first head that is sure; default: as configured"
     parser.add_argument("--inference", choices=("heads", "sweep", "rule", "early_exit"), default="", help=ways)
     seen = "views of an image whose scores are averaged: itself, its mirror image too, or six; default: as configured"

@@ -36,16 +36,14 @@ def run(arguments: list[str]) -> None:
         artefact.check_place(path)
     with naming_files(a.workdir):
         trained = load_run(a.workdir, a.epoch)
-    plan, states, task, run = trained
+    plan, states, _, run = trained
     with naming_files(path, "--out"):
         if form == "stablehlo":
             found = artefact.write_artefact(path, trained)
             where = f"for {', '.join(found['platforms'])}; {artefact.sidecar(path)} says how to call it"
             print(printable(f"{path}: groups {found['voting']} of epoch {run['epoch']} vote, {where}"))
             return
-        about = {key: run[key] for key in ("epoch", "class_names", "image_shape")}
-        about |= {"pixel_mean": task.mean.tolist(), "pixel_std": task.std.tolist()}
-        notes = weights.write_weights(path, plan, states, about, names=a.names, half=a.half)
+        notes = weights.write_weights(path, plan, states, trained.about, names=a.names, half=a.half)
     print(printable("; ".join([f"{path}: {len(states)} groups of epoch {run['epoch']}", *notes])))
 
 

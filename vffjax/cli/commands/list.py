@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 from vffjax import backend
-from vffjax.cli.options import give, parser_of
+from vffjax.cli.options import beside, give, parser_of
 from vffjax.keys import default_of, fields_of
 from vffjax.registry import ROOMS, Room
 
@@ -18,10 +18,11 @@ def run(arguments: list[str]) -> None:
     found = {room.key: [_about(room, name) for name in room.names] for room in ROOMS}
     lines = []
     for key, records in found.items():
-        lines += [f"config.{key}"] + [f"  {about['name']:14s} {about['about']}" for about in records]
+        lines += [f"config.{key}"] + [line for about in records for line in beside(f"  {about['name']}", about["about"], 17)]
     lines.append("config.rule_options")
     for about in found["rule"]:
-        lines += [f"  {about['name']:14s} {option['key']} = {option['default']!r}: {option['doc']}" for option in about["options"]]
+        for option in about["options"]:
+            lines += beside(f"  {about['name']}", f"{option['key']} = {option['default']!r}: {option['doc']}", 17)
     give(a, found, "\n".join(lines))
 
 

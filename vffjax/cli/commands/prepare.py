@@ -1,16 +1,18 @@
-"""Downloads a data set and prepares it for tensorflow-datasets, as array_record files."""
+"""Downloads a data set and prepares it, so that training finds it without a network.
+
+Sets of tensorflow-datasets are written as array_record files; those of the Hugging Face Hub go where its library keeps them.
+"""
 
 import pathlib
 
 from vffjax.cli.options import naming_files, parser_of
 from vffjax.errors import printable
-from vffjax.registry import SOURCES
 
 
 def run(arguments: list[str]) -> None:
-    parser = parser_of("prepare", __doc__, "--data_dir")
-    known = [name for name in SOURCES.names if SOURCES.find(name).prepare]
-    parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(known)}")
+    parser = parser_of("prepare", __doc__, "--data_dir", "--code")
+    known = "such as cifar10, tfds:NAME for any set of tensorflow-datasets, hf:OWNER/NAME, or MODULE:NAME of a source of your own"
+    parser.add_argument("dataset", metavar="DATASET", help=known)
     a = parser.parse_args(arguments)
     from vffjax.data import load
 

@@ -8,7 +8,8 @@ from vffjax import backend
 from vffjax.cli.options import a_path, naming_files, parser_of
 from vffjax.errors import UserError
 
-USAGE = """vffjax report --workdir DIR [--epoch best|latest|N] [--data_dir DIR] [--code DIR]
+USAGE = """vffjax report --workdir DIR [--epoch best|latest|N] [--data_dir DIR]
+                     [--code DIR]
        vffjax report --workdir DIR --live"""
 
 

@@ -1,71 +1,66 @@
 """Trains a network by a configuration; python train.py does the same.
 
-usage: python train.py --config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR]
+usage: vffjax train --config NAME|FILE[:VARIANT] [--config.KEY=VALUE ...]
+                    [--workdir DIR] [--code DIR]
+       vffjax train --help [KEY]
 
-Trains the network of a configuration file, group by group, without back-propagation across groups. The same command
-with the same workdir continues where it stopped. The workdir gets config.json, metrics.jsonl, checkpoints/, summary.json
+Trains the network of a configuration, group by group, without back-propagation
+across groups. The same command with the same workdir continues where it
+stopped. The workdir gets config.json, metrics.jsonl, checkpoints/, summary.json
 (errors in percent), curves.png and features.png.
 
-  --config FILE       such as configs/digits.py (embedded data, seconds) or configs/cifar10.py:small
-  --config.KEY=VALUE  sets a key; it overrides the file. In a dictionary it can set a single entry:
+  --config NAME       a configuration that comes with vffjax, such as digits
+                      (embedded data, seconds) or cifar10:small; vffjax configs
+                      lists them
+  --config FILE       a file of your own, such as mine.py or mine.py:small
+  --config.KEY=VALUE  sets a key; it overrides the configuration. In a
+                      dictionary it can set a single entry:
                       --config.overrides.group1.learning_rate=1e-4
-  --workdir DIR       default: a folder in runs/, named after the file and a hash of the configuration
+  --workdir DIR       default: a folder in runs/, named after the configuration
+                      and a hash of its values
+  --code DIR          folder of a rule, network or source of your own
+                      (MODULE:NAME), if it does not lie beside FILE; its code is
+                      run
+  --help KEY          shows one key in full
 
 The keys and their defaults:
 """
 
-import contextlib
 import json
-import os
 import pathlib
-from typing import Any
+import re
 
-from vffjax.cli import flags, options
-from vffjax.config import CHANGEABLE, FIELDS, Config
-from vffjax.errors import UserError
+from vffjax.cli import flags, key_help, options
+from vffjax.config import CHANGEABLE, FIELDS
 from vffjax.files import sha256
 
 
 def run(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print((__doc__ or "").partition("\n\n")[2] + flags.describe_keys())
+    if (asked := _help_asked(arguments)) is not None:
+        print(key_help.one_key(asked) if asked else (__doc__ or "").partition("\n\n")[2] + "\n" + key_help.every_key())
         return
     config, name, workdir = flags.parse_train(arguments)
     identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
     folder = pathlib.Path(workdir or f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
     with options.naming_files(folder):
         config = flags.ready(config)
+        from vffjax.costs import fits
         from vffjax.runs import experiment
         from vffjax.weights import weights
 
         if not (folder / "config.json").exists():  # a run that continues has its weights already
             weights.check_start(config)
-        check_memory(config)
+        fits.check_memory(config)
         summary = experiment.train(config, folder)
     shown = ", ".join(f"{e:.2f}" for e in summary["test_error_per_group"])
     print(f"test error {summary['test_error']:.2f} % (groups {shown}; voting {summary['voting']}), best epoch {summary['best_epoch']}")
 
 
-def check_memory(config: Config) -> None:
-    """Raises `UserError` if training cannot fit into memory. Without this check XLA or the kernel would kill the process."""
-    import jax
-
-    from vffjax.costs.memory import least_bytes
-
-    device = jax.devices()[0]
-    here, least = bytes_of(device), least_bytes(config)
-    if here is not None and least > here:  # one device trains, however many there are
-        shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
-        raise UserError(f"{shown}: needs {least / 1e9:,.1f} GB at the least, and {device.device_kind} has {here / 1e9:,.1f}; lower them")
-
-
-def bytes_of(device: Any) -> int | None:
-    """The memory of a device in bytes; for a processor that of the machine. None if it is not known."""
-    with contextlib.suppress(Exception):  # a plugin without statistics may raise anything
-        if limit := (device.memory_stats() or {}).get("bytes_limit"):
-            return int(limit)
-    if device.platform == "cpu":
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-            found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            return found if found > 0 else None
-    return None
+def _help_asked(arguments: list[str]) -> str | None:
+    """The key that help is asked for; empty: all of them; None: no help is asked for."""
+    for i, argument in enumerate(arguments):
+        flag, equals, key = argument.partition("=")
+        if flag in ("-h", "--help"):
+            word = key if equals else next(iter(arguments[i + 1 :]), "")
+            return word if re.match(r"(--?config\.)?\w", word) else ""
+    return None if arguments else ""

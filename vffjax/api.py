@@ -1,0 +1,191 @@
+"""What programs and notebooks use: train, load, evaluate, and a run as a value.
+
+>>> import tempfile, vffjax
+>>> config = vffjax.default_config()  # of scikit-learn's digits
+>>> config.widths, config.epochs = (64, 64), 2
+>>> run = vffjax.train(config, workdir=tempfile.mkdtemp(), quiet=True)
+>>> run.summary["best_epoch"]
+2
+>>> found = run.predict(run.data.test.images[:5])
+>>> found.classes.shape, found.probabilities.shape
+((5,), (5, 10))
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from vffjax import outside, paths
+from vffjax.cli.config_file import load_config_file
+from vffjax.config import CHANGEABLE, FIELDS, Config
+from vffjax.costs import fits
+from vffjax.data import in_memory
+from vffjax.errors import UserError, notice
+from vffjax.files import sha256
+from vffjax.keys import default_of
+from vffjax.run import Run, arguments
+from vffjax.runs import experiment
+from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.termination import Terminated
+from vffjax.training import scores
+from vffjax.training.checks import make_config
+from vffjax.uses import evaluation
+from vffjax.weights import weights
+
+Data = Mapping[str, Any] | Sequence[Any]
+
+
+def read(name: str) -> ml_collections.ConfigDict:
+    """A configuration by its file, FILE[:VARIANT], or by its name, such as `digits` or `cifar10:small`, to be changed and trained.
+
+    >>> config = read("digits")
+    >>> config.network
+    'conv4'
+
+    Raises:
+        UserError: there is no such configuration, or its file fails.
+    """
+    from vffjax.config import default_config
+
+    with arguments():
+        values, _ = load_config_file(name)
+        config = default_config()
+        config.update(values)
+        return config
+
+
+def train(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config,
+    workdir: str | pathlib.Path | None = None,
+    *,
+    data: Data | None = None,
+    overwrite: bool = False,
+    callbacks: Sequence[Callable[[dict[str, Any]], object]] = (),
+    quiet: bool = False,
+) -> Run:
+    """Trains a run to its end. The same arguments go on with a run that was interrupted, and return one that has finished.
+
+    Args:
+        config: from `default_config` or `read`, or a dictionary of the keys that are not at their defaults.
+        workdir: the run's folder; default: a folder in runs/, named after the data set and a hash of the configuration.
+        data: images of your own instead of config.dataset: a dictionary of arrays `x_train`, `y_train`, `x_test` and `y_test`, or `images`
+            and `labels`, or a tuple of these; see `vffjax.data.in_memory.from_mapping`.
+        overwrite: whether a run that lies in `workdir` is deleted first.
+        callbacks: each is called with the record of each epoch, a dictionary as in `Run.metrics`. If one returns true, the run is saved and
+            left after that epoch; the same arguments go on from there.
+        quiet: whether the progress is not shown. Problems still are, on standard error.
+
+    Returns:
+        The run, with the weights of its best epoch.
+
+    Raises:
+        UserError: an argument or a key of the configuration is wrong, or the run has diverged.
+        KeyboardInterrupt: the cell or program was interrupted; what was saved stays.
+    """
+    with arguments():
+        values = config.to_dict() if isinstance(config, (ml_collections.ConfigDict, Config)) else dict(config)
+        checked = make_config(_tuples(values) | (in_memory.hold(data) if data is not None else {}))
+        folder = _folder(checked) if workdir is None else paths.local(workdir, "workdir")
+        if overwrite:
+            _delete(folder)
+        if not (folder / "config.json").exists():  # a run that continues has its weights already
+            weights.check_start(checked)
+        fits.check_memory(checked)
+        stopped: list[int] = []
+
+        def after_epoch(record: dict[str, Any]) -> bool:
+            answers = [callback(record) for callback in callbacks]
+            if any(answers):
+                stopped.append(record["epoch"])
+            return bool(stopped)
+
+        try:
+            experiment.train(checked, folder, progress=io.StringIO() if quiet else None, after_epoch=after_epoch)
+        except Terminated:
+            if not stopped:
+                raise
+            if not quiet:
+                notice(f"stopped after epoch {stopped[-1]}, as a callback asked; the same arguments go on from there")
+        return Run(folder)
+
+
+def load(workdir: str | pathlib.Path, epoch: str | int = "best", code: str | pathlib.Path | None = None) -> Run:
+    """A run that was trained before, here or by `vffjax train`.
+
+    Args:
+        workdir: its folder.
+        epoch: best (by validation error), latest, or the number of a saved epoch.
+        code: the folder of a rule, network or data source of your own that the run was trained with; its code is run.
+
+    Raises:
+        UserError: there is no run, no such epoch, or a file of it is damaged.
+    """
+    with arguments():
+        if code is not None:
+            outside.allow(code)
+        run = Run(paths.local(workdir, "workdir"), str(epoch))
+        _ = run.trained  # a problem is found here, and not at the first use
+        return run
+
+
+def evaluate(run: Run | str | pathlib.Path, data: Data | None = None, inference: str = "", views: str = "") -> dict[str, Any]:
+    """Errors of a run in percent.
+
+    Args:
+        run: the run, or its folder.
+        data: images and labels, a tuple of two arrays or a dictionary with `images` and `labels`; labels are numbers or names of the run's
+            classes. Default: the run's own validation and test images.
+        inference: heads, sweep, rule or early_exit; default: as the run was configured.
+        views: one, mirror or six; default: as configured.
+
+    Returns:
+        As `vffjax evaluate --json`; for `data`, `error` of the ensemble, `error_per_group`, and `n`.
+
+    Raises:
+        UserError: an argument does not fit the run.
+    """
+    with arguments():
+        run = run if isinstance(run, Run) else load(run)
+        if data is None:
+            return evaluation.evaluate(run.workdir, inference, run.epoch, views=views)
+        images, labels = (data["images"], data["labels"]) if isinstance(data, Mapping) else data
+        given, trained = run.as_images(images), run.trained
+        numbers = in_memory.numbers_of(labels, run.class_names, "labels")
+        if len(numbers) != len(given):
+            raise UserError(f"labels: are {len(numbers)} for {len(given)} images; give each image one label")
+        name = inference or trained.scored_by
+        if name not in scores.SCORES:
+            raise UserError(f"inference={name}: not known for images of your own; use one of {', '.join(scores.SCORES)}")
+        if why := trained.plan.rule.cannot_score_by(name):
+            raise UserError(f"inference={name}: rule {trained.plan.config.rule} {why}; use heads")
+        plan = dataclasses.replace(trained.plan, config=dataclasses.replace(trained.plan.config, views=views or trained.plan.config.views))
+        found = np.asarray(scores.make_scores(plan, name)(trained.task, trained.states, given))[: trained.groups]
+        measured = scores.measure(found, numbers, trained.voting, "own", trained.vote_weights)
+        return {"error": measured["own_error"], "error_per_group": measured["own_error_per_group"], "n": len(numbers)}
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _folder(config: Config) -> pathlib.Path:
+    """The folder of a run for which none was given: its name holds a hash of all keys that make it another run."""
+    identity = config.to_dict() | {key: default_of(FIELDS[key]) for key in CHANGEABLE}
+    source = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.dataset)
+    return pathlib.Path("runs") / f"{source}-{sha256(json.dumps(identity | {'data_dir': config.data_dir}).encode())[:8]}"
+
+
+def _delete(folder: pathlib.Path) -> None:
+    """Deletes the run in a folder. Raises `UserError` if the folder holds something else."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "config.json").is_file() and not Checkpoints(folder).epochs():
+            raise UserError(f"workdir={folder}: holds no run, and is not deleted; give another folder, or overwrite=False")
+        shutil.rmtree(folder)

@@ -1,0 +1,171 @@
+"""A trained run as programs and notebooks use it."""
+
+import contextlib
+import functools
+import io
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+from PIL import Image
+
+from vffjax import paths
+from vffjax.config import Config
+from vffjax.data import in_memory, pictures
+from vffjax.data import load as data_module
+from vffjax.data.sets import Dataset
+from vffjax.errors import UserError
+from vffjax.files import read_json
+from vffjax.runs import plots
+from vffjax.runs.logbook import read_metrics
+from vffjax.runs.trained import Trained
+from vffjax.runs.workdir import load_run, read_config
+from vffjax.training import feature_cache, scores
+
+
+@contextlib.contextmanager
+def arguments() -> Iterator[None]:
+    """Lets the messages within speak of arguments, where those of the command line speak of flags: `workdir=...`, not `--workdir=...`."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"--(?=[a-z])", "", str(error))
+        if text == str(error):
+            raise
+        raise UserError(text) from error.__cause__
+
+
+class Prediction(NamedTuple):
+    """What a run says of images."""
+
+    classes: Shaped[np.ndarray, " n"]  # the name of the likeliest class of each image
+    probabilities: Float[np.ndarray, "n classes"]  # by the voting ensemble, in the order of `Run.class_names`
+
+
+class Run:
+    """A trained run in its folder. `train` and `load` return one.
+
+    Attributes:
+        workdir: the run's folder.
+        epoch: which saved epoch it is: best, latest, or a number.
+    """
+
+    def __init__(self, workdir: pathlib.Path, epoch: str = "best"):
+        self.workdir, self.epoch = workdir, epoch
+
+    def __repr__(self) -> str:
+        return f"vffjax.load({str(self.workdir)!r})" if self.epoch == "best" else f"vffjax.load({str(self.workdir)!r}, {self.epoch!r})"
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return read_config(self.workdir)
+
+    @functools.cached_property
+    def trained(self) -> Trained:
+        """Groups, states and task, as `vffjax.runs.trained` describes them."""
+        with arguments():
+            return load_run(self.workdir, self.epoch)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return tuple(self.trained.run["class_names"])
+
+    @functools.cached_property
+    def data(self) -> Dataset:
+        """The images that the run was trained on, with their validation and test images."""
+        with arguments():
+            return data_module.load(self.config)
+
+    @property
+    def metrics(self) -> Any:
+        """The record of every epoch: a pandas.DataFrame if pandas is installed, else a list of dictionaries."""
+        records = read_metrics(self.workdir)
+        with contextlib.suppress(ImportError):
+            import pandas
+
+            return pandas.DataFrame(records)
+        return records
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds: errors in percent, times, versions. Raises `UserError` if the run has not finished."""
+        try:
+            return read_json(self.workdir / "summary.json")
+        except FileNotFoundError:
+            done, total = len(read_metrics(self.workdir)), self.config.epochs
+            problem = f"the run has not finished (epoch {done}; {total} for each group or for all)"
+            raise UserError(f"{self.workdir}: {problem}; train it to its end, or use vffjax.evaluate(run)") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.workdir / 'summary.json'}: cannot be read ({error}); train again with the same arguments") from None
+
+    def predict(self, images: Any) -> Prediction:
+        """Classifies images by the groups that vote.
+
+        Args:
+            images: an array `[n, h, w]` or `[n, h, w, c]` of the run's image shape, as bytes, or as numbers from 0 to 1 or from 0 to 255.
+                Or a picture (a path, or an image of Pillow) or a list of them, which are brought to that shape as by `vffjax predict`.
+
+        Raises:
+            UserError: the images do not fit, or a picture cannot be read.
+        """
+        given, trained = self.as_images(images), self.trained
+        found = scores.make_scores(trained.plan, trained.scored_by)(trained.task, trained.states, given)
+        log_p = scores.ensemble(np.asarray(found), trained.voting, trained.vote_weights).astype(np.float64)
+        p = np.exp(log_p - log_p.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        return Prediction(np.array(self.class_names)[p.argmax(axis=-1)], p.astype(np.float32))
+
+    def features(self, images: Any, group: int = -1) -> Float[np.ndarray, "n *feature"]:
+        """The feature maps of images behind a group, which classification sees.
+
+        Args:
+            images: as for `predict`.
+            group: its number from 0; a negative one counts from the last.
+
+        Raises:
+            UserError: as `predict`; also if there is no such group.
+        """
+        trained, groups = self.trained, len(self.trained.plan.groups)
+        if not -groups <= group < groups:
+            raise UserError(f"group={group}: the network has {groups} groups; give one from 0 to {groups - 1}")
+        given, active = self.as_images(images), group % groups + 1
+        size = feature_cache.BATCHES_PER_FETCH * trained.plan.config.eval_batch_size
+        parts = [given[start : start + size] for start in range(0, len(given), size)]
+        program = functools.partial(feature_cache.clean_features, trained.plan.program, active, trained.task, trained.states)
+        return np.concatenate([np.asarray(program(part), np.float32) for part in parts])
+
+    def plot(self) -> Image.Image:
+        """The curves of loss and error over the epochs so far, as a picture that a notebook shows. They are drawn into curves.png."""
+        path = plots.plot_curves(self.workdir)
+        if path is None:
+            raise UserError(f"{self.workdir / 'curves.png'}: cannot be drawn; the line above says why")
+        with Image.open(path) as image:
+            return image.copy()
+
+    def as_images(self, images: Any) -> UInt8[np.ndarray, "n h w c"]:
+        """Images as bytes of the run's shape; `predict` says what is taken, and what is raised."""
+        h, w, c = shape = tuple(self.trained.run["image_shape"])
+        if isinstance(images, (str, pathlib.Path, Image.Image)):
+            images = [images]
+        if isinstance(images, (list, tuple)) and images and all(isinstance(one, (str, pathlib.Path, Image.Image)) for one in images):
+            return np.stack([_picture(one, (h, w, c)) for one in images])
+        found = in_memory.as_bytes(images, "images")
+        if found.shape[1:] != shape:
+            here, there = ("x".join(map(str, s)) for s in (found.shape[1:], shape))
+            raise UserError(f"images: are {here}, and those of the run are {there}; resize them, or give pictures as files")
+        if not len(found):
+            raise UserError("images: there is none; give at least one")
+        return found
+
+
+def _picture(given: str | pathlib.Path | Image.Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
+    if not isinstance(given, Image.Image):
+        return pictures.read_image(paths.local(given, "images"), shape)
+    buffer = io.BytesIO()
+    given.convert("RGB" if given.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") else given.mode).save(buffer, "PNG")
+    return pictures.decoded(buffer.getvalue(), shape[:2], "L" if shape[2] == 1 else "RGB", "images")[0]
