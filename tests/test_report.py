@@ -14,6 +14,7 @@ import subprocess
 import threading
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +26,7 @@ from vffjax.data.sets import Split
 from vffjax.runs import experiment
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
+from vffjax.training import augment, trainer
 from vffjax.uses import evaluation, report, report_live, report_page, report_sections
 from vffjax.uses import report_figures as figures
 from vffjax.uses.report_page import Section, Table
@@ -108,6 +110,13 @@ def test_the_page_holds_every_part_and_needs_nothing_else():
     assert "learning_rate" in changed and "weight_decay" not in changed
 
 
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path):
+    shutil.copytree(voting() / "report", tmp_path / "report")
+    (tmp_path / "report" / "mine.png").touch()
+    report_page.picture_folder(tmp_path, fresh=True)
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["mine.png"]
+
+
 def test_what_a_rule_does_not_have_is_left_out(tmp_path, call):
     train(tiny(rule="head", grouping="all", epochs=2, val_fraction=0.0), tmp_path)
     status, out, err = call("report", f"--workdir={tmp_path}")
@@ -148,7 +157,7 @@ def test_a_picture_that_fails_is_a_line_and_the_report_stands(tmp_path, monkeypa
 def test_names_and_values_from_outside_are_text(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
-    names = (HOSTILE, "b" * 500, *seen().names[2:])
+    names = (HOSTILE, "b" * 500, "$\\frac{$", "猫", *seen().names[4:])
     hostile = seen()._replace(dataset=dataclasses.replace(seen().dataset, class_names=names))
     sections = [
         Section("Mistakes", folder).fill(functools.partial(report_sections.mistakes, seen=hostile)),
@@ -363,31 +372,35 @@ def test_probes_see_pooled_maps_of_bounded_size(rule):
     trained = Trained(plan, *experiment.start(plan, dataset), {"trained_groups": 4})
     split = report.sample(dataset.test, 20, 0)
     with mock.patch.object(report, "PROBE_INPUTS", 256):
-        inputs = report.probe_inputs(trained, split, [0, 3])
+        inputs, active = report.inside(trained, split.images, [0, 3])
     # The image at 8x8; four channels at 8x8; 300 channels at a single position, of which 256 are taken.
     assert [part.shape for part in inputs] == [(20, 64), (20, 256), (20, 256)]
     pixels = (split.images.reshape(20, -1) / 255 - dataset.mean[0]) / dataset.std[0]
     shown = slice(0, None) if rule == "vff" else slice(10, None)  # ff writes labels into the first pixels
     np.testing.assert_allclose(inputs[0][:, shown], pixels[:, shown], atol=1e-4)
+    x = plan.rule.shown(trained.task, augment.normalised(trained.task, jnp.asarray(split.images)))
+    maps = [np.asarray(z) for _, _, z in trainer.evaluated(plan, trained.states, x, 20)]
+    np.testing.assert_allclose(inputs[1], maps[0].reshape(20, -1), atol=1e-5)  # fine enough to need no pooling
+    np.testing.assert_allclose(inputs[2], maps[3].mean(axis=(1, 2))[:, np.linspace(0, 299, 256).round().astype(int)], atol=1e-5)
+    for found, z in zip(active, maps, strict=True):
+        np.testing.assert_array_equal(found, (np.abs(z) > 1e-6).any(axis=(1, 2)))
+    assert report.learning_layers(trained) == [f"group{g} layer 0" for g in range(4)]
 
 
-def test_silent_channels_are_found_and_drawn(tmp_path):
-    trained = seen().trained
+def test_dead_units_are_counted_on_test_images_and_drawn(tmp_path):
+    trained, test = seen().trained, seen().test
     params = trained.states[1].params
-    layer = {name: np.array(value) for name, value in params["layers_0"].items() if not isinstance(value, dict)}
-    assert [name for name, _ in report.silent_channels(trained, seen().test)] == ["group0 layer 0", "group1 layer 0"]
     norm = {name: np.array(value) for name, value in params["layers_0"]["norm"].items()}
     norm["bias"][[2, 5]] = -1e4
-    changed = trained.states[1]._replace(params=dict(params) | {"layers_0": layer | {"norm": norm}})
+    changed = trained.states[1]._replace(params=dict(params) | {"layers_0": dict(params["layers_0"]) | {"norm": norm}})
     silenced = trained._replace(states=(trained.states[0], changed))
-    before, after = report.silent_channels(trained, seen().test), report.silent_channels(silenced, seen().test)
-    assert sorted(np.flatnonzero(after[1][1] & ~before[1][1])) == [2, 5]
-    np.testing.assert_array_equal(before[0][1], after[0][1])
     sections = [Section("", tmp_path), Section("", tmp_path)]
     for section, run in zip(sections, (trained, silenced), strict=True):
-        report_sections._silent(section, run, seen().test)
-    assert [len(section.pictures) for section in sections] == [0, 1]
-    assert "2 of 32 channels" in sections[1].pictures[0].caption
+        report_sections._inside(section, run, [50.0, 60.0], [0], report.sample(seen().dataset.train, 50, 0), test)
+    titles = [[picture.title for picture in section.pictures] for section in sections]
+    assert titles == [["Accuracy by depth"], ["Accuracy by depth", "Dead units"]]
+    assert "none is dead" in sections[0].texts[0]
+    assert sections[1].pictures[1].caption.startswith(f"2 of 32 channels and units give 0 for all of {len(test)} test images")
 
 
 def test_fits_of_labels_are_those_of_the_sweep():
@@ -395,7 +408,7 @@ def test_fits_of_labels_are_those_of_the_sweep():
     found = report.label_fits(trained, dataset.test)
     swept = evaluation.evaluate(voting(), "sweep")
     np.testing.assert_allclose(100 * (1 - found.best), swept["test_error_per_group"])
-    scores = report.class_scores(trained, "sweep", dataset.test)
+    (scores,) = report.class_scores(trained, "sweep", dataset.test)
     for g, (n, label) in [(0, (0, dataset.test.labels[0])), (1, (5, dataset.test.labels[5]))]:
         assert found.right[g, n] == scores[g, n, label]
         np.testing.assert_array_equal(found.wrong[g, n], np.delete(scores[g, n], label))
@@ -406,7 +419,7 @@ def test_fits_of_labels_are_those_of_the_sweep():
 
 def test_early_exits_cost_less_and_end_at_the_full_ensemble():
     trained, dataset, test = seen().trained, seen().dataset, seen().test
-    known = report.class_scores(trained, "heads", dataset.validation)
+    known = seen().known
     found = report.exits(trained, known, dataset.validation.labels, seen().heads, test.labels)
     wanted = evaluation.evaluate(voting(), "early_exit", early=evaluation.early_exit.Wanted(exits="all"))
     assert found.chosen["threshold"] == wanted["threshold"]

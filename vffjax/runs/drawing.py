@@ -10,6 +10,7 @@ import io
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ def draw(path: pathlib.Path, make: Callable[[], "Figure"]) -> pathlib.Path | Non
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         content = io.BytesIO()
-        with matplotlib.rc_context():
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class name; a box is drawn in its place
             matplotlib.rcdefaults()
             figure = make()
             FigureCanvasAgg(figure)

@@ -1,6 +1,6 @@
 """What a trained run has learnt, measured: functions from a run and images to arrays. Each is measured on a bounded number of images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,12 @@ from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.rules.streams import Task
 from vffjax.runs.plots import spread
 from vffjax.runs.trained import Trained
-from vffjax.training import augment, trainer
+from vffjax.training import augment
 from vffjax.training.scores import error_percent, make_scores, validate
 from vffjax.uses.early_exit import GRID, EarlyExit, simulate, votes_of
 
 # The most images that each measurement takes, and the most bytes of images, or of scores, at a time.
-SCORED, PROBED, WATCHED, TOLD = 10_000, 4_000, 2_000, 500
+SCORED, PROBED, TOLD = 10_000, 4_000, 500
 SWEPT = 100_000  # pairs of an image and a label, where classes are scored by a sweep
 TOLD_PAIRS = 10_000
 MOST_BYTES = 2**28
@@ -40,10 +40,11 @@ def sample(split: Split, most: int, seed: int, bytes_of_one: int = 0) -> Split:
     return take(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:count]))
 
 
-def class_scores(trained: Trained, inference: str, split: Split) -> np.ndarray:
-    """Scores [groups, n, classes] of a split by the groups that have trained, by heads, sweep or rule."""
-    scores = make_scores(trained.plan, inference)(trained.task, trained.states, jnp.asarray(split.images))
-    return np.asarray(scores)[: trained.groups]
+def class_scores(trained: Trained, inference: str, *splits: Split) -> list[np.ndarray]:
+    """Scores [groups, n, classes] of each split by the groups that have trained, by heads, sweep or rule. One program scores them all."""
+    images = np.concatenate([split.images for split in splits])
+    scores = np.asarray(make_scores(trained.plan, inference)(trained.task, trained.states, jnp.asarray(images)))
+    return np.split(scores[: trained.groups], np.cumsum([len(split) for split in splits])[:-1], axis=1)
 
 
 def can_tell(trained: Trained) -> bool:
@@ -97,32 +98,45 @@ def agreement(scores: np.ndarray, labels: np.ndarray) -> Agreement:
     return Agreement(same, wrong @ wrong.T / len(labels))
 
 
-def _by_batches(trained: Trained, function: Callable[[States, Array], Any], split: Split) -> Any:
-    """A function of states and normalised images, as the rule shows them, applied to a split. It returns a tree of arrays [batch, ...]."""
+class Inside(NamedTuple):
+    """What images do to a network."""
+
+    inputs: list[Any]  # [n, numbers]: what linear probes see, of the images themselves and then of each group that was asked for
+    active: list[Any]  # [n, channels]: whether each channel of each layer that learns is not 0 at some position
+
+
+def inside(trained: Trained, images: np.ndarray, groups: Sequence[int]) -> Inside:
+    """Passes images [n, h, w, c] through the groups that have trained.
+
+    A probe sees at most `PROBE_INPUTS` numbers of an image. A map is pooled by means to the finest grid, of 1, 2, 4, ... cells a side, that
+    keeps to that. Of more channels or units, evenly spaced ones are taken.
+    """
     plan = trained.plan
 
     @jax.jit
     def program(task: Task, states: States, images: Array) -> Any:
-        def of_batch(batch: Array) -> Any:
-            return function(states, plan.rule.shown(task, augment.normalised(task, batch)))
+        def of_batch(batch: Array) -> Inside:
+            x: Any = plan.rule.shown(task, augment.normalised(task, batch))
+            found = Inside([_bounded(x)], [])
+            for group, state in zip(plan.groups[: trained.groups], states, strict=False):
+                variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
+                for i, layer in enumerate(group.module.layers):
+                    x = group.module.apply(variables, x, x.shape[0], False, slice(i, i + 1), method="features")
+                    if layer.learns:
+                        found.active.append(jnp.abs(x).max(axis=tuple(range(1, x.ndim - 1))) > ZERO)
+                if group.index in groups:
+                    found.inputs.append(_bounded(x))
+            return found
 
         return map_batches(of_batch, images, plan.config.eval_batch_size)
 
-    return jax.tree.map(np.asarray, program(trained.task, trained.states, jnp.asarray(split.images)))
+    return jax.tree.map(np.asarray, program(trained.task, trained.states, jnp.asarray(images)))
 
 
-def probe_inputs(trained: Trained, split: Split, groups: Sequence[int]) -> list[np.ndarray]:
-    """What linear probes see of a split: for the images themselves, and then for each group, at most `PROBE_INPUTS` numbers an image.
-
-    A map is pooled by means to the finest grid, of 1, 2, 4, ... cells a side, that keeps to the bound. Of more channels or units than that,
-    evenly spaced ones are taken.
-    """
-
-    def rows(states: States, x: Array) -> list[Array]:
-        evaluated = trainer.evaluated(trained.plan, states, x, x.shape[0])
-        return [_bounded(x), *(_bounded(z) for group, _, z in evaluated if group.index in groups)]
-
-    return list(_by_batches(trained, rows, split))
+def learning_layers(trained: Trained) -> list[str]:
+    """The names of the layers that learn in the groups that have trained."""
+    groups = trained.plan.groups[: trained.groups]
+    return [f"{group.name} layer {i}" for group in groups for i, layer in enumerate(group.module.layers) if layer.learns]
 
 
 def _bounded(z: Array) -> Array:
@@ -150,23 +164,6 @@ def probe_accuracy(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray
     return float(np.mean(classifier.predict(test.astype(np.float64)) == test_labels))
 
 
-def silent_channels(trained: Trained, split: Split) -> list[tuple[str, np.ndarray]]:
-    """For each layer that learns, its name and whether each of its channels or units is 0 for all images, at all positions."""
-    groups = trained.plan.groups[: trained.groups]
-
-    def peaks(states: States, x: Any) -> list[Array]:
-        found: list[Array] = []
-        for group, state in zip(groups, states[: trained.groups], strict=True):
-            variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
-            for i, layer in enumerate(group.module.layers):
-                x = group.module.apply(variables, x, x.shape[0], False, slice(i, i + 1), method="features")
-                found += [jnp.abs(x).max(axis=tuple(range(1, x.ndim - 1)))] if layer.learns else []
-        return found
-
-    names = [f"{group.name} layer {i}" for group in groups for i, layer in enumerate(group.module.layers) if layer.learns]
-    return [(name, peak.max(axis=0) <= ZERO) for name, peak in zip(names, _by_batches(trained, peaks, split), strict=True)]
-
-
 class Fits(NamedTuple):
     """How well labels fit images, by each group."""
 
@@ -178,7 +175,7 @@ class Fits(NamedTuple):
 
 def label_fits(trained: Trained, split: Split) -> Fits:
     """How well every label fits every image, as the rule measures it in a sweep (see `Rule.fits`), by the groups that have trained."""
-    scores = class_scores(trained, "sweep", split)
+    (scores,) = class_scores(trained, "sweep", split)
     groups, n, classes = scores.shape
     own = np.arange(classes) == split.labels[:, None]
     counts = own.sum(axis=0)[:, None]

@@ -188,7 +188,7 @@ def by_depth(heads: Sequence[float], probes: Sequence[tuple[int, float]]) -> "Fi
 def fits(found: "Fits") -> "Figure":
     """For each group, histograms of how well the right label and the wrong labels fit."""
     groups = spread(len(found.right), SHOWN_GROUPS)
-    figure = _figure(0.7 + 1.55 * len(groups))
+    figure = _figure(0.7 + (1.55 if len(groups) <= 4 else 1.2) * len(groups))
     low, high = (float(of([of(found.right[groups]), of(found.wrong[groups])])) for of in (np.min, np.max))
     bins = np.linspace(low, high + 1e-6, 61)
     for row, (axes, g) in enumerate(zip(figure.subplots(len(groups), 1, squeeze=False, sharex=True).ravel(), groups, strict=True)):
@@ -252,7 +252,7 @@ def agreement(found: "Agreement") -> "Figure":
     figure = _figure(3.6)
     for axes, values, title in zip(figure.subplots(1, 2), found, ("same class (%)", "both wrong (%)"), strict=True):
         axes.imshow(100 * values, cmap="Blues", vmin=0, vmax=max(100 * float(values.max()), 1), interpolation="nearest")
-        shown = spread(groups, 10)
+        shown = spread(groups, 7)
         axes.set_xticks(shown, map(str, shown))
         axes.set_yticks(shown, map(str, shown))
         axes.set(title=title, xlabel="group", ylabel="group")

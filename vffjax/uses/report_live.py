@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from vffjax import files, paths
-from vffjax.errors import UserError, notice
+from vffjax.errors import UserError, aid, notice
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.plots import num_groups
 from vffjax.uses import report_page
@@ -72,7 +72,9 @@ def _write(workdir: pathlib.Path, config: dict[str, Any], records: list[dict[str
         about = "The run has ended. vffjax report --workdir with its folder writes report.html, which shows what was learnt."
     else:
         about = f"The run is training, or was interrupted. The page is drawn after each epoch, and reloads itself every {RELOAD} seconds."
-    facts = _facts(config, records) or [("Epoch", "none has ended yet")]
+    facts = [("Epoch", "none has ended yet")]
+    with aid(f"{workdir / PAGE}, its figures"):  # the lines of metrics.jsonl may come from anyone
+        facts = _facts(config, records) or facts
     report_page.write(workdir / PAGE, f"{name}: rule {rule}", about, facts, sections, 0 if ended else RELOAD)
 
 

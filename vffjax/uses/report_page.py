@@ -26,6 +26,11 @@ PICTURES = "report"  # the folder in the workdir that gets the pictures
 # The lists of metrics.jsonl that have pictures of their own, or none. All others are the rule's.
 _KNOWN = ("loss", "local_loss", "head_loss", "train_accuracy", "val_error", "skipped_steps")
 _MOST_METRICS = 6  # pictures of a rule's own metrics
+# The names of all pictures, by which those of an earlier report are known.
+NAMES = (
+    *("errors", "local_loss", "head_loss", *(f"metric{i}" for i in range(_MOST_METRICS)), "confusion", "class_errors", "mistakes", "depth"),
+    *("dead", "agreement", "exits", "copies", "copy_means", "features"),
+)
 
 
 class Picture(NamedTuple):
@@ -93,10 +98,12 @@ def write(
     replace_file(path, page.encode("utf-8", "xmlcharrefreplace"))  # a class name may hold half of a surrogate pair
 
 
-def picture_folder(workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of the pictures, which is made if there is none."""
+def picture_folder(workdir: pathlib.Path, fresh: bool = False) -> pathlib.Path:
+    """The folder of the pictures, which is made if there is none. If it is to be `fresh`, pictures of an earlier report are deleted."""
     folder = workdir / PICTURES
     folder.mkdir(exist_ok=True)
+    for name in NAMES if fresh else ():
+        (folder / f"{name}.png").unlink(missing_ok=True)
     return folder
 
 
@@ -117,7 +124,7 @@ def about_the_run(section: Section, config: Mapping[str, Any], origins: Sequence
         section.tables.append(Table((), list(_rows_of(origin)), fold))
     if origins:
         outside = any(":" in str(config.get(key, "")) for key in ("rule", "network", "dataset"))
-        section.command = f"vffjax reproduce {shlex.quote(str(workdir))}" + (" --code FOLDER_OF_YOUR_CODE" if outside else "")
+        section.command = f"vffjax reproduce {shlex.quote(str(workdir.resolve()))}" + (" --code FOLDER_OF_YOUR_CODE" if outside else "")
 
 
 def _rows_of(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

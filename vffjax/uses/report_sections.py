@@ -34,9 +34,11 @@ class Seen(NamedTuple):
     trained: Trained
     dataset: Dataset
     test: Split  # a sample, or all
-    scores: np.ndarray  # [groups, n, classes] of it, as the run scores classes
+    validation: Split  # likewise; there may be none
+    scores: np.ndarray  # [groups, n, classes] of the test images, as the run scores classes
     heads: np.ndarray  # the same by the heads, of one view of each image
-    total: np.ndarray  # [n, classes] of the ensemble
+    known: np.ndarray  # the same of the validation images
+    total: np.ndarray  # [n, classes] of the test images by the ensemble
     called: str = "Chosen epoch"  # what the run's epoch is called
 
     @property
@@ -54,11 +56,12 @@ class Seen(NamedTuple):
 
     @property
     def once(self) -> Trained:
-        """The run, which looks at one view of an image."""
-        return self.trained._replace(plan=with_views(self.trained.plan, "one"))
+        return _once(self.trained)
 
-    def bytes_of_scores(self) -> int:
-        return 4 * self.trained.groups * len(self.names)
+
+def _once(trained: Trained) -> Trained:
+    """The run, which looks at one view of an image."""
+    return trained._replace(plan=with_views(trained.plan, "one"))
 
 
 def write(workdir: pathlib.Path, epoch: str = "best", data_dir: str = "") -> pathlib.Path:
@@ -81,7 +84,7 @@ def write(workdir: pathlib.Path, epoch: str = "best", data_dir: str = "") -> pat
     check_data(dataset, run, data_dir, other_data=False)
     with phase("classifying test images"):
         seen = look(trained, dataset)._replace(called="Chosen epoch" if epoch == "best" else "Epoch of this report")
-    records, folder = read_metrics(workdir) or run["history"], report_page.picture_folder(workdir)
+    records, folder = read_metrics(workdir) or run["history"], report_page.picture_folder(workdir, fresh=True)
     makers: dict[str, Callable[[Section], None]] = {
         "Errors": functools.partial(errors, seen=seen),
         "The run": lambda section: report_page.about_the_run(section, config.to_dict(), run["origins"], workdir),
@@ -101,15 +104,16 @@ def write(workdir: pathlib.Path, epoch: str = "best", data_dir: str = "") -> pat
 
 
 def look(trained: Trained, dataset: Dataset) -> Seen:
-    """Scores a sample of the test images."""
+    """Scores samples of the test and validation images."""
     config, classes = trained.plan.config, dataset.num_classes
     most = min(report.SCORED, max(report.SWEPT // classes, 100)) if config.inference == "sweep" else report.SCORED
     test = report.sample(dataset.test, most, config.seed, 4 * trained.groups * classes)
-    scores = report.class_scores(trained, config.inference, test)
-    seen = Seen(trained, dataset, test, scores, scores, ensemble(scores, tuple(trained.run["voting"]), tuple(weights_of(trained))))
-    if config.inference == "heads" and config.views == "one":
-        return seen
-    return seen._replace(heads=report.class_scores(seen.once, "heads", test))
+    validation = report.sample(dataset.validation, report.SCORED, config.seed, 4 * trained.groups * classes)
+    heads, known = report.class_scores(_once(trained), "heads", test, validation)
+    plain = config.inference == "heads" and config.views == "one"
+    scores = heads if plain else report.class_scores(trained, config.inference, test)[0]
+    total = ensemble(scores, tuple(trained.run["voting"]), tuple(weights_of(trained)))
+    return Seen(trained, dataset, test, validation, scores, heads, known, total)
 
 
 def weights_of(trained: Trained) -> list[float]:
@@ -121,9 +125,7 @@ def describe(seen: Seen) -> str:
     """One line about the network and the images."""
     plan, of = seen.trained.plan, len(seen.dataset.test)
     widths = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
-    tested = (
-        f"{len(seen.test):,} test images" if len(seen.test) == of else f"{len(seen.test):,} of the {of:,} test images, drawn by the seed"
-    )
+    tested = f"{len(seen.test):,} test images" + ("" if len(seen.test) == of else f" of {of:,}, drawn by the seed")
     return f"{plan.config.network}, {len(plan.groups)} group(s) of widths {widths}; {len(seen.dataset.train):,} training images; {tested}."
 
 
@@ -191,22 +193,19 @@ def groups(section: Section, seen: Seen) -> None:
     heads = [100 - error_percent(scores, labels) for scores in seen.heads]
     probed = figures.spread(trained.groups, figures.SHOWN_GROUPS)
     fitted, judged = report.sample(dataset.train, report.PROBED, seen.seed), report.sample(test, report.PROBED, seen.seed)
-    section.fill(functools.partial(_depth, seen=seen, heads=heads, probed=probed, fitted=fitted, judged=judged))
-    watched = report.sample(test, report.WATCHED, seen.seed)
-    section.fill(functools.partial(_silent, trained=trained, watched=watched))
+    section.fill(functools.partial(_inside, trained=trained, heads=heads, probed=probed, fitted=fitted, judged=judged))
     if trained.groups > 1:
         caption = f"Of {len(labels):,} test images, by the heads of two groups. On the diagonal: 100, and the error of the group."
         section.draw("agreement", "Agreement of groups", caption, lambda: figures.agreement(report.agreement(seen.heads, labels)))
         section.fill(functools.partial(_exits, seen=seen))
 
 
-def _depth(section: Section, seen: Seen, heads: list[float], probed: list[int], fitted: Split, judged: Split) -> None:
-    trained = seen.trained
+def _inside(section: Section, trained: Trained, heads: list[float], probed: list[int], fitted: Split, judged: Split) -> None:
+    inside, n = report.inside(trained, np.concatenate([fitted.images, judged.images]), probed), len(fitted)
     with phase("fitting linear probes"):
-        given = report.probe_inputs(trained, fitted, probed), report.probe_inputs(trained, judged, probed)
-        found = [100 * report.probe_accuracy(a, fitted.labels, b, judged.labels) for a, b in zip(*given, strict=True)]
+        found = [100 * report.probe_accuracy(x[:n], fitted.labels, x[n:], judged.labels) for x in inside.inputs]
     caption = (
-        f"A linear probe is a ridge classifier fitted to {len(fitted):,} training images, with the same budget for all: at most "
+        f"A linear probe is a ridge classifier fitted to {n:,} training images, with the same budget for all: at most "
         f"{report.PROBE_INPUTS:,} numbers an image, maps pooled by means. It is judged on {len(judged):,} test images, on which nothing is "
         "chosen."
     )
@@ -214,24 +213,24 @@ def _depth(section: Section, seen: Seen, heads: list[float], probed: list[int], 
     caption += f" To say the most frequent class always would be right in {chance:.1f} %."
     probes = list(zip([-1, *probed], found, strict=True))
     section.draw("depth", "Accuracy by depth", caption, functools.partial(figures.by_depth, heads, probes))
+    silent = [~active[n:].any(axis=0) for active in inside.active]
+    _dead(section, list(zip(report.learning_layers(trained), silent, strict=True)), len(judged))
 
 
-def _silent(section: Section, trained: Trained, watched: Split) -> None:
-    layers = report.silent_channels(trained, watched)
-    dead, total = sum(int(dead.sum()) for _, dead in layers), sum(len(dead) for _, dead in layers)
+def _dead(section: Section, layers: list[tuple[str, np.ndarray]], images: int) -> None:
+    dead, total = sum(int(silent.sum()) for _, silent in layers), sum(len(silent) for _, silent in layers)
     if not dead:
-        section.texts.append(f"Each of the {total:,} channels and units is active for some of {len(watched):,} test images: none is dead.")
+        section.texts.append(f"Each of the {total:,} channels and units is active for some of {images:,} test images: none is dead.")
         return
-    caption = f"{dead:,} of {total:,} channels and units give 0 for all of {len(watched):,} test images, at every position."
+    caption = f"{dead:,} of {total:,} channels and units give 0 for all of {images:,} test images, at every position."
     shown = [layers[i] for i in figures.spread(len(layers), figures.BARS)]
     caption += "" if len(shown) == len(layers) else f" {len(shown)} of {len(layers)} layers are shown."
     section.draw("dead", "Dead units", caption, lambda: figures.silent(shown))
 
 
 def _exits(section: Section, seen: Seen) -> None:
-    once, validation = seen.once, report.sample(seen.dataset.validation, report.SCORED, seen.seed, seen.bytes_of_scores())
-    known = report.class_scores(once, "heads", validation) if len(validation) else None
-    found = report.exits(once, known, validation.labels, seen.heads, seen.test.labels)
+    known = seen.known if len(seen.validation) else None
+    found = report.exits(seen.once, known, seen.validation.labels, seen.heads, seen.test.labels)
     if found is not None:
         caption = "An image leaves at the first group whose ensemble so far is sure enough, and later groups do not compute it."
         section.draw("exits", "Early exit", caption, lambda: figures.exits(found))
@@ -254,9 +253,7 @@ def copies(section: Section, seen: Seen) -> None:
     section.draw("copies", "Right and wrong noise", caption, lambda: figures.fits(found))
     if len(told) >= FEWEST * classes:
         last = seen.trained.groups - 1
-        caption = (
-            f"Group {last}, means by the class of the image and the class of the noise, from each of which the mean of its row is taken."
-        )
+        caption = f"Group {last}: means by the class of the image and the class of the noise, less the mean of each row."
         make = functools.partial(figures.fit_means, found.means[last], seen.names)
         section.draw("copy_means", "Similarity by class", caption, make, classes > 40)
 
