@@ -151,7 +151,8 @@ def curves(section: Section, records: list[dict[str, Any]], mark: int | None = N
         return
     marked = "" if mark is None else f" The dotted line marks the {called}."
     both = {key: name for key, name in (("val_error", "validation"), ("train_accuracy", "training")) if points_of(records, key)}
-    augmented = "The training error is that of augmented images, while the weights change. The first errors may lie above the scale."
+    augmented = "The training error is that of augmented images, while the weights change."
+    augmented += " The first errors may lie above the scale." if len(records) >= figures.LONG else ""
     if both:
         title = "Training and validation error" if len(both) == 2 else f"Error on {next(iter(both.values()))} images"
         section.draw("errors", title, augmented + marked, functools.partial(figures.curves, records, both, "error (%)", mark))
