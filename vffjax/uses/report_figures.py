@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WIDTH, WIDE, DPI = 6.4, 10.0, 150  # inches, and points an inch
 NUMBERED = 16  # the most classes of a matrix that has numbers in its cells
 NAMED = 120  # the most classes of a matrix whose rows are named
+LONG = 10  # epochs from which the first errors may be cut off
 BARS = 30  # the most bars of classes
 SHOWN_GROUPS = 8  # the most groups that are drawn one by one, or probed
 
@@ -81,7 +82,7 @@ def curves(records: list[dict[str, Any]], keys: dict[str, str], ylabel: str, mar
     values = values[np.isfinite(values)]
     if values.size and "error" in ylabel:
         # In a long run the first errors would flatten all others.
-        top = 1.5 * np.percentile(values, 90) if len(records) >= 10 else np.inf
+        top = 1.5 * np.percentile(values, 90) if len(records) >= LONG else np.inf
         axes.set_ylim(0, min(top, 1.05 * values.max()) or 1)
     elif values.size and values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")

@@ -15,6 +15,7 @@ from vffjax.config import FIELDS
 from vffjax.errors import aid, printable
 from vffjax.files import as_json, replace_file
 from vffjax.keys import default_of
+from vffjax.registry import ROOMS, outside_names
 from vffjax.runs.drawing import draw
 from vffjax.runs.plots import num_groups, points_of
 from vffjax.uses import report_figures as figures
@@ -123,7 +124,7 @@ def about_the_run(section: Section, config: Mapping[str, Any], origins: Sequence
         fold = f"Where earlier epochs were trained ({len(origins) - i} of {len(origins)})" if i else ""
         section.tables.append(Table((), list(_rows_of(origin)), fold))
     if origins:
-        outside = any(":" in str(config.get(key, "")) for key in ("rule", "network", "dataset"))
+        outside = outside_names({room.key: config[room.key] for room in ROOMS})
         section.command = f"vffjax reproduce {shlex.quote(str(workdir.resolve()))}" + (" --code FOLDER_OF_YOUR_CODE" if outside else "")
 
 
@@ -150,7 +151,8 @@ def curves(section: Section, records: list[dict[str, Any]], mark: int | None = N
         return
     marked = "" if mark is None else f" The dotted line marks the {called}."
     both = {key: name for key, name in (("val_error", "validation"), ("train_accuracy", "training")) if points_of(records, key)}
-    augmented = "The training error is that of augmented images, while the weights change. The first errors may lie above the scale."
+    augmented = "The training error is that of augmented images, while the weights change."
+    augmented += " The first errors may lie above the scale." if len(records) >= figures.LONG else ""
     if both:
         title = "Training and validation error" if len(both) == 2 else f"Error on {next(iter(both.values()))} images"
         section.draw("errors", title, augmented + marked, functools.partial(figures.curves, records, both, "error (%)", mark))
