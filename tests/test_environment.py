@@ -13,9 +13,8 @@ import safetensors.numpy
 from command_lines import TINY_FLAGS, in_a_process
 from oracles import config_of
 from vffjax import backend
-from vffjax.cli.commands import train
 from vffjax.config import Config
-from vffjax.costs import memory, targets
+from vffjax.costs import fits, memory, targets
 from vffjax.costs.memory import least_bytes
 from vffjax.data import sizes_of
 from vffjax.errors import UserError
@@ -181,7 +180,7 @@ def test_the_memory_of_one_device_is_what_counts():
 
 
 def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(train, "os", types.SimpleNamespace())  # as on Windows, which has no sysconf
+    monkeypatch.setattr(fits, "os", types.SimpleNamespace())  # as on Windows, which has no sysconf
     assert fits.bytes_of(Device("cpu", None)) is None
     fits.check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import pytest
 
@@ -52,6 +53,7 @@ def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     book = nbformat.read(notebook, as_version=4)
     book.cells = [cell for cell in book.cells if not tagged(cell, "skip-ci")]
     for cell in book.cells:
@@ -63,3 +65,4 @@ def test_a_notebook_runs(notebook, tmp_path, monkeypatch):
     lines = "".join(output["text"] for output in outputs if output["output_type"] == "stream").splitlines()
     assert any(re.search(r"error +\d+\.\d+ %|\d+\.\d % on \d+ images", line) for line in lines)
     assert ("local" in lines) == (notebook.stem != "your_images")
+    assert (tmp_path / "weights.safetensors").exists() == (notebook.stem == "your_images")  # by a command of the shell
