@@ -21,14 +21,14 @@ from typing import Any
 
 from arguments import one_line, parser_of, read_config, some_of
 from keys import SEEDS, default, own_rule, refuse, refuse_other_groups
-from spread import Spread
 from vffjax import registry, rules
 from vffjax.cli.options import a_path
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
 from vffjax.files import replace_file, write_json
+from vffjax.many import sweep
+from vffjax.many.tables import Spread, markdown
 from vffjax.rules.local import Rule
-from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.training.checks import make_config
 from vffjax.uses import evaluation
@@ -82,7 +82,7 @@ def run(config: Config, workdir: pathlib.Path, sweep_too: bool = False) -> dict[
         workdir: its folder.
         sweep_too: whether validation images choose between the configured inference and a sweep over labels.
     """
-    summary = experiment.train(config, workdir)
+    summary = sweep.trained(config, workdir)
     errors = ("val_error", "test_error", "test_error_per_group", "voting")
     chosen = {"inference": config.inference} | {key: summary[key] for key in (*errors, "best_epoch")}
     if sweep_too:
@@ -111,11 +111,11 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]], title: str) -> str:
     """The rows of `summarise` as a Markdown table."""
     titles = ["rule", *(heading for heading, _ in _FIGURES.values()), "n"]
-    lines = [f"### {title}", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for row in rows:
-        cells = [format(Spread(row[key], row[f"{key}_sd"], row["n"]), spec) for key, (_, spec) in _FIGURES.items()]
-        lines.append(f"| {row['rule']} | {' | '.join(cells)} | {row['n']} |")
-    return "\n".join(lines) + "\n"
+    cells = [
+        [row["rule"], *(format(Spread(row[key], row[f"{key}_sd"], row["n"]), spec) for key, (_, spec) in _FIGURES.items()), str(row["n"])]
+        for row in rows
+    ]
+    return f"### {title}\n\n{markdown(titles, cells)}\n"
 
 
 def given(settings: list[str], rule: str) -> dict[str, Any]:

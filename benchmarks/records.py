@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 from rates import training_flops
-from spread import Spread
 from vffjax.config import Config
 from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import read_json, write_json
+from vffjax.many.tables import Spread
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.origin import origin
 from vffjax.training.plan import Plan, abstract_start

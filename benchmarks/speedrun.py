@@ -39,13 +39,13 @@ import numpy as np
 from arguments import one_line, parser_of, read_config
 from keys import JOINT, PEER, RANDOM_WEIGHTS, SEEDS, Only, refuse
 from racers import Ours, Racer, Torch
-from spread import Spread
 from vffjax import rules
 from vffjax.config import Config
 from vffjax.data import load as data
 from vffjax.data.sets import Dataset
 from vffjax.errors import UserError, bad_key
 from vffjax.files import write_json
+from vffjax.many.tables import Spread
 from vffjax.runs.experiment import plan_for
 from vffjax.training.checks import make_config
 from vffjax.training.plan import Plan

@@ -28,11 +28,11 @@ import compare_rules
 from arguments import one_line, parser_of, read_config
 from keys import Only, refuse
 from networks import counted
-from spread import Spread
 from vffjax.cli.options import a_path
 from vffjax.config import Config
 from vffjax.costs import ledger, memory, targets
 from vffjax.files import replace_file, write_json
+from vffjax.many.tables import Spread
 from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
 from vffjax.training.checks import make_config

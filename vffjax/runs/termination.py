@@ -40,6 +40,7 @@ class Request:
         self.abandoned = False  # Ctrl-C has come: nobody waits for the run any more, and it shall end as soon as it can
         self.idle = True  # nothing would be lost if the run ended now
         self.saved = NOTHING  # what is saved, in words
+        self.thread = threading.current_thread()
 
     @property
     def leave(self) -> bool:
@@ -54,6 +55,7 @@ _abandoned: list[threading.Thread] = []
 def deferred() -> Iterator[Request]:
     """Within, SIGTERM ends nothing but sets the request's `made`, which the run reads between two segments."""
     request = Request()
+    request.made = any(other.made for other in _running if other.thread is request.thread)  # that of the sweep whose run this is
     _running.append(request)
     request.abandoned = abandoned()  # Ctrl-C may have come before
     try:

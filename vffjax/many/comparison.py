@@ -1,0 +1,135 @@
+"""Reads several runs, and shows in what they differ and what came out of it."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vffjax.errors import UserError
+from vffjax.files import read_json
+from vffjax.many.tables import Spread, markdown
+from vffjax.runs import plots
+from vffjax.runs.logbook import read_metrics
+from vffjax.runs.workdir import read_config
+
+_LONGEST = 40  # characters of a value in the table
+_DASH = "-"
+
+
+def folders_of(given: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """The runs' folders: each folder given that holds a run, and the runs of each that `vffjax sweep` wrote.
+
+    Raises:
+        UserError: a folder holds neither.
+    """
+    found: list[pathlib.Path] = []
+    for folder in given:
+        inside = sorted(path.parent for path in (folder / "runs").glob("*/config.json"))
+        if (folder / "config.json").is_file():
+            found.append(folder)
+        elif inside:
+            found += inside
+        else:
+            raise UserError(f"{folder}: neither a run nor a sweep is here (no config.json, no runs/*/config.json); give their folders")
+    return list({path.resolve(): path for path in found}.values())
+
+
+def read(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
+    """What the table and the picture show.
+
+    Args:
+        folders: of runs, which may be training.
+
+    Returns:
+        `keys` in which the runs differ, as far as they make a run another one; `runs`, each with `name`, `row` (what it has in common with
+        the runs of other seeds), `values` of these keys, `seed`, errors in percent, `epochs` done, `total_epochs`, `seconds` of training,
+        `images_per_second`, `device`, `data_sha256` and `records`.
+
+    Raises:
+        UserError: a configuration cannot be read.
+    """
+    configs = [read_config(folder).trained_by() for folder in folders]
+    keys = [key for key in configs[0] if key != "seed" and any(config[key] != configs[0][key] for config in configs)]
+    runs = []
+    for name, folder, config in zip(_names(folders), folders, configs, strict=True):
+        values = {key: config[key] for key in keys}
+        row = ", ".join(f"{key}={plots.short(value, _LONGEST)}" for key, value in values.items())
+        runs.append({"name": name, "row": row or "one configuration", "values": values, "seed": config["seed"]} | _measured(folder))
+    return {"keys": keys, "runs": runs}
+
+
+def _names(folders: Sequence[pathlib.Path]) -> list[str]:
+    """As much of the end of each path as tells it from the others."""
+    parts, kept = [folder.resolve().parts for folder in folders], 1
+    while len({path[-kept:] for path in parts}) < len(parts):
+        kept += 1
+    return ["/".join(path[-kept:]) for path in parts]
+
+
+def _measured(folder: pathlib.Path) -> dict[str, Any]:
+    """Of a run that has not finished: its lowest validation error so far, and no test error."""
+    records, config = read_metrics(folder), read_config(folder)
+    try:
+        summary = read_json(folder / "summary.json")
+    except FileNotFoundError:
+        summary = {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'summary.json'}: cannot be read ({error}); train again with the same command") from None
+    errors = [record["val_error"] for record in records if record.get("val_error") is not None]
+    seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
+    return {
+        "val_error": summary.get("val_error") if summary else min(errors, default=None),
+        "test_error": summary.get("test_error"),
+        "epochs": max((record["epoch"] for record in records), default=0),
+        "total_epochs": summary.get("epochs") or max(config.epochs, *(record["epoch"] for record in records), 0),
+        "seconds": sum(seconds) if seconds else None,
+        "images_per_second": summary.get("images_per_second"),
+        "device": summary.get("device"),
+        "data_sha256": summary.get("data_sha256"),
+        "records": records,
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """What `read` returns as tables: of the runs; and, where runs differ in their seed alone, of means and standard deviations."""
+    keys, runs = found["keys"], found["runs"]
+    head = ["run", *keys, "seed", "validation error %", "test error %", "epochs", "seconds", "images/s"]
+    parts = [markdown(head, [_cells(run, keys) for run in runs], 1 + len(keys))]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run["row"], []).append(run)
+    if any(len(group) > 1 for group in groups.values()):
+        parts += ["Mean and standard deviation over the seeds of finished runs:", _means(list(groups.values()), keys)]
+    images: dict[int, set[str]] = {}
+    for run in runs:
+        images.setdefault(run["seed"], set()).update({run["data_sha256"]} - {None})
+    if any(len(digests) > 1 for digests in images.values()):
+        parts.append("Runs of the same seed did not have the same images: the data have changed between them, or keys that choose images.")
+    return "\n\n".join(parts)
+
+
+def _cells(run: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    errors = [_number(run[key], ".2f") for key in ("val_error", "test_error")]
+    times = [f"{run['epochs']}/{run['total_epochs']}", _number(run["seconds"], ",.1f"), _number(run["images_per_second"], ",.0f")]
+    return [run["name"], *_values(run, keys), str(run["seed"]), *errors, *times]
+
+
+def _means(groups: Sequence[Sequence[dict[str, Any]]], keys: Sequence[str]) -> str:
+    """The table with a row for each group of runs that differ in their seed alone. Runs that have not finished are left out."""
+    rows = []
+    for group in groups:
+        finished = [run for run in group if run["test_error"] is not None]
+        rows.append([*_values(group[0], keys), *(_spread(finished, key) for key in ("val_error", "test_error")), str(len(finished))])
+    return markdown([*keys, "validation error %", "test error %", "n"], rows, len(keys))
+
+
+def _values(run: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    return [plots.short(run["values"][key], _LONGEST) for key in keys]
+
+
+def _number(value: float | None, spec: str) -> str:
+    return _DASH if value is None else f"{value:{spec}}"
+
+
+def _spread(runs: Sequence[dict[str, Any]], key: str) -> str:
+    values = [run[key] for run in runs if run[key] is not None]
+    return f"{Spread.of(values):.2f}" if values else _DASH
