@@ -65,6 +65,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=_NEEDS_OPTIMISATION))
 
 
+def pytest_assertrepr_compare(op, left, right):
+    """Says where long bytes differ. pytest itself would compare them line by line, which takes minutes for a picture."""
+    if op == "==" and isinstance(left, bytes) and isinstance(right, bytes) and max(len(left), len(right)) > 1000:
+        pairs = zip(left, right, strict=False)
+        first = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
+        return [f"{len(left)} bytes == {len(right)} bytes", f"they differ from byte {first} on"]
+    return None
+
+
 @pytest.fixture
 def key():
     return jax.random.key(7)
