@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vffjax.cli.flags import checked, parse_train
-from vffjax.cli.options import Parser, json_file
+from vffjax.cli.options import Parser, json_file, seeds_of
 from vffjax.config import Config
 from vffjax.errors import UserError, printable
 
@@ -57,13 +57,6 @@ def read_config(arguments: Sequence[str], instead: str = "use --out") -> tuple[C
     return checked(config), name
 
 
-def seeds(text: str) -> list[int]:
-    """The value of --seeds. Raises `UserError` if it is not a list of whole numbers."""
-    if not all(word.isdecimal() and len(word) < 10 for word in text.split(",")):
-        raise UserError(f"--seeds={text}: not whole numbers; give for example 0,1,2")
-    return [int(word) for word in text.split(",")]
-
-
 def some_of(flag: str, known: Mapping[str, object]) -> Callable[[str], list[str]]:
     """The type of a flag whose value is a comma-separated list of known names. A name that is given twice is taken once."""
 
@@ -78,6 +71,6 @@ def some_of(flag: str, known: Mapping[str, object]) -> Callable[[str], list[str]
 
 _SHARED: dict[str, dict[str, Any]] = {
     "--out": {"type": json_file, "metavar": "FILE.json", "help": "file of the results"},
-    "--seeds": {"type": seeds, "default": "0,1,2", "help": "comma-separated; default: 0,1,2"},
+    "--seeds": {"type": seeds_of, "default": "0,1,2", "help": "such as 0-4 or 0,1,7; default: 0,1,2"},
     "--set": {"default": [], "action": "append", "metavar": "RULE.KEY=VALUE", "help": "a configuration value for one row; may be repeated"},
 }

@@ -111,10 +111,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]], title: str) -> str:
     """The rows of `summarise` as a Markdown table."""
     titles = ["rule", *(heading for heading, _ in _FIGURES.values()), "n"]
-    cells = [
-        [row["rule"], *(format(Spread(row[key], row[f"{key}_sd"], row["n"]), spec) for key, (_, spec) in _FIGURES.items()), str(row["n"])]
-        for row in rows
-    ]
+    cells = [[row["rule"], *(sweep.cell(row, key, spec) for key, (_, spec) in _FIGURES.items()), str(row["n"])] for row in rows]
     return f"### {title}\n\n{markdown(titles, cells)}\n"
 
 

@@ -86,6 +86,7 @@ def test_help_of_one_key_is_all_about_it(key, call):
 
 
 OPTIONS = {
+    "compare": ["DIR", "--plot", "--json", "--out"],
     "configs": ["--json"],
     "list": ["--json"],
     "evaluate": ["--workdir", "--inference", "--epoch", "--data_dir", "--json"],
@@ -96,7 +97,12 @@ OPTIONS = {
     "reproduce": ["WORKDIR", "--into", "--data_dir", "--json"],
     "prepare": ["DATASET", "--data_dir", "cifar10"],
     "memory": ["--config NAME|FILE", "--config.KEY=VALUE", "--depths", "--batches", "--target", "here", "cpu", "tpu", "--json", "--out"],
+    "sweep": ["--config NAME|FILE", "--config.KEY=VALUE", "--seeds", "--vary", "--out", "--code", "--json"],
 }
+
+
+def test_no_command_is_forgotten_here():
+    assert {*OPTIONS, "train", "version"} == set(cli.names())
 
 
 @pytest.mark.parametrize("command", OPTIONS)

@@ -1,12 +1,16 @@
 """`vffjax compare`: what runs were configured with, beside what came out."""
 
 import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 
 import pytest
 
-from runs import copy_of, finished, summary_of, tiny, train
+from command_lines import ROOT
+from runs import copy_of, summary_of, tiny, train
 from vffjax.many import comparison, figures
 from vffjax.runs import drawing
 
@@ -72,6 +76,75 @@ def test_other_images_are_told_if_the_seed_does_not_explain_them(three, call, tm
     assert "did not have the same images" in call("compare", run, three[0])[1]
 
 
+def test_runs_that_differ_behind_the_end_of_a_long_value_are_two_rows(three, tmp_path):
+    folders = []
+    for name, rate in (("a", 1e-3), ("b", 1e-2)):
+        folder = copy_of(three[0], tmp_path / name) if (tmp_path / name).mkdir() is None else None
+        config = json.loads((folder / "config.json").read_text())
+        config["overrides"] = {"group0": {"learning_rate": 1e-3, "weight_decay": 0.0}, "group1": {"learning_rate": rate}}
+        (folder / "config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    found = comparison.read(folders)
+    assert len({run["row"] for run in found["runs"]}) == 2
+    assert "Mean and standard deviation" not in comparison.text(found)
+    assert len({line.get_color() for line in figures.curves_figure(found["runs"]).axes[0].lines}) == 2
+
+
+def test_folders_of_images_are_compared_where_they_name_the_data(three, tmp_path):
+    folders = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        folder = copy_of(three[0], tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dataset": "npz", "data_dir": f"{name}.npz"}))
+        folders.append(folder)
+    assert comparison.read(folders)["keys"] == ["data_dir"]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dataset": "mnist"}))
+    assert comparison.read(folders)["keys"] == []
+
+
+def test_a_copy_is_no_other_seed(three, tmp_path):
+    assert "Mean and standard deviation" not in comparison.text(comparison.read([three[0], copy_of(three[0], tmp_path)]))
+
+
+def test_an_unfinished_sequential_run_has_the_epochs_of_all_groups(three, tmp_path):
+    run = copy_of(three[0], tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"schedule": "sequential"}))
+    (run / "summary.json").unlink()
+    (found,) = comparison.read([run])["runs"]
+    assert (found["epochs"], found["total_epochs"]) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", {"epoch": 1, "val_error": "x", "seconds": "1", "train_accuracy": []}),
+        (
+            "summary.json",
+            {"epochs": 1, "test_error": "x", "val_error": [], "data_sha256": [], "device": {"a": 1}, "images_per_second": None},
+        ),
+        ("summary.json", ["x"]),
+        ("summary.json", "{"),
+    ],
+)
+def test_files_that_come_from_anyone_end_no_comparison(three, file, content, call, tmp_path):
+    run = copy_of(three[0], tmp_path)
+    (run / file).write_text((content if isinstance(content, str) else json.dumps(content)) + "\n")
+    status, text, err = call("compare", run, three[2], f"--plot={tmp_path / 'x.png'}")
+    assert status == 0 and "Traceback" not in err
+    assert text.count("\n") >= 4
+
+
+def test_a_setting_of_jax_that_is_wrong_is_one_line(three):
+    command = [sys.executable, "-m", "vffjax", "compare", str(three[0])]
+    done = subprocess.run(command, env=os.environ | {"JAX_ENABLE_X64": "nonsense"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "JAX_ENABLE_X64" in done.stderr
+
+
 def test_equal_names_are_told_apart_by_their_folders(three, tmp_path):
     (tmp_path / "other").mkdir()
     copied = tmp_path / "other" / "one"
@@ -85,8 +158,8 @@ def test_bad_input_is_one_line(three, fails, tmp_path):
     fails("compare", parts=["DIR"])
     fails("compare", three[0], "--plot=x.txt", parts=["--plot=x.txt", ".png"])
     run = copy_of(three[0], tmp_path)
-    (run / "summary.json").write_text("{")
-    fails("compare", run, parts=["summary.json", "cannot be read"])
+    (run / "config.json").write_text("{")
+    fails("compare", run, parts=["config.json", "cannot be read"])
 
 
 def test_curves_lie_over_each_other_one_colour_for_a_row(three, call, tmp_path):
@@ -104,7 +177,3 @@ def test_curves_lie_over_each_other_one_colour_for_a_row(three, call, tmp_path):
     assert axes.lines[0].get_ydata().tolist() == [25.0]
     assert "training images" in axes.get_title()
     assert drawing.draw(tmp_path / "none.png", lambda: figures.curves_figure([run | {"records": []} for run in runs]))
-
-
-def test_a_run_from_the_commands_is_read(call):
-    assert call("compare", finished())[1].count("\n") == 3

@@ -23,7 +23,7 @@ from command_lines import in_a_process
 from runs import copy_of, finished, scratch, summary_of, tiny, train
 from vffjax.data import load as data
 from vffjax.data.sets import Split
-from vffjax.runs import experiment
+from vffjax.runs import experiment, logbook
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import augment, trainer
@@ -135,6 +135,8 @@ def test_another_epoch_is_reported_as_evaluate_measures_it(tmp_path):
     assert errors != summary_of(workdir)["test_error_per_group"]
     assert all(f"{error:.2f}" in page.text for error in errors)
     assert "Epoch of this report" in page.text and "3 of 3" in page.text
+    assert "The groups that vote were chosen on validation images." in page.text
+    assert "The epoch and the groups" not in page.text
 
 
 def test_a_picture_that_fails_is_a_line_and_the_report_stands(tmp_path, monkeypatch, capsys):
@@ -306,9 +308,9 @@ def test_the_live_page_needs_no_jax_and_waits_for_no_lock(tmp_path):
 
 def test_a_run_that_trains_lost_epochs_again_has_not_ended(tmp_path):
     workdir = copy_of(finished(), tmp_path)
-    assert report_live._ended(workdir)
+    assert logbook.finished(workdir)
     (workdir / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes().split(b"\n")[0] + b"\n")
-    assert not report_live._ended(workdir)
+    assert not logbook.finished(workdir)
 
 
 # --- what is measured

@@ -1,5 +1,6 @@
 """`vffjax sweep`: the runs of many seeds and values, in one process, to the same figures as single runs."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ import sys
 import time
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from command_lines import ROOT, TINY_FLAGS
 from runs import TINY, summary_of, tell_to_leave, tiny, train, untimed
 from test_epochs import compilations
+from vffjax.cli.commands.sweep import split
+from vffjax.errors import UserError
 from vffjax.many import figures, members, sweep
 from vffjax.runs import drawing, experiment, summary
 from vffjax.runs.logbook import read_metrics
@@ -135,6 +139,63 @@ def test_without_varied_keys_and_seeds_it_is_one_run_and_without_validation_imag
     assert sweep.best_of([{"val_error": None, "diverged": 0}]) is None
 
 
+def test_values_are_split_at_commas_that_stand_alone():
+    assert split("1,2") == ["1", "2"]
+    assert split("(1, (2, 3)), [4,5]") == ["(1, (2, 3))", "[4,5]"]
+    assert split("{'a,b': 1}, {}") == ["{'a,b': 1}", "{}"]
+    assert split("'a,b',\"c,d\"") == ["a,b", "c,d"]
+    assert split("it's,that's") == ["it's", "that's"]
+
+
+def test_runs_of_one_program_follow_each_other_and_the_table_keeps_the_order_given(tmp_path, monkeypatch):
+    trained = []
+
+    def train(config, folder):
+        trained.append((config.widths, config.learning_rate))
+        return {"test_error": 1.0, "val_error": 2.0, "seconds": 0.1}
+
+    monkeypatch.setattr(experiment, "train", train)
+    rows = [tiny(**SMALL | {"widths": widths}, learning_rate=rate) for rate in (1e-3, 1e-2) for widths in ((8, 6), (4,))]
+    found = sweep.run(sweep.ready(members.members(rows, ["learning_rate", "widths"], [0]), tmp_path), tmp_path, {})
+    assert trained == [(widths, rate) for widths in ((8, 6), (4,)) for rate in (1e-3, 1e-2)]
+    given = [(rate, widths) for rate in (1e-3, 1e-2) for widths in ((8, 6), (4,))]
+    assert [tuple(row["values"].values()) for row in found["rows"]] == given
+
+
+def test_a_finished_run_of_other_images_or_code_is_not_taken(tmp_path):
+    arrays = [np.random.default_rng(seed).integers(0, 255, (60, 4, 4, 1), np.uint8) for seed in (0, 1)]
+    for name, images in zip("ab", arrays, strict=True):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(60) % 3)
+    config = tiny(**SMALL | {"dataset": "npz", "data_dir": str(tmp_path / "a.npz"), "train_examples": 0, "batch_size": 8})
+    other = dataclasses.replace(config, data_dir=str(tmp_path / "b.npz"))
+    first = sweep.trained(config, tmp_path / "run")
+    assert sweep.trained(config, tmp_path / "run") == first | {"earlier_origins": first["earlier_origins"]}
+    with pytest.raises(UserError, match="data_dir"):
+        sweep.trained(other, tmp_path / "run")
+
+
+def test_a_problem_of_one_run_names_out_and_says_what_is_kept(call, tmp_path, monkeypatch):
+    def fails(config, folder):
+        if config.seed:
+            raise UserError(f"--workdir={folder}: another run is writing here; wait for it, or give another --workdir")
+        return {"test_error": 1.0, "val_error": 2.0, "seconds": 0.1}
+
+    monkeypatch.setattr(experiment, "train", fails)
+    status, _, err = call("sweep", *FLAGS, "--seeds=0-1", f"--out={tmp_path}")
+    assert status == 2
+    assert f"vffjax: error: --out={tmp_path / 'runs' / 'seed=1'}: another run" in err
+    assert "--workdir" not in err and err.endswith("; 1 of 2 runs have ended and are kept\n")
+
+
+def test_a_rule_of_ones_own_beside_the_configuration_can_vary(call, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("from vffjax.rules.head import RULE as MINE\n")
+    (tmp_path / "mine.py").write_text((ROOT / "configs" / "digits.py").read_text())
+    monkeypatch.setattr(experiment, "train", lambda config, folder: {"test_error": 1.0, "val_error": 2.0, "seconds": 0.1})
+    status, text, err = call("sweep", f"--config={tmp_path / 'mine.py'}", "--vary=rule=vff,own:MINE", f"--out={tmp_path / 'out'}")
+    assert status == 0, err
+    assert "own:MINE" in text
+
+
 def test_names_of_folders_are_safe_and_tell_all_runs_apart():
     values = [(64, 64), (64, 65), "a/b", "a:b", "[x]*?", "x" * 300, "x" * 301]
     names = [members.Member({"key": value}, tiny()).name for value in values]
@@ -160,6 +221,10 @@ def test_names_of_folders_are_safe_and_tell_all_runs_apart():
         (["--seeds=-1"], ["--seeds=-1"]),
         (["--seeds=0-100000"], ["1000"]),
         (["--seeds=0-900", "--vary=learning_rate=1,2"], ["1802", "1000"]),
+        (["--vary=overrides.group0.learning_rate=1e-3,1e-2", "--vary=overrides={}"], ["overrides.group0.learning_rate", "holds the other"]),
+        (["--vary=learning_rate=1e-3,(2"], ["learning_rate=1e-3,(2", "not closed"]),
+        (["--vary=data_dir='a,b"], ["not closed"]),
+        (["--vary=margin=0)"], ["not closed"]),
         (["--workdir=x"], ["--workdir=x", "--out"]),
         (["--nonsense=1"], ["--nonsense"]),
     ],
@@ -173,11 +238,12 @@ def test_a_folder_of_another_sweep_or_that_is_a_file_is_refused(done, fails, tmp
     out, _, _ = done
     (tmp_path / "file").write_text("")
     fails("sweep", *FLAGS, f"--out={tmp_path / 'file'}", parts=["--out=", "no folder"])
+    fails("sweep", *FLAGS, f"--out={'x' * 300}", parts=["x" * 100, "name too long"])
     other = [*FLAGS, "--config.batch_size=16", "--seeds=0", "--vary=learning_rate=1e-3", f"--out={out}"]
     fails("sweep", *other, parts=["config.batch_size=16", "--out"])
 
 
-def test_sigterm_in_a_run_saves_it_and_the_same_command_goes_on(done, tmp_path, monkeypatch):
+def test_sigterm_ends_the_sweep_and_the_same_command_goes_on(done, tmp_path, monkeypatch):
     _, found, _ = done
     real, told = experiment.train, []
 
@@ -213,7 +279,12 @@ def test_a_sweep_that_is_killed_by_sigterm_goes_on_to_the_same_table(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert "of 4 runs have ended and are kept" in err
+    assert "of 4 runs have ended and are kept; " in err
+    left = [folder for folder in (tmp_path / "killed" / "runs").iterdir() if not (folder / "summary.json").exists()]
+    if left:  # SIGTERM may have come between two runs, or while one compiled
+        assert len(left) == 1
+    if "is saved" in err:
+        assert any((left[0] / "checkpoints").rglob("*.sha256.json"))
     assert len(found_in(tmp_path / "killed")["runs"]) < 4
     tables = []
     for name in ("killed", "whole"):

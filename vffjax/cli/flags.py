@@ -97,14 +97,6 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str]) -> 
     return a, config, name
 
 
-def changed(config: Config, settings: Mapping[str, str]) -> Config:
-    """The configuration with other values, given as for --config.KEY=VALUE. Raises `UserError` as `parse_train` does."""
-    plain = config.to_dict()
-    for path, text in settings.items():
-        _set(plain, path, text)
-    return converted(plain)
-
-
 def ready(config: Config) -> Config:
     """Starts JAX, and then returns the `checked` configuration."""
     backend.start()

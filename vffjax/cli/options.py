@@ -15,6 +15,7 @@ from vffjax import files, outside, paths
 from vffjax.errors import UserError, printable
 
 COLUMNS = 80  # of the narrowest terminal that texts are made for
+MOST_RUNS = 1000  # of one sweep
 MAX_DIGITS = 18  # no number that a user gives has more, and Python refuses to read one of thousands
 
 
@@ -108,6 +109,25 @@ def a_code_folder(text: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(f"{text!r} is no folder; give the folder that holds the module")
     outside.allow(folder)
     return folder
+
+
+def seeds_of(text: str) -> list[int]:
+    """The distinct seeds of --seeds: numbers and ranges, as 0-4 or 0,1,7. Raises `UserError` for anything else.
+
+    >>> seeds_of("0-2,7")
+    [0, 1, 2, 7]
+    """
+    found: list[int] = []
+    for word in text.split(","):
+        if not (match := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", word)):
+            raise UserError(f"--seeds={text}: not whole numbers or ranges of them; give for example 0-4 or 0,1,7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"--seeds={text}: {word} goes down; give the lower end first")
+        if len(found) + last - first >= MOST_RUNS:
+            raise UserError(f"--seeds={text}: more than {MOST_RUNS} seeds; give fewer")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
 
 
 def an_epoch(text: str) -> str:

@@ -1,18 +1,19 @@
 """Reads several runs, and shows in what they differ and what came out of it."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vffjax.errors import UserError
-from vffjax.files import read_json
-from vffjax.many.tables import Spread, markdown
+from vffjax.config import Config
+from vffjax.errors import UserError, printable
+from vffjax.many.tables import Spread, markdown, named
 from vffjax.runs import plots
-from vffjax.runs.logbook import read_metrics
+from vffjax.runs.logbook import finished, read_metrics
 from vffjax.runs.workdir import read_config
 
 _LONGEST = 40  # characters of a value in the table
 _DASH = "-"
+_BY_FOLDER = ("folder", "npz", "in_memory")  # data sets whose images are those that config.data_dir names
 
 
 def folders_of(given: Iterable[pathlib.Path]) -> list[pathlib.Path]:
@@ -47,14 +48,19 @@ def read(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
     Raises:
         UserError: a configuration cannot be read.
     """
-    configs = [read_config(folder).trained_by() for folder in folders]
+    configs = [_compared(read_config(folder)) for folder in folders]
     keys = [key for key in configs[0] if key != "seed" and any(config[key] != configs[0][key] for config in configs)]
     runs = []
     for name, folder, config in zip(_names(folders), folders, configs, strict=True):
         values = {key: config[key] for key in keys}
-        row = ", ".join(f"{key}={plots.short(value, _LONGEST)}" for key, value in values.items())
-        runs.append({"name": name, "row": row or "one configuration", "values": values, "seed": config["seed"]} | _measured(folder))
+        runs.append({"name": name, "row": named(values), "values": values, "seed": config["seed"]} | _measured(folder))
     return {"keys": keys, "runs": runs}
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """The keys that make a run another one. data_dir is among them where it is what names the images."""
+    by_folder = config.dataset in _BY_FOLDER or config.dataset.startswith("hf:")
+    return config.trained_by() | ({"data_dir": config.data_dir} if by_folder else {"data_dir": ""})
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
@@ -67,26 +73,26 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
 
 def _measured(folder: pathlib.Path) -> dict[str, Any]:
     """Of a run that has not finished: its lowest validation error so far, and no test error."""
-    records, config = read_metrics(folder), read_config(folder)
-    try:
-        summary = read_json(folder / "summary.json")
-    except FileNotFoundError:
-        summary = {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'summary.json'}: cannot be read ({error}); train again with the same command") from None
-    errors = [record["val_error"] for record in records if record.get("val_error") is not None]
-    seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
+    records, summary = read_metrics(folder), finished(folder)
+    errors, seconds = ([one for record in records if (one := _figure(record, key)) is not None] for key in ("val_error", "seconds"))
+    found = summary or {}
     return {
-        "val_error": summary.get("val_error") if summary else min(errors, default=None),
-        "test_error": summary.get("test_error"),
+        "val_error": _figure(found, "val_error") if summary else min(errors, default=None),
+        "test_error": _figure(found, "test_error"),
         "epochs": max((record["epoch"] for record in records), default=0),
-        "total_epochs": summary.get("epochs") or max(config.epochs, *(record["epoch"] for record in records), 0),
+        "total_epochs": found["epochs"] if summary else plots.total_epochs(read_config(folder).to_dict(), records),
         "seconds": sum(seconds) if seconds else None,
-        "images_per_second": summary.get("images_per_second"),
-        "device": summary.get("device"),
-        "data_sha256": summary.get("data_sha256"),
+        "images_per_second": _figure(found, "images_per_second"),
+        "device": printable(str(found.get("device", "")), 100),
+        "data_sha256": digest if isinstance(digest := found.get("data_sha256"), str) else None,
         "records": records,
     }
+
+
+def _figure(record: dict[str, Any], key: str) -> float | None:
+    """A number of a file that may come from anyone; None in the place of anything else."""
+    value = record.get(key)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def text(found: dict[str, Any]) -> str:
@@ -97,8 +103,9 @@ def text(found: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(run["row"], []).append(run)
-    if any(len(group) > 1 for group in groups.values()):
-        parts += ["Mean and standard deviation over the seeds of finished runs:", _means(list(groups.values()), keys)]
+    means = {row: _by_seed(group) for row, group in groups.items()}
+    if any(len(seeds) > 1 for seeds in means.values()):
+        parts += ["Mean and standard deviation over the seeds of finished runs:", _means(groups, means, keys)]
     images: dict[int, set[str]] = {}
     for run in runs:
         images.setdefault(run["seed"], set()).update({run["data_sha256"]} - {None})
@@ -113,12 +120,17 @@ def _cells(run: dict[str, Any], keys: Sequence[str]) -> list[str]:
     return [run["name"], *_values(run, keys), str(run["seed"]), *errors, *times]
 
 
-def _means(groups: Sequence[Sequence[dict[str, Any]]], keys: Sequence[str]) -> str:
-    """The table with a row for each group of runs that differ in their seed alone. Runs that have not finished are left out."""
+def _by_seed(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished runs of a group, one of each seed: a copy of a run says nothing about other seeds."""
+    return list({run["seed"]: run for run in group if run["test_error"] is not None}.values())
+
+
+def _means(groups: Mapping[str, Sequence[dict[str, Any]]], means: Mapping[str, Sequence[dict[str, Any]]], keys: Sequence[str]) -> str:
+    """The table with a row for each group of runs that differ in their seed alone, over those that `_by_seed` has chosen."""
     rows = []
-    for group in groups:
-        finished = [run for run in group if run["test_error"] is not None]
-        rows.append([*_values(group[0], keys), *(_spread(finished, key) for key in ("val_error", "test_error")), str(len(finished))])
+    for row, group in groups.items():
+        figures = [_spread(means[row], key) for key in ("val_error", "test_error")]
+        rows.append([*_values(group[0], keys), *figures, str(len(means[row]))])
     return markdown([*keys, "validation error %", "test error %", "n"], rows, len(keys))
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vffjax.many.tables import named
 from vffjax.runs.drawing import draw
 from vffjax.runs.plots import color_of, points_of, short
 
@@ -39,7 +40,7 @@ def sweep_figure(found: dict[str, Any]) -> "Figure":
         axes.set_ylabel("error (%)")
     else:
         _errors(axes, rows, [float(i) for i in range(len(rows))], upright=False)
-        labels = [short(", ".join(f"{key}={value}" for key, value in row["values"].items()) or "as configured", 60) for row in rows]
+        labels = [short(named(row["values"]), 60) for row in rows]
         axes.set_yticks(range(len(rows)), labels, parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel("error (%)")

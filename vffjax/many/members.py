@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vffjax.config import Config
-from vffjax.errors import UserError
 from vffjax.files import sha256
+from vffjax.many.tables import named
 
-MOST = 1000  # runs of one sweep
 _LONGEST = 120  # characters of a folder's name; file systems take 255 bytes
 
 
@@ -20,14 +19,9 @@ class Member(NamedTuple):
     config: Config
 
     @property
-    def row(self) -> str:
-        """What this run has in common with those of other seeds."""
-        return ", ".join(f"{key}={value}" for key, value in self.values.items()) or "as configured"
-
-    @property
     def name(self) -> str:
         """The name of its folder. It holds no character that a path to checkpoints must not have."""
-        whole = ",".join(f"{key}={value}" for key, value in [*self.values.items(), ("seed", self.config.seed)])
+        whole = named(self.values | {"seed": self.config.seed}, ",")
         name = re.sub(r"[^A-Za-z0-9.=,+_-]+", "_", whole)
         return name if name == whole and len(name) <= _LONGEST else f"{name[:_LONGEST]}-{sha256(whole.encode())[:8]}"
 
@@ -42,18 +36,12 @@ def value_at(config: Config, path: str) -> Any:
 
 
 def members(rows: Sequence[Config], paths: Sequence[str], seeds: Sequence[int]) -> list[Member]:
-    """The runs of every row with every seed. Those of a row share what is compiled, and so come one after the other.
+    """The runs of every row with every seed.
 
     Args:
         rows: the configurations, which differ at `paths`. Two that are equal there are taken once: 1e-3 and 0.001 are one value.
         paths: the keys that vary, or entries of keys.
         seeds: of the runs.
-
-    Raises:
-        UserError: there are more than `MOST`.
     """
     found = [Member({path: value_at(row, path) for path in paths}, dataclasses.replace(row, seed=seed)) for row in rows for seed in seeds]
-    found = list({member.name: member for member in found}.values())
-    if len(found) > MOST:
-        raise UserError(f"--vary, --seeds: are {len(found)} runs; the most is {MOST}")
-    return found
+    return list({member.name: member for member in found}.values())

@@ -1,18 +1,19 @@
 """Trains many runs in one process, so that those whose programs are equal compile them once, and tells what came out of them."""
 
-import contextlib
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vffjax.config import Config
+from vffjax.config import Config, of_program
 from vffjax.costs import fits
+from vffjax.data import load as data_module
 from vffjax.errors import UserError, notice
-from vffjax.files import read_json, replace_file, write_json
+from vffjax.files import replace_file, write_json
 from vffjax.many.figures import plot_sweep
-from vffjax.many.members import MOST, Member
-from vffjax.many.tables import Spread, markdown
+from vffjax.many.members import Member
+from vffjax.many.tables import Spread, markdown, named
 from vffjax.runs import experiment
+from vffjax.runs.logbook import finished
 from vffjax.runs.loop import Diverged
 from vffjax.runs.origin import check_code
 from vffjax.runs.termination import Terminated, deferred
@@ -44,29 +45,29 @@ def ready(members: Sequence[Member], out: pathlib.Path) -> list[Member]:
         claim_workdir(folder, member.config, "--out")
         if not (folder / "config.json").exists():
             weights.check_start(member.config)
-    for config in {member.row: member.config for member in found}.values():
+    for config in {named(member.values): member.config for member in found}.values():
         fits.check_memory(config)
     return found
 
 
 def trained(config: Config, folder: pathlib.Path) -> dict[str, Any]:
-    """What summary.json of a run holds. A run that has finished is not trained again.
+    """What summary.json of a run holds. A run that has finished is not trained again, but its data and its code must be the same.
 
     Raises:
         UserError: as `experiment.train` does.
         Terminated: SIGTERM came, and the run has been saved.
     """
     claim_workdir(folder, config)
-    if (folder / "config.json").exists():
-        with contextlib.suppress(OSError, ValueError):  # not finished, or torn: it goes on, or is measured again
-            summary = read_json(folder / "summary.json")
-            check_code(summary, config)
-            return summary
-    return experiment.train(config, folder)
+    summary = finished(folder)
+    if summary is None or not isinstance(summary.get("data_sha256"), str) or "test_error" not in summary:
+        return experiment.train(config, folder)
+    experiment.check_same_data(config, data_module.load(config), summary["data_sha256"])
+    check_code(summary, config)
+    return summary
 
 
 def run(members: Sequence[Member], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Trains the runs one after the other, from where an earlier call was stopped.
+    """Trains the runs one after the other, from where an earlier call was stopped. Those that share a program follow each other.
 
     Writes OUT/sweep.json and OUT/sweep.md after each run, and OUT/sweep.png at the end.
 
@@ -82,29 +83,37 @@ def run(members: Sequence[Member], out: pathlib.Path, about: dict[str, Any]) -> 
         UserError: a run fails for another reason than that its numbers became infinite or NaN.
         Terminated: SIGTERM came. The run in training has been saved.
     """
-    runs: list[dict[str, Any]] = []
+    done: dict[int, dict[str, Any]] = {}
     found: dict[str, Any] = {}
     with deferred() as request:
-        for number, member in enumerate(members, 1):
-            request.saved = _kept(runs, members)
-            notice(f"== {number}/{len(members)}  {member.name}")
+        for index in _by_program(members):
+            member, kept = members[index], f"{len(done)} of {len(members)} runs have ended and are kept"
+            request.saved = kept
+            notice(f"== {len(done) + 1}/{len(members)}  {member.name}")
             request.idle = False  # the run itself says when it may be left
             try:
-                runs.append(_outcome(member, folder_of(out, member)))
+                done[index] = _outcome(member, folder_of(out, member))
             except Terminated as leave:
-                raise Terminated(f"{request.saved}; {leave}") from None
+                raise Terminated(f"{kept}; {leave}") from None
+            except UserError as error:
+                raise UserError(f"{_speaking_of_out(error)}; {kept}") from error.__cause__
+            runs = [done[i] for i in sorted(done)]
             found = about | {"keys": list(member.values), "rows": rows_of(runs), "runs": runs}
             write_json(out / "sweep.json", found)
             replace_file(out / "sweep.md", (table(found["rows"], found["keys"]) + "\n").encode())
-            request.saved, request.idle = _kept(runs, members), True
+            request.saved, request.idle = f"{len(done)} of {len(members)} runs have ended and are kept", True
             if request.leave:
                 raise Terminated(f"{request.saved}; the same command goes on")
     plot_sweep(out / "sweep.png", found)
     return found
 
 
-def _kept(runs: Sequence[dict[str, Any]], members: Sequence[Member]) -> str:
-    return f"{len(runs)} of {len(members)} runs have ended and are kept"
+def _by_program(members: Sequence[Member]) -> list[int]:
+    """Their indices, those of equal programs next to each other, because a process keeps a few compiled programs only."""
+    programs: dict[Config, list[int]] = {}
+    for index, member in enumerate(members):
+        programs.setdefault(of_program(member.config), []).append(index)
+    return [index for indices in programs.values() for index in indices]
 
 
 def _outcome(member: Member, folder: pathlib.Path) -> dict[str, Any]:
@@ -112,9 +121,14 @@ def _outcome(member: Member, folder: pathlib.Path) -> dict[str, Any]:
     try:
         summary = trained(member.config, folder)
     except Diverged as error:
-        notice(f"{member.name}: {error}; the others go on")
-        return about | dict.fromkeys((*ERRORS, *_KEPT)) | {"diverged": str(error)}
+        notice(f"{member.name}: {_speaking_of_out(error)}; the others go on")
+        return about | dict.fromkeys((*ERRORS, *_KEPT)) | {"diverged": str(error).partition("; ")[0]}
     return about | {key: summary.get(key) for key in (*ERRORS, *_KEPT)}
+
+
+def _speaking_of_out(error: UserError) -> str:
+    """The message of a single run, for somebody who gave --out and not --workdir."""
+    return str(error).replace("--workdir", "--out")
 
 
 def rows_of(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,7 +138,7 @@ def rows_of(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in runs:
-        groups.setdefault(str(one["values"]), []).append(one)
+        groups.setdefault(named(one["values"]), []).append(one)
     rows = []
     for group in groups.values():
         row = {"values": group[0]["values"], "n": 0, "diverged": sum(bool(one["diverged"]) for one in group)}
@@ -148,34 +162,14 @@ def table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     head = [*keys, "validation error %", "test error %", "seconds", "n", *(["diverged"] if diverged else [])]
     cells = []
     for row in rows:
-        figures = [_cell(row, "val_error", ".2f"), _cell(row, "test_error", ".2f"), _cell(row, "seconds", ".1f")]
+        figures = [cell(row, "val_error", ".2f"), cell(row, "test_error", ".2f"), cell(row, "seconds", ".1f")]
         cells.append([*map(str, row["values"].values()), *figures, str(row["n"]), *([str(row["diverged"])] if diverged else [])])
     text = markdown(head, cells, len(keys))
     if len(rows) > 1 and (best := best_of(rows)):
-        chosen = ", ".join(f"{key}={value}" for key, value in best["values"].items())
-        text += f"\n\nLowest validation error: {chosen}."
+        text += f"\n\nLowest validation error: {named(best['values'])}."
     return text
 
 
-def _cell(row: dict[str, Any], key: str, spec: str) -> str:
+def cell(row: dict[str, Any], key: str, spec: str) -> str:
+    """A figure of a row that has `key`, `key_sd` and `n`."""
     return "-" if row[key] is None else format(Spread(row[key], row[f"{key}_sd"], row["n"]), spec)
-
-
-def seeds_of(text: str) -> list[int]:
-    """The seeds of --seeds: numbers and ranges, as 0-4 or 0,1,7. Raises `UserError` for anything else.
-
-    >>> seeds_of("0-2,7")
-    [0, 1, 2, 7]
-    """
-    found: list[int] = []
-    for word in text.split(","):
-        first, dash, last = word.partition("-")
-        if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in (first, last or "0")) or (dash and not last):
-            raise UserError(f"--seeds={text}: not whole numbers or ranges of them; give for example 0-4 or 0,1,7")
-        seeds = range(int(first), int(last or first) + 1)
-        if not seeds:
-            raise UserError(f"--seeds={text}: {word} goes down; give the lower end first")
-        if len(found) + len(seeds) > MOST:
-            raise UserError(f"--seeds={text}: more than {MOST} seeds; give fewer")
-        found += seeds
-    return list(dict.fromkeys(found))

@@ -1,8 +1,8 @@
 """Figures over seeds, and tables of them."""
 
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
@@ -24,6 +24,15 @@ class Spread(NamedTuple):
 
     def __format__(self, spec: str) -> str:
         return f"{self.mean:{spec}}" + ("" if self.sd is None else f" ± {self.sd:{spec}}")
+
+
+def named(values: Mapping[str, Any], between: str = ", ") -> str:
+    """Keys with their values in words; "as configured" if there are none.
+
+    >>> named({"rule": "vff", "margin": 0.5})
+    'rule=vff, margin=0.5'
+    """
+    return between.join(f"{key}={value}" for key, value in values.items()) or "as configured"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from vffjax.errors import SafeStream, notice
-from vffjax.files import as_json, dumps, flush_to_disk, nulls, replace_file
+from vffjax.files import as_json, dumps, flush_to_disk, nulls, read_json, replace_file
 from vffjax.runs.tensorboard import Events
 
 METRICS = "metrics.jsonl"
@@ -173,6 +173,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("epoch"), int):
                 found.append(record)
     return found
+
+
+def finished(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What summary.json of a run holds; None if the run has not ended. A run that lost epochs trains them again, and has not ended then."""
+    with contextlib.suppress(OSError, ValueError):
+        summary = read_json(workdir / "summary.json")
+        total = summary.get("epochs")
+        return summary if isinstance(total, int) and len(read_metrics(workdir)) >= total else None
+    return None
 
 
 def restore_metrics(workdir: pathlib.Path, history: Sequence[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ They are made by matplotlib's object API, without pyplot's global state. matplot
 import itertools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,6 +110,14 @@ def exits_figure(found: dict[str, Any]) -> "Figure":
 def num_groups(records: list[dict[str, Any]], key: str) -> int:
     """The length of the longest list under this key."""
     return max((len(r.get(key) or []) for r in records), default=0)
+
+
+def total_epochs(config: Mapping[str, Any], records: list[dict[str, Any]]) -> Any:
+    """How many epochs a run has in all, by the content of its config.json; each group has its own under the sequential schedule."""
+    epochs = config.get("epochs")
+    if config.get("schedule") == "sequential" and isinstance(epochs, int):
+        epochs *= max(num_groups(records, "loss_per_group"), 1)
+    return epochs
 
 
 def points_of(records: list[dict[str, Any]], key: str, group: int | None = None) -> list[tuple[int, float]]:

@@ -1,14 +1,13 @@
 """The page of a run that is training, made of its metrics.jsonl alone. It reads; it takes no lock, and uses no device. Needs no JAX."""
 
-import contextlib
 import pathlib
 import time
 from typing import Any
 
 from vffjax import files, paths
 from vffjax.errors import UserError, aid, notice
-from vffjax.runs.logbook import read_metrics
-from vffjax.runs.plots import num_groups
+from vffjax.runs.logbook import finished, read_metrics
+from vffjax.runs.plots import total_epochs
 from vffjax.uses import report_page
 from vffjax.uses.report_page import Section
 
@@ -31,7 +30,7 @@ def follow(workdir: pathlib.Path) -> pathlib.Path:
     notice(f"{workdir / PAGE} is drawn after each epoch; open it in a browser, and stop this by Ctrl-C")
     seen: list[dict[str, Any]] | None = None
     while True:
-        ended = _ended(workdir)
+        ended = finished(workdir) is not None
         records = read_metrics(workdir)
         took = 0.0
         if records != seen or ended:
@@ -51,14 +50,6 @@ def _config(workdir: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"--workdir={workdir}: no run here ({path.name} is missing); give the folder of a run that has begun") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it") from None
-
-
-def _ended(workdir: pathlib.Path) -> bool:
-    """Whether the run has written its summary. A run that lost epochs trains them again, and its summary is of before."""
-    with contextlib.suppress(OSError, ValueError):
-        total = files.read_json(workdir / "summary.json").get("epochs")
-        return isinstance(total, int) and len(read_metrics(workdir)) >= total
-    return False
 
 
 def _write(workdir: pathlib.Path, config: dict[str, Any], records: list[dict[str, Any]], ended: bool) -> None:
@@ -81,10 +72,8 @@ def _write(workdir: pathlib.Path, config: dict[str, Any], records: list[dict[str
 def _facts(config: dict[str, Any], records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not records:
         return []
-    last, epochs = records[-1], config.get("epochs")
-    if config.get("schedule") == "sequential" and isinstance(epochs, int):
-        epochs *= max(num_groups(records, "loss_per_group"), 1)
-    facts = [("Epoch", f"{last['epoch']} of {report_page.text(epochs)}")]
+    last = records[-1]
+    facts = [("Epoch", f"{last['epoch']} of {report_page.text(total_epochs(config, records))}")]
     for key, name, form, scale in (
         ("val_error", "Validation error", "{:.2f} %", 1),
         ("train_accuracy", "Training accuracy", "{:.1f} %", 100),

@@ -26,6 +26,7 @@ PAGE = "report.html"
 MISTAKES = 20  # images that are shown
 CONFUSED = 12  # pairs of classes that are listed
 FEWEST = 5  # images of a class of which a mean is drawn
+BEST = "Chosen epoch"  # the heading of the epoch that validation images, or the end of the training, have chosen
 
 
 class Seen(NamedTuple):
@@ -39,7 +40,7 @@ class Seen(NamedTuple):
     heads: np.ndarray  # the same by the heads, of one view of each image
     known: np.ndarray  # the same of the validation images
     total: np.ndarray  # [n, classes] of the test images by the ensemble
-    called: str = "Chosen epoch"  # what the run's epoch is called
+    called: str = BEST  # what the run's epoch is called
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def write(workdir: pathlib.Path, epoch: str = "best", data_dir: str = "") -> pat
         dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
     check_data(dataset, run, data_dir, other_data=False)
     with phase("classifying test images"):
-        seen = look(trained, dataset)._replace(called="Chosen epoch" if epoch == "best" else "Epoch of this report")
+        seen = look(trained, dataset)._replace(called=BEST if epoch == "best" else "Epoch of this report")
     records, folder = read_metrics(workdir) or run["history"], report_page.picture_folder(workdir, fresh=True)
     makers: dict[str, Callable[[Section], None]] = {
         "Errors": functools.partial(errors, seen=seen),
@@ -155,8 +156,11 @@ def errors(section: Section, seen: Seen) -> None:
         rows.append((f"group {g}", _percent(val[g]), _percent(error_percent(seen.scores[g], labels)), votes))
     rows.append(("ensemble", _percent(run["val_error"]), _percent(error_percent(seen.total, labels)), ""))
     config = seen.trained.plan.config
-    by = "The epoch and the groups that vote were chosen on validation images."
-    by = by if run["val_error"] is not None else "There are no validation images; the last epoch was taken, and all groups vote."
+    asked = seen.called != BEST
+    if run["val_error"] is None:
+        by = f"There are no validation images; {'' if asked else 'the last epoch was taken, and '}all groups vote."
+    else:
+        by = f"{'The' if asked else 'The epoch and the'} groups that vote were chosen on validation images."
     section.texts.append(f"In percent, by config.inference={config.inference} and config.views={config.views}. {by}")
     section.tables.append(Table(("", "validation error", "test error", "votes"), rows))
 

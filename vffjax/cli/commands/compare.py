@@ -4,6 +4,7 @@ The table has the keys in which the runs differ, their errors in percent and the
 alone are also averaged. A run may still be training. --plot overlays their curves.
 """
 
+from vffjax import backend
 from vffjax.cli import options
 
 USAGE = """vffjax compare DIR [DIR ...] [--plot FILE.png] [--json]
@@ -16,9 +17,10 @@ def run(arguments: list[str]) -> None:
     plot = "draw the validation errors of all runs over their epochs"
     parser.add_argument("--plot", type=lambda text: options.new_file("--plot", text, ".png"), metavar="FILE.png", help=plot)
     a = parser.parse_args(arguments)
-    from vffjax.many import comparison, figures
-
     with options.naming_files(a.runs[0], "DIR"):
+        backend.start()
+        from vffjax.many import comparison, figures
+
         found = comparison.read(comparison.folders_of(a.runs))
         if a.plot:
             figures.plot_curves(a.plot, found["runs"])
