@@ -137,7 +137,7 @@ def test_callbacks_see_each_record_and_may_stop_the_run_which_then_goes_on_to_th
     stopped = trained(tmp_path / "run", callbacks=stopping)
     assert ([record["epoch"] for record in seen], len(count)) == ([1], 1)
     assert seen[0] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    fails(lambda: stopped.summary, "has not finished (epoch 1;")
+    fails(lambda: stopped.summary, "has not finished (1 epochs are trained, and config.epochs=")
     assert stopped.predict(whole.data.test.images[:2]).classes.shape == (2,)
     assert capsys.readouterr().err == ""
     finished_run = trained(tmp_path / "run", callbacks=[lambda record: True])  # at the last epoch there is nothing to stop
@@ -158,7 +158,7 @@ def test_two_runs_in_one_process_a_changed_value_and_one_begun_anew(tmp_path, mo
     assert (anew.summary["seed"], anew.workdir) == (2, first.workdir)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("three years")
-    fails(lambda: vffjax.train(CONFIG, tmp_path / "mine", overwrite=True), "holds no run, and is not deleted")
+    fails(lambda: vffjax.train(CONFIG, tmp_path / "mine", overwrite=True), "holds thesis.txt, which no run wrote, and is not deleted")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 

@@ -105,9 +105,9 @@ def test_a_full_disk_is_named_and_with_space_the_run_ends_as_if_undisturbed(wher
 def test_a_disk_that_fills_up_before_the_pictures_costs_the_pictures_alone(disk, train):
     folder, sound = disk / "run", summary.plot_curves
 
-    def full(workdir):
+    def full(*arguments):
         fill(disk)
-        return sound(workdir)
+        return sound(*arguments)
 
     with mock.patch.object(summary, "plot_curves", full):
         status, _, err = train(folder)

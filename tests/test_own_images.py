@@ -149,7 +149,7 @@ def bad_folders(tmp_path):
     put(root / "inner" / "photos", CLASSES)
     yield "inner", (f"did you mean {root / 'inner' / 'photos'}?",)
     put(root / "empty", CLASSES), (root / "empty" / "dog").mkdir()
-    yield "empty", ("dog/ holds no picture",)
+    yield "empty", ("dog/ holds no PNG, JPEG, WebP or BMP file; put some there",)
     put(root / "strange" / "train", CLASSES), put(root / "strange" / "test", (*CLASSES, "dog"))
     yield "strange", ("test/dog is no class of train/",)
     for file in put(root / "damaged", CLASSES, 2):
@@ -302,7 +302,7 @@ def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path):
     fails(lambda: load("npz", ""), "config.data_dir=''")
     fails(lambda: load("in_memory", "memory-0"), "another Python process")
     fails(lambda: in_memory.hold(3), "of type int")
-    fails(lambda: in_memory.hold((X, Y, X2)), "of type tuple")
+    fails(lambda: in_memory.hold((X, Y, X2)), "a sequence of 3")
 
 
 # --- tensorflow-datasets and the Hub

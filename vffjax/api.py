@@ -11,9 +11,10 @@
 ((5,), (5, 10))
 """
 
-import dataclasses
+import functools
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -28,13 +29,14 @@ from vffjax.cli.config_file import load_config_file
 from vffjax.config import CHANGEABLE, FIELDS, Config
 from vffjax.costs import fits
 from vffjax.data import in_memory
-from vffjax.errors import UserError, notice
-from vffjax.files import sha256
+from vffjax.errors import UserError, notice, printable
+from vffjax.files import holds, sha256
 from vffjax.keys import default_of
 from vffjax.run import Run, arguments
 from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.termination import Terminated
+from vffjax.runs.workdir import LOCK, WRITTEN, locked
 from vffjax.training import scores
 from vffjax.training.checks import make_config
 from vffjax.uses import evaluation
@@ -77,8 +79,8 @@ def train(
         config: from `default_config` or `read`, or a dictionary of the keys that are not at their defaults.
         workdir: the run's folder; default: a folder in runs/, named after the data set and a hash of the configuration.
         data: images of your own instead of config.dataset: a dictionary of arrays `x_train`, `y_train`, `x_test` and `y_test`, or `images`
-            and `labels`, or a tuple of these; see `vffjax.data.in_memory.from_mapping`.
-        overwrite: whether a run that lies in `workdir` is deleted first.
+            and `labels`, or a tuple of these; see `vffjax.data.in_memory.from_mapping`. They are kept until the process ends.
+        overwrite: whether a run that lies in `workdir` is deleted first. A folder that holds anything else is never deleted.
         callbacks: each is called with the record of each epoch, a dictionary as in `Run.metrics`. If one returns true, the run is saved and
             left after that epoch; the same arguments go on from there.
         quiet: whether the progress is not shown. Problems still are, on standard error.
@@ -91,14 +93,14 @@ def train(
         KeyboardInterrupt: the cell or program was interrupted; what was saved stays.
     """
     with arguments():
-        values = config.to_dict() if isinstance(config, (ml_collections.ConfigDict, Config)) else dict(config)
-        checked = make_config(_tuples(values) | (in_memory.hold(data) if data is not None else {}))
+        checked = make_config(_values(config) | (in_memory.hold(data) if data is not None else {}))
         folder = _folder(checked) if workdir is None else paths.local(workdir, "workdir")
-        if overwrite:
-            _delete(folder)
-        if not (folder / "config.json").exists():  # a run that continues has its weights already
+        paths.check_run_folder(folder, "workdir")
+        if overwrite or not (folder / "config.json").exists():  # a run that continues has its weights already
             weights.check_start(checked)
         fits.check_memory(checked)
+        if overwrite:  # not earlier: bad input should cost no run
+            _delete(folder)
         stopped: list[int] = []
 
         def after_epoch(record: dict[str, Any]) -> bool:
@@ -143,8 +145,9 @@ def evaluate(run: Run | str | pathlib.Path, data: Data | None = None, inference:
         run: the run, or its folder.
         data: images and labels, a tuple of two arrays or a dictionary with `images` and `labels`; labels are numbers or names of the run's
             classes. Default: the run's own validation and test images.
-        inference: heads, sweep, rule or early_exit; default: as the run was configured.
-        views: one, mirror or six; default: as configured.
+        inference: heads, sweep or rule, and without `data` also early_exit; default: as the run was configured.
+        views: one, mirror or six; default: as configured. With another inference or other views than configured, the groups that vote are
+            chosen anew, on the run's own validation images.
 
     Returns:
         As `vffjax evaluate --json`; for `data`, `error` of the ensemble, `error_per_group`, and `n`.
@@ -156,23 +159,37 @@ def evaluate(run: Run | str | pathlib.Path, data: Data | None = None, inference:
         run = run if isinstance(run, Run) else load(run)
         if data is None:
             return evaluation.evaluate(run.workdir, inference, run.epoch, views=views)
-        images, labels = (data["images"], data["labels"]) if isinstance(data, Mapping) else data
-        given, trained = run.as_images(images), run.trained
-        numbers = in_memory.numbers_of(labels, run.class_names, "labels")
+        parts = in_memory.by_name(data)
+        if set(parts) != {"images", "labels"}:
+            raise UserError(f"data: holds {printable(', '.join(map(str, parts)), 200) or 'nothing'}; give images and labels")
+        given, trained = run.as_images(parts["images"]), run.trained
+        numbers = in_memory.numbers_of(parts["labels"], run.class_names, "labels")
         if len(numbers) != len(given):
             raise UserError(f"labels: are {len(numbers)} for {len(given)} images; give each image one label")
-        name = inference or trained.scored_by
+        name = inference or trained.plan.config.inference
         if name not in scores.SCORES:
             raise UserError(f"inference={name}: not known for images of your own; use one of {', '.join(scores.SCORES)}")
         if why := trained.plan.rule.cannot_score_by(name):
             raise UserError(f"inference={name}: rule {trained.plan.config.rule} {why}; use heads")
-        plan = dataclasses.replace(trained.plan, config=dataclasses.replace(trained.plan.config, views=views or trained.plan.config.views))
-        found = np.asarray(scores.make_scores(plan, name)(trained.task, trained.states, given))[: trained.groups]
-        measured = scores.measure(found, numbers, trained.voting, "own", trained.vote_weights)
+        plan = evaluation.with_views(trained.plan, views)
+        score = functools.partial(scores.make_scores(plan, name), trained.task, trained.states)
+        votes = trained.run
+        if (name, plan.config.views) != (trained.plan.config.inference, trained.plan.config.views):  # for which others may vote
+            known = run.data.validation
+            seen = np.asarray(score(known.images)) if len(known.labels) else None
+            votes = scores.validate(seen, known.labels, trained.groups, plan.config.votes)
+        found = np.asarray(score(given))[: trained.groups]
+        measured = scores.measure(found, numbers, tuple(votes["voting"]), "own", tuple(votes.get("vote_weights", ())))
         return {"error": measured["own_error"], "error_per_group": measured["own_error_per_group"], "n": len(numbers)}
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+def _values(config: Any) -> dict[str, Any]:
+    """The values of a configuration of any of the kinds that `train` takes."""
+    if isinstance(config, str):
+        raise UserError(f"config={config}: is a text; give vffjax.read({config!r}), or a dictionary of keys")
+    if not isinstance(config, (ml_collections.ConfigDict, Config, Mapping)):
+        raise UserError(f"config: of type {type(config).__name__}; give vffjax.read(NAME), or a dictionary of keys")
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
@@ -184,8 +201,20 @@ def _folder(config: Config) -> pathlib.Path:
 
 
 def _delete(folder: pathlib.Path) -> None:
-    """Deletes the run in a folder. Raises `UserError` if the folder holds something else."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "config.json").is_file() and not Checkpoints(folder).epochs():
-            raise UserError(f"workdir={folder}: holds no run, and is not deleted; give another folder, or overwrite=False")
-        shutil.rmtree(folder)
+    """Deletes the run in a folder. Raises `UserError` if the folder holds anything else, or if a run is training there."""
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    fix = "is not deleted; give another folder, or overwrite=False"
+    if not folder.is_dir():
+        raise UserError(f"workdir={folder}: is no folder, and {fix}")
+    others = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".tmp") not in WRITTEN)
+    if others:
+        raise UserError(f"workdir={folder}: holds {printable(others[0], 100)}, which no run wrote, and {fix}")
+    if not holds(folder / "config.json", "vffjax") and not Checkpoints(folder).epochs():
+        raise UserError(f"workdir={folder}: holds no run, and {fix}")
+    with locked(folder):
+        for path in folder.iterdir():  # the folder itself may be a link, or a volume
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()

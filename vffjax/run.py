@@ -32,7 +32,7 @@ def arguments() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"--(?=[a-z])", "", str(error))
+        text = re.sub(r"(?<![^\s(\"'=])--(?=[a-z])", "", str(error))  # not within a path, which may hold two dashes
         if text == str(error):
             raise
         raise UserError(text) from error.__cause__
@@ -98,7 +98,7 @@ class Run:
             return read_json(self.workdir / "summary.json")
         except FileNotFoundError:
             done, total = len(read_metrics(self.workdir)), self.config.epochs
-            problem = f"the run has not finished (epoch {done}; {total} for each group or for all)"
+            problem = f"the run has not finished ({done} epochs are trained, and config.epochs={total})"
             raise UserError(f"{self.workdir}: {problem}; train it to its end, or use vffjax.evaluate(run)") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.workdir / 'summary.json'}: cannot be read ({error}); train again with the same arguments") from None
@@ -107,7 +107,7 @@ class Run:
         """Classifies images by the groups that vote.
 
         Args:
-            images: an array `[n, h, w]` or `[n, h, w, c]` of the run's image shape, as bytes, or as numbers from 0 to 1 or from 0 to 255.
+            images: an array `[n, h, w]` or `[n, h, w, c]` of the run's image shape, as bytes, numbers from 0 to 255, or floats from 0 to 1.
                 Or a picture (a path, or an image of Pillow) or a list of them, which are brought to that shape as by `vffjax predict`.
 
         Raises:
@@ -163,9 +163,16 @@ class Run:
         return found
 
 
+# Modes of Pillow's images that its PNG files can hold, and what others become without loss.
+_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I;16L")
+_OF_PNG = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
+
+
 def _picture(given: str | pathlib.Path | Image.Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
     if not isinstance(given, Image.Image):
         return pictures.read_image(paths.local(given, "images"), shape)
-    buffer = io.BytesIO()
-    given.convert("RGB" if given.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") else given.mode).save(buffer, "PNG")
+    if given.mode in ("I", "F"):
+        raise UserError(f"images: a picture of mode {given.mode} does not say which number is white; give an array of bytes")
+    buffer, mode = io.BytesIO(), _OF_PNG.get(given.mode, given.mode)
+    given.convert(mode if mode in _PNG else "RGB").save(buffer, "PNG", exif=given.getexif())  # which says how it is turned
     return pictures.decoded(buffer.getvalue(), shape[:2], "L" if shape[2] == 1 else "RGB", "images")[0]

@@ -12,13 +12,16 @@ from vffjax import paths
 from vffjax.config import Config
 from vffjax.data import own_sets
 from vffjax.data.decoding import Encoded, decode
-from vffjax.data.pictures import MAX_BYTES, SUFFIXES
+from vffjax.data.pictures import KINDS, MAX_BYTES, SUFFIXES
 from vffjax.data.sets import Split
-from vffjax.errors import UserError, bad_key, printable
+from vffjax.errors import bad_key, printable
 from vffjax.files import read_bytes
 
 TRAIN = "train"
 TESTS = ("test", "val", "valid", "validation")  # the folder of test images; the first that is there
+
+
+_LIKE_PARTS = ("train", "training", "test", "testing", *TESTS)
 
 
 class Listing(NamedTuple):
@@ -51,6 +54,9 @@ def listed(config: Config) -> Listing:
     split = TRAIN in inner
     parts = [TRAIN, *tests[:1]] if split else [""]
     classes = _folders(root / parts[0])
+    if not split and inner and all(name.lower() in _LIKE_PARTS and _folders(root / name) for name in inner):
+        problem = f"{printable(inner[0])} is a part of a set by its name, not a class"
+        raise bad_key("data_dir", config.data_dir, problem, f"rename the folders of the parts to {TRAIN} and {TESTS[0]}")
     if len(classes) < 2:
         raise bad_key("data_dir", config.data_dir, *_too_few(root / parts[0], classes))
     files, labels, others, counts = list[str](), list[int](), list[str](), list[int]()
@@ -62,8 +68,10 @@ def listed(config: Config) -> Listing:
         for label, name in enumerate(classes):
             found = _files(root, os.path.join(part, name), others)
             if not found and part == parts[0]:
-                problem = f"{os.path.join(part, printable(name))}/ holds no picture"
-                raise bad_key("data_dir", config.data_dir, problem, "put some there, or remove the folder")
+                here = [other for other in others if other.startswith(os.path.join(part, name) + os.sep)]
+                also = f" ({len(here)} others, such as {printable(here[0], 200)})" if here else ""
+                problem = f"{os.path.join(part, printable(name))}/ holds no {KINDS} file{also}"
+                raise bad_key("data_dir", config.data_dir, problem, f"{'convert them' if here else 'put some there'}, or remove the folder")
             files += found
             labels += [label] * len(found)
         counts.append(len(files) - before)
@@ -101,7 +109,11 @@ def _folders(folder: pathlib.Path) -> list[str]:
 def _files(root: pathlib.Path, below: str, others: list[str]) -> list[str]:
     """The pictures below a folder, relative to the root and in alphabetical order. Other files are added to `others`."""
     found: list[str] = []
-    for folder, inner, names in os.walk(root / below):
+
+    def tell(error: OSError) -> None:
+        own_sets.tell(f"{error.filename}: {error.strerror}; its pictures are left out")
+
+    for folder, inner, names in os.walk(root / below, onerror=tell):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             path = os.path.relpath(os.path.join(folder, name), root)
@@ -113,7 +125,11 @@ def _key(listing: Listing) -> str:
     """A digest of names, sizes and times of change of all files."""
     digest = hashlib.sha256()
     for file in listing.files:
-        about = os.stat(listing.root / file)
+        try:
+            about = os.stat(listing.root / file)
+        except OSError:  # such as a link to nowhere: `decode` leaves it out, and says so
+            digest.update(repr((file, None)).encode())
+            continue
         digest.update(repr((file, about.st_size, about.st_mtime_ns)).encode())
     return digest.hexdigest()
 
@@ -121,10 +137,7 @@ def _key(listing: Listing) -> str:
 def _own(config: Config) -> own_sets.Own:
     """All images, decoded, with their labels and files' names."""
     listing = listed(config)
-    try:
-        key = f"{os.path.abspath(listing.root)} {_key(listing)}"
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; let config.data_dir={config.data_dir} hold files that can be read") from None
+    key = f"{os.path.abspath(listing.root)} {_key(listing)}"
     content = lambda number: read_bytes(listing.root / listing.files[number], MAX_BYTES)  # noqa: E731
     names = [str(listing.root / file) for file in listing.files]
     images, kept = decode(Encoded(str(listing.root), names, content, key), config.image_size)

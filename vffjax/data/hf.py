@@ -36,7 +36,9 @@ def FAMILY(name: str) -> Source:
         raise bad_key("dataset", f"hf:{name}", "no address", "give hf:OWNER/NAME[/CONFIG][@REVISION], such as hf:ylecun/mnist")
 
     def own(config: Config) -> own_sets.Own:
-        return _own(name, _splits(name, config.data_dir), config.image_size)
+        splits = _splits(name, config.data_dir)
+        with _explained(name):
+            return _own(name, splits, config.image_size)
 
     def prepare(data_dir: str) -> pathlib.Path:
         files = next(iter(_splits(name, data_dir).values())).cache_files
@@ -80,7 +82,7 @@ def _own(name: str, splits: dict[str, Any], image_size: int) -> own_sets.Own:
     features = splits["train"].features
     picture = _column(name, "pictures", [key for key, kind in features.items() if isinstance(kind, datasets.Image)])
     classes = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    classes = classes or [key for key, kind in features.items() if getattr(kind, "dtype", "") in ("int64", "int32", "string")]
+    classes = classes or [key for key, kind in features.items() if re.fullmatch("u?int[0-9]+|string", str(getattr(kind, "dtype", "")))]
     label = _column(name, "classes", [key for key in _USUAL if key in classes][:1] or classes)
     parts = [split.cast_column(picture, datasets.Image(decode=False)) for split in splits.values()]
     places = [(part, row) for part in parts for row in range(len(part))]
@@ -109,7 +111,10 @@ def _column(name: str, what: str, found: list[str]) -> str:
 
 def _labels(name: str, given: list[Any], names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """The labels of all rows as numbers from 0, int32, and the names of the classes, which are the labels themselves if none are given."""
-    labels = [np.asarray(list(part)) for part in given]
+    listed = [list(part) for part in given]
+    if any(label is None for part in listed for label in part):
+        raise bad_key("dataset", f"hf:{name}", "has rows without a class", "use a set whose rows all have one")
+    labels = [np.asarray(part) for part in listed]
     known = np.arange(len(names)) if names else np.unique(labels[0])
     every = np.concatenate(labels)
     if strange := [printable(str(one)) for one in np.setdiff1d(every, known)]:

@@ -4,6 +4,7 @@ A set is known by the digest of its content, which stands in config.data_dir, as
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from vffjax.config import Config
 from vffjax.data import own_sets
 from vffjax.data.sets import Split
-from vffjax.errors import UserError, bad_key, printable
+from vffjax.errors import UserError, bad_key, printable, said
 
 # The names that images and labels of the parts have, in files of common kinds: Keras's MNIST, MedMNIST, and a set without parts.
 _PARTS = (
@@ -29,8 +30,8 @@ def from_mapping(given: Mapping[str, Any], where: str) -> own_sets.Own:
     """A set from arrays by their names.
 
     Args:
-        given: images `[n, h, w]` or `[n, h, w, c]`, where c is 1 or 3, as bytes, or as numbers from 0 to 1 or from 0 to 255; labels `[n]`,
-            `[n, 1]`, or `[n, classes]` one-hot, as whole numbers or texts; and perhaps `class_names`. See `NAMES` for their names.
+        given: images `[n, h, w]` or `[n, h, w, c]`, where c is 1 or 3, as bytes, as numbers from 0 to 255, or as floats from 0 to 1; labels
+            `[n]`, `[n, 1]`, or `[n, classes]` one-hot, as whole numbers or texts; and perhaps `class_names`. See `NAMES` for their names.
         where: what messages call it.
 
     Raises:
@@ -53,7 +54,7 @@ def from_mapping(given: Mapping[str, Any], where: str) -> own_sets.Own:
 
 def as_bytes(given: Any, where: str) -> np.ndarray:
     """Images as bytes, [n, h, w, c]; `from_mapping` says what is taken. Raises `UserError` that calls them `where`."""
-    images = np.asarray(given)
+    images = _array(given, where)
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         fix = "give [n, h, w] or [n, h, w, c] with c = 1 or 3"
@@ -65,10 +66,12 @@ def as_bytes(given: Any, where: str) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind not in "biuf":
-        raise UserError(f"{where} holds {images.dtype}; give numbers from 0 to 255, or from 0 to 1")
+        raise UserError(f"{where} holds {images.dtype}; give numbers from 0 to 255, or floats from 0 to 1")
     low, high = (float(f(images)) if images.size else 0.0 for f in (np.min, np.max))
     if not (low >= 0 and high <= 255):  # also if one of them is NaN
-        raise UserError(f"{where} holds numbers from {low:g} to {high:g}; give numbers from 0 to 255, or from 0 to 1")
+        raise UserError(f"{where} holds numbers from {low:g} to {high:g}; give numbers from 0 to 255, or floats from 0 to 1")
+    if images.dtype.kind == "f" and 1 < high < 2:  # bytes as floats are whole numbers, and resizing may overshoot 1 by a little
+        raise UserError(f"{where} holds numbers from {low:g} to {high:.6g}; clip them to at most 1, or give numbers from 0 to 255")
     scale = 255.0 if images.dtype.kind in "bf" and high <= 1 else 1.0
     out = np.empty(images.shape, np.uint8)
     for start in range(0, len(images), 4096):  # in pieces, because float64 takes eight times the memory
@@ -76,16 +79,28 @@ def as_bytes(given: Any, where: str) -> np.ndarray:
     return out
 
 
+def _array(given: Any, where: str) -> np.ndarray:
+    try:
+        return np.asarray(given)
+    except ValueError as error:  # parts of a list that have different shapes
+        raise UserError(f"{where} is no array ({said(error)}); give all parts one shape") from None
+
+
 def _labels(given: Any, where: str) -> np.ndarray:
     """Labels as they are, [n]; of a one-hot array the number of the class."""
-    labels = np.asarray(given)
+    labels = _array(given, where)
+    if labels.dtype.kind == "O" and labels.size:  # such as texts from pandas
+        kinds = {type(label) for label in labels.flat}
+        labels = labels.astype(str) if kinds == {str} else labels.astype(np.int64) if kinds == {int} else labels
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     elif labels.ndim == 2 and labels.dtype.kind in "biuf" and ((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all():
         labels = labels.argmax(axis=1)
-    if labels.dtype.kind == "f" and labels.ndim == 1 and (labels == np.rint(labels)).all():
+    if labels.dtype.kind == "f" and labels.ndim == 1 and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
         labels = labels.astype(np.int64)
-    if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
+    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
         shown = "x".join(map(str, labels.shape))
         raise UserError(f"{where} is {labels.dtype} of shape {shown}; give one whole number or text for each image")
     return labels
@@ -97,24 +112,32 @@ def _numbered(labels: list[np.ndarray], names: Any, where: str) -> tuple[list[np
     Without names, the classes are the labels of the first part in order. With names, labels are their numbers.
     """
     if names is not None:
-        shown = tuple(map(str, np.asarray(names).tolist()))
-        found = np.unique(np.concatenate(labels)) if labels[0].dtype.kind in "iu" else np.array([-1])
+        shown = tuple(map(str, np.atleast_1d(_array(names, f"{where}: class_names")).tolist()))
+        numbers = all(part.dtype.kind in "iu" for part in labels)
+        found = np.unique(np.concatenate(labels)) if numbers else np.array([-1])
         if len(shown) < 2 or found[0] < 0 or found[-1] >= len(shown):
             raise UserError(f"{where}: the labels are no numbers of the {len(shown)} class_names; number the classes from 0")
         return [part.astype(np.int32) for part in labels], shown
     classes = np.unique(labels[0])
+    if len({part.dtype.kind == "U" for part in labels}) > 1:
+        raise UserError(f"{where}: the labels of one part are numbers, and those of the other are texts; give both the same")
     for part in labels[1:]:
         if (strange := np.setdiff1d(part, classes)).size:
             raise UserError(f"{where}: class {printable(str(strange[0]))} of the test images has no image to train on; give it some")
     if len(classes) < 2:
         raise UserError(f"{where}: has one class, so that there is nothing to learn; give two classes or more")
     numbered = [np.searchsorted(classes, part).astype(np.int32) for part in labels]
-    return numbered, tuple(c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in classes.tolist())
+    return numbered, tuple(map(str, classes.tolist()))
 
 
 def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
-    """Labels, as numbers or as names of classes, as numbers, int32 [n]. Raises `UserError` if they are none of the classes."""
+    """Labels as numbers from 0, int32 [n]. Raises `UserError` if they are none of the classes.
+
+    Texts are names of classes. Numbers are the classes' numbers from 0, unless the classes themselves are named by other numbers.
+    """
     labels = _labels(given, where)
+    if labels.dtype.kind in "iu" and all(re.fullmatch("-?[0-9]+", name) for name in names) and names != tuple(map(str, range(len(names)))):
+        labels = labels.astype(str)
     if labels.dtype.kind == "U":
         if strange := sorted(set(labels.tolist()) - set(names)):
             raise UserError(f"{where}: {printable(strange[0])!r} is no class; the classes are {printable(', '.join(names), 200)}")
@@ -124,8 +147,20 @@ def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
     return labels.astype(np.int32)
 
 
+def by_name(given: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
+    """Arrays by their names; those of a sequence by their number. Raises `UserError` if there are neither two nor four."""
+    if isinstance(given, Mapping):
+        return given
+    kinds: dict[int, tuple[str, ...]] = {2: ("images", "labels"), 4: ("x_train", "y_train", "x_test", "y_test")}
+    if not isinstance(given, (tuple, list)):
+        raise UserError(f"data: of type {type(given).__name__}; give {NAMES}, as a dictionary or a tuple")
+    if len(given) not in kinds:
+        raise UserError(f"data: a sequence of {len(given)}; give images and labels, or those of training and then those of test")
+    return dict(zip(kinds[len(given)], given, strict=True))
+
+
 def hold(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, str]:
-    """Keeps a set as long as this process lives. Returns the configuration keys that name it.
+    """Keeps a copy of a set as long as this process lives. Returns the configuration keys that name it.
 
     Args:
         given: as `from_mapping` takes it; or a sequence of two arrays, images and labels, or of four: those of training and of test.
@@ -133,12 +168,8 @@ def hold(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, str]:
     Raises:
         UserError: as `from_mapping`.
     """
-    if not isinstance(given, Mapping):
-        kinds: dict[int, tuple[str, ...]] = {2: ("images", "labels"), 4: ("x_train", "y_train", "x_test", "y_test")}
-        if not isinstance(given, (tuple, list)) or len(given) not in kinds:
-            raise UserError(f"data: of type {type(given).__name__}; give {NAMES}, as a dictionary or a tuple")
-        given = dict(zip(kinds[len(given)], given, strict=True))
-    own = from_mapping(given, "data")
+    own = from_mapping(by_name(given), "data")
+    own = own._replace(all=Split(own.all.images.copy(), own.all.labels))  # the caller may change the own array later
     digest = hashlib.sha256(repr((own.classes, own.train, own.all.images.shape)).encode())
     for array in (own.all.images, own.all.labels):
         digest.update(np.ascontiguousarray(array).data)

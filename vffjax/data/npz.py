@@ -3,6 +3,7 @@
 import functools
 import os
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -29,9 +30,10 @@ def _read(given: str, path: str, *_: int) -> own_sets.Own:
     try:
         if not zipfile.is_zipfile(path):
             raise bad_key("data_dir", given, "not an .npz file, which is an archive of arrays", f"make one by np.savez, with {NAMES}")
-        with np.load(path, allow_pickle=False) as file:
+        # np.load leaves a file open that it has opened and cannot read.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         fix = "save texts as np.array(names, dtype=str), not as objects" if "pickle" in str(error) else "save it again by np.savez"
         raise bad_key("data_dir", given, f"cannot be read as an .npz file ({said(error)})", fix) from None
     return from_mapping(arrays, given)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vffjax.config import Config
 from vffjax.data.sets import Sizes, Source, Split, take
-from vffjax.errors import bad_key, notice, printable
+from vffjax.errors import UserError, bad_key, notice, printable
 
 TEST_STREAM = 0x7E57  # keeps the drawing of test images apart from the other uses of the seed
 _told: set[str] = set()
@@ -70,10 +70,18 @@ def _numbers(config: Config, own: Own) -> tuple[np.ndarray, np.ndarray]:
         if label not in labels[train]:
             problem = f"no image of class {printable(name)} to train on that can be read"
             fix = "give each class more images" if own.train is None else "give it some"
-            raise bad_key("data_dir" if config.data_dir else "dataset", config.data_dir or config.dataset, problem, fix)
+            raise _bad(config, problem, fix)
     if not len(test):
-        raise bad_key("data_dir", config.data_dir, "the test part has no image that can be read", "put some there, or remove it")
+        raise _bad(config, "the test part has no image that can be read", "put some there, or remove it")
     return train, test
+
+
+def _bad(config: Config, problem: str, fix: str) -> UserError:
+    """The error for a set, by what the user gave: arrays, config.data_dir, or else config.dataset."""
+    if config.dataset == "in_memory":
+        return UserError(f"data: {problem}; {fix}")
+    key = "data_dir" if config.data_dir else "dataset"
+    return bad_key(key, getattr(config, key), problem, fix)
 
 
 def _taken(split: Split, numbers: np.ndarray) -> Split:

@@ -12,7 +12,7 @@ from vffjax.config import Config
 
 
 class Sizes(NamedTuple):
-    """What there is to know of a set without reading it."""
+    """The sizes of a set, from which networks are built and checked. Of a set that somebody brings they are known once it is read."""
 
     train_images: int  # validation images included
     image_shape: tuple[int, int, int]  # height, width, channels

@@ -250,6 +250,9 @@ def _read_split(builder: Any, split: str, shape: tuple[int, int, int], classes: 
 
 def _check_labels(labels: np.ndarray, classes: int, split: str, folder: pathlib.Path, name: str) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size and (labels == -1).all():
+        fix = "use another set: this one keeps the classes of these images secret"
+        raise bad_key("dataset", dataset(name), f"the images of its split {split!r} have no labels", fix)
     if wrong.size:
         raise _damaged(folder, f"record {wrong[0]} of split {split!r} has label {labels[wrong[0]]}, outside 0..{classes - 1}", name)
 

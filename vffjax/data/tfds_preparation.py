@@ -37,7 +37,8 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
         return folder
     tfds = imported(name)
     fix = f'run "vffjax prepare {dataset(name)}" on a machine with network, or set config.data_dir or TFDS_DATA_DIR to a prepared folder'
-    missing = [p for p in (root / name, root, *root.parents) if not os.path.exists(p)]  # innermost first
+    inside = [root / name, *([root / name.partition("/")[0]] if "/" in name else [])]  # a name may have a configuration: NAME/CONFIG
+    missing = [p for p in (*inside, root, *root.parents) if not os.path.exists(p)]  # innermost first
     manual = root / "downloads" / "manual"
     try:
         with quiet():
@@ -51,7 +52,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
                 raise bad_key("dataset", dataset(name), f"not prepared in {root} and the download failed ({problem})", fix)
         root.mkdir(parents=True, exist_ok=True)
         # A download folder of our own can be removed without harm to another process that prepares another set.
-        downloads_at = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
+        downloads_at = tempfile.TemporaryDirectory(prefix=f".{name.replace('/', '-')}-", dir=root)
         # TFDS may print to a terminal, where its progress bars are wanted. Elsewhere its output is dropped, so that a failure is one line.
         shown: Any = SafeStream(sys.stderr) if SafeStream(sys.stderr).isatty() else io.StringIO()
         with downloads_at as downloads, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _without_tensorflow():

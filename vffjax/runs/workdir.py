@@ -18,6 +18,11 @@ from vffjax.training.checks import from_json
 from vffjax.training.plan import Plan, make_plan
 
 LOCK = ".lock"
+# What runs, and the commands that read them, write into a run's folder.
+WRITTEN = (
+    *(LOCK, "config.json", "metrics.jsonl", "summary.json", "curves.png", "features.png", "tensorboard", FOLDER),
+    *("report", "report.html", "live.html"),
+)
 _Read = TypeVar("_Read")
 
 
