@@ -140,6 +140,7 @@ PEER = Known(
         *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
+        "devices": Only((0, 1), "every contender runs on one device", "use devices=0"),
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
@@ -185,7 +186,18 @@ FLOPS = Known(
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
-        *("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels", "init_from"),
+        *(
+            "seed",
+            "dataset",
+            "data_dir",
+            "data_on",
+            "devices",
+            "train_examples",
+            "val_fraction",
+            "test_fraction",
+            "wrong_labels",
+            "init_from",
+        ),
         # By the definition in rates.py, only layers, heads and a rule's kernels count: not augmentation, normalisation, losses, optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
         *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),

@@ -27,7 +27,16 @@ NORMS = ("auto", "batch", "anchor", "layer", "input", "class", "none")
 _MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
 MAX_SIDE = 4096  # of an image, in pixels
 # Keys that may change when a run is resumed: where the data are, and how much memory and disk it uses. Any other makes it another run.
-CHANGEABLE = ("data_dir", "data_on", "eval_batch_size", "checkpoint_every", "rematerialise", "segment_steps", "checkpoint_seconds")
+CHANGEABLE = (
+    "data_dir",
+    "data_on",
+    "devices",
+    "eval_batch_size",
+    "checkpoint_every",
+    "rematerialise",
+    "segment_steps",
+    "checkpoint_seconds",
+)
 BITWISE = ("data_on", "checkpoint_every", "checkpoint_seconds", "segment_steps")  # results do not depend on these, to the bit
 # Numbers that compiled programs take as arguments, for each step and group; see `hyperparameters`.
 ARGUMENTS: tuple[str, ...] = (
@@ -38,7 +47,7 @@ ARGUMENTS: tuple[str, ...] = (
 _SWITCHES = ("clip_norm", "head_weight", "peer_normalisation")
 # Keys that no compiled program depends on: they choose its data and arrays, and how often and where it runs.
 _OUTSIDE = (
-    *("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels", "init_from"),
+    *("seed", "dataset", "data_dir", "data_on", "devices", "train_examples", "val_fraction", "test_fraction", "wrong_labels", "init_from"),
     *("noise_scale", "feature_cache"),
     *("epochs", "noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "group_decay", "warmup_epochs", "decay"),
     *("temperature_end", "inference", "votes", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
@@ -125,6 +134,7 @@ class Config:
     slow_share: float = key(0.77, "look_ahead: share of the slow averages at the end; grows with the cube of time", low=0.0, high=0.999)
     clip_norm: float = key(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
     overrides: Mapping[str, Mapping[str, Any]] = key({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
+    devices: int = key(0, "devices that train together, each on its part of each batch; 0: all that JAX sees", low=0, high=65_536)
     on_nonfinite: str = key("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))
     precision: str = key("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")

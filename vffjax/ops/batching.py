@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from vffjax.ops.rows import over_devices
+
 
 def map_batches(function: Callable[[Array], Any], images: Array, batch_size: int) -> Any:
     """Applies `function` to batches of images, one batch after the other, inside a compiled program.
@@ -27,5 +29,5 @@ def map_batches(function: Callable[[Array], Any], images: Array, batch_size: int
     n = images.shape[0]
     batch = min(batch_size, n)
     padded = jnp.pad(images, ((0, -n % batch), *((0, 0),) * (images.ndim - 1)))
-    out = jax.lax.map(function, padded.reshape(-1, batch, *images.shape[1:]))
+    out = jax.lax.map(lambda rows: function(over_devices(rows)), padded.reshape(-1, batch, *images.shape[1:]))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vffjax.data.sets import Dataset, Split
 from vffjax.errors import UserError, chosen
@@ -22,6 +23,7 @@ from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache, trainer
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
+from vffjax.training.mesh import everywhere, mesh_of, within
 from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
 
@@ -41,20 +43,23 @@ class Diverged(UserError):
 _SHORT_EPOCH = 2e10
 
 
-def on_device(split: Split) -> Images:
-    """A split's images and labels on JAX's first device."""
+def on_device(split: Split, mesh: Mesh | None = None) -> Images:
+    """A split's images and labels on JAX's first device, or on every device of a mesh."""
+    if mesh is not None:
+        return everywhere(mesh, Images(split.images, split.labels))
     return Images(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
-def placed(split: Split, where: str) -> Images:
-    """A split's images and labels on JAX's first device or on the host, as config.data_on says."""
-    return chosen("data_on", where, {"device": on_device, "host": lambda split: Images(split.images, split.labels)})(split)
+def placed(split: Split, where: str, mesh: Mesh | None = None) -> Images:
+    """A split's images and labels on the device, on every device of a mesh, or on the host, as config.data_on says."""
+    on_host = chosen("data_on", where, {"device": False, "host": True})
+    return Images(split.images, split.labels) if on_host else on_device(split, mesh)
 
 
-def training_images(split: Split, where: str = "device") -> Images:
+def training_images(split: Split, where: str = "device", mesh: Mesh | None = None) -> Images:
     """A split's images, each as one row of bytes, and labels, where config.data_on says; `Epoch` gathers batches from them."""
     rows = Images(split.images, split.labels).as_rows()  # on the host, where a reshape costs nothing
-    return placed(Split(rows.images, rows.labels), where)._replace(shape=rows.shape)  # type: ignore[arg-type]
+    return placed(Split(rows.images, rows.labels), where, mesh)._replace(shape=rows.shape)  # type: ignore[arg-type]
 
 
 class Loop:
@@ -86,8 +91,9 @@ class Loop:
         self._checkpoints, self._writer, self._request, self._after_epoch = checkpoints, writer, request, after_epoch
         redraws = plan.config.noise_redrawn != "never"
         self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
-        where = plan.config.data_on
-        self._data, self._validation = training_images(dataset.train, where), placed(dataset.validation, where)
+        where, self._mesh = plan.config.data_on, mesh_of(run.get("devices", 1))
+        self._data, self._validation = training_images(dataset.train, where, self._mesh), placed(dataset.validation, where, self._mesh)
+        self._task = everywhere(self._mesh, self._task)
         self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
         self._epoch: Epoch | None = None
         self._compiled_for: int | None = None
@@ -104,7 +110,8 @@ class Loop:
         Raises `Terminated` if the run was told to leave, after it has been saved, and `Diverged` if it has diverged.
         """
         done, total = self._run["epoch"], self._plan.total_epochs
-        with Logbook(workdir, total, done, progress, self._config.to_dict()) as logbook:
+        states = everywhere(self._mesh, states)
+        with within(self._mesh), Logbook(workdir, total, done, progress, self._config.to_dict()) as logbook:
             logbook.phase("compiling")
             self._compile_checks(states)
             for epoch in range(done, total):
@@ -115,7 +122,7 @@ class Loop:
                 self._request.idle = False
                 if self._request.leave and self._saved_epoch == epoch:
                     raise Terminated(self._request.saved)
-                self._task = task_of_epoch(self._config, self._task, epoch, self._noise_root)
+                self._task = everywhere(self._mesh, task_of_epoch(self._config, self._task, epoch, self._noise_root))
                 logbook.phase("training")
                 states, means, checks, seconds = self._train_epoch(states, epoch, logbook)
                 logbook.phase("validating")
@@ -147,7 +154,7 @@ class Loop:
         self._data = self._data._replace(features=None)  # frees the last stage's features before new ones are made
         if active and self._config.feature_cache != "none":
             self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
-        self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"]), active
+        self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"], self._mesh), active
         largest = self._epoch.compile(self._task, states, self._data, self._steps_done)
         if _is_short(self._plan, largest):
             self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray, Shaped
 
 from vffjax.backend import cores
 from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import States, layer_sizes
 from vffjax.rules.streams import Task
-from vffjax.training.batch import Batch, abstract_batch
+from vffjax.training.batch import Batch
 from vffjax.training.compiled import compiled
+from vffjax.training.mesh import divided, everywhere, within
 from vffjax.training.plan import EPOCH, Images, Plan, run_key
 from vffjax.training.trainer import run_segment
 
@@ -31,6 +33,15 @@ SECONDS, LARGEST_BYTES = 3.0, 2**26
 _CORE, _ACCELERATOR = 5e10, 2e13
 
 segment = jax.jit(run_segment, static_argnums=(0, 1), donate_argnums=3)
+
+
+@functools.cache
+def segment_on(mesh: Mesh | None) -> Any:
+    """`segment` for the devices of a mesh, each of which gets all of the results."""
+    if mesh is None:
+        return segment
+    return jax.jit(run_segment, static_argnums=(0, 1), donate_argnums=3, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
 
 Metrics = dict[str, Shaped[np.ndarray, "_steps *_groups"]]
 
@@ -59,10 +70,11 @@ class Epoch:
         plan: of the run.
         active: the index of the group that trains; None if all groups train together.
         length: steps in a segment, about; None for the whole epoch.
+        mesh: the devices, on all of which task, states and the data on devices lie; None for one device.
     """
 
-    def __init__(self, plan: Plan, active: int | None = None, length: int | None = None):
-        self._plan, self._active = plan, active
+    def __init__(self, plan: Plan, active: int | None = None, length: int | None = None, mesh: Mesh | None = None):
+        self._plan, self._active, self._mesh = plan, active, mesh
         self.pieces = pieces(plan.steps_per_epoch, length or plan.steps_per_epoch)
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
@@ -76,11 +88,10 @@ class Epoch:
         Returns:
             The program of the longest segment.
         """
-        draws, groups = self._draws(data, 0), len(self._plan.groups)
+        draws = self._draws(data, 0)
         for piece in {len(piece): piece for piece in (*self.pieces, *self._left(done))}.values():
-            _batches(data, piece, draws)  # the programs that gather are compiled where they are called
-            shapes = abstract_batch(self._plan.config.batch_size, data.image_shape, groups, data.features, (len(piece),))
-            self._program(len(piece), task, states, shapes)
+            batches = _batches(data, piece, draws, self._mesh)  # the programs that gather are compiled where they are called
+            self._program(len(piece), task, states, batches)
         return self._compiled[max(self._compiled)]
 
     def __call__(self, task: Task, states: States, data: Images, epoch: int) -> tuple[States, dict[str, np.ndarray]]:
@@ -98,7 +109,7 @@ class Epoch:
         """
         draws, before = self._draws(data, epoch), dict[str, Array]()
         for piece in self._left(done):
-            batches = _batches(data, piece, draws)
+            batches = _batches(data, piece, draws, self._mesh)
             states, metrics = self._program(len(piece), task, states, batches)(task, states, batches)
             jax.block_until_ready(before)
             before = metrics
@@ -115,11 +126,12 @@ class Epoch:
     def _draws(self, data: Images, epoch: int) -> "_Draws":
         """The random draws and the hyperparameters of all steps of an epoch."""
         ids, keys = epoch_order(self._plan, len(data.labels), epoch)
-        return _Draws(epoch, ids, keys, self._plan.hyperparameters(epoch))
+        return _Draws(epoch, *everywhere(self._mesh, (ids, keys)), self._plan.hyperparameters(epoch))
 
     def _program(self, length: int, task: Task, states: States, batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
-            self._compiled[length] = compiled(segment, self._plan.program, self._active, task, states, batches)
+            with within(self._mesh):
+                self._compiled[length] = compiled(segment_on(self._mesh), self._plan.program, self._active, task, states, batches)
         return self._compiled[length]
 
 
@@ -132,14 +144,14 @@ class _Draws(NamedTuple):
     hyper: HyperParameters
 
 
-def _batches(data: Images, piece: range, draws: _Draws) -> Batch:
-    """Gathers the batches of some steps of an epoch."""
+def _batches(data: Images, piece: range, draws: _Draws, mesh: Mesh | None) -> Batch:
+    """Gathers the batches of some steps of an epoch. Their images, labels and features are divided over the mesh."""
     ids, keys = _slice(len(piece), piece.start, draws.ids, draws.keys)
     hyper: Any = (values[piece.start : piece.stop] for values in draws.hyper)
     of_epoch: Any = np.full(len(piece), draws.epoch, np.int32)
-    images, labels = _take(data.images, ids, data.shape), _take(data.labels, ids)
-    features = None if data.features is None else _take(data.features, ids)
-    return Batch(images, labels, ids, of_epoch, keys, HyperParameters(*hyper), features)
+    images, labels = _take(mesh, data.images, ids, data.shape), _take(mesh, data.labels, ids)
+    features = None if data.features is None else _take(mesh, data.features, ids)
+    return Batch(images, labels, ids, everywhere(mesh, of_epoch), keys, everywhere(mesh, HyperParameters(*hyper)), features)
 
 
 def pieces(steps: int, length: int) -> list[range]:
@@ -187,18 +199,26 @@ def _slice(length: int, first: Int[Array, ""], ids: Array, keys: Array) -> tuple
     return ids, keys
 
 
-def _take(rows: Array | np.ndarray, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
-    """The rows with these ids, put on the device; reshaped to `shape` if it is given."""
+def _take(mesh: Mesh | None, rows: Array | np.ndarray, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
+    """The rows with these ids, put on the device, or divided over the mesh; reshaped to `shape` if it is given."""
     shape = rows.shape[1:] if shape is None else shape
     if isinstance(rows, np.ndarray):
-        return jax.device_put(rows[np.asarray(ids)].reshape(*ids.shape, *shape))
-    return gathered(shape, rows, ids)
+        return jax.device_put(rows[np.asarray(ids)].reshape(*ids.shape, *shape), divided(mesh, 1))
+    return _gathered_on(mesh)(shape, rows, ids)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def gathered(shape: tuple[int, ...], rows: Array, ids: Int[Array, "steps batch"]) -> Array:
+def _gather(shape: tuple[int, ...], rows: Array, ids: Int[Array, "steps batch"]) -> Array:
     """Gathers the rows with these ids on the device and reshapes each of them."""
     return rows[ids].reshape(*ids.shape, *shape)
+
+
+gathered = jax.jit(_gather, static_argnums=0)
+
+
+@functools.cache
+def _gathered_on(mesh: Mesh | None) -> Any:
+    """`gathered` for the devices of a mesh, over which the batches are divided."""
+    return gathered if mesh is None else jax.jit(_gather, static_argnums=0, out_shardings=divided(mesh, 1))
 
 
 def joined(parts: list[Metrics]) -> Metrics:

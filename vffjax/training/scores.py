@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from vffjax.errors import chosen
@@ -111,8 +112,15 @@ def compile_scores(
     """`make_scores`, compiled for images of this shape."""
     size = plan.config.eval_batch_size
     shape = images.shape if isinstance(images, jax.Array) else (_piece(images, size), *images.shape[1:])
-    program = compiled(program_scores, plan.program, inference, task, states, jax.ShapeDtypeStruct(shape, images.dtype))
+    given = jax.ShapeDtypeStruct(shape, images.dtype, sharding=_place(states))
+    program = compiled(program_scores, plan.program, inference, task, states, given)
     return functools.partial(_scored, program, size)
+
+
+def _place(states: States) -> Any:
+    """Where images have to lie: on every device of the mesh on which the states are; None, JAX's first device, if they are on one."""
+    place = jax.tree.leaves(states)[0].sharding
+    return place if isinstance(place, NamedSharding) else None
 
 
 def _piece(images: np.ndarray, batch_size: int) -> int:
@@ -123,12 +131,12 @@ def _piece(images: np.ndarray, batch_size: int) -> int:
 
 def _scored(program: Callable[..., Array], batch_size: int, task: Task, states: States, images: Any) -> Array | np.ndarray:
     if isinstance(images, jax.Array) or (piece := _piece(images, batch_size)) == len(images):
-        return program(task, states, jnp.asarray(images))
+        return program(task, states, images if isinstance(images, jax.Array) else jax.device_put(images, _place(states)))
     found, before = [], None
     for start in range(0, len(images), piece):
         part = images[start : start + piece]
         padded = np.concatenate([part, np.zeros((piece - len(part), *part.shape[1:]), part.dtype)]) if len(part) < piece else part
-        found.append(program(task, states, jnp.asarray(padded)))
+        found.append(program(task, states, jax.device_put(padded, _place(states))))
         jax.block_until_ready(before)  # so that two pieces are on the device at most
         before = found[-1]
     return np.concatenate([np.asarray(scores) for scores in found], axis=1)[:, : len(images)]

@@ -14,6 +14,7 @@ from vffjax.errors import chosen
 from vffjax.networks.groups import GroupState, LayerGroup, States
 from vffjax.ops.fence import as_branch
 from vffjax.ops.normalisation import Rows
+from vffjax.ops.rows import over_devices
 from vffjax.rules import local
 from vffjax.rules.streams import Step, Streams, Task
 from vffjax.training.augment import augmented
@@ -39,6 +40,8 @@ def group_step(
         The new state, the output streams, and the metrics. The metric `finite` says whether the loss is finite, and with
         config.on_nonfinite=skip also whether the new state is; if it is not, the old state is returned.
     """
+
+    streams = streams._replace(rows=over_devices(streams.rows))
 
     def differentiate(params: Any, batch_stats: Any, streams: Streams, key: PRNGKeyArray) -> Any:
         gradient = jax.value_and_grad(local.local_loss, has_aux=True)
