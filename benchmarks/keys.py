@@ -186,18 +186,8 @@ FLOPS = Known(
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
-        *(
-            "seed",
-            "dataset",
-            "data_dir",
-            "data_on",
-            "devices",
-            "train_examples",
-            "val_fraction",
-            "test_fraction",
-            "wrong_labels",
-            "init_from",
-        ),
+        *("seed", "dataset", "data_dir", "data_on", "devices", "train_examples", "val_fraction", "test_fraction"),
+        *("wrong_labels", "init_from"),
         # By the definition in rates.py, only layers, heads and a rule's kernels count: not augmentation, normalisation, losses, optimizers.
         *("flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "noise_scale", "norm", "norm_statistics"),
         *("noise_cell", "noise_kind", "noise_spectrum", "noise_redrawn", "norm_scale", "activation", "initialisation", "decay"),

@@ -101,10 +101,10 @@ def test_every_key_has_a_documentation_and_a_default_in_its_range(key):
 def test_what_other_programs_call_a_key_leads_to_it():
     assert set(synonyms.KEYS.values()) <= set(FIELDS)
     assert not set(synonyms.KEYS) & set(FIELDS)
-    assert [key_like(word) for word in ("lr", "wd", "BS", "batch-size", "warmup", "epoch")] == [
-        *("learning_rate", "weight_decay", "batch_size", "batch_size", "warmup_epochs", "epochs")
+    assert [key_like(word) for word in ("lr", "wd", "BS", "batch-size", "warmup", "epoch", "device", "gpus")] == [
+        *("learning_rate", "weight_decay", "batch_size", "batch_size", "warmup_epochs", "epochs", "devices", "devices")
     ]
-    assert {key_like(word) for word in ("dropout", "device", "num_workers", "gpus", "betas", "patience", "steps", "x", "")} == {""}
+    assert {key_like(word) for word in ("dropout", "num_workers", "betas", "patience", "steps", "x", "")} == {""}
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one():

@@ -132,6 +132,7 @@ def left_after(epoch):
 
 CHANGES = {
     "data_on": "host",
+    "devices": 1,
     "eval_batch_size": 37,
     "checkpoint_every": 2,
     "rematerialise": True,

@@ -9,6 +9,7 @@ _ALSO = {
     "data_dir": "data_folder data_path tfds_data_dir",
     "dataset": "data data_set task",
     "decay": "lr_decay lr_schedule lr_scheduler scheduler",
+    "devices": "gpus n_devices num_devices num_gpus",
     "epochs": "max_epochs n_epochs num_epochs train_epochs",
     "eval_batch_size": "test_batch_size val_batch_size",
     "flip": "hflip horizontal_flip mirror",
