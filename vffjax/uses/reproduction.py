@@ -12,10 +12,12 @@ from vffjax.errors import UserError
 from vffjax.files import read_json
 from vffjax.runs import checkpoint, experiment, logbook, origin
 from vffjax.runs.workdir import load_run, read_config
+from vffjax.training import mesh
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
-SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins", "settings")
+LATER = ("settings", "devices")  # which the first versions did not write
+SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins", *LATER)
 
 
 def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: str = "") -> dict[str, Any]:
@@ -38,7 +40,11 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     origin.check_code(summary, config)
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
-    experiment.train(dataclasses.replace(config, data_dir=data_dir or config.data_dir), into, summary["data_sha256"])
+    again = dataclasses.replace(config, data_dir=data_dir or config.data_dir)
+    number = summary.get("devices", 1)
+    if number != mesh.count(again) and number <= len(jax.devices()):  # the bits are those of a number of devices
+        again = dataclasses.replace(again, devices=number)
+    experiment.train(again, into, summary["data_sha256"])
     return compare(workdir, into)
 
 
@@ -63,7 +69,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
         "arrays": arrays,
         "epochs": len(records[0]),
         "differences": differences,
-        "surroundings": _fields("", *({key: s.get(key) for key in SURROUNDINGS} for s in (first, second))),
+        "surroundings": _fields("", _surroundings(first), _surroundings(second)),
     }
 
 
@@ -81,8 +87,7 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     try:
         summary = read_json(path)
-        # Without `settings`, which the first versions did not write.
-        missing = [key for key in (*SURROUNDINGS[:-1], "data_sha256") if key not in summary]
+        missing = [key for key in (*SURROUNDINGS, "data_sha256") if key not in summary and key not in LATER]
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None
     except (OSError, ValueError) as error:
@@ -95,6 +100,10 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
 def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     keys = list(dict.fromkeys([*one, *other]))
     return [f"{where} {key}: {one.get(key)} then, {other.get(key)} now".strip() for key in keys if one.get(key) != other.get(key)]
+
+
+def _surroundings(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: summary.get(key, 1 if key == "devices" else None) for key in SURROUNDINGS}
 
 
 def _compare_checkpoints(one: pathlib.Path, other: pathlib.Path) -> tuple[int, list[str]]:
