@@ -31,9 +31,14 @@ def tell(text: str) -> None:
         notice(text)
 
 
-def source(own: Callable[[Config], Own], prepare: Callable[[str], pathlib.Path] | None = None, resizes: bool = True) -> Source:
+def source(
+    own: Callable[[Config], Own],
+    prepare: Callable[[str], pathlib.Path] | None = None,
+    resizes: bool = True,
+    by_data_dir: bool = True,
+) -> Source:
     """The record of a source that finds its sets by `own`; the other arguments are those of `Source`."""
-    return Source(lambda config: _sizes(config, own(config)), lambda config: _parts(config, own(config)), prepare, resizes)
+    return Source(lambda config: _sizes(config, own(config)), lambda config: _parts(config, own(config)), prepare, resizes, by_data_dir)
 
 
 def _sizes(config: Config, own: Own) -> Sizes:

@@ -81,9 +81,11 @@ class Source:
             nothing to bring.
         resizes: whether config.image_size, where it is set, is the size to which the source itself brings its images. Otherwise the
             network's first layer resizes them.
+        by_data_dir: whether config.data_dir says which images these are, and not only where they lie.
     """
 
     sizes: Sizes | Callable[[Config], Sizes]
     read: Callable[[Config], tuple[Split, Split, tuple[str, ...]]]
     prepare: Callable[[str], pathlib.Path] | None = None
     resizes: bool = False
+    by_data_dir: bool = False

@@ -46,7 +46,7 @@ def FAMILY(name: str) -> Source:
         train = int((kept < len(parts["train"].labels)).sum()) if "test" in parts else None
         return own_sets.Own(Split(images, labels[kept]), classes, train, [names[i] for i in kept])
 
-    return own_sets.source(own, lambda data_dir: tfds_preparation.prepare(name, tfds_files.data_root(data_dir)))
+    return own_sets.source(own, lambda data_dir: tfds_preparation.prepare(name, tfds_files.data_root(data_dir)), by_data_dir=False)
 
 
 def _folder(name: str, config: Config) -> pathlib.Path:

@@ -1,9 +1,11 @@
 """Reads several runs, and shows in what they differ and what came out of it."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vffjax import data
 from vffjax.config import Config
 from vffjax.errors import UserError, printable
 from vffjax.many.tables import Spread, markdown, named
@@ -13,7 +15,6 @@ from vffjax.runs.workdir import read_config
 
 _LONGEST = 40  # characters of a value in the table
 _DASH = "-"
-_BY_FOLDER = ("folder", "npz", "in_memory")  # data sets whose images are those that config.data_dir names
 
 
 def folders_of(given: Iterable[pathlib.Path]) -> list[pathlib.Path]:
@@ -59,8 +60,10 @@ def read(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
 
 def _compared(config: Config) -> dict[str, Any]:
     """The keys that make a run another one. data_dir is among them where it is what names the images."""
-    by_folder = config.dataset in _BY_FOLDER or config.dataset.startswith("hf:")
-    return config.trained_by() | ({"data_dir": config.data_dir} if by_folder else {"data_dir": ""})
+    by_data_dir = False
+    with contextlib.suppress(UserError):  # of a source of one's own, whose code may not be run here
+        by_data_dir = data.find(config).by_data_dir
+    return config.trained_by() | {"data_dir": config.data_dir if by_data_dir else ""}
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
