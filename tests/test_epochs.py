@@ -14,7 +14,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.training import epochs, feature_cache
 from vffjax.training import scores as inference
 from vffjax.training.augment import augmented
-from vffjax.training.batch import Batch
+from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.epochs import Epoch, pieces, segment_length
 from vffjax.training.plan import Images, init_states, make_plan, make_task
 
@@ -167,7 +167,7 @@ def test_a_segment_is_given_the_images_labels_numbers_keys_and_features_of_its_s
         np.testing.assert_array_equal(jax.random.key_data(batches.key), jax.random.key_data(keys[steps]))
         assert set(np.asarray(batches.epoch)) == {1}
         assert_same(batches.hyper, HyperParameters(*(values[steps] for values in hyper)))
-        # What `compile` takes for granted, or a run would compile again.
+        # What the certificate and the memory ledger take for granted.
         shapes = jax.tree.map(lambda a: (a.shape, a.dtype), batches)
         assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), abstract(run, len(batches.epoch)))
     assert isinstance(given[0], Batch)
@@ -175,7 +175,7 @@ def test_a_segment_is_given_the_images_labels_numbers_keys_and_features_of_its_s
 
 def abstract(run, steps):
     feature = jax.ShapeDtypeStruct((43, 1), jnp.float32)
-    return epochs.abstract_batch(8, run.data.images.shape[1:], 2, feature, (steps,))
+    return abstract_batch(8, run.data.images.shape[1:], 2, feature, (steps,))
 
 
 def test_a_segment_is_handed_over_while_the_one_before_it_runs_and_never_a_third(monkeypatch):
@@ -189,7 +189,7 @@ def test_a_segment_is_handed_over_while_the_one_before_it_runs_and_never_a_third
 
     put, given = jax.device_put, [*epochs.epoch_order(run.plan, 43, 0)]
     monkeypatch.setattr(epochs, "epoch_order", lambda *_: given)
-    monkeypatch.setattr(epochs.jax, "device_put", lambda rows: (log.append("put"), put(rows))[1])
+    monkeypatch.setattr(epochs.jax, "device_put", lambda rows, *place: (log.append("put"), put(rows, *place))[1])
     monkeypatch.setattr(epochs.jax, "block_until_ready", lambda metrics: log.append(f"wait {metrics.get('segment')}"))
     for number, _ in enumerate(Watched(run.plan, None, 1).segments(run.task, run.states, run.data, 0)):
         log.append(f"end {number}")
