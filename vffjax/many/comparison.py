@@ -113,7 +113,7 @@ def text(found: dict[str, Any]) -> str:
     for run in runs:
         images.setdefault(run["seed"], set()).update({run["data_sha256"]} - {None})
     if any(len(digests) > 1 for digests in images.values()):
-        parts.append("Runs of the same seed did not have the same images: the data have changed between them, or keys that choose images.")
+        parts.append("Runs of the same seed did not have the same images: the data have changed, or a key that chooses images differs.")
     return "\n\n".join(parts)
 
 

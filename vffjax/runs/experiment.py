@@ -77,7 +77,7 @@ def _train(
     config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
 ) -> dict[str, Any]:
     claim_workdir(workdir, config)
-    mesh.count(config)
+    mesh.count(config)  # a number that cannot be is refused before the data are read
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(termination.deferred())

@@ -51,7 +51,7 @@ def told(config: Config, number: int, before: int = 0) -> str:
     if there > 1 or before > 1:
         words = f"{number} of {there} device{'s' * (there > 1)}"
     if before and before != number:
-        return f"{words}, and {before} until here: from here on the run need not have the bits of a run on one number of devices"
+        return f"{words}, and {before} until here: the bits are no longer those of a run that keeps its number of devices"
     if number < there and not config.devices:
         return words + (", as the run began" if before else f", because config.batch_size={config.batch_size} cannot be divided by more")
     return words
