@@ -79,6 +79,7 @@ FREE = {
     "momentum": between(0, 0.984375),
     "clip_norm": st.one_of(st.just(0.0), between(0.0078125, 10)),
     "eval_batch_size": st.integers(1, 1000),
+    "devices": st.integers(0, 1),
     "checkpoint_every": st.integers(1, 100),
     "segment_steps": st.integers(0, 100),
     "checkpoint_seconds": st.sampled_from([0.0, 0.5, 1e3]),
