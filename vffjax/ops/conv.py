@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vffjax.ops import winograd
+from vffjax.ops.rows import by_device
 
 # Rows (positions of images) in a matrix product of the kernel gradient: 4,096 rows of 3 x 48 floats take 2 MiB, the size of an L2 cache.
 _ROWS_PER_PRODUCT = 4096
@@ -61,7 +62,7 @@ def _conv(x: Array, kernel: Array, stride: int) -> Array:
     # In an exported program the batch size may be a symbol. Winograd's loop over a few images at a time needs a number.
     if stride > 1 or not isinstance(x.shape[0], int) or not winograd.applies(x.shape, kernel.shape):
         return _plain(x, kernel, stride)
-    return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=_plain)
+    return lax.platform_dependent(x, kernel, cpu=lambda x, w: by_device(winograd.convolve, (x,), (w,)), default=_plain)
 
 
 def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
@@ -74,11 +75,17 @@ def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Ar
     plain = functools.partial(_plain, stride=stride)
     # The two gradients are chosen separately, so that the compiler can remove one that nobody uses. The first layer of a group needs no
     # gradient of its input.
+    of_input = functools.partial(_input_gradient, stride=stride)
+    of_kernel = functools.partial(_kernel_gradient, size=size, stride=stride)
     dx = lax.platform_dependent(
-        x, kernel, g, cpu=functools.partial(_input_gradient, stride=stride), default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0]
+        x, kernel, g, cpu=lambda x, w, g: by_device(of_input, (x, g), (w,)), default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0]
     )
     dw = lax.platform_dependent(
-        x, kernel, g, cpu=lambda x, w, g: _kernel_gradient(x, g, size, stride), default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1]
+        x,
+        kernel,
+        g,
+        cpu=lambda x, w, g: by_device(of_kernel, (x, g), total=True).astype(w.dtype),
+        default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1],
     )
     return dx, dw
 
@@ -106,7 +113,7 @@ def _product(a: Array, b: Array, axes_of_a: tuple[int, ...], axes_of_b: tuple[in
     return lax.dot_general(a, b, ((axes_of_a, axes_of_b), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _input_gradient(x: Array, kernel: Array, g: Array, stride: int) -> Array:
+def _input_gradient(x: Array, g: Array, kernel: Array, stride: int) -> Array:
     """The gradient of the convolution in `x`.
 
     With a stride it is interleaved from `stride` x `stride` plain convolutions, each with the taps of the kernel that meet one phase of
@@ -139,7 +146,7 @@ def _kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
     n, h, w, c = x.shape
     d = g.shape[3]
     if stride == 1 and winograd.applies(x.shape, (size, size, c, d)):
-        return winograd.kernel_gradient(x, g).astype(x.dtype)
+        return winograd.kernel_gradient(x, g)
     if stride == 1:
         most, product = _ROWS_PER_PRODUCT // (h * w), functools.partial(_kernel_gradient_of_chunk, size=size)
     else:
@@ -155,7 +162,7 @@ def _kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
     total, _ = lax.scan(body, jnp.zeros((size, size, c, d), jnp.float32), (xs, gs))
     if whole < n:
         total += product(x[whole:], g[whole:])
-    return total.astype(x.dtype)
+    return total
 
 
 def _kernel_gradient_of_chunk(x: Array, g: Array, size: int) -> Array:

@@ -1,6 +1,9 @@
 """The rows of a batch, divided over several devices where a program is traced for them."""
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -12,6 +15,46 @@ def over_devices(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "rows *rest"]:
 
     The number of rows need not be a multiple of the number of devices.
     """
-    if AXIS not in jax.sharding.get_abstract_mesh().axis_names:
+    if _devices() == 1:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(AXIS))
+
+
+def by_device(
+    function: Callable[..., Array], rows: tuple[Shaped[Array, "rows *rest"], ...], whole: tuple[Array, ...] = (), total: bool = False
+) -> Array:
+    """`function(*rows, *whole)`, computed by each device for its own rows, so that no device waits for another inside of `function`.
+
+    A loop over a few rows at a time needs this. Divided by the compiler, it would fetch the rows of every step from the device that has
+    them, because it goes through the rows of one device after those of the other.
+
+    Args:
+        function: of arrays with as many rows each, and of arrays that every device has. It has to treat each row by itself, and rows of
+            zeros have to add nothing to a total: the last device is given such rows if the rows are no multiple of the devices.
+        rows: arrays with the same number of rows.
+        whole: arrays that every device has.
+        total: whether the result is a sum over the rows; else it has as many rows as `rows`.
+
+    Returns:
+        The result of `function` for all rows. Without a mesh `function` is called as it is.
+    """
+    devices, count = _devices(), rows[0].shape[0]
+    if devices == 1:
+        return function(*rows, *whole)
+
+    def own(*arguments: Array) -> Array:
+        found = function(*arguments)
+        return jax.lax.psum(found, AXIS) if total else found
+
+    divided, same = PartitionSpec(AXIS), PartitionSpec()
+    places = (*[divided] * len(rows), *[same] * len(whole))
+    # The check for values that differ between devices would refuse the zeros with which a loop begins.
+    each = jax.shard_map(own, in_specs=places, out_specs=same if total else divided, check_vma=False)
+    padded = [jnp.pad(x, ((0, -count % devices), *[(0, 0)] * (x.ndim - 1))) for x in rows]
+    found = each(*padded, *whole)
+    return found if total else found[:count]
+
+
+def _devices() -> int:
+    """How many devices the program is traced for."""
+    return int(dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1))

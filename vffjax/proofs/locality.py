@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vffjax.config import Config
 from vffjax.proofs import dataflow, probes
 from vffjax.rules.streams import DRAWN
-from vffjax.training import checks, feature_cache, trainer
+from vffjax.training import checks, feature_cache, mesh, trainer
 from vffjax.training.batch import abstract_batch
 from vffjax.training.plan import Plan, abstract_start
 
@@ -41,7 +41,9 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     layers = {group.name: sum(layer.learns for layer in group.module.layers) for group in plan.groups}
     numbers = probes.probe(plan, sizes.image_shape) if numeric else None
 
-    programs = _programs(plan, sizes.image_shape)
+    devices = mesh.count(config)
+    with mesh.within(mesh.mesh_of(devices)):  # the program that trains here
+        programs = _programs(plan, sizes.image_shape)
     step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
     inside = {name: _crossings(step, _layers(step, name), ("backward",)) for name, step in step_of.items()}
     violations = _violations(programs, layers, config.frozen_groups)
@@ -56,6 +58,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
         "verdict": _verdict(layers, violations),
         "configuration": config.to_dict(),
         "groups": layers,
+        "devices": devices,
         "violations": violations,
         "sees": {name: _sees(step, i, list(layers)) for i, (name, step) in enumerate(step_of.items())},
         "inside": inside,
@@ -277,7 +280,8 @@ def text(certificate: dict[str, Any]) -> str:
         size = f", at most {v['max_abs']:.2g}" if v.get("max_abs") else ""
         lines.append(f"  {v['kind']}, by the {v['program']}: {v['from']} -> {v['to']}{f' and {more} more leaves' if more else ''}{size}")
     traced = ", ".join(f"{p['program']} ({p['sources']} sources, {p['results']} results)" for p in certificate["programs"])
-    lines += [f"traced: {traced}", ""]
+    for_devices = f", for {certificate['devices']} devices" if certificate["devices"] > 1 else ""
+    lines += [f"traced{for_devices}: {traced}", ""]
     for name, seen in certificate["sees"].items():
         lines.append(f"{name}, {layers[name]} layer{'s' * (layers[name] > 1)}, learns from")
         lines += [f"    {line}" for line in _seen(seen, numbers and numbers["images"][name])]

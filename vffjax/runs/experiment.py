@@ -8,11 +8,13 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
 
 from vffjax import files, paths
 from vffjax.config import FIELDS, Config
 from vffjax.data import load as data_module
-from vffjax.data.sets import Dataset
+from vffjax.data.sets import Dataset, Split
 from vffjax.errors import bad_key, notice, phase
 from vffjax.keys import default_of
 from vffjax.networks.groups import States
@@ -91,9 +93,7 @@ def _train(
         if data_sha256:
             check_same_data(config, dataset, data_sha256)
         plan = plan_for(config, dataset)
-        workdir.mkdir(parents=True, exist_ok=True)
-        # Not earlier: after bad input there should be one line and no new folder.
-        notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", progress)
+        workdir.mkdir(parents=True, exist_ok=True)  # not earlier: after bad input there should be no new folder
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
@@ -132,8 +132,8 @@ def _train_in(
         run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
     before = run.get("devices", 1) if begun else 0
     run["devices"] = mesh.count(config, before)
-    if words := mesh.told(config, run["devices"], before):
-        notice(words, progress)
+    words = mesh.told(config, run["devices"], before)
+    notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
     for line in write_config(workdir, config):
@@ -150,10 +150,17 @@ def _train_in(
         best = check_best(checkpoints, run, sound)
         assert best is not None  # the last epoch is always saved
         trained = Trained(plan, *best.restore(plan), best.run)
-        test = loop.placed(dataset.test, config.data_on)
-        found = np.asarray(scores.make_scores(plan, config.inference)(trained.task, trained.states, test.images))
-        measured = scores.measure(found, test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
+        found = scores_on(mesh.mesh_of(run["devices"]), trained, config.inference, dataset.test)
+        measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
         return conclude(trained, dataset, measured, run, workdir)
+
+
+def scores_on(devices: Mesh | None, trained: Trained, inference: str, split: Split) -> Float[np.ndarray, "groups n classes"]:
+    """The scores of a split's images by all groups. The work is divided over the devices of a mesh; None: one device does it."""
+    with mesh.within(devices):
+        images = loop.placed(split, trained.plan.config.data_on, devices).images
+        task, states = mesh.everywhere(devices, (trained.task, trained.states))
+        return np.asarray(scores.make_scores(trained.plan, inference)(task, states, images))
 
 
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:

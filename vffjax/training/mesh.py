@@ -57,6 +57,13 @@ def told(config: Config, number: int, before: int = 0) -> str:
     return words
 
 
+def of_run(run: dict[str, Any]) -> Mesh | None:
+    """The devices that judge a finished run: as many as trained it, so that its errors are found again to the bit. If there are fewer here,
+    one device does it."""
+    number = run.get("devices", 1)
+    return mesh_of(number if number <= len(jax.devices()) else 1)
+
+
 @functools.cache
 def mesh_of(number: int) -> Mesh | None:
     """The first so many devices as a mesh of one axis; None for one device, where nothing is said about the place of arrays."""

@@ -1,6 +1,7 @@
 """Validation and test errors: of a trained run, or of the weights that a configuration starts from."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from vffjax.runs import experiment, loop
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
+from vffjax.training.mesh import of_run
 from vffjax.training.plan import Plan
 from vffjax.uses import early_exit
 
@@ -105,15 +107,15 @@ def evaluate_start(
 
 def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, early: early_exit.Wanted) -> dict[str, Any]:
     """Errors on validation and, with `test`, test images."""
-    plan, states, task, _ = trained
+    plan = trained.plan
     name = inference_name or plan.config.inference
     if name == "early_exit" and plan.config.views != "one":
         raise UserError(f"--views={plan.config.views}: an early exit looks at one view of an image; use --views=one")
     if why := plan.rule.cannot_score_by(name):
         raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
-    scores = inference.make_scores(plan, "heads" if name == "early_exit" else name)
-    validation = loop.placed(dataset.validation, plan.config.data_on)
-    seen = np.asarray(scores(task, states, validation.images)) if len(validation.labels) else None
+    scored = functools.partial(experiment.scores_on, of_run(trained.run), trained, "heads" if name == "early_exit" else name)
+    validation = dataset.validation
+    seen = scored(validation) if len(validation.labels) else None
     votes_by = "subset" if name == "early_exit" else plan.config.votes  # the groups before an exit have plain means
     validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
     header = {"inference": name, "views": plan.config.views} | validated
@@ -124,9 +126,9 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
         header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
     if not test:
         return header
-    unseen = loop.placed(dataset.test, plan.config.data_on)
-    found = np.asarray(scores(task, states, unseen.images))[: trained.groups]
-    header |= inference.measure(found, unseen.labels, tuple(validated["voting"]), "test", tuple(validated.get("vote_weights", ())))
+    found = scored(dataset.test)[: trained.groups]
+    header |= inference.measure(found, dataset.test.labels, tuple(validated["voting"]), "test", tuple(validated.get("vote_weights", ())))
     if leaving is not None:
+        unseen = loop.placed(dataset.test, plan.config.data_on)
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)
     return header
