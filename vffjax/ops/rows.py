@@ -21,7 +21,7 @@ def over_devices(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "rows *rest"]:
 
 
 def by_device(
-    function: Callable[..., Array], rows: tuple[Shaped[Array, "rows *rest"], ...], whole: tuple[Array, ...] = (), total: bool = False
+    function: Callable[..., Array], rows: tuple[Shaped[Array, "rows ..."], ...], whole: tuple[Array, ...] = (), total: bool = False
 ) -> Array:
     """`function(*rows, *whole)`, computed by each device for its own rows, so that no device waits for another inside of `function`.
 
