@@ -11,6 +11,7 @@ import numpy as np
 
 from vffjax import files, paths
 from vffjax.config import FIELDS, Config
+from vffjax.costs.fits import about_precision
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset
 from vffjax.errors import bad_key, notice, phase
@@ -94,6 +95,8 @@ def _train(
         workdir.mkdir(parents=True, exist_ok=True)
         # Not earlier: after bad input there should be one line and no new folder.
         notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}", progress)
+        if words := about_precision(config, jax.devices()[0]):
+            notice(words, progress)
         if not used:
             held.enter_context(locked(workdir))
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
