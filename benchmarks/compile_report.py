@@ -4,13 +4,13 @@
     JAX_PLATFORMS=cpu python benchmarks/compile_report.py --config configs/cifar10.py:yardstick --config.precision=bf16
         [--targets h100,v5e,v5e:2x2] [--methods rule,head,bp] [--config.KEY=VALUE ...] [--out FILE.json]
 
-libtpu is Google's own TPU compiler, and JAX's plugin for CUDA holds XLA's compiler for GPUs. Given a description of the device, each makes a
-real executable without it, the same on every machine. No data set is read, because only its sizes matter.
+libtpu is Google's own TPU compiler, and JAX's plugin for CUDA holds XLA's compiler for GPUs. Given a description of the device, each makes
+a real executable without it, the same on every machine. No data set is read, because only its sizes matter.
 
-Methods: the configuration's own rule; `head`, which has the same groups and the loss of their heads alone; and `bp`, back-propagation through
-the same network. Targets are those of `vffjax memory`, and several devices are named by their arrangement: `v5e:2x2` for 4 chips, `h100:4` for
-the 4 cards of one machine, `h100:2x4` for 2 machines of 4 cards. Several devices train as the trainer lets them: each batch is divided over
-them, and every device holds the states.
+Methods: the configuration's own rule; `head`, which has the same groups and the loss of their heads alone; and `bp`, back-propagation
+through the same network. Targets are those of `vffjax memory`, and several devices are named by their arrangement: `v5e:2x2` for 4 chips,
+`h100:4` for the 4 cards of one machine, `h100:2x4` for 2 machines of 4 cards. Several devices train as the trainer lets them: each batch is
+divided over them, and every device holds the states.
 
 What is read, for one step if nothing else is said:
 
@@ -142,8 +142,8 @@ class Job:
             found |= {
                 "flops": cost["flops"],
                 "bytes_accessed": cost["bytes accessed"],
-                # The compiler adds -1 for each operation that it cannot estimate. A step takes far less than a second, so the fraction is the
-                # estimate, and the whole part counts these operations.
+                # The compiler adds -1 for each operation that it cannot estimate. A step takes far less than a second, so the fraction is
+                # the estimate, and the whole part counts these operations.
                 "optimal_seconds": None if math.isnan(seconds) else seconds - math.floor(seconds),
                 "operations_without_estimate": None if math.isnan(seconds) else -math.floor(seconds),
             }
@@ -175,7 +175,17 @@ def configs_of(config: Config, methods: list[str]) -> dict[str, Config]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table: one step of a segment, bytes of a segment, and the cycles of a step by itself."""
-    title = ("target", "devices", "method", "launches", "kernels, calls, copies", "collectives", "temporaries MB", "arguments MB", "Mcycles")
+    title = (
+        "target",
+        "devices",
+        "method",
+        "launches",
+        "kernels, calls, copies",
+        "collectives",
+        "temporaries MB",
+        "arguments MB",
+        "Mcycles",
+    )
     lines = [f"| {' | '.join(title)} |", "|---" * len(title) + "|"]
     for row in rows:
         segment, cycles = row["segment"], row.get("step", {}).get("estimated_cycles")
@@ -200,7 +210,9 @@ def version(package: str) -> str | None:
 def main() -> None:
     parser = parser_of(__file__, __doc__, "--out")
     parser.add_argument("--targets", default="h100,v5e", metavar="NAME,NAME", help="devices to compile for; default: h100,v5e")
-    parser.add_argument("--methods", type=some_of("--methods", METHODS), default=list(METHODS), metavar="NAME,NAME", help=", ".join(METHODS))
+    parser.add_argument(
+        "--methods", type=some_of("--methods", METHODS), default=list(METHODS), metavar="NAME,NAME", help=", ".join(METHODS)
+    )
     own, rest = parser.parse_known_args()
     config, name = read_config(rest)
     refuse(config, {"schedule": JOINT})

@@ -11,11 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare_rules  # noqa: E402
+import compile_report  # noqa: E402
 import memory  # noqa: E402
 import networks  # noqa: E402
 import scan_overhead  # noqa: E402
 import speedrun  # noqa: E402
-import compile_report  # noqa: E402
 import transfer  # noqa: E402
 from vffjax.cli.flags import parse_train  # noqa: E402
 from vffjax.config import default_config  # noqa: E402

@@ -73,7 +73,7 @@ def test_the_yardstick_compiles_for_tpu_v5e_and_nothing_copies_its_data_set():
     assert step["argument_bytes"] + step["temp_bytes"] < 16 * 2**30
     # A segment is given its batches alone, and not the data set.
     assert step["argument_bytes"] < 2**26 + 2 * 13.7e6
-    # Four layers: values, gradients of kernels, and gradients of inputs but those of the first layer of each group. No step is written twice.
+    # Four layers: values, gradients of kernels, and gradients of inputs but those of the first layer of each group. No step comes twice.
     assert sum(step["convolutions"].values()) == 4 + 4 + 2
     assert {kind.split()[0] for kind in step["convolutions"]} == {"bf16"}
 
@@ -86,7 +86,9 @@ def test_the_program_of_the_yardstick_on_tpu_v5e_stays_within_its_bounds():
 
 
 @for_gpus
-@pytest.mark.parametrize(("config", "convolutions", "batch"), [("configs/cifar10.py:yardstick", 10, 128), ("configs/cifar10.py", None, 256)])
+@pytest.mark.parametrize(
+    ("config", "convolutions", "batch"), [("configs/cifar10.py:yardstick", 10, 128), ("configs/cifar10.py", None, 256)]
+)
 def test_on_an_h100_all_convolutions_are_bf16_and_nhwc_and_a_step_is_a_round_of_the_loop(config, convolutions, batch):
     step = found("h100", config)
     assert "H100" in step["device"]
@@ -123,8 +125,8 @@ def check_divided(several, one, number):
     assert several["total_bytes"] <= 1.2 * one["total_bytes"] / number + several["state_bytes"]
     assert sum(several["convolutions"].values()) == sum(one["convolutions"].values())
     assert several["host_calls"] == []
-    # The sum of the kernels' gradients is the one thing that devices must tell each other: as many bytes as the kernels have, and little more
-    # for statistics, metrics and cosines. Whatever else were divided badly, such as a feature map, would be many megabytes.
+    # Devices must tell each other the gradients of the kernels, and little more for statistics, metrics, cosines and the rows of copies. A
+    # feature map that had to be gathered, because something was divided badly, would be many megabytes more.
     told = sum(entry["bytes"] for entry in several["collectives"].values())
     assert 0.3 * PARAMETERS <= told <= 4 * PARAMETERS
 

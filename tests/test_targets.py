@@ -38,7 +38,9 @@ def test_without_its_compiler_a_gpu_is_refused_with_the_fix(fails, monkeypatch):
     fails("memory", CONFIG, "--target=h100", parts=["--target=h100", "cuda-compiler", "Python >= 3.12", "jax >= 0.11", jax.__version__])
 
 
-@pytest.mark.parametrize(("version", "plugin", "able"), [("0.10.2", True, False), ("0.11.0", True, True), ("1.0", True, True), ("0.12.1", False, False)])
+@pytest.mark.parametrize(
+    ("version", "plugin", "able"), [("0.10.2", True, False), ("0.11.0", True, True), ("1.0", True, True), ("0.12.1", False, False)]
+)
 def test_gpus_need_a_new_jax_and_a_plugin(version, plugin, able, monkeypatch):
     monkeypatch.setattr(jax, "__version__", version)
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: types.SimpleNamespace() if plugin else None)

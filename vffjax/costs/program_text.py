@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)[^}]*\})?")
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 _BORDERS = ("while", "conditional", "call")  # these only choose what runs next
 # The device does nothing for these: they name memory, or wait for something that has been launched.
 _FREE = (
@@ -182,8 +190,8 @@ class Program:
             if operation.kind == "collective":
                 base = re.sub(r"-start$", "", operation.opcode)
                 result = operation.result
-                if operation.opcode in ("all-gather-start", "collective-permute-start"):  # a pair: what is given, and what comes back
-                    result = _parts(result)[1]
+                if operation.opcode.endswith("-start") and (base != "all-reduce" or result.startswith("((")):
+                    result = _parts(result)[1]  # of what is given, and what comes back
                 for dtype in sorted({dtype for dtype, _, _ in _arrays(result)}):
                     entry = found.setdefault(f"{base} {dtype}", {"count": 0, "bytes": 0})
                     entry["count"] += times

@@ -78,7 +78,8 @@ def find(name: str) -> Target:
             machine, `h100:2x4` for 2 machines of 4 cards.
 
     Raises:
-        UserError: the name is not known, its compiler is not installed or too old, there is no such arrangement, or JAX may not use the CPU.
+        UserError: the name is not known, its compiler is not installed or too old, there is no such arrangement, or JAX may not use
+            the CPU.
     """
     if name == "here":
         return Target(jax.devices()[0])
