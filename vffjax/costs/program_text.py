@@ -129,11 +129,17 @@ class Program:
 
     def loops(self) -> list[tuple[str, int | None]]:
         """The loops of the program's own order, which are in no other loop: the computation of each, and its rounds if they are known."""
-        found = []
-        for operation in self.computations[self.entry]:
+        return self._loops(self.entry)
+
+    def _loops(self, name: str) -> list[tuple[str, int | None]]:
+        found: list[tuple[str, int | None]] = []
+        for operation in self.computations[name]:
+            called = _called(operation)
             if operation.opcode == "while":
                 rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', operation.attributes)
-                found.append((_called(operation)["body"][0], int(rounds[1]) if rounds else None))
+                found.append((called["body"][0], int(rounds[1]) if rounds else None))
+            elif operation.opcode in _BORDERS:
+                found += [loop for branch in (*called["to_apply"], *called["branches"]) for loop in self._loops(branch)]
         return found
 
     def round(self) -> "Program":
