@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from vffjax import files, paths
 from vffjax.config import FIELDS, Config
+from vffjax.costs.fits import about_precision
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset, Split
 from vffjax.errors import bad_key, notice, phase
@@ -134,6 +135,8 @@ def _train_in(
     run["devices"] = mesh.count(config, before)
     words = mesh.told(config, run["devices"], before)
     notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
+    if words := about_precision(config, jax.devices()[0]):
+        notice(words, progress)
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
     for line in write_config(workdir, config):
