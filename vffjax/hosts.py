@@ -9,11 +9,12 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from vffjax.errors import UserError, notice, printable, said
 
@@ -51,6 +52,7 @@ class _State:
     joined = False  # whether `join` has made this process one of several
     heartbeat = HEARTBEAT
     watched = False
+    last_words: subprocess.Popen[bytes] | None = None
     exchanges = itertools.count()
 
 
@@ -84,6 +86,8 @@ def join(given: Processes) -> None:
         fix = "start all processes within this time, all with the address of process 0, at which no other program listens"
         raise UserError(f"{shown}: the processes do not find each other in {given.heartbeat} s ({said(error)}); {fix}") from error
     _State.joined, _State.heartbeat = True, given.heartbeat
+    if count() > 1:
+        _State.last_words = _prepare_last_words()
 
 
 def count() -> int:
@@ -189,7 +193,10 @@ def together() -> Iterator[None]:
     except BaseException as error:
         _tell(str(error) or type(error).__name__)
         if isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and _lost_contact(error):
-            raise UserError(f"the connection to another process of this run broke ({said(error)}); {AGAIN}") from error
+            why = f"the connection to another process of this run broke ({said(error)})"
+            if _State.joined:
+                _end(threading.Event(), why, 0.0)
+            raise UserError(f"{why}; {AGAIN}") from error
         raise
     finally:
         done.set()
@@ -217,7 +224,29 @@ def leave(status: int) -> None:
             time.sleep(0.2)
         else:
             _client().key_value_set(f"{_GONE}{index()}", "")
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends this process, which has said why."""
+    if _State.last_words is not None and _State.last_words.stdin is not None:
+        with contextlib.suppress(OSError, ValueError):
+            _State.last_words.stdin.write(b".")
+            _State.last_words.stdin.close()
     os._exit(status)
+
+
+def _prepare_last_words() -> "subprocess.Popen[bytes] | None":
+    """A small process that waits for the end of this one, and says what to do if this one has not said why it ends.
+
+    If process 0 is lost, JAX aborts all others at once, and no Python code runs in them any more.
+    """
+    text = f"vffjax: error: a process of this run ended at once, mostly because process 0 is lost; {AGAIN}"
+    program = "import sys; sys.stdin.buffer.read() or print(sys.argv[1], file=sys.stderr)"
+    with contextlib.suppress(OSError):  # without it a line is missing, and nothing else
+        # In a session of its own, so that Ctrl-C does not end it too.
+        return subprocess.Popen([sys.executable, "-I", "-S", "-c", program, text], stdin=subprocess.PIPE, start_new_session=True)
+    return None
 
 
 def _client() -> Any:
@@ -262,10 +291,10 @@ def _watch(done: threading.Event) -> None:
                 _end(done, f"process {process} of this run has been silent for {_State.heartbeat} s")
 
 
-def _end(done: threading.Event, why: str) -> None:
+def _end(done: threading.Event, why: str, grace: float = _GRACE) -> None:
     """Ends this process, unless it ends by itself meanwhile, and then with its own words."""
-    if not done.wait(_GRACE):
+    if not done.wait(grace):
         notice(f"vffjax: error: {why}; {AGAIN}")
         with contextlib.suppress(Exception):
             _client().key_value_set(f"{_GONE}{index()}", "", allow_overwrite=True)
-        os._exit(LOST)
+        _exit(LOST)

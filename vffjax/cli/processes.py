@@ -36,7 +36,9 @@ def split(arguments: list[str]) -> tuple[Processes | None, list[str]]:
     coordinator, heartbeat = found.get("coordinator", ""), numbers.pop("heartbeat", HEARTBEAT)
     if coordinator == "auto":
         for name in numbers:
-            raise UserError(f"--{name}={numbers[name]}: --coordinator=auto finds it out itself; leave it out, or give --coordinator HOST:PORT")
+            raise UserError(
+                f"--{name}={numbers[name]}: --coordinator=auto finds it out itself; leave it out, or give --coordinator HOST:PORT"
+            )
         return Processes(coordinator, heartbeat=heartbeat), rest
     if not re.fullmatch(r"\S+:[0-9]{1,5}", coordinator) or not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
         fix = "give the address of process 0 as HOST:PORT, such as 10.0.0.1:8476, or auto on a cluster that JAX knows"
@@ -45,7 +47,7 @@ def split(arguments: list[str]) -> tuple[Processes | None, list[str]]:
         if name not in numbers:
             raise UserError(f"--{name}: missing; --coordinator {coordinator} needs --processes N and --process I, from 0 to N - 1")
     if numbers["process"] >= numbers["processes"]:
-        raise UserError(f"--process={numbers['process']}: there are --processes={numbers['processes']}, numbered from 0; give a smaller one")
+        raise UserError(f"--process={numbers['process']}: there are --processes={numbers['processes']}, numbered from 0; give a smaller")
     return Processes(coordinator, numbers["processes"], numbers["process"], heartbeat), rest
 
 

@@ -84,10 +84,11 @@ def _train(
 def _train_together(
     config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
 ) -> dict[str, Any]:
-    # Each process has its own data folder. All else must be the same, or they would wait for each other at different places.
-    keys = {f"config.{key}": value for key, value in config.to_dict().items() if key != "data_dir"}
-    about = {"the versions of packages": origin(config)["versions"], "the code outside of this package": code_of(config)}
-    hosts.check_same(keys | about, "give all processes the same command, configuration and packages")
+    if hosts.count() > 1:
+        # Each has its own data folder. All else must be the same, or the processes would wait for each other at different places.
+        keys = {f"config.{key}": value for key, value in config.to_dict().items() if key != "data_dir"}
+        about = {"versions of packages": origin(config)["versions"], "code from outside": code_of(config)}
+        hosts.check_same(keys | about, "give all processes the same command, configuration and packages")
     claim_workdir(workdir, config)
     mesh.count(config)  # a number that cannot be is refused before the data are read
     keep_compiled_programs()
@@ -103,7 +104,8 @@ def _train_together(
             dataset = data_module.load(config)
         if data_sha256:
             check_same_data(config, dataset, data_sha256)
-        hosts.check_same({"the images and labels (SHA-256)": dataset.sha256()} if hosts.count() > 1 else {}, "give all the same data")
+        if hosts.count() > 1:
+            hosts.check_same({"SHA-256 of the data": dataset.sha256()}, "give all processes the same data set")
         plan = plan_for(config, dataset)
         with hosts.first_only() as first:
             if first:

@@ -204,7 +204,7 @@ class Loop:
         return Logbook(workdir, self._plan.total_epochs, self._run["epoch"], progress, self._config.to_dict())
 
     def _told_to_leave(self) -> bool:
-        """Whether any process of the run was told to leave. All ask at the same steps and get the same answer, so that all leave together."""
+        """Whether any process of the run was told to leave. All ask at the same steps and get the same answer, so all leave together."""
         return hosts.any_of(self._request.leave)
 
     def _save_is_due(self) -> bool:
