@@ -126,8 +126,9 @@ def test_a_lost_process_ends_the_other_and_the_same_command_goes_on_to_the_same_
     assert time.monotonic() - began < 2 * HEARTBEAT
     assert found[victim][0] == -signal.SIGKILL
     status, out, err = found[1 - victim]
-    # JAX aborts what has lost process 0.
-    assert (status, out) == (-signal.SIGABRT if victim == 0 else hosts.LOST, "")
+    # JAX aborts what has lost process 0, unless its devices notice that first.
+    assert status == hosts.LOST or (victim == 0 and status == -signal.SIGABRT), err
+    assert out == ""
     assert f"; {hosts.AGAIN}\n" in err
     assert not (pair.workdir / "summary.json").exists()
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vffjax.errors import UserError, notice, printable, said
 
@@ -36,13 +36,13 @@ class Processes(NamedTuple):
     Attributes:
         coordinator: the address HOST:PORT of process 0, or `auto`: JAX finds out everything from the cluster.
         number: of processes; None with `auto`.
-        index: of this process, from 0; None with `auto`.
+        process: the number of this one, from 0; None with `auto`.
         heartbeat: seconds of silence after which a process counts as lost.
     """
 
     coordinator: str
     number: int | None = None
-    index: int | None = None
+    process: int | None = None
     heartbeat: int = HEARTBEAT
 
 
@@ -73,7 +73,7 @@ def join(given: Processes) -> None:
         jax.distributed.initialize(
             None if auto else given.coordinator,
             given.number,
-            given.index,
+            given.process,
             cluster_detection_method=None if auto else "deactivate",
             initialization_timeout=max(given.heartbeat, 10),
             heartbeat_timeout_seconds=2 * given.heartbeat,
@@ -224,12 +224,7 @@ def leave(status: int) -> None:
             time.sleep(0.2)
         else:
             _client().key_value_set(f"{_GONE}{index()}", "")
-    _exit(status)
-
-
-def _exit(status: int) -> NoReturn:
-    """Ends this process, which has said why."""
-    if _State.last_words is not None and _State.last_words.stdin is not None:
+    if _State.last_words is not None and _State.last_words.stdin is not None:  # this process has said why
         with contextlib.suppress(OSError, ValueError):
             _State.last_words.stdin.write(b".")
             _State.last_words.stdin.close()
@@ -295,6 +290,5 @@ def _end(done: threading.Event, why: str, grace: float = _GRACE) -> None:
     """Ends this process, unless it ends by itself meanwhile, and then with its own words."""
     if not done.wait(grace):
         notice(f"vffjax: error: {why}; {AGAIN}")
-        with contextlib.suppress(Exception):
-            _client().key_value_set(f"{_GONE}{index()}", "", allow_overwrite=True)
-        _exit(LOST)
+        leave(LOST)
+        os._exit(LOST)  # where a program has joined the processes itself

@@ -165,12 +165,13 @@ def _train_in(
             hosts.barrier()  # before process 0 deletes what another one still reads
             run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
     request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
-    summary = None
+    summary: Any = None
     with hosts.first_only() as first:
         if first:
             with phase("measuring the test error, drawing", progress):
                 summary = _conclude(config, workdir, dataset, plan, check_best(checkpoints, run, sound), run)
-    return hosts.of_first(summary)  # type: ignore[return-value]
+    found: dict[str, Any] = hosts.of_first(summary)
+    return found
 
 
 def _conclude(

@@ -163,7 +163,7 @@ class Loop:
         self._run["peak_bytes"] = max(self._run["peak_bytes"], executable_bytes(largest))
 
     def _train_epoch(
-        self, states: States, epoch: int, logbook: Logbook
+        self, states: States, epoch: int, logbook: Logbook | Silent
     ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | np.ndarray | None], float]:
         """Trains one epoch, or the rest of it.
 

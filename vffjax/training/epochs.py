@@ -205,7 +205,7 @@ def _take(mesh: Mesh | None, rows: Array | np.ndarray, ids: Array, shape: tuple[
     if isinstance(rows, np.ndarray):
         numbers, place = np.asarray(ids), divided(mesh, 1)
 
-        def part(where: tuple[slice, ...]) -> np.ndarray:
+        def part(where: Any) -> np.ndarray:
             chosen = numbers[where[:2]]
             return rows[chosen].reshape(*chosen.shape, *shape)
 

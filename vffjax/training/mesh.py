@@ -100,7 +100,7 @@ def put(leaf: Any, place: Any) -> Any:
     return jax.make_array_from_callback(whole.shape, place, lambda part: whole[part])
 
 
-def fetched(tree: T) -> T:
+def fetched(tree: Any) -> Any:
     """The arrays of a tree as NumPy arrays, also where other processes hold parts of them. All processes must ask."""
     return jax.tree.map(_fetched, tree)
 
