@@ -22,7 +22,7 @@ from vffjax.runs.logbook import read_metrics
 from vffjax.runs.workdir import load_run
 
 CHANGES = TINY | {"checkpoint_every": 1, "segment_steps": 3}
-LONG = CHANGES | {"epochs": 40}  # no process reaches its end before a signal comes
+LONG = TINY | {"epochs": 20, "checkpoint_every": 20, "segment_steps": 3}  # no process reaches its end before a signal comes
 HEARTBEAT = 10
 # Losses of each epoch, relative: two processes with two devices each against one process with four. The sums over devices go another way.
 TOLERANCE = 1e-5
@@ -148,15 +148,15 @@ def test_sigterm_to_one_saves_both_at_the_same_step_and_one_process_can_go_on(tm
     pair.each[1].send_signal(signal.SIGTERM)
     (first, _, err), (second, _, other) = pair.end()
     assert (first, second) == (143, 143), err + other
-    words = re.search(r"vffjax: told to leave \(SIGTERM\): epoch \d+ of 40(, step \d+ of 11,)? is saved; the same command .*\n", err)
+    words = re.search(r"vffjax: told to leave \(SIGTERM\): epoch \d+ of 20(, step \d+ of 11,)? is saved; the same command .*\n", err)
     assert words
     assert other == words[0]
     before = records(pair.workdir)
-    assert 2 <= len(before) < 40
+    assert 2 <= len(before) < 20
 
     train(tiny(**LONG), pair.workdir)
     assert records(pair.workdir)[: len(before)] == before
-    assert len(read_metrics(pair.workdir)) == 40
+    assert len(read_metrics(pair.workdir)) == 20
     assert summary_of(pair.workdir)["test_error"] < 20  # chance is 90
     assert summary_of(pair.workdir)["devices"] == len(jax.devices())
 
