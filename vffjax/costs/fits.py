@@ -14,7 +14,7 @@ from vffjax.errors import UserError, chosen
 
 def check_memory(config: Config) -> None:
     """Raises `UserError` if training cannot fit into memory. Without this check XLA or the kernel would kill the process."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     here, least = bytes_of(device), least_bytes(config)
     if here is not None and least > here:  # one device trains, however many there are
         shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
