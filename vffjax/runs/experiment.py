@@ -23,7 +23,7 @@ from vffjax.runs.origin import check_code, code_of, origin
 from vffjax.runs.summary import conclude
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
-from vffjax.training import checks, feature_cache, mesh, scores
+from vffjax.training import checks, feature_cache, scores, stages
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task, whitened, with_new_optimizers
@@ -77,7 +77,7 @@ def _train(
     config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
 ) -> dict[str, Any]:
     claim_workdir(workdir, config)
-    mesh.count(config)  # a number that cannot be is refused before the data are read
+    stages.count(config)  # a number that cannot be is refused before the data are read
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(termination.deferred())
@@ -131,8 +131,8 @@ def _train_in(
         run = run_state.new_state(config, about, files.sha256_of(file) if file else None)
         run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
     before = run.get("devices", 1) if begun else 0
-    run["devices"] = mesh.count(config, before)
-    if words := mesh.told(config, run["devices"], before):
+    run["devices"] = stages.count(config, before)
+    if words := stages.told(plan, dataset.image_shape, run["devices"], before, begun.run["config"]["schedule"] if begun else ""):
         notice(words, progress)
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
