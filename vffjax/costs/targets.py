@@ -63,6 +63,12 @@ def find(name: str) -> Target:
     return Target(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
 
 
+def find_all(name: str) -> list[Any]:
+    """The devices of the machine of which `find` gives the first one. Arguments and errors are those of `find`."""
+    first = find(name).device
+    return list(topologies.get_topology_desc("v5e:2x2", "tpu").devices) if name == "tpu" else jax.devices(first.platform)
+
+
 def has_tpu_compiler() -> bool:
     """Whether libtpu is installed, which `find("tpu")` needs."""
     return importlib.util.find_spec("libtpu") is not None

@@ -97,12 +97,12 @@ def chunk_length(plan: Plan, image_shape: tuple[int, int, int], stages: int, len
         length: the most.
 
     Returns:
-        As many as leave `_CHUNKS` chunks for each stage, and as have at most `LARGEST_BYTES` of images in float32.
+        As many as leave `_CHUNKS` chunks for each stage, and as have at most `LARGEST_BYTES` of images in float32; but 2 at the least.
     """
     if plan.config.segment_steps:
         return plan.config.segment_steps
     most = LARGEST_BYTES // (4 * plan.rows_of_a_step * int(np.prod(image_shape)))
-    return max(1, min(length, plan.steps_per_epoch // (_CHUNKS * stages), most))
+    return max(2, min(length, plan.steps_per_epoch // (_CHUNKS * stages), most))  # a loop of one step is none, and rounds otherwise
 
 
 def on(device: Any, tree: Any) -> Any:
@@ -143,7 +143,10 @@ class Programs:
             _, given, own = jax.eval_shape(functools.partial(run_stage, program, first), *inputs)  # type: ignore[assignment]
             metrics += own
             self.crossing.append(bytes_of(given))
+            reported = bytes_of(own)
         self.crossing.pop()
+        told = len(self.crossing) * bytes_of((batches.hyper, batches.key)) + bytes_of(metrics) - reported + bytes_of(batches.labels)
+        self.moved = sum(self.crossing) + told if self.crossing else 0  # bytes from device to device in a chunk, all in all
         self.collect = compiled(collected, program, *abstract(devices[-1], (batches.labels, metrics)))
 
 
@@ -200,6 +203,10 @@ class PipelinedEpoch(Epoch):
             if len(flying) > len(self.devices):
                 jax.block_until_ready(flying.popleft())
             yield Segment(piece.stop, sum(own, ()), out)
+
+    def programs(self, length: int) -> Programs:
+        """The programs for chunks of so many steps, once they are compiled."""
+        return self._programs[length]
 
     def together(self, states: States) -> States:
         """The states of all groups on JAX's first device, where they are validated."""

@@ -146,19 +146,27 @@ def told(plan: Plan, image_shape: tuple[int, int, int], number: int, before: int
     return words
 
 
+def _largest(work: Sequence[Work], stages: int) -> int:
+    """The FLOP of the largest stage, with so many stages."""
+    return max(sum(w.flop for w in work[first:last]) for first, last in balanced(work, stages))
+
+
 def balance(plan: Plan, image_shape: tuple[int, int, int], stages: int) -> str:
     """Which groups lie on which device and how much the largest stage does; and if that is too much, where to cut."""
     work = group_work(plan, image_shape)
     spans = balanced(work, stages)
     done = [sum(w.flop for w in work[first:last]) for first, last in spans]
+    if stages == 1:
+        return f"{len(work)} group{'s' * (len(work) > 1)} on one device"
     share = max(done) / sum(done)
     groups = " | ".join(" ".join(map(str, range(first, last))) for first, last in spans)
     words = f"groups {groups}; the largest does {share:.0%} of the work"
-    if stages == 1 or share * stages < _DOMINANT:
+    if share * stages < _DOMINANT:
         return words
     first, last = spans[done.index(max(done))]
     if last - first > 1:
-        return f"{words}; config.devices={min(stages + 1, len(work))} could divide groups {first} to {last - 1}"
+        more = next((n for n in range(stages + 1, len(work) + 1) if _largest(work, n) < max(done)), 0)
+        return f"{words}; with config.devices={more} it would be {_largest(work, more) / sum(done):.0%}" if more else words
     layers = [w.flop for w in layer_work(plan, image_shape)[first]]
     if len(layers) == 1:
         return f"{words}; group {first} is one layer and cannot be cut"
