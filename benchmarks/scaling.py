@@ -125,9 +125,11 @@ class Bench:
     def _divided(self, plan: Plan, number: int) -> dict[str, Any]:
         mesh = mesh_of(number)
         epoch = Epoch(plan, None, segment_length(plan, self._shape), mesh)
-        made = blank_task(plan, self._shape), jax.jit(functools.partial(init_states, plan, self._shape))(), self._data
+        made = blank_task(plan, self._shape), jax.jit(functools.partial(init_states, plan, self._shape))()
         with within(mesh):
-            task, states, data = everywhere(mesh, made)
+            task, states = everywhere(mesh, made)
+            images, labels = everywhere(mesh, (self._data.images, self._data.labels))
+            data = self._data._replace(images=images, labels=labels)
             reduced = collective_bytes(epoch.compile(task, states, data).as_text() or "")
             seconds = self._seconds(epoch, task, states, data)
         link = 2 * (number - 1) / number * reduced
