@@ -135,7 +135,7 @@ class Config:
     slow_share: float = key(0.77, "look_ahead: share of the slow averages at the end; grows with the cube of time", low=0.0, high=0.999)
     clip_norm: float = key(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
     overrides: Mapping[str, Mapping[str, Any]] = key({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
-    devices: int = key(0, "devices that train, each on its part of each batch (pipeline: its groups); 0: all that JAX sees", low=0, high=65_536)
+    devices: int = key(0, "devices that train, each on its part of a batch (pipeline: its groups); 0: all JAX sees", low=0, high=65_536)
     on_nonfinite: str = key("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))
     precision: str = key("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")

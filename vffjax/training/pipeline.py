@@ -140,7 +140,7 @@ class Programs:
             inputs = (None if first else task, states[first:last], given, batches.hyper, batches.key)
             placed = abstract(device, inputs)
             self.stages.append(compiled(stage, program, first, *placed))
-            _, given, own = jax.eval_shape(functools.partial(run_stage, program, first), *inputs)  # type: ignore[assignment]
+            _, given, own = jax.eval_shape(functools.partial(run_stage, program, first), *inputs)
             metrics += own
             self.crossing.append(bytes_of(given))
             reported = bytes_of(own)

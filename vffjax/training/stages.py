@@ -142,9 +142,8 @@ def told(plan: Plan, image_shape: tuple[int, int, int], number: int, before: int
     there = len(jax.devices())
     words = f"{number} of {there} device{'s' * (there > 1)}: {balance(plan, image_shape, number)}" if there > 1 or number > 1 else ""
     if piped > 1:
-        words += (
-            f"{'; ' * bool(words)}batches were divided over {before} devices until here: the bits are no longer those of one way to train"
-        )
+        words += "; " * bool(words) + f"batches were divided over {before} devices until here: "
+        words += "the bits are no longer those of one way to train"
     return words
 
 
