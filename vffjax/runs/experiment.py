@@ -27,7 +27,7 @@ from vffjax.runs.saved_epoch import SavedEpoch
 from vffjax.runs.summary import conclude
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
-from vffjax.training import checks, feature_cache, mesh, scores
+from vffjax.training import checks, feature_cache, mesh, scores, stages
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task, whitened, with_new_optimizers
@@ -93,7 +93,7 @@ def _train_together(
         about = {"versions of packages": origin(config)["versions"], "code from outside": code_of(config)}
         hosts.check_same(keys | about, "give all processes the same command, configuration and packages")
     claim_workdir(workdir, config)
-    mesh.count(config)  # a number that cannot be is refused before the data are read
+    stages.count(config)  # a number that cannot be is refused before the data are read
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(termination.deferred())
@@ -154,12 +154,12 @@ def _train_in(
         length = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
         run["segment_steps"] = hosts.of_first(length)  # which depends on the machine
     before = run.get("devices", 1) if begun else 0
-    run["devices"] = mesh.count(config, before)
+    run["devices"] = stages.count(config, before)
     trains = run["epoch"] < plan.total_epochs
     _note_origin(run, origin(config), trains)
     with hosts.first_only() as first:
         if first:
-            words = mesh.told(config, run["devices"], before)
+            words = stages.told(plan, dataset.image_shape, run["devices"], before, begun.run["config"]["schedule"] if begun else "")
             notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
             if words := about_precision(config, jax.devices()[0]):
                 notice(words, progress)
@@ -185,7 +185,7 @@ def _conclude(
     assert best is not None  # the last epoch is always saved
     trained = Trained(plan, *best.restore(plan), best.run)
     # Of several processes this one measures alone, on its first device.
-    found = scores_on(mesh.of_run(run), trained, config.inference, dataset.test)
+    found = scores_on(stages.judges(config, run), trained, config.inference, dataset.test)
     measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
     return conclude(trained, dataset, measured, run, workdir)
 

@@ -24,9 +24,11 @@ from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache, trainer
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
-from vffjax.training.mesh import everywhere, fetched, mesh_of, within
+from vffjax.training.mesh import everywhere, fetched, within
+from vffjax.training.pipeline import epoch_of
 from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
+from vffjax.training.stages import mesh_for
 
 AfterEpoch = Callable[[dict[str, Any]], object]
 
@@ -92,7 +94,7 @@ class Loop:
         self._checkpoints, self._writer, self._request, self._after_epoch = checkpoints, writer, request, after_epoch
         redraws = plan.config.noise_redrawn != "never"
         self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
-        where, self._mesh = plan.config.data_on, mesh_of(run.get("devices", 1))
+        where, self._mesh = plan.config.data_on, mesh_for(plan.config, run.get("devices", 1))
         self._data, self._validation = training_images(dataset.train, where, self._mesh), placed(dataset.validation, where, self._mesh)
         self._task = everywhere(self._mesh, self._task)
         self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
@@ -155,7 +157,9 @@ class Loop:
         self._data = self._data._replace(features=None)  # frees the last stage's features before new ones are made
         if active and self._config.feature_cache != "none":
             self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
-        self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"], self._mesh), active
+        shape = self._data.image_shape
+        self._epoch = epoch_of(self._plan, active, self._run["segment_steps"], self._run.get("devices", 1), shape)
+        self._compiled_for = active
         largest = self._epoch.compile(self._task, states, self._data, self._steps_done)
         if _is_short(self._plan, largest):
             self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)
@@ -191,8 +195,9 @@ class Loop:
         if isinstance(images, np.ndarray):  # To score them, the host waits for the device, and that time is no training.
             jax.block_until_ready(parts)
             seconds += time.perf_counter() - began
+        here = self._epoch.together(states)
         # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
-        checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
+        checks = (self._finite_groups(here), self._scores(self._task, here, images) if self._scores else None)
         if isinstance(images, jax.Array):
             jax.block_until_ready(parts)
             seconds += time.perf_counter() - began
@@ -215,7 +220,8 @@ class Loop:
         """Saves the run inside of an epoch. Raises `Terminated` if the run was told to leave."""
         if self._request.abandoned:
             raise Terminated(self._request.saved)
-        self._check_finite(over_steps(metrics), fetched(self._finite_groups(states)), epoch, step)
+        assert self._epoch is not None
+        self._check_finite(over_steps(metrics), fetched(self._finite_groups(self._epoch.together(states))), epoch, step)
         state = run_state.inside(self._run, epoch, step, self._plan.steps_per_epoch, seconds, metrics)
         with contextlib.closing(self._checkpoints.inside.writer()) as writer:
             writer.save(run_state.number(state), states, self._task, state)

@@ -115,6 +115,13 @@ class Epoch:
             before = metrics
             yield Segment(piece.stop, states, metrics)
 
+    def together(self, states: States) -> States:
+        """The states of all groups, where they can be given to one program."""
+        return states
+
+    def _gathered(self, data: Images, piece: range, draws: "_Draws") -> Batch:
+        return _batches(data, piece, draws, self._mesh)
+
     def _left(self, done: int) -> list[range]:
         """The segments after the first `done` steps. If no segment of the epoch begins there, the rest is cut anew into the same length."""
         left = [piece for piece in self.pieces if piece.start >= done]

@@ -63,15 +63,6 @@ def told(config: Config, number: int, before: int = 0) -> str:
     return words
 
 
-def of_run(run: dict[str, Any]) -> Mesh | None:
-    """The devices that judge a finished run: as many as trained it, so that its errors are found again to the bit.
-
-    One device does it if there are fewer here, and in each of several processes.
-    """
-    number = run.get("devices", 1)
-    return mesh_of(number) if number <= len(jax.devices()) and hosts.count() == 1 else None
-
-
 @functools.cache
 def mesh_of(number: int) -> Mesh | None:
     """So many devices, as many of each process, as a mesh of one axis; None for one, where nothing is said about the place of arrays."""
