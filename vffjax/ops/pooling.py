@@ -43,8 +43,26 @@ def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array
     h, w = x.shape[1:3]
     rows, columns = min(cells, h), min(cells, w)
     if h % rows == 0 and w % columns == 0:
-        return x.reshape(x.shape[0], rows, h // rows, columns, w // columns, x.shape[3]).mean(axis=(2, 4))
+        return _means_of_whole_cells(x, rows, columns)
     return jnp.einsum("ih,nhwc,jw->nijc", _cell_means(h, rows), x, _cell_means(w, columns))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _means_of_whole_cells(x: Array, rows: int, columns: int) -> Array:
+    n, h, w, c = x.shape
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(n, rows, h // rows, columns, w // columns, c).mean(axis=(2, 4))
+
+
+def _gradient_of_means(rows: int, columns: int, like: Array, g: Array) -> tuple[Array]:
+    # The gradient is rounded to the dtype of the map before it is spread over the cells. Spread in float32, it would be in memory at twice
+    # the size of a bfloat16 map.
+    n, h, w, c = like.shape
+    share = (g / (h // rows * (w // columns))).astype(like.dtype)
+    spread = jnp.broadcast_to(share[:, :, None, :, None], (n, rows, h // rows, columns, w // columns, c))
+    return (spread.reshape(like.shape),)
+
+
+_means_of_whole_cells.defvjp(lambda x, rows, columns: (_means_of_whole_cells(x, rows, columns), x), _gradient_of_means)
 
 
 def _cell_means(size: int, cells: int) -> Array:

@@ -169,7 +169,7 @@ def _pooled(cells: int | None, head: Head, features: Array) -> Array:
         return features
     if any(side % head.grid for side in features.shape[1:3]):
         return features
-    return mean_pool_to_grid(features.astype(jnp.float32), head.grid)
+    return mean_pool_to_grid(features, head.grid)
 
 
 def head_cross_entropy(
