@@ -103,7 +103,9 @@ def _pointwise_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array
     x, kernel = residuals
     dx = _product(g, kernel[0, 0].astype(x.dtype), (3,), (1,)).astype(x.dtype)
     dw = _product(x, g, (0, 1, 2), (0, 1, 2))[None, None]
-    return dx, lax.platform_dependent(dw, cpu=lambda dw: dw.astype(x.dtype).astype(kernel.dtype), default=lambda dw: dw.astype(kernel.dtype))
+    return dx, lax.platform_dependent(
+        dw, cpu=lambda dw: dw.astype(x.dtype).astype(kernel.dtype), default=lambda dw: dw.astype(kernel.dtype)
+    )
 
 
 _pointwise.defvjp(lambda x, kernel: (_pointwise(x, kernel), (x, kernel)), _pointwise_backward)

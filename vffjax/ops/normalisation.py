@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vffjax.ops.pooling import max_pool, max_pool_gradient, on_gpus
+from vffjax.ops.rows import divided
 
 EPSILON = 1e-5
 
@@ -120,7 +121,9 @@ def _sums(maps: tuple[Array, ...], clean: int, shared: bool) -> tuple[Array, ...
     def one_by_one(*rows: Array) -> tuple[Array, ...]:
         return tuple(_of_parts(z, clean, shared) for z in rows)
 
-    return jax.lax.platform_dependent(*rows, **on_gpus(functools.partial(_together, clean=clean)), default=one_by_one)
+    together = functools.partial(_together, clean=clean)
+    # The first stream ends in the middle of a device's rows. To cut the streams out, TPUs would send each other many rows.
+    return jax.lax.platform_dependent(*rows, **on_gpus(together), cpu=one_by_one, tpu=together if divided() else one_by_one)
 
 
 def _of_parts(rows: Array, clean: int, shared: bool) -> Array:

@@ -7,11 +7,14 @@ from jaxtyping import Array, Shaped
 AXIS = "data"  # the axis of the mesh of devices
 
 
+def divided() -> bool:
+    """Whether the rows of batches are divided over several devices in the program that is being traced."""
+    return AXIS in jax.sharding.get_abstract_mesh().axis_names
+
+
 def over_devices(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "rows *rest"]:
     """`x`, with a hint to the compiler that its rows are divided over the devices; without a mesh `x` itself.
 
     The number of rows need not be a multiple of the number of devices.
     """
-    if AXIS not in jax.sharding.get_abstract_mesh().axis_names:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXIS))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXIS)) if divided() else x
