@@ -178,7 +178,11 @@ class Program:
         found = collections.Counter[str]()
         for operation, times, around in self.ran(inside_fusions=True):
             labels = re.search(r"dim_labels=([\w?]+->[\w?]+)", operation.attributes)
-            if not labels or not re.search(r"\d", labels[1]) or not (operation.opcode == "convolution" or "conv" in operation.target):
+            if (
+                not labels
+                or not re.search(r"\d", labels[1])
+                or not (operation.opcode == "convolution" or "__cudnn$conv" in operation.target)
+            ):
                 continue
             results = {other.name: other.result for other in around}
             types = sorted({_arrays(results[name])[0][0] for name in operation.operands[:2] if name in results})
