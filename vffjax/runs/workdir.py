@@ -58,7 +58,7 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
     if keys or not path.exists():
         files.write_json(path, to_json(config) | {"data_dir": before.data_dir})
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
-    piped = before.schedule == config.schedule == "pipeline"  # which has the same bits on any number of devices
+    piped = "pipeline" in (before.schedule, config.schedule)  # has the bits of one device; `stages.told` warns where others trained
     rounds = [key for key in keys if key not in (*BITWISE, "schedule", *["devices"] * piped)]
     return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
 
