@@ -9,6 +9,7 @@ entries share it in the same way. On a TPU windows are the fastest form of both.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 GPUS = ("cuda", "rocm")  # as `lax.platform_dependent` names them
 
 
-def on_gpus(function: Callable[..., Array]) -> dict[str, Callable[..., Array]]:
+def on_gpus(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The argument of `lax.platform_dependent` that chooses `function` on every kind of GPU."""
     return dict.fromkeys(GPUS, function)
 
