@@ -249,6 +249,7 @@ def test_a_float32_kernel_gets_the_gradient_of_a_bf16_kernel_in_its_own_dtype(si
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
+@full_optimisation
 @pytest.mark.skipif(not targets.has_tpu_compiler(), reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_kernel_gradients_of_several_tpus_are_added_in_float32():
     # In a process of its own: libtpu reads its environment once, and must not meet the backend of the other tests.
