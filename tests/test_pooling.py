@@ -124,3 +124,16 @@ def test_an_exported_program_takes_any_batch_size():
     for batch in (1, 3):
         x = jnp.asarray(distinct(7, 6, batch), jnp.float32)
         np.testing.assert_array_equal(program.call(x), max_pool_overlapping(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_gradient_of_means_has_the_dtype_of_the_map_and_is_rounded_once(dtype):
+    x, g = (np.random.default_rng(seed).normal(size=(2, side, 6, 5)) for seed, side in ((0, 8), (1, 4)))
+    g = g[:, :, :3].astype(np.float32)
+    means, backward = jax.vjp(lambda x: pooling._means_of_whole_cells(x, 4, 3), jnp.asarray(x, dtype))
+    exact = np.asarray(jnp.asarray(x, dtype), np.float64).reshape(2, 4, 2, 3, 2, 5).mean((2, 4))
+    assert means.dtype == jnp.float32
+    np.testing.assert_allclose(means, exact, rtol=1e-5, atol=1e-6)
+    found = backward(jnp.asarray(g))[0]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, jnp.asarray(np.repeat(np.repeat(g / 4, 2, 1), 2, 2), dtype))
