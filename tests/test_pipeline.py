@@ -43,7 +43,7 @@ CASES = {
     "resumed on others": ("killed", MANY | PIPE | {"devices": 2}),
     "joint, killed": ("both", MANY | {"devices": 1}, 0, 4),
     "piped, killed": ("both", MANY | PIPE, 1, 3),
-    "joint again": ("both", MANY | {"devices": 1}),
+    "joint again": ("both", MANY),
     "divided, killed": ("divided", SHORT | {"devices": 2}, 0, 4),
     "divided, then piped": ("divided", SHORT | PIPE | {"devices": 1}),
     "two, joint": ("two-joint", TWO | {"devices": 1}),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import hashlib
 import pathlib
 from typing import Any, TextIO
 
@@ -154,12 +155,13 @@ def _train_in(
         length = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
         run["segment_steps"] = hosts.of_first(length)  # which depends on the machine
     before = run.get("devices", 1) if begun else 0
-    run["devices"] = stages.count(config, before)
+    schedule_before = begun.run["config"]["schedule"] if begun else ""
+    run["devices"] = stages.count(config, before, schedule_before)
     trains = run["epoch"] < plan.total_epochs
     _note_origin(run, origin(config), trains)
     with hosts.first_only() as first:
         if first:
-            words = stages.told(plan, dataset.image_shape, run["devices"], before, begun.run["config"]["schedule"] if begun else "")
+            words = stages.told(plan, dataset.image_shape, run["devices"], before, schedule_before)
             notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
             if words := about_precision(config, jax.devices()[0]):
                 notice(words, progress)
@@ -167,6 +169,10 @@ def _train_in(
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
+            if hosts.count() > 1:
+                # They come from the seed, or from a file on each host, and must not differ between the devices of the mesh.
+                fix = "give all processes the same weights to start from, and machines of one kind"
+                hosts.check_same({"SHA-256 of the first states": _digest((states, task))}, fix)
             hosts.barrier()  # before process 0 deletes what another one still reads
             run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
     request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
@@ -185,7 +191,7 @@ def _conclude(
     assert best is not None  # the last epoch is always saved
     trained = Trained(plan, *best.restore(plan), best.run)
     # Of several processes this one measures alone, on its first device.
-    found = scores_on(stages.judges(config, run), trained, config.inference, dataset.test)
+    found = scores_on(stages.judges(config, best.run), trained, config.inference, dataset.test)
     measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
     return conclude(trained, dataset, measured, run, workdir)
 
@@ -220,6 +226,12 @@ def scores_on(devices: Mesh | None, trained: Trained, inference: str, split: Spl
         images = loop.placed(split, trained.plan.config.data_on, devices).images
         task, states = mesh.everywhere(devices, (trained.task, trained.states))
         return np.asarray(scores.make_scores(trained.plan, inference)(task, states, images))
+
+
+def _digest(tree: Any) -> str:
+    """The SHA-256 of the arrays of a tree."""
+    leaves = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree))
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:

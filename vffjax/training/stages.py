@@ -53,8 +53,10 @@ def judges(config: Config, run: Mapping[str, Any]) -> Mesh | None:
 
     One device does it if there are fewer here, in a pipeline, and in each of several processes.
     """
-    number = run.get("devices", 1)
-    return mesh_for(config, number) if number <= len(jax.devices()) and hosts.count() == 1 else None
+    number, trained = run.get("devices", 1), run.get("config", {"schedule": config.schedule})
+    if trained["schedule"] == "pipeline" or number > len(jax.devices()) or hosts.count() > 1:
+        return None
+    return mesh_for(config, number)
 
 
 def layer_work(plan: Plan, image_shape: tuple[int, int, int]) -> list[list[Work]]:
@@ -118,17 +120,23 @@ def spans_of(plan: Plan, image_shape: tuple[int, int, int], stages: int) -> list
     return balanced(group_work(plan, image_shape), stages)
 
 
-def count(config: Config, before: int = 0) -> int:
+def count(config: Config, before: int = 0, schedule_before: str = "") -> int:
     """How many devices train.
 
     In the pipeline a device has one group at least, and with config.devices = 0 every group has a device as long as they last. All other
-    schedules divide batches over the devices: see `mesh.count`, which has the same arguments.
+    schedules divide batches over the devices: see `mesh.count`. A run that has been a pipeline until here has the bits of one device, so it
+    goes on with one.
+
+    Args:
+        config: of the run.
+        before: how many devices trained a run that goes on; 0 for a new one.
+        schedule_before: config.schedule until here.
 
     Raises:
         UserError: there are not as many devices as config.devices, or not as many groups; or several processes train.
     """
     if not is_pipeline(config):
-        return mesh.count(config, before)
+        return mesh.count(config, 1 if schedule_before == "pipeline" else before)
     if hosts.count() > 1:
         problem = f"the groups of a pipeline lie on devices of one process, and {hosts.count()} train"
         raise bad_key("schedule", config.schedule, problem, "use schedule=joint, or one process")
