@@ -62,7 +62,12 @@ def _conv(x: Array, kernel: Array, stride: int) -> Array:
     # In an exported program the batch size may be a symbol. Winograd's loop over a few images at a time needs a number.
     if stride > 1 or not isinstance(x.shape[0], int) or not winograd.applies(x.shape, kernel.shape):
         return _plain(x, kernel, stride)
-    return lax.platform_dependent(x, kernel, cpu=lambda x, w: by_device(winograd.convolve, (x,), (w,)), default=_plain)
+    return lax.platform_dependent(x, kernel, cpu=_winograd, default=_plain)
+
+
+def _winograd(x: Array, kernel: Array) -> Array:
+    # A function of the module and no lambda, so that layers of the same shapes share one trace.
+    return by_device(winograd.convolve, (x,), (kernel,))
 
 
 def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
