@@ -45,6 +45,16 @@ def test_a_run_from_before_devices_were_counted_is_reproduced(reproduce, tmp_pat
     assert "devices: " not in out
 
 
+def test_a_run_that_asked_for_more_devices_is_trained_by_those_that_are_here(reproduce, tmp_path):
+    work = copy_of(finished(), tmp_path)
+    for name in ("config.json", "summary.json"):
+        found = json.loads((work / name).read_text())
+        (work / name).write_text(json.dumps(found | {"devices": 8}))
+    status, out, err = reproduce(work, f"--into={tmp_path / 'again'}")
+    assert (status, out.startswith("identical to the bit")) == (0, True), err
+    assert "devices: " in out
+
+
 @pytest.mark.slow
 def test_without_a_folder_nothing_is_left(reproduce, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -150,7 +150,7 @@ def _train_in(
         best = check_best(checkpoints, run, sound)
         assert best is not None  # the last epoch is always saved
         trained = Trained(plan, *best.restore(plan), best.run)
-        found = scores_on(mesh.mesh_of(run["devices"]), trained, config.inference, dataset.test)
+        found = scores_on(mesh.of_run(best.run), trained, config.inference, dataset.test)
         measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
         return conclude(trained, dataset, measured, run, workdir)
 

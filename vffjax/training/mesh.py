@@ -58,8 +58,10 @@ def told(config: Config, number: int, before: int = 0) -> str:
 
 
 def of_run(run: dict[str, Any]) -> Mesh | None:
-    """The devices that judge a finished run: as many as trained it, so that its errors are found again to the bit. If there are fewer here,
-    one device does it."""
+    """The devices that measure the errors of a saved epoch: as many as trained it, so that its errors are found again to the bit.
+
+    If there are fewer devices here, one measures them.
+    """
     number = run.get("devices", 1)
     return mesh_of(number if number <= len(jax.devices()) else 1)
 

@@ -40,7 +40,9 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     origin.check_code(summary, config)
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
-    again = dataclasses.replace(config, data_dir=data_dir or config.data_dir)
+    # If the run asked for more devices than there are here, all of these train, and the comparison names the difference.
+    devices = config.devices if config.devices <= len(jax.devices()) else 0
+    again = dataclasses.replace(config, data_dir=data_dir or config.data_dir, devices=devices)
     number = summary.get("devices", 1)
     if number != mesh.count(again) and number <= len(jax.devices()):  # the bits are those of a number of devices
         again = dataclasses.replace(again, devices=number)
