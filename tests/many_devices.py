@@ -8,17 +8,18 @@ import json
 import pathlib
 import re
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
 
-from runs import TINY
+from runs import TINY, tell_to_leave
 from vffjax.errors import UserError
 from vffjax.ops.conv import conv
 from vffjax.ops.rows import over_devices
 from vffjax.proofs import locality
 from vffjax.runs import experiment, summary
-from vffjax.runs.logbook import read_metrics
+from vffjax.runs.logbook import Logbook, read_metrics
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
 from vffjax.training import mesh
@@ -26,10 +27,23 @@ from vffjax.training.checks import make_config
 from vffjax.uses.evaluation import evaluate
 
 
-def trained(folder, changes):
+def leave_at(epoch, step):
+    """Runs in here are told to leave, by SIGTERM, when so many steps of an epoch (from 0) have been dispatched."""
+    sound = Logbook.step
+
+    def told(self, now, done, steps):
+        sound(self, now, done, steps)
+        if (now, done >= step) == (epoch, True):
+            tell_to_leave()
+
+    return mock.patch.object(Logbook, "step", told)
+
+
+def trained(folder, changes, *leave):
     """Records, lines on stderr, a digest of the states, and the errors that `evaluate` finds, of one run.
 
-    With `numbers` in the place of `devices`, each epoch is trained by the next of these numbers of devices.
+    With `numbers` in the place of `devices`, each epoch is trained by the next of these numbers of devices. A run that is told to leave at
+    an epoch and step gives what it says then.
     """
     numbers = changes.pop("numbers", [])
     for number in numbers[:-1]:
@@ -37,11 +51,13 @@ def trained(folder, changes):
             experiment.train(make_config(TINY | changes | {"devices": number}), folder, after_epoch=lambda _: True)
     changes |= {"devices": numbers[-1]} if numbers else {}
     err = io.StringIO()
-    with contextlib.redirect_stderr(err):
+    with contextlib.redirect_stderr(err), leave_at(*leave) if leave else contextlib.nullcontext():
         try:
             found = experiment.train(make_config(TINY | changes), folder)
         except UserError as error:
             return {"error": str(error)}
+        except Terminated as left:
+            return {"left": str(left), "err": err.getvalue()}
     states = load_run(folder).states
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(states))).hexdigest()
     return {
@@ -71,7 +87,7 @@ def collectives():
 
 def main(out, cases):
     summary.draw_features = summary.plot_curves = lambda *_: None
-    found = {name: trained(pathlib.Path(out) / folder, changes) for name, (folder, changes) in json.loads(cases).items()}
+    found = {name: trained(pathlib.Path(out) / folder, *rest) for name, (folder, *rest) in json.loads(cases).items()}
     proofs = {grouping: locality.certify(make_config(TINY | {"grouping": grouping}), numeric=False) for grouping in ("layer", "all")}
     print(json.dumps({"number": len(jax.devices()), "runs": found, "proofs": proofs, "collectives": collectives()}))
 

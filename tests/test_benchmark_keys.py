@@ -11,11 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare_rules  # noqa: E402
+import compile_report  # noqa: E402
 import memory  # noqa: E402
 import networks  # noqa: E402
 import scan_overhead  # noqa: E402
 import speedrun  # noqa: E402
-import tpu_compile  # noqa: E402
 import transfer  # noqa: E402
 from vffjax.cli.flags import parse_train  # noqa: E402
 from vffjax.config import default_config  # noqa: E402
@@ -66,8 +66,8 @@ def get_config():
             ["--out=x.json", *DIGITS, "--config.schedule=sequential", "--config.feature_cache=device"],
             ["config.feature_cache='device'", "feature_cache=none"],
         ),
-        (tpu_compile, [*DIGITS, "--config.schedule=sequential"], ["config.schedule='sequential'", "schedule=joint"]),
-        (tpu_compile, [*DIGITS, "--workdir=x"], ["--workdir=x", "--out"]),
+        (compile_report, [*DIGITS, "--config.schedule=sequential"], ["config.schedule='sequential'", "schedule=joint"]),
+        (compile_report, [*DIGITS, "--workdir=x"], ["--workdir=x", "--out"]),
     ],
 )
 def test_what_a_benchmark_would_ignore_ends_with_status_2_and_one_line(benchmark, arguments, parts, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,8 @@ import pytest
 from jax import export
 
 import oracles
+from command_lines import in_a_process
+from vffjax.costs import targets
 from vffjax.ops import conv as conv_module
 from vffjax.ops.conv import _plain, conv
 
@@ -222,3 +224,49 @@ def test_the_gradient_is_as_fast_in_a_scan_as_outside():
             times["inside"].append((middle - start) / steps)
             times["outside"].append((time.perf_counter() - middle) / steps)
     assert statistics.median(times["inside"]) < 3 * statistics.median(times["outside"]), times
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [3, 5])
+def test_the_tpu_s_kernel_gradient_equals_the_definition(size, stride):
+    h, w = 8, 5
+    x, g = random(0, 4, h, w, 2).astype(np.float64), random(1, 4, -(-h // stride), -(-w // stride), 3).astype(np.float64)
+    p = size // 2
+    padded, expected = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0))), np.zeros((size, size, 2, 3))
+    for i, j, a, b in np.ndindex(size, size, *g.shape[1:3]):
+        expected[i, j] += padded[:, stride * a + i, stride * b + j].T @ g[:, a, b]
+    found = conv_module._kernel_gradient_by_one_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(g, jnp.float32), size, stride)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_float32_kernel_gets_the_gradient_of_a_bf16_kernel_in_its_own_dtype(size):
+    x, g = (jnp.asarray(random(i, 3, 4, 4, 2), jnp.bfloat16) for i in (0, 1))
+    kernel = jnp.asarray(random(2, size, size, 2, 2), jnp.bfloat16)
+    in_f32, in_bf16 = (gradients(x, k, g) for k in (kernel.astype(jnp.float32), kernel))
+    assert in_f32[1].dtype == jnp.float32
+    for found, expected in zip(in_f32, in_bf16, strict=True):  # on CPU the bits are the same
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
+@full_optimisation
+@pytest.mark.skipif(not targets.has_tpu_compiler(), reason="libtpu is not installed; pip install -e .[tpu-compiler]")
+def test_kernel_gradients_of_several_tpus_are_added_in_float32():
+    # In a process of its own: libtpu reads its environment once, and must not meet the backend of the other tests.
+    script = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from vffjax.costs import targets
+from vffjax.ops.conv import conv
+targets.find("tpu")  # tells libtpu that no TPU is there
+mesh = Mesh(np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices), ("data",))
+everywhere, divided = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+rows = jax.ShapeDtypeStruct((8, 8, 8, 16), jnp.bfloat16, sharding=divided)
+kernel = jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32, sharding=everywhere)
+gradient = jax.jit(lambda x, kernel, g: jax.vjp(conv, x, kernel)[1](g)[1], out_shardings=everywhere)
+print(gradient.lower(rows, kernel, rows).compile().as_text())
+"""
+    done = in_a_process("-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.findall(r"= (\w+)\[[\d,]*\]\S* all-reduce(?:-start)?\(", done.stdout) == ["f32"]

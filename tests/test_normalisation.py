@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import oracles
-from vffjax.ops import pooling
+from vffjax.ops import normalisation, pooling
 from vffjax.ops.normalisation import EPSILON, normalise
 
 CLEAN, COPIES, CHANNELS = 3, 2, 4
@@ -113,3 +113,21 @@ def test_pooling_is_the_same_in_both_forms(window):
     g = jnp.arange(1.0, largest.size + 1).reshape(largest.shape)
     scattered = jax.vjp(lambda x: pooling._reduced_max(x, window), x)[1](g)[0]
     np.testing.assert_array_equal(pooling._gradient_by_comparison(x, g, window), scattered)
+
+
+def test_the_sums_of_both_streams_in_one_reduction_equal_the_sums_of_each():
+    rng = np.random.default_rng(0)
+    rows = tuple(rng.integers(-99, 100, (CLEAN + COPIES, CHANNELS)).astype(np.float32) for _ in range(2))
+    found = normalisation._together(*map(jnp.asarray, rows), clean=CLEAN)
+    for sums, part in zip(found, rows, strict=True):
+        np.testing.assert_array_equal(sums, np.stack([part[:CLEAN].sum(0), part[CLEAN:].sum(0)]))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_gpu_sums_both_streams_in_one_reduction(platform):
+    def reductions(x):
+        text = jax.jit(lambda x: normalisation._sums((x, x * x), CLEAN, False)).trace(x).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.reduce(")
+
+    # One over the positions of each of the two maps, and then one of both, or one for each stream of each.
+    assert reductions(jnp.asarray(maps((2, 2)), jnp.float32)) == 2 + (1 if platform == "cuda" else 4)

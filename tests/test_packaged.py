@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_the_configurations_and_nothing_else(wheel):
-    files = [path for kind in ("*.py", "*.html") for path in (ROOT / "vffjax").rglob(kind)]
+    files = [path for kind in ("*.py", "*.html", "*.txtpb") for path in (ROOT / "vffjax").rglob(kind)]
     here = {f"vffjax/{path.relative_to(ROOT / 'vffjax').as_posix()}": path for path in files}
     here |= {f"vffjax/configs/{path.name}": path for path in (ROOT / "configs").glob("*.py")}
     packed = {name: content for name, content in wheel.items() if not name.startswith("vffjax-")}

@@ -23,6 +23,7 @@ WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 # Larger numbers are taken for mistakes. XLA would abort the process for an array of more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
 PLACES = ("device", "host")
+SCHEDULES = ("joint", "sequential", "pipeline")
 NORMS = ("auto", "batch", "anchor", "layer", "input", "class", "none")
 _MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
 MAX_SIDE = 4096  # of an image, in pixels
@@ -118,7 +119,7 @@ class Config:
     goodness_threshold: float = key(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
     peer_normalisation: float = key(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0, high=_LARGE)
 
-    schedule: str = key("joint", "groups train together on each batch, or one after the other", ("joint", "sequential"), section="training")
+    schedule: str = key("joint", "groups train together, one after the other, or each on a device", SCHEDULES, section="training")
     feature_cache: str = key("none", "sequential: keep the frozen groups' features of the training images", ("none", "device", "host"))
     epochs: int = key(10, "passes over the training images (sequential: for each group)", low=1, high=1_000_000)
     batch_size: int = key(128, "images in a step", low=1, high=2**20)
@@ -134,7 +135,7 @@ class Config:
     slow_share: float = key(0.77, "look_ahead: share of the slow averages at the end; grows with the cube of time", low=0.0, high=0.999)
     clip_norm: float = key(0.0, "largest global gradient norm of a group; 0: no clipping", low=0.0, high=1e30)
     overrides: Mapping[str, Mapping[str, Any]] = key({}, "by group: {'group1': {'learning_rate': 1e-4}}; of " + ", ".join(OVERRIDABLE))
-    devices: int = key(0, "devices that train together, each on its part of each batch; 0: all that JAX sees", low=0, high=65_536)
+    devices: int = key(0, "devices that train, each on its part of a batch (pipeline: its groups); 0: all JAX sees", low=0, high=65_536)
     on_nonfinite: str = key("stop", "infinity or NaN in a group's loss: end the run, or skip its step", ("stop", "skip"))
     precision: str = key("f32", "compute type of the layers; parameters stay f32", ("f32", "bf16"))
     rematerialise: bool = key(False, "recompute each layer's forward pass in the backward pass: more time, less memory in large groups")
@@ -159,8 +160,9 @@ class Config:
         return isinstance(other, Config) and self._text == other._text  # here NaN equals NaN: see `of_program`
 
     def trained_by(self) -> dict[str, Any]:
-        """The keys that identify a run: all that are not `CHANGEABLE`. In JSON types, with lists for tuples."""
-        return {key: value for key, value in self.to_dict().items() if key not in CHANGEABLE}
+        """The keys that identify a run: all that are not `CHANGEABLE`; the pipeline counts as joint. In JSON types, lists for tuples."""
+        same = {"schedule": "joint"} if self.schedule == "pipeline" else {}  # which has the bits of the joint schedule
+        return {key: value for key, value in self.to_dict().items() if key not in CHANGEABLE} | same
 
     def checkpoint_due(self, epochs: int) -> bool:
         """Whether a checkpoint is due after this many epochs. It always is after the last epoch of a stage."""

@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from typing import NoReturn
 
+from vffjax import hosts
 from vffjax.cli import commands
 from vffjax.cli.options import beside
 from vffjax.errors import SafeStream, UserError, notice
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         with contextlib.suppress(Exception):  # otherwise Python tries again when it ends, and complains
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         status = status or 1
+    hosts.leave(status)
     sys.exit(status)
 
 
@@ -67,6 +69,7 @@ def _leave_at_once(out: SafeStream, leave: KeyboardInterrupt | Terminated) -> No
         status, why = 143, f"told to leave (SIGTERM): {leave}"
     notice(f"vffjax: {why}")
     out.flush()
+    hosts.leave(status)
     if termination.working():
         os._exit(status)
     sys.exit(status)

@@ -8,16 +8,25 @@ import jax
 
 from vffjax.config import Config
 from vffjax.costs.memory import least_bytes
-from vffjax.errors import UserError
+from vffjax.costs.targets import lacks_bfloat16
+from vffjax.errors import UserError, chosen
 
 
 def check_memory(config: Config) -> None:
     """Raises `UserError` if training cannot fit into memory. Without this check XLA or the kernel would kill the process."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     here, least = bytes_of(device), least_bytes(config)
     if here is not None and least > here:  # one device trains, however many there are
         shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
         raise UserError(f"{shown}: needs {least / 1e9:,.1f} GB at the least, and {device.device_kind} has {here / 1e9:,.1f}; lower them")
+
+
+def about_precision(config: Config, device: Any) -> str:
+    """Says that config.precision=bf16 gains nothing on a device that does not compute in it; empty where there is nothing to say."""
+    if not (chosen("precision", config.precision, {"bf16": True, "f32": False}) and lacks_bfloat16(device)):
+        return ""
+    card = f"{device.device_kind} (compute capability {device.compute_capability})"
+    return f"config.precision=bf16: {card} has no bfloat16, so convolutions run in float32 and gain nothing; use precision=f32"
 
 
 def bytes_of(device: Any) -> int | None:

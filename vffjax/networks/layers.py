@@ -168,9 +168,9 @@ class _Affine(Layer):
         return normalise_sets(x, self.sets) if self.norm == "class" else x
 
     def kernel(self, shape: tuple[int, ...]) -> Array:
-        # Parameters are kept in float32 and cast where they are used.
+        # Parameters are kept in float32 and cast where they are used, by `conv` itself for the sake of its gradient.
         initial = chosen("initialisation", self.initialisation, {"he": nn.initializers.he_normal(), "identity": identity_like})
-        return self.param("kernel", initial, shape, jnp.float32).astype(self.dtype)
+        return self.param("kernel", initial, shape, jnp.float32)
 
 
 class DenseLayer(_Affine):
@@ -179,7 +179,7 @@ class DenseLayer(_Affine):
     @nn.compact
     def __call__(self, x: Float[Array, "batch *feature"], clean: Rows, train: bool) -> Float[Array, "batch width"]:
         x = self.start(x.astype(self.dtype)).reshape(x.shape[0], -1)
-        return self.finish(x @ self.kernel((x.shape[1], self.width)), clean, train)
+        return self.finish(x @ self.kernel((x.shape[1], self.width)).astype(self.dtype), clean, train)
 
 
 class ConvLayer(_Affine):

@@ -24,7 +24,7 @@ STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}
 
 
 class _Conv(nn.Module):
-    """A convolution without bias, with PyTorch's padding. Its kernel is kept in float32 and cast where it is used."""
+    """A convolution without bias, with PyTorch's padding. Its kernel is kept in float32, and `conv` casts it."""
 
     width: int
     side: int
@@ -35,7 +35,7 @@ class _Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.side, self.side, x.shape[3], self.width)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
-        return conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        return conv(x.astype(self.dtype), kernel, self.stride)
 
 
 class Stem(Layer):

@@ -37,7 +37,7 @@ def conv(x: Float[Array, "batch h w c"], kernel: Float[Array, "k k c d"], stride
 
     Args:
         x: feature maps, float32 or bfloat16.
-        kernel: `[k, k, in, out]` with an odd `k`, in the dtype of `x`.
+        kernel: `[k, k, in, out]` with an odd `k`. It is cast to the dtype of `x`, and its gradient has its own dtype.
         stride: positions from one result to the next.
 
     Returns:
@@ -59,6 +59,7 @@ def _plain(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: Array, kernel: Array, stride: int) -> Array:
+    kernel = kernel.astype(x.dtype)
     # In an exported program the batch size may be a symbol. Winograd's loop over a few images at a time needs a number.
     if stride > 1 or not isinstance(x.shape[0], int) or not winograd.applies(x.shape, kernel.shape):
         return _plain(x, kernel, stride)
@@ -76,7 +77,8 @@ def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, 
 
 def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    size = kernel.shape[0]
+    size, dtype = kernel.shape[0], kernel.dtype
+    kernel = kernel.astype(x.dtype)
     plain = functools.partial(_plain, stride=stride)
     # The two gradients are chosen separately, so that the compiler can remove one that nobody uses. The first layer of a group needs no
     # gradient of its input.
@@ -89,8 +91,9 @@ def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Ar
         x,
         kernel,
         g,
-        cpu=lambda x, w, g: by_device(of_kernel, (x, g), total=True).astype(w.dtype),
-        default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1],
+        cpu=lambda x, w, g: by_device(of_kernel, (x, g), total=True).astype(x.dtype).astype(dtype),
+        tpu=lambda x, w, g: _kernel_gradient_by_one_convolution(x, g, size, stride).astype(dtype),
+        default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1].astype(dtype),
     )
     return dx, dw
 
@@ -100,14 +103,17 @@ _conv.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def _pointwise(x: Array, kernel: Array) -> Array:
-    return _product(x, kernel[0, 0], (3,), (0,)).astype(x.dtype)
+    return _product(x, kernel[0, 0].astype(x.dtype), (3,), (0,)).astype(x.dtype)
 
 
 def _pointwise_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     # Automatic differentiation would multiply a bfloat16 operand by the gradient of the float32 sum before that gradient is rounded.
     x, kernel = residuals
-    dx = _product(g, kernel[0, 0], (3,), (1,)).astype(x.dtype)
-    return dx, _product(x, g, (0, 1, 2), (0, 1, 2))[None, None].astype(kernel.dtype)
+    dx = _product(g, kernel[0, 0].astype(x.dtype), (3,), (1,)).astype(x.dtype)
+    dw = _product(x, g, (0, 1, 2), (0, 1, 2))[None, None]
+    return dx, lax.platform_dependent(
+        dw, cpu=lambda dw: dw.astype(x.dtype).astype(kernel.dtype), default=lambda dw: dw.astype(kernel.dtype)
+    )
 
 
 _pointwise.defvjp(lambda x, kernel: (_pointwise(x, kernel), (x, kernel)), _pointwise_backward)
@@ -144,6 +150,24 @@ def _phase(g: Array, flipped: Array, phase: tuple[int, int], stride: int) -> Arr
     after = [(p + a) // stride for a in phase]
     padding = [(taps - 1 - end, end) for taps, end in zip(part.shape[:2], after, strict=True)]
     return lax.conv_general_dilated(g, part, (1, 1), padding, dimension_numbers=_LAYOUT)
+
+
+def _kernel_gradient_by_one_convolution(x: Array, g: Array, size: int, stride: int) -> Array:
+    """The gradient of the convolution in its kernel as one convolution of `x` by `g`, in float32 whatever the dtype of these.
+
+    XLA adds the gradients of several devices in the dtype of this convolution's result. In bfloat16 each of them would be rounded first.
+    """
+    p = size // 2
+    ends = [stride * (out - 1) + size - side - p for side, out in zip(x.shape[1:3], g.shape[1:3], strict=True)]
+    return lax.conv_general_dilated(
+        x,
+        g,
+        (1, 1),
+        [(p, end) for end in ends],
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
 
 
 def _kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:

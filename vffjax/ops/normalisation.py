@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vffjax.ops.pooling import max_pool, max_pool_gradient
+from vffjax.ops.pooling import max_pool, max_pool_gradient, on_gpus
+from vffjax.ops.rows import divided
 
 EPSILON = 1e-5
 
@@ -55,8 +56,7 @@ def normalise(
 def _forward(x: Array, scale: Array, bias: Array, clean: int, shared: bool, pool: int, relu: bool) -> tuple[tuple, tuple]:
     z = x.astype(jnp.float32)
     count = _counts(z, clean, shared)
-    mean = _sums(z, clean, shared) / count
-    square = _sums(z * z, clean, shared) / count
+    mean, square = (total / count for total in _sums((z, z * z), clean, shared))
     var = jnp.maximum(square - mean * mean, 0.0)
     gain, offset = affine(mean, var, scale, bias)
     y = _extreme(x, scale, pool) * by_row(gain, z, clean) + by_row(offset, z, clean)
@@ -75,7 +75,7 @@ def _backward(clean: int, shared: bool, pool: int, relu: bool, residuals: tuple,
     centred = (extreme - by_row(mean, z, clean)) * by_row(rstd, z, clean)
     # With shared statistics all rows, clean and labelled, are normalised by the one source.
     rows = g.shape[0] if shared else clean
-    to_bias, to_scale = _sums(g, rows, shared), _sums(g * centred, rows, shared)
+    to_bias, to_scale = _sums((g, g * centred), rows, shared)
     # The gradient through mean and variance is affine in z. It reaches the rows from which the statistics were computed.
     count = _counts(z, clean, shared)
     slope = -gain * rstd * to_scale / count
@@ -83,7 +83,7 @@ def _backward(clean: int, shared: bool, pool: int, relu: bool, residuals: tuple,
     if shared and clean < z.shape[0]:
         slope, level = (jnp.concatenate([a, jnp.zeros_like(a)]) for a in (slope, level))
     dz = _to_extremes(x, scale, g * by_row(gain, z, clean), pool) + by_row(slope, z, clean) * z + by_row(level, z, clean)
-    return dz.astype(x.dtype), to_scale.sum(0), to_bias.sum(0)
+    return dz.astype(x.dtype), functools.reduce(jnp.add, to_scale), functools.reduce(jnp.add, to_bias)
 
 
 normalise.defvjp(_forward, _backward)
@@ -109,14 +109,35 @@ def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature
     return jnp.where(row < clean, values[0].reshape(shape), values[1].reshape(shape))
 
 
-def _sums(z: Array, clean: int, shared: bool) -> Array:
-    """Sums over positions and over the rows of each source, `[sources, c]`.
+def _sums(maps: tuple[Array, ...], clean: int, shared: bool) -> tuple[Array, ...]:
+    """Sums of each map over positions and over the rows of each source, `[sources, c]`.
 
     It sums over positions first, so that the streams are cut out of the small sums and not out of the feature map.
     """
-    rows = z.sum(tuple(range(1, z.ndim - 1)))
+    rows = tuple(z.sum(tuple(range(1, z.ndim - 1))) for z in maps)
+    if shared or clean in (0, maps[0].shape[0]):
+        return tuple(_of_parts(z, clean, shared) for z in rows)
+
+    def one_by_one(*rows: Array) -> tuple[Array, ...]:
+        return tuple(_of_parts(z, clean, shared) for z in rows)
+
+    together = functools.partial(_together, clean=clean)
+    # The first stream ends in the middle of a device's rows. To cut the streams out, TPUs would send each other many rows.
+    return jax.lax.platform_dependent(*rows, **on_gpus(together), cpu=one_by_one, tpu=together if divided() else one_by_one)
+
+
+def _of_parts(rows: Array, clean: int, shared: bool) -> Array:
     parts = (rows[:clean],) if shared else (rows[:clean], rows[clean:])
     return jnp.stack([part.sum(0) for part in parts if part.shape[0]])
+
+
+def _together(*rows: Array, clean: int) -> tuple[Array, ...]:
+    """The sums over the rows of both sources, of all arrays in one reduction, because a GPU takes long to start one."""
+    stacked = jnp.stack(rows, 1)[:, :, None]
+    first = (jnp.arange(stacked.shape[0]) < clean).reshape(-1, 1, 1, 1)
+    sources = jnp.concatenate([first, ~first], 2)
+    sums = jnp.where(sources, stacked, 0.0).sum(0)
+    return tuple(sums[i] for i in range(len(rows)))
 
 
 def _counts(z: Array, clean: int, shared: bool) -> Array:

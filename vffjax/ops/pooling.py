@@ -1,16 +1,28 @@
 """Pooling over positions.
 
 XLA's window operations are slow on CPU, so there the values and gradients are made of elementwise operations and plain reductions.
+
+On a GPU the values come from windows, which XLA fuses with what follows. The gradient of a window there is an index map of four integers
+per window and a scatter, which deterministic operations turn into a sort. The gradient therefore has the form that it has on CPU, and equal
+entries share it in the same way. On a TPU windows are the fastest form of both.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+GPUS = ("cuda", "rocm")  # as `lax.platform_dependent` names them
+
+
+def on_gpus(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The argument of `lax.platform_dependent` that chooses `function` on every kind of GPU."""
+    return dict.fromkeys(GPUS, function)
 
 
 def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array, "batch rows columns c"]:
@@ -32,8 +44,26 @@ def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array
     h, w = x.shape[1:3]
     rows, columns = min(cells, h), min(cells, w)
     if h % rows == 0 and w % columns == 0:
-        return x.reshape(x.shape[0], rows, h // rows, columns, w // columns, x.shape[3]).mean(axis=(2, 4))
+        return _means_of_whole_cells(x, rows, columns)
     return jnp.einsum("ih,nhwc,jw->nijc", _cell_means(h, rows), x, _cell_means(w, columns))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _means_of_whole_cells(x: Array, rows: int, columns: int) -> Array:
+    n, h, w, c = x.shape
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(n, rows, h // rows, columns, w // columns, c).mean(axis=(2, 4))
+
+
+def _gradient_of_means(rows: int, columns: int, like: Array, g: Array) -> tuple[Array]:
+    # The gradient is rounded to the dtype of the map before it is spread over the cells. Spread in float32, it would be in memory at twice
+    # the size of a bfloat16 map.
+    n, h, w, c = like.shape
+    share = (g / (h // rows * (w // columns))).astype(like.dtype)
+    spread = jnp.broadcast_to(share[:, :, None, :, None], (n, rows, h // rows, columns, w // columns, c))
+    return (spread.reshape(like.shape),)
+
+
+_means_of_whole_cells.defvjp(lambda x, rows, columns: (_means_of_whole_cells(x, rows, columns), x), _gradient_of_means)
 
 
 def _cell_means(size: int, cells: int) -> Array:
@@ -48,7 +78,7 @@ def _cell_means(size: int, cells: int) -> Array:
 def max_pool(x: Float[Array, "batch *feature"], window: int) -> Float[Array, "batch *out"]:
     """The maximum of each `window` x `window` window. Windows do not overlap; positions that fill no whole window are dropped.
 
-    If several entries of a window are the maximum, they share the gradient on CPU. On other backends the first one gets all of it.
+    If several entries of a window are the maximum, they share the gradient on CPU and GPU. On TPU the first one gets all of it.
 
     Args:
         x: feature maps `[batch, h, w, c]`. With a window of 1, an array of any shape, which is returned unchanged.
@@ -98,12 +128,13 @@ def _overlapping_pairwise_max(x: Array, window: int, stride: int, padding: int) 
 def max_pool_gradient(x: Float[Array, "batch h w c"], g: Float[Array, "batch h2 w2 c"], window: int) -> Float[Array, "batch h w c"]:
     """The gradient of `max_pool` in `x`, given the gradient `g` of its result.
 
-    On CPU it compares `x` with its maxima, in one pass over the map. That is right only if `x` lies in memory, as a convolution's output
-    does: an `x` that the compiler computes twice may be rounded differently and then differ from its own maximum.
+    On CPU and GPU it compares `x` with its maxima, in one pass over the map. On CPU that is right only if `x` lies in memory, as a
+    convolution's output does: an `x` that the compiler computes twice may be rounded differently and then differ from its own maximum. On
+    GPU a barrier sees to that.
     """
     comparison = functools.partial(_gradient_by_comparison, window=window)
     reduced = functools.partial(_gradient_of, functools.partial(_reduced_max, window=window))
-    return lax.platform_dependent(x, g, cpu=comparison, default=reduced)
+    return lax.platform_dependent(x, g, cpu=comparison, **on_gpus(_in_memory(comparison)), default=reduced)
 
 
 def _reduced_max(x: Array, window: int) -> Array:
@@ -132,6 +163,11 @@ def _gradient_by_comparison(x: Array, g: Array, window: int) -> Array:
     return jnp.pad(spread, ((0, 0), (0, h % window), (0, w % window), (0, 0)))
 
 
+def _in_memory(gradient: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """`gradient`, for which `x` is computed once and lies in memory, so that no two roundings of it are compared."""
+    return lambda x, g: gradient(lax.optimization_barrier(x), g)
+
+
 def _gradient_of(pool: Callable[[Array], Array], x: Array, g: Array) -> Array:
     return jax.vjp(pool, x)[1](g)[0]
 
@@ -150,8 +186,8 @@ def _by_platform(pairwise: Callable[..., Array], reduced: Callable[..., Array]) 
     def backward(sizes: tuple[int, ...], x: Array, g: Array) -> tuple[Array]:
         # The gradient does not compare `x` with its maximum: XLA may compute `x` twice with different rounding, and then no entry equals
         # the maximum.
-        on_cpu, elsewhere = (functools.partial(_gradient_of, form) for form in forms(sizes))
-        return (lax.platform_dependent(x, g, cpu=on_cpu, default=elsewhere),)
+        by_comparison, elsewhere = (functools.partial(_gradient_of, form) for form in forms(sizes))
+        return (lax.platform_dependent(x, g, cpu=by_comparison, **on_gpus(_in_memory(by_comparison)), default=elsewhere),)
 
     pool.defvjp(lambda x, sizes: (pool(x, sizes), x), backward)
     return pool

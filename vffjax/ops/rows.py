@@ -10,14 +10,17 @@ from jaxtyping import Array, Shaped
 AXIS = "data"  # the axis of the mesh of devices
 
 
+def divided() -> bool:
+    """Whether the rows of batches are divided over several devices in the program that is being traced."""
+    return AXIS in jax.sharding.get_abstract_mesh().axis_names
+
+
 def over_devices(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "rows *rest"]:
     """`x`, with a hint to the compiler that its rows are divided over the devices; without a mesh `x` itself.
 
     The number of rows need not be a multiple of the number of devices.
     """
-    if _devices() == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXIS))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXIS)) if divided() else x
 
 
 def by_device(
@@ -38,7 +41,7 @@ def by_device(
     Returns:
         The result of `function` for all rows. Without a mesh `function` is called as it is.
     """
-    devices, count = _devices(), rows[0].shape[0]
+    devices, count = int(dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)), rows[0].shape[0]
     if devices == 1:
         return function(*rows, *whole)
 
@@ -46,15 +49,10 @@ def by_device(
         found = function(*arguments)
         return jax.lax.psum(found, AXIS) if total else found
 
-    divided, same = PartitionSpec(AXIS), PartitionSpec()
-    places = (*[divided] * len(rows), *[same] * len(whole))
+    apart, same = PartitionSpec(AXIS), PartitionSpec()
+    places = (*[apart] * len(rows), *[same] * len(whole))
     # The check for values that differ between devices would refuse the zeros with which a loop begins.
-    each = jax.shard_map(own, in_specs=places, out_specs=same if total else divided, check_vma=False)
+    each = jax.shard_map(own, in_specs=places, out_specs=same if total else apart, check_vma=False)
     padded = [jnp.pad(x, ((0, -count % devices), *[(0, 0)] * (x.ndim - 1))) for x in rows]
     found = each(*padded, *whole)
     return found if total else found[:count]
-
-
-def _devices() -> int:
-    """How many devices the program is traced for."""
-    return int(dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1))

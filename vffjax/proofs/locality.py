@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vffjax.config import Config
 from vffjax.proofs import dataflow, probes
 from vffjax.rules.streams import DRAWN
-from vffjax.training import checks, feature_cache, mesh, trainer
+from vffjax.training import checks, feature_cache, mesh, pipeline, stages, trainer
 from vffjax.training.batch import abstract_batch
 from vffjax.training.plan import Plan, abstract_start
 
@@ -41,8 +41,8 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     layers = {group.name: sum(layer.learns for layer in group.module.layers) for group in plan.groups}
     numbers = probes.probe(plan, sizes.image_shape) if numeric else None
 
-    devices = mesh.count(config)
-    with mesh.within(mesh.mesh_of(devices)):  # the program that trains here
+    devices = stages.count(config)
+    with mesh.within(stages.mesh_for(config, devices)):  # the program that trains here
         programs = _programs(plan, sizes.image_shape)
     step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
     inside = {name: _crossings(step, _layers(step, name), ("backward",)) for name, step in step_of.items()}
@@ -109,13 +109,15 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int]) -> list[_Program]:
     size, groups, program = plan.config.batch_size, len(plan.groups), plan.program
     task, states = abstract_start(plan, image_shape)
     steps, segments = [], []
-    for active in [None] if plan.config.schedule == "joint" else range(plan.stages):
+    for active in [None] if plan.active(0) is None else range(plan.stages):
         trains = [group.name for group in plan.groups if active in (None, group.index)]
         cached = None
         if active and plan.config.feature_cache != "none":
             image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)  # the features of any number of images have the same shape
             cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, image)
         step, segment = (functools.partial(f, program, active) for f in (trainer.traced_step, trainer.run_segment))
+        if stages.is_pipeline(plan.config):  # its stages one after the other, each with one group: no border is inside of a stage
+            segment = functools.partial(pipeline.in_one, program, [(i, i + 1) for i in range(groups)])
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))
         steps.append(_traced("step", trains, step, task, states, one))
         segments.append(_traced("segment", trains, segment, task, states, some))

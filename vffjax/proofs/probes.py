@@ -180,7 +180,7 @@ def _interference(plan: Plan, task: Task, states: States, batch: Batch) -> tuple
         return {"skipped": "wrong labels are drawn from the predictions of all heads, later ones among them"}, []
     if len(plan.groups) == 1:
         return {"skipped": "there is one group"}, []
-    active = None if plan.config.schedule == "joint" else len(plan.groups) - 2
+    active = None if plan.active(0) is None else len(plan.groups) - 2
     step = quick_jit(functools.partial(trainer.train_step, plan, active))
     base = step(task, states, batch)[0]
     found: dict[str, Any] = {}

@@ -169,7 +169,7 @@ def _pooled(cells: int | None, head: Head, features: Array) -> Array:
         return features
     if any(side % head.grid for side in features.shape[1:3]):
         return features
-    return mean_pool_to_grid(features.astype(jnp.float32), head.grid)
+    return mean_pool_to_grid(features, head.grid)
 
 
 def head_cross_entropy(
@@ -180,11 +180,17 @@ def head_cross_entropy(
     If images are mixed, it is the mean of the cross-entropies for both labels, each weighted by the share of its image.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    right = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    right = _at(log_p, labels)
     if mixture is not None:
-        smaller = jnp.take_along_axis(log_p, mixture.labels[:, None], axis=1)[:, 0]
+        smaller = _at(log_p, mixture.labels)
         right = mixture.share * right + (1 - mixture.share) * smaller
     return -jnp.mean((1 - smoothing) * right + smoothing * jnp.mean(log_p, axis=1))
+
+
+def _at(log_p: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    """The entry of each row at its label. Exactly the same by an index has a scatter as its gradient, which accelerators are slow at."""
+    here = labels[:, None] == jnp.arange(log_p.shape[1], dtype=labels.dtype)[None]
+    return jnp.where(here, log_p, 0.0).sum(1)
 
 
 @jax.custom_vjp

@@ -19,6 +19,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from vffjax import hosts
 from vffjax.errors import UserError
 from vffjax.files import sha256_of, sync, write_json
 from vffjax.networks.groups import States
@@ -139,10 +140,20 @@ class Writer:
 
     def __init__(self, checkpoints: Checkpoints, known: Mapping[int, SavedEpoch] | None = None):
         self._checkpoints = checkpoints
-        folder, known = checkpoints.folder, known or {}
+        folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._ranks = {epoch: run_state.rank((known.get(epoch) or checkpoints.opened(epoch)).run) for epoch in checkpoints.epochs()}
+        self._ranks = _agreed_ranks(checkpoints, known or {})
         self._first = max(self._ranks, default=0)
+        with hosts.first_only() as first:
+            if first:
+                self._tidy()
+        self._changed = contextlib.ExitStack() if sync(folder) else _save_without_fsync()
+        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
+        self._prune()  # the last run may have been killed before it could
+
+    def _tidy(self) -> None:
+        """Removes what earlier runs have left half written or half deleted."""
+        checkpoints, folder = self._checkpoints, self._checkpoints.folder
         self._remove_halves()
         for path in folder.glob("*.deleted"):
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
@@ -153,9 +164,6 @@ class Writer:
             checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
             checkpoints._digests(epoch).unlink()
-        self._changed = contextlib.ExitStack() if sync(folder) else _save_without_fsync()
-        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
-        self._prune()  # the last run may have been killed before it could
 
     def save(self, epoch: int, states: States, task: Task, run: dict[str, Any]) -> None:
         """Saves a step, and reads something of each item back before the step counts as saved. If it fails, earlier steps stay as they are.
@@ -177,8 +185,19 @@ class Writer:
         state = {"format": run_state.FORMAT} | run
         items = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}, run=ocp.args.JsonSave(state))
         # Orbax knows the steps that it has found or saved itself, and would write over one that has appeared since.
-        if step.exists() or not self._write(epoch, items):
+        if hosts.of_first(step.exists()) or not self._write(epoch, items):
             raise UserError(f"{step}: exists already, so that another run may be writing here; stop it, or give another --workdir")
+        with hosts.first_only() as first:
+            if first:
+                self._complete(epoch, step, arrays, state)
+        self._ranks[epoch] = run_state.rank(run)
+        self._prune()
+        with hosts.first_only() as first:
+            if first:
+                self._checkpoints.inside.clear()
+
+    def _complete(self, epoch: int, step: pathlib.Path, arrays: dict[str, Any], state: dict[str, Any]) -> None:
+        """Reads a step back that all processes have written, and writes its digests, which makes it count as saved."""
         try:
             check_readable(step, arrays, state)
         except UserError:
@@ -189,9 +208,6 @@ class Writer:
         for path in (*step.rglob("*"), step, self._checkpoints.folder):
             sync(path)
         write_json(self._checkpoints._digests(epoch), digests)
-        self._ranks[epoch] = run_state.rank(run)
-        self._prune()
-        self._checkpoints.inside.clear()
 
     @property
     def newest(self) -> int:
@@ -226,18 +242,35 @@ class Writer:
         scheduled = sorted(epoch for epoch, rank in self._ranks.items() if rank.due)
         best = max(scheduled, key=self._ranks.__getitem__, default=None)
         newest = max(self._ranks, default=0)
-        for epoch in self._ranks.keys() - {*scheduled[-2:], best, newest}:
-            # First the digests get another name, so that a step which is only half deleted is not taken for damaged or incomplete.
-            self._checkpoints._digests(epoch).rename(self._checkpoints.folder / f"{epoch}.deleted")
+        old = sorted(self._ranks.keys() - {*scheduled[-2:], best, newest})
+        with hosts.first_only() as first:
+            for epoch in old if first else ():
+                self._delete(epoch)
+            for path in self._checkpoints.folder.glob("*.aside") if first else ():
+                name = path.name.removesuffix(".aside")
+                if name.isdigit() and self._first < int(name) <= newest:  # its epoch has been trained again, to the same bits
+                    shutil.rmtree(path)
+        for epoch in old:
             del self._ranks[epoch]
-            # A network share may refuse to delete a file that somebody still reads; the next writer tries again.
-            with contextlib.suppress(OSError):
+
+    def _delete(self, epoch: int) -> None:
+        # First the digests get another name, so that a step which is only half deleted is not taken for damaged or incomplete.
+        self._checkpoints._digests(epoch).rename(self._checkpoints.folder / f"{epoch}.deleted")
+        # A network share may refuse to delete a file that somebody still reads; the next writer tries again.
+        with contextlib.suppress(OSError):
+            if hosts.count() == 1:
                 self._manager.delete(epoch)
-                (self._checkpoints.folder / f"{epoch}.deleted").unlink()
-        for path in self._checkpoints.folder.glob("*.aside"):
-            name = path.name.removesuffix(".aside")
-            if name.isdigit() and self._first < int(name) <= newest:  # its epoch has been trained again, to the same bits
-                shutil.rmtree(path)
+            else:  # the manager would wait for the other processes, for ever if it fails here
+                shutil.rmtree(self._checkpoints.folder / str(epoch))
+            (self._checkpoints.folder / f"{epoch}.deleted").unlink()
+
+
+def _agreed_ranks(checkpoints: Checkpoints, known: Mapping[int, SavedEpoch]) -> dict[int, run_state.Rank]:
+    """The ranks of all saved epochs, as process 0 sees them: on a network share another process may see older names of files."""
+    found = []
+    if hosts.is_first():
+        found = [(epoch, run_state.rank((known.get(epoch) or checkpoints.opened(epoch)).run)) for epoch in checkpoints.epochs()]
+    return {epoch: run_state.Rank(*rank) for epoch, rank in hosts.of_first(found)}
 
 
 _SYSTEM_ERRORS = {

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import hashlib
 import pathlib
 from typing import Any, TextIO
 
@@ -11,21 +12,23 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from vffjax import files, paths
+from vffjax import files, hosts, paths
 from vffjax.config import FIELDS, Config
+from vffjax.costs.fits import about_precision
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset, Split
-from vffjax.errors import bad_key, notice, phase
+from vffjax.errors import UserError, bad_key, notice, phase
 from vffjax.keys import default_of
 from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import checkpoint, logbook, loop, termination
 from vffjax.runs import state as run_state
 from vffjax.runs.origin import check_code, code_of, origin
+from vffjax.runs.saved_epoch import SavedEpoch
 from vffjax.runs.summary import conclude
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import LOCK, check_best, claim_workdir, locked, sound_epochs, write_config
-from vffjax.training import checks, feature_cache, mesh, scores
+from vffjax.training import checks, feature_cache, mesh, scores, stages
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task, whitened, with_new_optimizers
@@ -78,24 +81,44 @@ def train(
 def _train(
     config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
 ) -> dict[str, Any]:
+    with hosts.together():
+        return _train_together(config, workdir, data_sha256, progress, after_epoch)
+
+
+def _train_together(
+    config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
+) -> dict[str, Any]:
+    if hosts.count() > 1:
+        # Each has its own data folder. All else must be the same, or the processes would wait for each other at different places.
+        keys = {f"config.{key}": value for key, value in config.to_dict().items() if key != "data_dir"}
+        about = {"versions of packages": origin(config)["versions"], "code from outside": code_of(config)}
+        hosts.check_same(keys | about, "give all processes the same command, configuration and packages")
     claim_workdir(workdir, config)
-    mesh.count(config)  # a number that cannot be is refused before the data are read
+    stages.count(config)  # a number that cannot be is refused before the data are read
     keep_compiled_programs()
     with contextlib.ExitStack() as held:
         request = held.enter_context(termination.deferred())
+        request.alone = hosts.count() == 1
         if (there := checkpoint.Checkpoints(workdir)).epochs() or there.inside.epochs():
             request.saved = termination.KEPT
-        used = (workdir / LOCK).exists()
+        used = hosts.is_first() and (workdir / LOCK).exists()  # process 0 holds the lock for all
         if used:
             held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
         with phase("reading data", progress):
             dataset = data_module.load(config)
         if data_sha256:
             check_same_data(config, dataset, data_sha256)
+        if hosts.count() > 1:
+            hosts.check_same({"SHA-256 of the data": dataset.sha256()}, "give all processes the same data set")
         plan = plan_for(config, dataset)
-        workdir.mkdir(parents=True, exist_ok=True)  # not earlier: after bad input there should be no new folder
-        if not used:
-            held.enter_context(locked(workdir))
+        with hosts.first_only() as first:
+            if first:
+                workdir.mkdir(parents=True, exist_ok=True)  # not earlier: after bad input there should be no new folder
+                if not used:
+                    held.enter_context(locked(workdir))
+        if hosts.any_of(not (workdir / LOCK).exists()):
+            fix = "give all processes the same folder on a file system that they share"
+            raise UserError(f"--workdir={workdir}: not all processes see there what process 0 has written; {fix}")
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
         return _train_in(config, workdir, dataset, plan, request, progress, after_epoch)
 
@@ -117,7 +140,7 @@ def _train_in(
     after_epoch: loop.AfterEpoch,
 ) -> dict[str, Any]:
     checkpoints = checkpoint.Checkpoints(workdir)
-    sound, begun = sound_epochs(checkpoints, config)
+    sound, begun = _agreed_epochs(checkpoints, config)
     if begun:
         run = copy.deepcopy(begun.run) | {"config": config.to_dict()}
         request.saved = loop.what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
@@ -129,30 +152,72 @@ def _train_in(
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
         run = run_state.new_state(config, about, files.sha256_of(file) if file else None)
-        run["segment_steps"] = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
+        length = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
+        run["segment_steps"] = hosts.of_first(length)  # which depends on the machine
     before = run.get("devices", 1) if begun else 0
-    run["devices"] = mesh.count(config, before)
-    words = mesh.told(config, run["devices"], before)
-    notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
+    schedule_before = begun.run["config"]["schedule"] if begun else ""
+    run["devices"] = stages.count(config, before, schedule_before)
+    trains = run["epoch"] < plan.total_epochs
+    _note_origin(run, origin(config), trains)
+    with hosts.first_only() as first:
+        if first:
+            words = stages.told(plan, dataset.image_shape, run["devices"], before, schedule_before)
+            notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
+            if words := about_precision(config, jax.devices()[0]):
+                notice(words, progress)
+            _begin_records(config, workdir, checkpoints, run)
+    with contextlib.closing(checkpoints.writer(sound)) as writer:
+        if trains:
+            states, task = begun.restore(plan) if begun else start(plan, dataset)
+            if hosts.count() > 1:
+                # They come from the seed, or from a file on each host, and must not differ between the devices of the mesh.
+                fix = "give all processes the same weights to start from, and machines of one kind"
+                hosts.check_same({"SHA-256 of the first states": _digest((states, task))}, fix)
+            hosts.barrier()  # before process 0 deletes what another one still reads
+            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
+    request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
+    summary: Any = None
+    with hosts.first_only() as first:
+        if first:
+            with phase("measuring the test error, drawing", progress):
+                summary = _conclude(config, workdir, dataset, plan, check_best(checkpoints, run, sound), run)
+    found: dict[str, Any] = hosts.of_first(summary)
+    return found
+
+
+def _conclude(
+    config: Config, workdir: pathlib.Path, dataset: Dataset, plan: Plan, best: SavedEpoch | None, run: dict[str, Any]
+) -> dict[str, Any]:
+    assert best is not None  # the last epoch is always saved
+    trained = Trained(plan, *best.restore(plan), best.run)
+    # Of several processes this one measures alone, on its first device.
+    found = scores_on(stages.judges(config, best.run), trained, config.inference, dataset.test)
+    measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
+    return conclude(trained, dataset, measured, run, workdir)
+
+
+def _agreed_epochs(checkpoints: checkpoint.Checkpoints, config: Config) -> tuple[dict[int, SavedEpoch], SavedEpoch | None]:
+    """What `sound_epochs` returns. Process 0 finds it, since faulty epochs are set aside, and the others read the same."""
+    if hosts.count() == 1:
+        return sound_epochs(checkpoints, config)
+    sound, begun = dict[int, SavedEpoch](), None
+    with hosts.first_only() as first:
+        if first:
+            sound, begun = sound_epochs(checkpoints, config)
+    epochs, number, whole = hosts.of_first((list(sound), begun.epoch if begun else 0, begun in sound.values()))
+    if not hosts.is_first():
+        sound = {epoch: checkpoints.opened(epoch) for epoch in epochs}
+        begun = (sound[number] if whole else checkpoints.inside.opened(number)) if number else None
+    return sound, begun
+
+
+def _begin_records(config: Config, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, run: dict[str, Any]) -> None:
+    """Makes the records in the workdir those of a run that begins or goes on from this state."""
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
     for line in write_config(workdir, config):
         notice(line)
-    trains = run["epoch"] < plan.total_epochs
-    _note_origin(run, origin(config), trains)
     logbook.restore_metrics(workdir, run["history"])
-    with contextlib.closing(checkpoints.writer(sound)) as writer:
-        if trains:
-            states, task = begun.restore(plan) if begun else start(plan, dataset)
-            run = loop.Loop(plan, dataset, task, run, checkpoints, writer, request, after_epoch).train(states, workdir, progress)
-    request.saved, request.idle = loop.what_is_saved(plan, plan.total_epochs, 0), True
-    with phase("measuring the test error, drawing", progress):
-        best = check_best(checkpoints, run, sound)
-        assert best is not None  # the last epoch is always saved
-        trained = Trained(plan, *best.restore(plan), best.run)
-        found = scores_on(mesh.of_run(best.run), trained, config.inference, dataset.test)
-        measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
-        return conclude(trained, dataset, measured, run, workdir)
 
 
 def scores_on(devices: Mesh | None, trained: Trained, inference: str, split: Split) -> Float[np.ndarray, "groups n classes"]:
@@ -161,6 +226,12 @@ def scores_on(devices: Mesh | None, trained: Trained, inference: str, split: Spl
         images = loop.placed(split, trained.plan.config.data_on, devices).images
         task, states = mesh.everywhere(devices, (trained.task, trained.states))
         return np.asarray(scores.make_scores(trained.plan, inference)(task, states, images))
+
+
+def _digest(tree: Any) -> str:
+    """The SHA-256 of the arrays of a tree."""
+    leaves = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree))
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
 def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:

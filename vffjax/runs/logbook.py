@@ -159,6 +159,20 @@ class Logbook(contextlib.ExitStack):
         self._with_bar(lambda: self._draw(self._bar.n))
 
 
+class Silent(contextlib.ExitStack):
+    """Stands for the `Logbook` where another process writes the record of the run. It writes and shows nothing."""
+
+    def epoch(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What `Logbook.epoch` returns."""
+        return nulls(as_json(record))
+
+    def step(self, epoch: int, done: int, steps: int) -> None:
+        """Nothing."""
+
+    def phase(self, name: str) -> None:
+        """Nothing."""
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a workdir's metrics.jsonl; none if there is no such file. Torn and foreign lines are skipped."""
     try:

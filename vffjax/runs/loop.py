@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vffjax import hosts
 from vffjax.data.sets import Dataset, Split
 from vffjax.errors import UserError, chosen
 from vffjax.networks.groups import States
 from vffjax.rules.streams import Task
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints, Writer
-from vffjax.runs.logbook import Logbook
+from vffjax.runs.logbook import Logbook, Silent
 from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache, trainer
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
-from vffjax.training.mesh import everywhere, mesh_of, within
+from vffjax.training.mesh import everywhere, fetched, within
+from vffjax.training.pipeline import epoch_of
 from vffjax.training.plan import Images, Plan, noise_root, task_of_epoch
 from vffjax.training.scores import compile_scores, validate
+from vffjax.training.stages import mesh_for
 
 AfterEpoch = Callable[[dict[str, Any]], object]
 
@@ -91,7 +94,7 @@ class Loop:
         self._checkpoints, self._writer, self._request, self._after_epoch = checkpoints, writer, request, after_epoch
         redraws = plan.config.noise_redrawn != "never"
         self._noise_root = noise_root(plan.config, dataset.train.images, task.mean, task.std) if redraws else None
-        where, self._mesh = plan.config.data_on, mesh_of(run.get("devices", 1))
+        where, self._mesh = plan.config.data_on, mesh_for(plan.config, run.get("devices", 1))
         self._data, self._validation = training_images(dataset.train, where, self._mesh), placed(dataset.validation, where, self._mesh)
         self._task = everywhere(self._mesh, self._task)
         self._position = run.pop("inside", None)  # the position inside of an epoch, until that epoch goes on
@@ -111,7 +114,7 @@ class Loop:
         """
         done, total = self._run["epoch"], self._plan.total_epochs
         states = everywhere(self._mesh, states)
-        with within(self._mesh), Logbook(workdir, total, done, progress, self._config.to_dict()) as logbook:
+        with within(self._mesh), self._logbook(workdir, progress) as logbook:
             logbook.phase("compiling")
             self._compile_checks(states)
             for epoch in range(done, total):
@@ -120,13 +123,13 @@ class Loop:
                     self._request.idle = self._saved_epoch == epoch
                     self._compile_stage(states, epoch)
                 self._request.idle = False
-                if self._request.leave and self._saved_epoch == epoch:
+                if self._saved_epoch == epoch and self._told_to_leave():
                     raise Terminated(self._request.saved)
                 self._task = everywhere(self._mesh, task_of_epoch(self._config, self._task, epoch, self._noise_root))
                 logbook.phase("training")
                 states, means, checks, seconds = self._train_epoch(states, epoch, logbook)
                 logbook.phase("validating")
-                finite, found = jax.device_get(checks)
+                finite, found = fetched(checks)
                 self._check_finite(means, finite, epoch)
                 validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch), self._config.votes)
                 # The line comes before the checkpoint: an epoch with a line but no checkpoint is trained again and gets a new line.
@@ -154,7 +157,9 @@ class Loop:
         self._data = self._data._replace(features=None)  # frees the last stage's features before new ones are made
         if active and self._config.feature_cache != "none":
             self._data = feature_cache.with_features(self._plan, active, self._task, states, self._data)
-        self._epoch, self._compiled_for = Epoch(self._plan, active, self._run["segment_steps"], self._mesh), active
+        shape = self._data.image_shape
+        self._epoch = epoch_of(self._plan, active, self._run["segment_steps"], self._run.get("devices", 1), shape)
+        self._compiled_for = active
         largest = self._epoch.compile(self._task, states, self._data, self._steps_done)
         if _is_short(self._plan, largest):
             self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)
@@ -162,7 +167,7 @@ class Loop:
         self._run["peak_bytes"] = max(self._run["peak_bytes"], executable_bytes(largest))
 
     def _train_epoch(
-        self, states: States, epoch: int, logbook: Logbook
+        self, states: States, epoch: int, logbook: Logbook | Silent
     ) -> tuple[States, dict[str, np.ndarray], tuple[jax.Array, jax.Array | np.ndarray | None], float]:
         """Trains one epoch, or the rest of it.
 
@@ -181,7 +186,7 @@ class Loop:
             parts.append(part.metrics)
             logbook.step(epoch, part.done, self._plan.steps_per_epoch)
             # A run that is to leave is also saved after the last segment, since validation may take long.
-            if self._request.leave or (part.done < self._plan.steps_per_epoch and self._save_is_due()):
+            if self._told_to_leave() or (part.done < self._plan.steps_per_epoch and self._save_is_due()):
                 metrics = joined(jax.device_get(parts))
                 seconds += time.perf_counter() - began
                 self._save_inside(states, epoch, part.done, seconds, metrics)
@@ -190,27 +195,38 @@ class Loop:
         if isinstance(images, np.ndarray):  # To score them, the host waits for the device, and that time is no training.
             jax.block_until_ready(parts)
             seconds += time.perf_counter() - began
+        here = self._epoch.together(states)
         # The checks are dispatched before the host waits for the epoch, so that the device is never idle.
-        checks = (self._finite_groups(states), self._scores(self._task, states, images) if self._scores else None)
+        checks = (self._finite_groups(here), self._scores(self._task, here, images) if self._scores else None)
         if isinstance(images, jax.Array):
             jax.block_until_ready(parts)
             seconds += time.perf_counter() - began
         return states, over_steps(joined(jax.device_get(parts))), checks, seconds
 
+    def _logbook(self, workdir: pathlib.Path, progress: TextIO | None) -> Logbook | Silent:
+        if not hosts.is_first():
+            return Silent()
+        return Logbook(workdir, self._plan.total_epochs, self._run["epoch"], progress, self._config.to_dict())
+
+    def _told_to_leave(self) -> bool:
+        """Whether any process of the run was told to leave. All ask at the same steps and get the same answer, so all leave together."""
+        return hosts.any_of(self._request.leave)
+
     def _save_is_due(self) -> bool:
         every = self._config.checkpoint_seconds
-        return every > 0 and time.perf_counter() - self._saved_seconds > every
+        return every > 0 and hosts.any_of(time.perf_counter() - self._saved_seconds > every)
 
     def _save_inside(self, states: States, epoch: int, step: int, seconds: float, metrics: Metrics) -> None:
         """Saves the run inside of an epoch. Raises `Terminated` if the run was told to leave."""
         if self._request.abandoned:
             raise Terminated(self._request.saved)
-        self._check_finite(over_steps(metrics), jax.device_get(self._finite_groups(states)), epoch, step)
+        assert self._epoch is not None
+        self._check_finite(over_steps(metrics), fetched(self._finite_groups(self._epoch.together(states))), epoch, step)
         state = run_state.inside(self._run, epoch, step, self._plan.steps_per_epoch, seconds, metrics)
         with contextlib.closing(self._checkpoints.inside.writer()) as writer:
             writer.save(run_state.number(state), states, self._task, state)
         self._say_what_is_saved(epoch, step)
-        if self._request.made:
+        if self._told_to_leave():
             raise Terminated(self._request.saved)
 
     def _finish_epoch(self, states: States, epoch: int, record: dict[str, Any], validated: dict[str, Any]) -> None:
@@ -223,10 +239,10 @@ class Loop:
         run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": self._plan.trained_groups(epoch)}
         if self._request.abandoned:
             raise Terminated(self._request.saved)
-        if scheduled or self._request.made:
+        if scheduled or self._told_to_leave():
             self._writer.save(epoch + 1, states, self._task, run)
             self._say_what_is_saved(epoch + 1, 0)
-        if self._request.made and self._writer.newest == epoch + 1:  # if SIGTERM came only now, the run is saved after its next segment
+        if self._writer.newest == epoch + 1 and self._told_to_leave():  # if SIGTERM came only now, the run is saved after its next segment
             raise Terminated(self._request.saved)
 
     def _say_what_is_saved(self, epochs: int, step: int) -> None:

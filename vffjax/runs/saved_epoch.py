@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vffjax import versions
+from vffjax import hosts, versions
 from vffjax.config import Config
 from vffjax.errors import UserError
 from vffjax.files import read_json, sha256_of
@@ -154,7 +154,7 @@ class SavedEpoch:
         return self._restore(**{name: ocp.args.StandardRestore(abstract) for name, abstract in wanted.items()})
 
     def _restore(self, **items: Any) -> Any:
-        with _readable(self.folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _readable(self.folder), _reader() as checkpointer:
             return checkpointer.restore(self.folder, args=ocp.args.Composite(**items))
 
 
@@ -166,6 +166,14 @@ def _readable(folder: pathlib.Path, fix: str = OWN_CONFIG) -> Iterator[None]:
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise Fault(f"{folder}: cannot be restored ({reason})", fix) from error
+
+
+def _reader() -> ocp.Checkpointer:
+    """Reads for this process alone. If several processes train together, each reads when it wants to, and waits for no other."""
+    options, own = ocp.options.MultiprocessingOptions(), hosts.index()
+    if hosts.count() > 1:
+        options = ocp.options.MultiprocessingOptions(own, {own}, f"reader{own}")
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)
 
 
 def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -205,7 +213,7 @@ def check_readable(folder: pathlib.Path, items: dict[str, Any], run: dict[str, A
         UserError: something cannot be read, or differs; the message names the step.
     """
     fix = "nothing of this epoch is kept; give a --workdir in another place"
-    with _readable(folder, fix), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _readable(folder, fix), _reader() as checkpointer:
         if checkpointer.restore(folder, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"] != json.loads(json.dumps(run)):
             raise Fault(f"{folder / 'run'}: was read back with other values than were saved", "check the disk")
         for name, tree in items.items():
@@ -243,4 +251,4 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _here() -> jax.sharding.SingleDeviceSharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -39,6 +39,7 @@ class Request:
         self.made = False  # SIGTERM has come: the run shall save and leave
         self.abandoned = False  # Ctrl-C has come: nobody waits for the run any more, and it shall end as soon as it can
         self.idle = True  # nothing would be lost if the run ended now
+        self.alone = True  # no other process trains this run; else all end together, when the run itself looks at the request
         self.saved = NOTHING  # what is saved, in words
         self.thread = threading.current_thread()
 
@@ -100,7 +101,7 @@ def interruptible(work: Callable[[], T]) -> T:
         try:  # around the start too, because Ctrl-C may come during it
             thread.start()
             while not done.wait(0.1):  # with a timeout, because on Windows no signal would end the wait
-                if any(request.made and request.idle for request in _running):
+                if any(request.made and request.idle and request.alone for request in _running):
                     raise Terminated(saved())  # it compiles or reads data, and may not look at its request for a long time
         except BaseException:
             _abandoned.append(thread)  # first, so that a run which begins in it just now knows

@@ -54,11 +54,12 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
     """
     path = workdir / "config.json"
     before = read_config(workdir) if path.exists() else config
-    keys = [key for key in CHANGEABLE if key != "data_dir" and getattr(before, key) != getattr(config, key)]
+    keys = [key for key in (*CHANGEABLE, "schedule") if key != "data_dir" and getattr(before, key) != getattr(config, key)]
     if keys or not path.exists():
         files.write_json(path, to_json(config) | {"data_dir": before.data_dir})
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
-    rounds = [key for key in keys if key not in BITWISE]
+    piped = "pipeline" in (before.schedule, config.schedule)  # has the bits of one device; `stages.told` warns where others trained
+    rounds = [key for key in keys if key not in (*BITWISE, "schedule", *["devices"] * piped)]
     return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
 
 

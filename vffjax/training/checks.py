@@ -14,6 +14,7 @@ from vffjax.keys import default_of, options
 from vffjax.networks.groups import layer_sizes
 from vffjax.networks.layers import OWN_CHOICE
 from vffjax.training.plan import Plan, make_plan
+from vffjax.training.stages import is_pipeline
 
 # Keys by which training images differ from epoch to epoch.
 AUGMENTATIONS = ("flip", "crop_padding", "cutout", "random_erasing", "trivial_augment", "random_resized_crop", "color_jitter", "mixup")
@@ -41,6 +42,9 @@ def check(config: Config) -> Config:
         obeyed = key in network.keys or (key == "image_size" and find(config).resizes)
         if not obeyed and getattr(config, key) != (usual := default_of(FIELDS[key])):
             raise bad_key(key, getattr(config, key), f"means nothing to network={config.network}", f"leave it at {usual!r}")
+    if is_pipeline(config) and rule.predicts(config):
+        problem = f"rule {config.rule} draws wrong labels from the heads of all groups, which another batch has trained meanwhile"
+        raise bad_key("schedule", config.schedule, problem, "use schedule=joint, or negatives=uniform")
     if why := rule.cannot_score_by(config.inference):
         raise bad_key("inference", config.inference, f"rule {config.rule} {why}", "use inference=heads")
     rule.check(config)

@@ -115,6 +115,13 @@ class Epoch:
             before = metrics
             yield Segment(piece.stop, states, metrics)
 
+    def together(self, states: States) -> States:
+        """The states of all groups, where they can be given to one program."""
+        return states
+
+    def _gathered(self, data: Images, piece: range, draws: "_Draws") -> Batch:
+        return _batches(data, piece, draws, self._mesh)
+
     def _left(self, done: int) -> list[range]:
         """The segments after the first `done` steps. If no segment of the epoch begins there, the rest is cut anew into the same length."""
         left = [piece for piece in self.pieces if piece.start >= done]
@@ -203,7 +210,15 @@ def _take(mesh: Mesh | None, rows: Array | np.ndarray, ids: Array, shape: tuple[
     """The rows with these ids, put on the device, or divided over the mesh; reshaped to `shape` if it is given."""
     shape = rows.shape[1:] if shape is None else shape
     if isinstance(rows, np.ndarray):
-        return jax.device_put(rows[np.asarray(ids)].reshape(*ids.shape, *shape), divided(mesh, 1))
+        numbers, place = np.asarray(ids), divided(mesh, 1)
+
+        def part(where: Any) -> np.ndarray:
+            chosen = numbers[where[:2]]
+            return rows[chosen].reshape(*chosen.shape, *shape)
+
+        if place is None or place.is_fully_addressable:
+            return jax.device_put(part((slice(None), slice(None))), place)
+        return jax.make_array_from_callback((*ids.shape, *shape), place, part)  # each process gathers the rows of its own devices
     return _gathered_on(mesh)(shape, rows, ids)
 
 

@@ -16,6 +16,7 @@ from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training import augment, trainer
+from vffjax.training.mesh import fetched
 from vffjax.training.plan import Images, Plan, abstract_start
 
 # The host fetches the features of this many batches at a time.
@@ -51,6 +52,6 @@ def with_features(plan: Plan, active: int, task: Task, states: States, data: Ima
     # A few batches at a time, because all features together may not fit on the device.
     size = BATCHES_PER_FETCH * plan.config.eval_batch_size
     starts = range(0, len(images), size)
-    pieces = [np.asarray(clean_features(plan.program, active, task, states, images[i : i + size])) for i in starts]
+    pieces = [fetched(clean_features(plan.program, active, task, states, images[i : i + size])) for i in starts]
     features = np.concatenate(pieces)
     return data._replace(features=features if plan.config.feature_cache == "host" else jnp.asarray(features))

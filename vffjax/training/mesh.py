@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vffjax import hosts
 from vffjax.config import Config
 from vffjax.errors import bad_key
 from vffjax.ops.rows import AXIS
@@ -33,7 +35,7 @@ def count(config: Config, before: int = 0) -> int:
     Raises:
         UserError: there are not as many as config.devices, or config.batch_size cannot be divided by them.
     """
-    there = len(jax.devices())
+    there, processes = len(jax.devices()), hosts.count()
     if config.devices > there:
         problem = f"JAX sees {there} ({jax.devices()[0].device_kind})"
         raise bad_key("devices", config.devices, problem, f"use at most {there}, or 0")
@@ -41,15 +43,19 @@ def count(config: Config, before: int = 0) -> int:
         nearest = max(1, round(config.batch_size / config.devices)) * config.devices
         problem = f"cannot be divided by config.devices={config.devices}"
         raise bad_key("batch_size", config.batch_size, problem, f"use {nearest}, or devices=0 for as many as divide it")
-    most = config.devices or (before if 0 < before <= there else there)
-    return max(number for number in range(1, most + 1) if config.batch_size % number == 0)
+    most = config.devices or (before if processes <= before <= there else there)
+    found = [number for number in range(processes, most + 1, processes) if config.batch_size % number == 0]
+    if config.devices % processes or not found:  # a process without a device in the mesh could not take part
+        key, fix = ("devices", "use a multiple of that, or 0") if config.devices else ("batch_size", "use a multiple of that")
+        raise bad_key(key, getattr(config, key), f"cannot be divided by the {processes} processes of this run", fix)
+    return max(found)
 
 
 def told(config: Config, number: int, before: int = 0) -> str:
     """How many devices train, in words, and why not all of them; empty if there is one device, and always was."""
     there, words = len(jax.devices()), ""
     if there > 1 or before > 1:
-        words = f"{number} of {there} device{'s' * (there > 1)}"
+        words = f"{number} of {there} device{'s' * (there > 1)}" + (f" in {hosts.count()} processes" if hosts.count() > 1 else "")
     if before and before != number:
         return f"{words}, and {before} until here: the bits are no longer those of a run that keeps its number of devices"
     if number < there and not config.devices:
@@ -57,26 +63,52 @@ def told(config: Config, number: int, before: int = 0) -> str:
     return words
 
 
-def of_run(run: dict[str, Any]) -> Mesh | None:
-    """The devices that measure the errors of a saved epoch: as many as trained it, so that its errors are found again to the bit.
-
-    If there are fewer devices here, one measures them.
-    """
-    number = run.get("devices", 1)
-    return mesh_of(number if number <= len(jax.devices()) else 1)
-
-
 @functools.cache
 def mesh_of(number: int) -> Mesh | None:
-    """The first so many devices as a mesh of one axis; None for one device, where nothing is said about the place of arrays."""
+    """So many devices, as many of each process, as a mesh of one axis; None for one, where nothing is said about the place of arrays."""
     if number == 1:
         return None
-    return jax.make_mesh((number,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])
+    devices, each = jax.devices(), number // hosts.count()
+    if number < len(devices):
+        devices = [d for process in range(hosts.count()) for d in [d for d in devices if d.process_index == process][:each]]
+    return jax.make_mesh((number,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def everywhere(mesh: Mesh | None, tree: T) -> T:
     """The arrays of a tree, each on every device of the mesh; without a mesh the tree itself."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return tree
+    place = NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(tree, place) if place.is_fully_addressable else jax.tree.map(lambda leaf: put(leaf, place), tree)
+
+
+def put(leaf: Any, place: Any) -> Any:
+    """An array, put on the devices of a place. If these belong to several processes, each process puts its own part there.
+
+    Args:
+        leaf: the whole array. All processes have the same.
+        place: a sharding, or None for JAX's first device.
+    """
+    if place is None or place.is_fully_addressable:
+        return jax.device_put(leaf, place)
+    if not getattr(leaf, "is_fully_addressable", True):  # it lies on devices of several processes already
+        same = leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        return leaf if same else jax.jit(lambda x: x, out_shardings=place)(leaf)
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)  # device_put would compare it with that of every other process, which takes as much traffic as it has bytes
+    return jax.make_array_from_callback(whole.shape, place, lambda part: whole[part])
+
+
+def fetched(tree: Any) -> Any:
+    """The arrays of a tree as NumPy arrays, also where other processes hold parts of them. All processes must ask."""
+    return jax.tree.map(_fetched, tree)
+
+
+def _fetched(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))  # type: ignore[attr-defined]
+    return jax.device_get(leaf)
 
 
 def divided(mesh: Mesh | None, axes_before: int) -> Any:

@@ -72,7 +72,7 @@ class Plan:
     @property
     def stages(self) -> int:
         """How many times `config.epochs` epochs are trained: once if all groups train together, else once per group."""
-        return chosen("schedule", self.config.schedule, {"joint": 1, "sequential": len(self.groups)})
+        return chosen("schedule", self.config.schedule, {"joint": 1, "pipeline": 1, "sequential": len(self.groups)})
 
     @property
     def classes(self) -> int:
@@ -89,7 +89,7 @@ class Plan:
 
     def active(self, epoch: int) -> int | None:
         """The group that trains in this epoch (from 0), or None for all."""
-        return chosen("schedule", self.config.schedule, {"joint": None, "sequential": epoch // self.config.epochs})
+        return chosen("schedule", self.config.schedule, {"joint": None, "pipeline": None, "sequential": epoch // self.config.epochs})
 
     def trained_groups(self, epoch: int) -> int:
         """How many groups have been trained at the end of this epoch (numbered from 0); fewer than all in the sequential schedule."""

@@ -17,6 +17,7 @@ from vffjax.ops.batching import map_batches
 from vffjax.rules.streams import Task
 from vffjax.training import augment, trainer
 from vffjax.training.compiled import compiled
+from vffjax.training.mesh import fetched, put
 from vffjax.training.plan import Plan
 
 PIECE_BYTES = 2**26  # of images on the host that are brought to the device at once
@@ -131,15 +132,15 @@ def _piece(images: np.ndarray, batch_size: int) -> int:
 
 def _scored(program: Callable[..., Array], batch_size: int, task: Task, states: States, images: Any) -> Array | np.ndarray:
     if isinstance(images, jax.Array) or (piece := _piece(images, batch_size)) == len(images):
-        return program(task, states, images if isinstance(images, jax.Array) else jax.device_put(images, _place(states)))
+        return program(task, states, images if isinstance(images, jax.Array) else put(images, _place(states)))
     found, before = [], None
     for start in range(0, len(images), piece):
         part = images[start : start + piece]
         padded = np.concatenate([part, np.zeros((piece - len(part), *part.shape[1:]), part.dtype)]) if len(part) < piece else part
-        found.append(program(task, states, jax.device_put(padded, _place(states))))
+        found.append(program(task, states, put(padded, _place(states))))
         jax.block_until_ready(before)  # so that two pieces are on the device at most
         before = found[-1]
-    return np.concatenate([np.asarray(scores) for scores in found], axis=1)[:, : len(images)]
+    return np.concatenate(fetched(found), axis=1)[:, : len(images)]
 
 
 def ensemble(scores: Float[ArrayLike, "groups n classes"], voting: tuple[int, ...], weights: tuple[float, ...] = ()) -> np.ndarray:

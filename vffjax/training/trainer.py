@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vffjax.errors import chosen
+from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import GroupState, LayerGroup, States
 from vffjax.ops.fence import as_branch
 from vffjax.ops.normalisation import Rows
@@ -144,18 +145,49 @@ def train_step(plan: Plan, active: int | None, task: Task, states: States, batch
     """
     streams = step_streams(plan, active, task, states, batch)
     streams = streams if active is None else behind_frozen(plan, active, states, streams, batch.features)
-    new_states, metrics = list(states), []
-    training = range(len(plan.groups)) if active is None else [active]
-    for i in training:
-        setting = plan.setting(i, batch.hyper, batch.key)
-        new_states[i], streams, m = group_step(setting, plan.groups[i], states[i], streams, fence=len(training) > 1)
+    if active is None:
+        new_states, _, metrics = train_groups(plan, 0, states, streams, batch.hyper, batch.key)
+    else:
+        new, _, metrics = train_groups(plan, active, states[active : active + 1], streams, batch.hyper, batch.key, fence=False)
+        new_states = (*states[:active], *new, *states[active + 1 :])
+    return new_states, of_all_groups(batch.labels, metrics)
+
+
+def train_groups(
+    plan: Plan, first: int, states: States, streams: Streams, hyper: HyperParameters, key: PRNGKeyArray, fence: bool | None = None
+) -> tuple[States, Streams, list[dict[str, Array]]]:
+    """Trains consecutive groups on the streams of one step, from input to output.
+
+    Args:
+        plan: of the run.
+        first: the index of the first of these groups.
+        states: of these groups alone.
+        streams: the input of the first one.
+        hyper: the hyperparameters of the step, `[groups]`, of all groups of the network.
+        key: of the step.
+        fence: see `group_step`; by default, whether the network has several groups.
+
+    Returns:
+        Their new states, the output streams of the last one, and the metrics of each, `log_p` of its head among them.
+    """
+    new_states, metrics = [], []
+    fence = len(plan.groups) > 1 if fence is None else fence
+    for i, state in enumerate(states, first):
+        new, streams, m = group_step(plan.setting(i, hyper, key), plan.groups[i], state, streams, fence=fence)
+        new_states.append(new)
         metrics.append(m)
-    labels, log_p = batch.labels, jnp.stack([m.pop("log_p") for m in metrics])
+    return tuple(new_states), streams, metrics
+
+
+def of_all_groups(labels: Int[Array, " batch"], metrics: list[dict[str, Array]]) -> dict[str, Array]:
+    """The metrics of a step from those of each group; `train_step` names them."""
+    metrics = [dict(m) for m in metrics]
+    log_p = jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
     # argmax returns 64-bit integers under JAX_ENABLE_X64, so it is cast to the labels' type.
     out["accuracy"] = jnp.mean(log_p.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
     out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1).astype(labels.dtype) == labels)
-    return tuple(new_states), out
+    return out
 
 
 # `train_step` for segments of every length and for the certificate, which share one trace. The calling program holds the operations

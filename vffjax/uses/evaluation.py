@@ -16,8 +16,8 @@ from vffjax.runs import experiment, loop
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training import scores as inference
-from vffjax.training.mesh import of_run
 from vffjax.training.plan import Plan
+from vffjax.training.stages import judges
 from vffjax.uses import early_exit
 
 
@@ -113,7 +113,7 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
         raise UserError(f"--views={plan.config.views}: an early exit looks at one view of an image; use --views=one")
     if why := plan.rule.cannot_score_by(name):
         raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
-    scored = functools.partial(experiment.scores_on, of_run(trained.run), trained, "heads" if name == "early_exit" else name)
+    scored = functools.partial(experiment.scores_on, judges(plan.config, trained.run), trained, "heads" if name == "early_exit" else name)
     validation = dataset.validation
     seen = scored(validation) if len(validation.labels) else None
     votes_by = "subset" if name == "early_exit" else plan.config.votes  # the groups before an exit have plain means

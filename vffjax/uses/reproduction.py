@@ -12,7 +12,7 @@ from vffjax.errors import UserError
 from vffjax.files import read_json
 from vffjax.runs import checkpoint, experiment, logbook, origin
 from vffjax.runs.workdir import load_run, read_config
-from vffjax.training import mesh
+from vffjax.training import stages
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
@@ -44,7 +44,7 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     devices = config.devices if config.devices <= len(jax.devices()) else 0
     again = dataclasses.replace(config, data_dir=data_dir or config.data_dir, devices=devices)
     number = summary.get("devices", 1)
-    if number != mesh.count(again) and number <= len(jax.devices()):  # the bits are those of a number of devices
+    if number != stages.count(again) and number <= len(jax.devices()):  # the bits are those of a number of devices
         again = dataclasses.replace(again, devices=number)
     experiment.train(again, into, summary["data_sha256"])
     return compare(workdir, into)

@@ -9,24 +9,31 @@ import sys
 
 from vffjax.cli import flags, options
 from vffjax.config import MAX_LAYERS
-from vffjax.errors import notice
+from vffjax.errors import UserError, notice
 
 
 def run(arguments: list[str]) -> None:
-    parser = options.parser_with_config("memory", __doc__, "[--depths 2,4,8] [--batches 128,512] [--target here|cpu|tpu]")
+    parser = options.parser_with_config("memory", __doc__, "[--depths 2,4,8] [--batches 128,512] [--target here|cpu|h100|v5e|...]")
     depths = "numbers of layers to measure, each layer a group of the first width, without pooling; default: the configured network"
     parser.add_argument("--depths", default="", metavar="N,N", help=depths)
     parser.add_argument("--batches", default="", metavar="N,N", help="numbers of images in a step; default: config.batch_size")
-    target = "here, the default: JAX's first device; cpu; tpu: a TPU v5e, which need not be there: pip install -e '.[tpu-compiler]'"
+    target = (
+        "here, the default: JAX's first device; cpu; or a device that need not be there: a GPU a100, b200, h100 or t4 (pip install -e "
+        "'.[cuda-compiler]', Python >= 3.12) or a TPU v4, v5e (also tpu), v5p or v6e (pip install -e '.[tpu-compiler]')"
+    )
     parser.add_argument("--target", default="here", help=target)
     a, config, name = flags.parse_with_config(parser, arguments)
     wanted = options.whole_numbers("--depths", a.depths, MAX_LAYERS), options.whole_numbers("--batches", a.batches)
     config = flags.ready(config)
     import jax
 
-    from vffjax.costs import ledger, memory, targets
+    from vffjax.costs import fits, ledger, memory, targets
 
     cases, network, device = ledger.cases(config, *wanted), ledger.network_of(config, wanted[0]), targets.find(a.target)
+    if device.mesh is not None:
+        raise UserError(f"--target={a.target}: the table is of one device; give {a.target.partition(':')[0]}")
+    if words := fits.about_precision(config, device.device):
+        notice(words)
     rows = []
     for case in cases:
         if sys.stderr.isatty():

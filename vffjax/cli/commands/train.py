@@ -2,6 +2,8 @@
 
 usage: vffjax train --config NAME|FILE[:VARIANT] [--config.KEY=VALUE ...]
                     [--workdir DIR] [--code DIR]
+                    [--coordinator HOST:PORT --processes N --process I]
+                    [--coordinator auto] [--heartbeat SECONDS]
        vffjax train --help [KEY]
 
 Trains the network of a configuration, group by group, without back-propagation
@@ -21,16 +23,25 @@ stopped. The workdir gets config.json, metrics.jsonl, checkpoints/, summary.json
   --code DIR          folder of a rule, network or source of your own
                       (MODULE:NAME), if it does not lie beside FILE; its code is
                       run
+  --coordinator HOST:PORT --processes N --process I
+                      trains as process I of N, from 0, mostly one on each
+                      machine; the address is that of process 0. All processes
+                      get the same command but for I, and share the workdir
+  --coordinator auto  the same on a cluster that JAX knows: a TPU pod, Slurm,
+                      Kubernetes, Open MPI
+  --heartbeat SECONDS silence after which a process counts as lost (100)
   --help KEY          shows one key in full
 
 The keys and their defaults:
 """
 
+import contextlib
 import json
 import pathlib
 import re
 
-from vffjax.cli import flags, key_help, options
+from vffjax import hosts
+from vffjax.cli import flags, key_help, options, processes
 from vffjax.config import CHANGEABLE, FIELDS
 from vffjax.files import sha256
 
@@ -39,10 +50,13 @@ def run(arguments: list[str]) -> None:
     if (asked := _help_asked(arguments)) is not None:
         print(key_help.one_key(asked) if asked else (__doc__ or "").partition("\n\n")[2] + "\n" + key_help.every_key())
         return
+    given, arguments = processes.split(arguments)
     config, name, workdir = flags.parse_train(arguments)
     identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
     folder = pathlib.Path(workdir or f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
-    with options.naming_files(folder):
+    if given is not None:
+        hosts.join(given)  # before JAX looks for devices
+    with options.naming_files(folder), hosts.together() if given else contextlib.nullcontext():
         config = flags.ready(config)
         from vffjax.costs import fits
         from vffjax.runs import experiment
@@ -52,6 +66,8 @@ def run(arguments: list[str]) -> None:
             weights.check_start(config)
         fits.check_memory(config)
         summary = experiment.train(config, folder)
+    if given is not None and not hosts.is_first():
+        return
     shown = ", ".join(f"{e:.2f}" for e in summary["test_error_per_group"])
     print(f"test error {summary['test_error']:.2f} % (groups {shown}; voting {summary['voting']}), best epoch {summary['best_epoch']}")
 
