@@ -585,7 +585,10 @@ OPTIONS = {
     "memory of words": (of("memory", CONFIG, "--depths=deep"), ["--depths=deep", "2,4,8"]),
     "memory of more images than there are": (of("memory", CONFIG, "--batches=999996"), ["--batches=999996", "use at most 1293"]),
     "memory of a batch that has no quarter": (of("memory", CONFIG, "--batches=7"), ["--batches=7", "use for example 8"]),
-    "memory on what is no device": (of("memory", CONFIG, "--target=gpu"), ["--target=gpu: not known", "choose one of here, cpu, tpu"]),
+    "memory on what is no device": (
+        of("memory", CONFIG, "--target=gpu"),
+        ["--target=gpu: not known", "choose one of here, cpu, a100, b200, h100, t4, v4, v5e, v5p, v6e, tpu"],
+    ),
     "memory to no JSON": (of("memory", CONFIG, "--out=x.txt"), ["--out=x.txt", "give a .json file"]),
     "memory to a missing folder": (of("memory", CONFIG, "--out=no/x.json"), ["--out=no/x.json", "an existing folder"]),
     "memory with a workdir": (of("memory", CONFIG, "--workdir=x"), ["--workdir=x", "use --out"]),

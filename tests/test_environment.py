@@ -1,5 +1,6 @@
 """What the environment tells JAX: where it cannot be, one line; where it is merely unusual, the same work."""
 
+import dataclasses
 import functools
 import os
 import types
@@ -185,10 +186,36 @@ def test_where_nobody_says_how_much_memory_there_is_nothing_is_refused(monkeypat
     fits.check_memory(config_of(widths=(2**15, 2**15), batch_size=1000))
 
 
-def test_several_devices_do_not_make_one_larger(monkeypatch):
-    config = config_of(widths=(64, 64))
-    half = least_bytes(config) // 2
-    monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", {"bytes_limit": half})] * 8)
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
+def eight_devices(monkeypatch, limit):
+    devices = [Device("gpu", {"bytes_limit": limit})] * 8
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+
+
+def test_several_devices_make_none_larger_than_it_is(monkeypatch):
+    config = config_of(widths=(64, 64), devices=1)
+    eight_devices(monkeypatch, least_bytes(config) // 2)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):
         fits.check_memory(config)
+
+
+def test_each_of_several_devices_has_all_parameters_and_its_part_of_the_rows(monkeypatch):
+    config = config_of(dataset="synthetic", network="conv", widths=(64, 64), pools=(1, 1), batch_size=256, devices=8)
+    alone, each = least_bytes(config), least_bytes(config, 8)
+    states = (8 * each - alone) / 7
+    assert 0 < states < each < alone / 4
+    eight_devices(monkeypatch, each)
+    fits.check_memory(config)
+    with pytest.raises(UserError, match=r"needs 0\.0 GB at the least, and chip has"):
+        fits.check_memory(dataclasses.replace(config, devices=1))
+    eight_devices(monkeypatch, each - 1)
+    with pytest.raises(UserError, match=r"needs 0\.0 GB at the least on each of 8 devices, and chip has"):
+        fits.check_memory(config)
+
+
+def test_a_stage_of_a_pipeline_has_its_part_of_the_parameters_or_the_largest_map(monkeypatch):
+    config = config_of(dataset="synthetic", network="conv", widths=(64, 64), pools=(1, 1), grouping="layer", schedule="pipeline", devices=2)
+    joint = least_bytes(dataclasses.replace(config, schedule="joint"))
+    assert joint / 2 <= least_bytes(config, 2) < joint
+    wide = dataclasses.replace(config, widths=(512, 512), batch_size=1)
+    assert least_bytes(wide, 2) < 0.6 * least_bytes(dataclasses.replace(wide, schedule="joint"))

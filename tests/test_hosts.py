@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory):
     (status, out, err), other = pair.end()
     assert status == 0, err
     assert other == (0, "", "")  # only process 0 says anything
-    assert "\n4 of 4 devices in 2 processes\n" in err
+    assert "; cpu, 4 of 4 devices in 2 processes\n" in err
     assert out.startswith("test error ")
     return pair.workdir
 

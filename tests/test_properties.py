@@ -142,8 +142,10 @@ def valid(draw):
         raw["negatives"] = "uniform"
     if raw["noise_spectrum"] == "images":
         raw |= {"noise_cell": 1, "noise_kind": "normal"}
-    if raw["schedule"] == "joint":
+    if raw["schedule"] != "sequential":
         raw["feature_cache"] = "none"
+    if raw["schedule"] == "pipeline":
+        raw["negatives"] = "uniform"
     if raw["feature_cache"] != "none":
         raw |= {key: getattr(Config(), key) for key in AUGMENTATIONS}
     raw["alternating_flip"] &= raw["flip"]
@@ -206,7 +208,7 @@ def test_the_strategy_reaches_every_key_and_every_choice():
 def test_a_step_is_finite_and_groups_are_isolated(raw, stage):
     config = make_config(raw | {"dataset": "digits"})
     run = small_run(config, CLASSES, SHAPE)
-    active = None if config.schedule == "joint" else stage % len(run.plan.groups)
+    active = stage % len(run.plan.groups) if config.schedule == "sequential" else None
     step = quick_jit(functools.partial(train_step, run.plan.program, active))
     new, metrics = step(run.task, run.states, run.batch())
     assert np.isfinite(metrics["loss"]).all()
@@ -307,6 +309,7 @@ TOGETHER = [
     (SAFE | {"network": "conv4", "widths": (4, 4, 4)}, "widths"),
     (SAFE | {"network": "conv", "widths": (4, 4), "pools": (1,)}, "pools"),
     (SAFE | {"feature_cache": "device"}, "feature_cache"),
+    (SAFE | {"schedule": "pipeline", "feature_cache": "device"}, "feature_cache"),
     (SAFE | {"schedule": "sequential", "feature_cache": "host", "flip": True}, "feature_cache"),
     (SAFE | {"schedule": "sequential", "feature_cache": "host", "flip": False, "mixup": 1.0}, "feature_cache"),
     (SAFE | {"flip": False, "alternating_flip": True}, "alternating_flip"),

@@ -10,15 +10,20 @@ from vffjax.config import Config
 from vffjax.costs.memory import least_bytes
 from vffjax.costs.targets import lacks_bfloat16
 from vffjax.errors import UserError, chosen
+from vffjax.training import stages
 
 
 def check_memory(config: Config) -> None:
     """Raises `UserError` if training cannot fit into memory. Without this check XLA or the kernel would kill the process."""
     device = jax.local_devices()[0]
-    here, least = bytes_of(device), least_bytes(config)
-    if here is not None and least > here:  # one device trains, however many there are
+    devices = 1 if device.platform == "cpu" else stages.count(config)  # all devices of a processor share the memory of the machine
+    here, least = bytes_of(device), least_bytes(config, devices)
+    if here is not None and least > here:
         shown = ", ".join(f"config.{key}={getattr(config, key)}" for key in ("widths", "batch_size", "copies_per_class"))
-        raise UserError(f"{shown}: needs {least / 1e9:,.1f} GB at the least, and {device.device_kind} has {here / 1e9:,.1f}; lower them")
+        needs = f"needs {least / 1e9:,.1f} GB at the least"
+        if devices > 1:
+            needs += f" on each of {devices} devices"
+        raise UserError(f"{shown}: {needs}, and {device.device_kind} has {here / 1e9:,.1f}; lower them")
 
 
 def about_precision(config: Config, device: Any) -> str:

@@ -28,6 +28,7 @@ from vffjax.training import checks, optimizers, trainer
 from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.compiled import executable_bytes
 from vffjax.training.plan import Plan, abstract_start
+from vffjax.training.stages import is_pipeline
 
 BYTES = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "total_bytes")
 
@@ -68,15 +69,20 @@ def accumulated_step(plan: Plan, task: Task, states: States, batch: Batch) -> tu
     return (GroupState(optax.apply_updates(state.params, updates), stats, opt_state),), jax.tree.map(jnp.mean, metrics)
 
 
-def least_bytes(config: Config) -> int:
-    """A lower bound on the bytes that training takes: parameters, optimizer states, and the largest feature map of a step once."""
+def least_bytes(config: Config, devices: int = 1) -> int:
+    """A lower bound on the bytes that training takes on each device: parameters, optimizer states, and a step's largest feature map once.
+
+    Of several devices each has all parameters and its part of the rows. In a pipeline one has the largest map, and one has its part of the
+    parameters or more.
+    """
     plan, sizes = checks.plan_before_data(config)
     layers = layer_sizes(plan.groups, sizes.image_shape)
     optimizer = optimizers.make_optimizer(config, at_peak(config, 1).of(0))
     copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, {"kernel": jnp.zeros((1, 1))})))
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
     kernels, largest = sum(layer.kernels for layer in layers), max(layer.map for layer in layers)
-    return 4 * kernels * (1 + copies) + plan.rows_of_a_step * largest * itemsize
+    states, features = 4 * kernels * (1 + copies), plan.rows_of_a_step * largest * itemsize
+    return max(states // devices, features) if is_pipeline(config) else states + features // devices
 
 
 def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:

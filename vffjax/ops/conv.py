@@ -13,9 +13,11 @@ convolution is a matrix product on every backend.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -77,25 +79,29 @@ def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, 
 
 def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    size, dtype = kernel.shape[0], kernel.dtype
-    kernel = kernel.astype(x.dtype)
-    plain = functools.partial(_plain, stride=stride)
+    of_input, of_kernel = _gradients(kernel.shape[0], stride, kernel.dtype)
+    rounded = kernel.astype(x.dtype)
     # The two gradients are chosen separately, so that the compiler can remove one that nobody uses. The first layer of a group needs no
     # gradient of its input.
-    of_input = functools.partial(_input_gradient, stride=stride)
-    of_kernel = functools.partial(_kernel_gradient, size=size, stride=stride)
-    dx = lax.platform_dependent(
-        x, kernel, g, cpu=lambda x, w, g: by_device(of_input, (x, g), (w,)), default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0]
-    )
-    dw = lax.platform_dependent(
-        x,
-        kernel,
-        g,
-        cpu=lambda x, w, g: by_device(of_kernel, (x, g), total=True).astype(x.dtype).astype(dtype),
-        tpu=lambda x, w, g: _kernel_gradient_by_one_convolution(x, g, size, stride).astype(dtype),
-        default=lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1].astype(dtype),
-    )
-    return dx, dw
+    return lax.platform_dependent(x, rounded, g, **of_input), lax.platform_dependent(x, rounded, g, **of_kernel)
+
+
+@functools.cache  # so that layers of the same shapes are given the same functions, and share one trace
+def _gradients(size: int, stride: int, dtype: np.dtype) -> tuple[dict[str, Callable[..., Array]], dict[str, Callable[..., Array]]]:
+    """The gradients in the input and in the kernel by platform, as functions of input, kernel and result gradient."""
+    plain = functools.partial(_plain, stride=stride)
+    input_gradient = functools.partial(_input_gradient, stride=stride)
+    kernel_gradient = functools.partial(_kernel_gradient, size=size, stride=stride)
+    of_input = {
+        "cpu": lambda x, w, g: by_device(input_gradient, (x, g), (w,)),
+        "default": lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0],
+    }
+    of_kernel = {
+        "cpu": lambda x, w, g: by_device(kernel_gradient, (x, g), total=True).astype(x.dtype).astype(dtype),
+        "tpu": lambda x, w, g: _kernel_gradient_by_one_convolution(x, g, size, stride).astype(dtype),
+        "default": lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1].astype(dtype),
+    }
+    return of_input, of_kernel
 
 
 _conv.defvjp(_forward, _backward)
@@ -166,7 +172,7 @@ def _kernel_gradient_by_one_convolution(x: Array, g: Array, size: int, stride: i
         [(p, end) for end in ends],
         rhs_dilation=(stride, stride),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=np.promote_types(x.dtype, np.float32),
     )
 
 

@@ -51,7 +51,7 @@ def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _means_of_whole_cells(x: Array, rows: int, columns: int) -> Array:
     n, h, w, c = x.shape
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(n, rows, h // rows, columns, w // columns, c).mean(axis=(2, 4))
+    return x.astype(np.promote_types(x.dtype, np.float32)).reshape(n, rows, h // rows, columns, w // columns, c).mean(axis=(2, 4))
 
 
 def _gradient_of_means(rows: int, columns: int, like: Array, g: Array) -> tuple[Array]:
