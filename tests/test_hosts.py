@@ -18,6 +18,7 @@ from runs import TINY, assert_same_bits, summary_of, tiny, train, untimed
 from vffjax import hosts
 from vffjax.cli import processes
 from vffjax.errors import UserError
+from vffjax.runs import experiment
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.workdir import load_run
 
@@ -43,9 +44,9 @@ def keys(changes):
 
 
 class Pair:
-    """Two processes of one run. `own` are keys of process 1 alone."""
+    """Two processes of one run. `own` are keys of process 1 alone; it runs `code` first."""
 
-    def __init__(self, changes, workdir, own=None):
+    def __init__(self, changes, workdir, own=None, code=""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -53,7 +54,8 @@ class Pair:
         for index in range(2):
             here = [CONFIG, *keys(changes | (own or {} if index else {})), f"--workdir={workdir}"]
             joining = [f"--coordinator={address}", "--processes=2", f"--process={index}", f"--heartbeat={HEARTBEAT}"]
-            command = [sys.executable, "train.py", *here, *joining]
+            main = ["-c", f"{code}; from vffjax.cli.main import main; import sys; main(['train', *sys.argv[1:]])"]
+            command = [sys.executable, *(main if index and code else ["train.py"]), *here, *joining]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             self.each.append(subprocess.Popen(command, cwd=ROOT, env=environment(2), **pipes))
 
@@ -67,7 +69,9 @@ class Pair:
     def end(self):
         """The status, stdout and stderr of each, without what Gloo says of itself."""
         found = [process.communicate(timeout=200) for process in self.each]
-        plain = [[re.sub(r"(?m)^\[Gloo\].*\n", "", text) for text in texts] for texts in found]
+        # Several threads write those lines, sometimes one into the line of another.
+        gloo = r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. |Expected number of connected peer ranks is : \d+\n"
+        plain = [[re.sub(gloo, "", text) for text in texts] for texts in found]
         return [(process.returncode, *texts) for process, texts in zip(self.each, plain, strict=True)]
 
 
@@ -136,6 +140,7 @@ def test_a_lost_process_ends_the_other_and_the_same_command_goes_on_to_the_same_
     (status, _, err), other = again.end()
     assert (status, other) == (0, (0, "", "")), err
     assert "epoch 1/3" not in err
+    assert "until here" not in err
     assert_same_run(again.workdir, undisturbed)
     done = in_a_process("-m", "vffjax", "evaluate", f"--workdir={again.workdir}", "--json")
     assert json.loads(done.stdout)["test_error"] == summary_of(undisturbed)["test_error"]
@@ -157,8 +162,10 @@ def test_sigterm_to_one_saves_both_at_the_same_step_and_one_process_can_go_on(tm
     train(tiny(**LONG), pair.workdir)
     assert records(pair.workdir)[: len(before)] == before
     assert len(read_metrics(pair.workdir)) == 20
-    assert summary_of(pair.workdir)["test_error"] < 20  # chance is 90
-    assert summary_of(pair.workdir)["devices"] == len(jax.devices())
+    summary = summary_of(pair.workdir)
+    assert summary["test_error"] < 20  # chance is 90
+    origins = [(origin["devices"], origin["processes"]) for origin in (*summary["earlier_origins"], summary)]
+    assert origins == [(4, 2), (len(jax.devices()), 1)]
 
 
 @pytest.mark.slow
@@ -180,6 +187,36 @@ def test_bad_input_of_one_process_ends_the_other_with_its_words(tmp_path):
     words = other.removeprefix("vffjax: error: ").strip()
     assert "process 1 of this run has ended (" in err
     assert words[:100] in err
+    assert f"; {hosts.CORRECT}\n" in err
+
+
+@pytest.mark.slow
+def test_an_error_that_nobody_foresaw_ends_the_other_with_its_words(tmp_path):
+    broken = "from vffjax.runs import experiment; experiment.start = lambda *_: 1 / 0"
+    pair = Pair(CHANGES, tmp_path / "run", code=broken)
+    (first, _, err), (second, _, other) = pair.end()
+    assert (first, second) == (hosts.LOST, 1), err + other
+    assert "Traceback" in other
+    assert "ZeroDivisionError: division by zero" in other
+    assert f"process 1 of this run has ended (division by zero); {hosts.AGAIN}\n" in err
+
+
+@pytest.mark.slow
+def test_features_of_frozen_groups_are_kept_in_two_processes_too(tmp_path):
+    changes = CHANGES | {"schedule": "sequential", "feature_cache": "host", "epochs": 1}
+    pair = Pair(changes, tmp_path / "two")
+    assert [status for status, *_ in pair.end()] == [0, 0]
+    train(tiny(**changes), tmp_path / "one")
+    for stage, (one, two) in enumerate(zip(read_metrics(tmp_path / "one"), read_metrics(pair.workdir), strict=True)):
+        np.testing.assert_allclose(two["loss_per_group"][stage], one["loss_per_group"][stage], rtol=10 * TOLERANCE)
+
+
+def test_folders_of_their_own_are_no_shared_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "any_of", lambda value: True)  # another process says that it sees nothing
+    (tmp_path / ".lock").touch()
+    with pytest.raises(UserError, match="not all processes see there what process 0 has written; give all processes the same folder"):
+        experiment._check_shared(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_run_of_one_process_waits_for_nobody():

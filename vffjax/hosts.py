@@ -8,6 +8,7 @@ a run of one process nothing here waits, and JAX is not imported before a functi
 import contextlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +23,10 @@ T = TypeVar("T")
 HEARTBEAT = 100  # seconds of silence after which a process counts as lost, unless --heartbeat says otherwise
 LOST = 1  # the exit status of a process that ends because another one did
 AGAIN = "give all processes the same command again, on this or another number of hosts: the run goes on from what is saved"
+CORRECT = "correct that, and give all processes their command again"
 _POLL = 1.0  # seconds between two looks at the other processes
 _GRACE = 3.0  # seconds in which a process may say itself what is wrong, before it is ended because another one has ended
+_MARGIN = 5.0  # seconds that a loaded machine may be late by
 _WAIT = 7 * 24 * 3600 * 1000  # milliseconds for what takes as long as it takes: a process that is lost is noticed by `together`
 _AUTO = "auto"
 # Where the coordination service keeps who lives, who has ended and how, and who needs the service no more.
@@ -52,6 +55,7 @@ class _State:
     joined = False  # whether `join` has made this process one of several
     heartbeat = HEARTBEAT
     watched = False
+    lost = 0  # processes that will never say that they leave
     last_words: subprocess.Popen[bytes] | None = None
     exchanges = itertools.count()
 
@@ -69,14 +73,15 @@ def join(given: Processes) -> None:
     auto = given.coordinator == _AUTO
     shown = f"--coordinator={given.coordinator}"
     try:
-        # JAX's own watch ends a process without advice, so it gets more time than `together`, which gives some.
+        # JAX's own watch aborts a process without advice, so `together`, which gives some, has to end it earlier. A process that is lost
+        # was last heard by JAX up to half of this time before.
         jax.distributed.initialize(
             None if auto else given.coordinator,
             given.number,
             given.process,
             cluster_detection_method=None if auto else "deactivate",
             initialization_timeout=max(given.heartbeat, 10),
-            heartbeat_timeout_seconds=2 * given.heartbeat,
+            heartbeat_timeout_seconds=2 * math.ceil(given.heartbeat + 2 * _POLL + _GRACE + _MARGIN),
             shutdown_timeout_seconds=given.heartbeat,
         )
     except (ValueError, TypeError) as error:
@@ -88,6 +93,11 @@ def join(given: Processes) -> None:
     _State.joined, _State.heartbeat = True, given.heartbeat
     if count() > 1:
         _State.last_words = _prepare_last_words()
+
+
+def joined() -> bool:
+    """Whether this process has been made one of several."""
+    return _State.joined
 
 
 def count() -> int:
@@ -191,10 +201,10 @@ def together() -> Iterator[None]:
         yield
         barrier()
     except BaseException as error:
-        _tell(str(error) or type(error).__name__)
+        _tell(str(error) or type(error).__name__, CORRECT if isinstance(error, UserError) else AGAIN)
         if isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and _lost_contact(error):
             why = f"the connection to another process of this run broke ({said(error)})"
-            if _State.joined:
+            if joined():
                 _end(threading.Event(), why, 0.0)
             raise UserError(f"{why}; {AGAIN}") from error
         raise
@@ -209,17 +219,17 @@ def leave(status: int) -> None:
 
     JAX would wait at Python's end for all the others, also after a failure, and then end with a status of its own.
     """
-    if not _State.joined:
+    if not joined():
         return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     with contextlib.suppress(Exception):
         if status:
-            _tell(f"with status {status}", again=False)
+            _tell(f"with status {status}", AGAIN, replace=False)
         if is_first():  # with it goes the service, by which the others learn what has happened
             until = time.monotonic() + 2 * _GRACE
-            while time.monotonic() < until and len(_client().key_value_dir_get(_GONE)) < count() - 1:
+            while time.monotonic() < until and len(_client().key_value_dir_get(_GONE)) < count() - 1 - _State.lost:
                 time.sleep(0.05)
             time.sleep(0.2)
         else:
@@ -257,10 +267,10 @@ def _lost_contact(error: BaseException) -> bool:
     return any(word in str(error) for word in words)
 
 
-def _tell(words: str, again: bool = True) -> None:
-    """Tells the other processes how this one ends; unless `again`, only if they have not been told yet."""
+def _tell(words: str, advice: str, replace: bool = True) -> None:
+    """Tells the other processes how this one ends and what to do then; unless `replace`, only if they have not been told yet."""
     with contextlib.suppress(Exception):
-        _client().key_value_set(f"{_ENDED}{index()}", printable(words, 300), allow_overwrite=again)
+        _client().key_value_set(f"{_ENDED}{index()}", json.dumps([printable(words, 300), advice]), allow_overwrite=replace)
 
 
 def _watch(done: threading.Event) -> None:
@@ -278,17 +288,19 @@ def _watch(done: threading.Event) -> None:
             process = int(key.rpartition("/")[2])
             if heard.get(process, ("", 0.0))[0] != text:
                 heard[process] = text, now
-        for key, words in ended:
+        for key, text in ended:
             if int(key.rpartition("/")[2]) != index():
-                _end(done, f"process {key.rpartition('/')[2]} of this run has ended ({words})")
+                words, advice = json.loads(text)
+                _end(done, f"process {key.rpartition('/')[2]} of this run has ended ({words})", advice=advice)
         for process, (_, last) in heard.items():
             if process != index() and now - last > _State.heartbeat:
+                _State.lost += 1
                 _end(done, f"process {process} of this run has been silent for {_State.heartbeat} s")
 
 
-def _end(done: threading.Event, why: str, grace: float = _GRACE) -> None:
+def _end(done: threading.Event, why: str, grace: float = _GRACE, advice: str = AGAIN) -> None:
     """Ends this process, unless it ends by itself meanwhile, and then with its own words."""
     if not done.wait(grace):
-        notice(f"vffjax: error: {why}; {AGAIN}")
+        notice(f"vffjax: error: {why}; {advice}")
         leave(LOST)
         os._exit(LOST)  # where a program has joined the processes itself

@@ -8,6 +8,7 @@ import importlib
 import os
 import pkgutil
 import sys
+import traceback
 from typing import NoReturn
 
 from vffjax import hosts
@@ -48,6 +49,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             status = termination.interruptible(lambda: _run(arguments))
         except (KeyboardInterrupt, Terminated) as leave:  # SIGTERM arrives here while there was nothing to save
             _leave_at_once(out, leave)
+        except Exception:
+            if not hosts.joined():
+                raise
+            traceback.print_exc()
+            status = 1  # of several processes; by `hosts.leave` the others learn of it at once
         out.flush()
     if out.failure:
         if not isinstance(out.failure, BrokenPipeError):  # the reader, such as head, has gone

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import pathlib
+import secrets
 from typing import Any, TextIO
 
 import jax
@@ -101,9 +102,10 @@ def _train_together(
         request.alone = hosts.count() == 1
         if (there := checkpoint.Checkpoints(workdir)).epochs() or there.inside.epochs():
             request.saved = termination.KEPT
-        used = hosts.is_first() and (workdir / LOCK).exists()  # process 0 holds the lock for all
-        if used:
-            held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
+        with hosts.first_only() as first:  # process 0 holds the lock for all
+            used = first and (workdir / LOCK).exists()
+            if used:
+                held.enter_context(locked(workdir))  # before the data are read: if another run writes here, that takes no time to say
         with phase("reading data", progress):
             dataset = data_module.load(config)
         if data_sha256:
@@ -116,11 +118,25 @@ def _train_together(
                 workdir.mkdir(parents=True, exist_ok=True)  # not earlier: after bad input there should be no new folder
                 if not used:
                     held.enter_context(locked(workdir))
-        if hosts.any_of(not (workdir / LOCK).exists()):
-            fix = "give all processes the same folder on a file system that they share"
-            raise UserError(f"--workdir={workdir}: not all processes see there what process 0 has written; {fix}")
+        if hosts.count() > 1:
+            _check_shared(workdir)
         claim_workdir(workdir, config)  # again: until the lock was held, another run may have written here
         return _train_in(config, workdir, dataset, plan, request, progress, after_epoch)
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    """Raises `UserError` on every process unless all see in the workdir what process 0 writes there now."""
+    # The name is new, so that neither an earlier run in a folder of their own nor a cache of the file system can answer for it.
+    seen_by_all = workdir / hosts.of_first(f".seen-{secrets.token_hex(8)}")
+    with hosts.first_only() as first:
+        if first:
+            seen_by_all.touch()
+    missing = hosts.any_of(not seen_by_all.exists())
+    if hosts.is_first():
+        seen_by_all.unlink(missing_ok=True)
+    if missing:
+        fix = "give all processes the same folder on a file system that they share"
+        raise UserError(f"--workdir={workdir}: not all processes see there what process 0 has written; {fix}")
 
 
 def check_same_data(config: Config, dataset: Dataset, sha256: str) -> None:
@@ -156,12 +172,14 @@ def _train_in(
         run["segment_steps"] = hosts.of_first(length)  # which depends on the machine
     before = run.get("devices", 1) if begun else 0
     schedule_before = begun.run["config"]["schedule"] if begun else ""
+    processes_before = run["origins"][-1].get("processes", 1) if begun else 0
     run["devices"] = stages.count(config, before, schedule_before)
     trains = run["epoch"] < plan.total_epochs
-    _note_origin(run, origin(config), trains)
+    here = origin(config) | {"devices": run["devices"], "processes": hosts.count()}
+    _note_origin(run, here, trains, {"devices": before, "processes": processes_before})
     with hosts.first_only() as first:
         if first:
-            words = stages.told(plan, dataset.image_shape, run["devices"], before, schedule_before)
+            words = stages.told(plan, dataset.image_shape, run["devices"], before, schedule_before, processes_before)
             notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
             if words := about_precision(config, jax.devices()[0]):
                 notice(words, progress)
@@ -234,15 +252,15 @@ def _digest(tree: Any) -> str:
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
-def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool) -> None:
+def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool, before: dict[str, int]) -> None:
     """Adds `here` to a run's origins if the run trains here and `here` differs from the last origin, or if its settings have changed.
 
     A finished run that is only evaluated again keeps the origin that trained it. An origin without settings, as older versions wrote it,
-    counts as one with the same.
+    counts as one with the same; one without `devices` and `processes` had those of `before`.
     """
     # Older versions lack the settings that came later, which have their defaults.
     usual = {key: default_of(FIELDS[key]) for key in here["settings"]}
-    last = [origin | {"settings": usual | origin.get("settings", here["settings"])} for origin in run["origins"][-1:]]
+    last = [before | origin | {"settings": usual | origin.get("settings", here["settings"])} for origin in run["origins"][-1:]]
     other_settings = any(origin["settings"] != here["settings"] for origin in last)
     if other_settings or (trains and last != [here]):
         run["origins"].append(here)
@@ -255,7 +273,7 @@ def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:
     states = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
     if config.init_from:
         states, left_out = read_weights(local_file(config), plan, states)
-        for note in left_out:
+        for note in left_out if hosts.is_first() else ():
             notice(f"{config.init_from}: {note}")
         states = with_new_optimizers(plan, states)
     return states, task

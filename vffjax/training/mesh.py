@@ -51,13 +51,16 @@ def count(config: Config, before: int = 0) -> int:
     return max(found)
 
 
-def told(config: Config, number: int, before: int = 0) -> str:
+def told(config: Config, number: int, before: int = 0, processes_before: int = 0) -> str:
     """How many devices train, in words, and why not all of them; empty if there is one device, and always was."""
     there, words = len(jax.devices()), ""
     if there > 1 or before > 1:
         words = f"{number} of {there} device{'s' * (there > 1)}" + (f" in {hosts.count()} processes" if hosts.count() > 1 else "")
     if before and before != number:
         return f"{words}, and {before} until here: the bits are no longer those of a run that keeps its number of devices"
+    if processes_before and processes_before != hosts.count():
+        until = f"in {processes_before} process{'es' * (processes_before > 1)} until here"
+        return f"{words}, and {until}: the bits are no longer those of a run that keeps its number of processes"
     if number < there and not config.devices:
         return words + (", as the run began" if before else f", because config.batch_size={config.batch_size} cannot be divided by more")
     return words

@@ -150,7 +150,9 @@ def count(config: Config, before: int = 0, schedule_before: str = "") -> int:
     return config.devices or min(there, groups)
 
 
-def told(plan: Plan, image_shape: tuple[int, int, int], number: int, before: int = 0, schedule_before: str = "") -> str:
+def told(
+    plan: Plan, image_shape: tuple[int, int, int], number: int, before: int = 0, schedule_before: str = "", processes_before: int = 0
+) -> str:
     """How many devices train, and in the pipeline which groups lie on which; in words. Empty if there is one device, and always was.
 
     Args:
@@ -159,13 +161,14 @@ def told(plan: Plan, image_shape: tuple[int, int, int], number: int, before: int
         number: how many devices train.
         before: how many trained a run that goes on; 0 for a new one.
         schedule_before: config.schedule until here.
+        processes_before: how many processes trained a run that goes on; 0 for a new one.
     """
     config = plan.config
     piped = {"pipeline": 1}.get(schedule_before, before)  # which has the bits of one device
     if not is_pipeline(config):
         if schedule_before == "pipeline" and before > 1 and number == 1:
             return f"1 of {len(jax.devices())} devices, and a pipeline over {before} until here, which has the same bits"
-        return mesh.told(config, number, piped)
+        return mesh.told(config, number, piped, processes_before)
     there = len(jax.devices())
     words = f"{number} of {there} device{'s' * (there > 1)}: {balance(plan, image_shape, number)}" if there > 1 or number > 1 else ""
     if piped > 1:

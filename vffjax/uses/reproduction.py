@@ -16,7 +16,7 @@ from vffjax.training import stages
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
-LATER = ("settings", "devices")  # which the first versions did not write
+LATER = {"settings": None, "devices": 1, "processes": 1}  # which the first versions did not write, and what they would have written
 SURROUNDINGS = ("versions", "commit", "device", "cores", "flags", "earlier_origins", *LATER)
 
 
@@ -105,7 +105,7 @@ def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> list[str]
 
 
 def _surroundings(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: summary.get(key, 1 if key == "devices" else None) for key in SURROUNDINGS}
+    return {key: summary.get(key, LATER.get(key)) for key in SURROUNDINGS}
 
 
 def _compare_checkpoints(one: pathlib.Path, other: pathlib.Path) -> tuple[int, list[str]]:
