@@ -19,7 +19,7 @@ def test_summary_holds_the_documented_fields():
     assert set(summary) == {
         *("test_error", "test_error_per_group", "val_error", "voting", "epochs", "best_epoch", "images_per_second", "seconds"),
         *("compile_seconds", "peak_bytes", "versions", "commit", "device", "cores", "flags", "earlier_origins", "data_sha256"),
-        *("init_from_sha256", "code_sha256", "seed", "settings", "devices"),
+        *("init_from_sha256", "code_sha256", "seed", "settings", "devices", "processes"),
     }
     assert summary["epochs"] == config.epochs
     assert summary["seed"] == config.seed
