@@ -94,7 +94,7 @@ def test_triplet_copies_are_the_images_with_right_then_wrong_noise(batch, codebo
 @pytest.mark.parametrize("copies_per_class", [1, 2, 4])
 def test_shared_copies_carry_every_class_equally_often_on_images_of_the_batch(copies_per_class, batch, codebook, key):
     images, labels = batch
-    streams = vff.lwnl_shared(key, images, labels, codebook, copies_per_class)
+    streams = vff.lwnl_shared(vff.drawn_images(key, len(labels), copies_per_class * CLASSES), images, labels, codebook)
     carried = np.asarray(streams.copy_labels)
     np.testing.assert_array_equal(np.bincount(carried, minlength=CLASSES), copies_per_class)
     bare = np.asarray(streams.copies) - np.asarray(codebook)[carried]
@@ -106,10 +106,13 @@ def test_shared_copies_carry_every_class_equally_often_on_images_of_the_batch(co
 
 
 def test_shared_copies_are_of_images_drawn_by_the_key(batch, codebook):
-    draws = {np.asarray(vff.lwnl_shared(jax.random.key(i), *batch, codebook, 1).copies).tobytes() for i in range(5)}
+    def copies(seed):
+        drawn = vff.drawn_images(jax.random.key(seed), len(batch[1]), CLASSES)
+        return np.asarray(vff.lwnl_shared(drawn, *batch, codebook).copies).tobytes()
+
+    draws = {copies(seed) for seed in range(5)}
     assert len(draws) == 5
-    again = vff.lwnl_shared(jax.random.key(0), *batch, codebook, 1).copies
-    assert np.asarray(again).tobytes() in draws
+    assert copies(0) in draws
 
 
 LOW, HIGH = jnp.array([-1.5, -2.0]), jnp.array([2.5, 3.0])

@@ -11,7 +11,7 @@ from vffjax.hyperparameters import at_peak
 from vffjax.rules import ff, local, vff
 from vffjax.rules import similarity as losses
 from vffjax.rules.streams import Mixture, Streams, wrong_labels
-from vffjax.training.trainer import step_streams
+from vffjax.training.trainer import step_streams, with_draws
 
 SIMILARITIES = ("position", "flat", "grid", "pooled")
 MARGIN, TAU = 0.2, 0.1
@@ -219,6 +219,47 @@ def test_cross_entropies_take_both_labels_and_other_losses_that_of_the_larger_pa
     parts = [oracles.cross_entropy(logits, labels, 0.0) for labels in (made.labels, made.mixture.labels)]
     share = float(made.mixture.share)
     np.testing.assert_allclose(found["head_loss"], share * parts[0] + (1 - share) * parts[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("to_clean", "to_others"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_product_of_all_vectors_that_gpus_compute_is_that_of_the_parts(ready, to_clean, to_others, monkeypatch):
+    z, weights = maps(1, 9, 5), maps(2, 6, 3)
+    z[4] = 0.0  # of length zero
+
+    def value(z):
+        return jnp.sum(losses.between(z, 6, ready, to_clean, to_others) * weights)
+
+    def oracle(moved, fixed):
+        units = [v if ready else v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-6) for v in (moved, fixed)]
+        return np.sum(units[0 if to_clean else 1][:6] @ units[0 if to_others else 1][6:].T * weights)
+
+    apart = jax.value_and_grad(value)(jnp.asarray(z))
+    monkeypatch.setattr(losses, "on_gpus", lambda function: {"cpu": function})
+    whole = jax.value_and_grad(value)(jnp.asarray(z))
+    expected = numeric_gradient(lambda moved: oracle(moved, z), z)
+    some = np.arange(9) != 4  # at zero the length has no derivative
+    for found, gradient in (apart, whole):
+        np.testing.assert_allclose(found, oracle(z, z), rtol=1e-5)
+        np.testing.assert_allclose(gradient[some], expected[some], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whole[1], apart[1], rtol=1e-4, atol=1e-3 if not ready else 1e-6)
+    assert np.any(whole[1][:6]) == to_clean
+    assert np.any(whole[1][6:]) == to_others
+
+
+def test_what_a_segment_draws_at_once_is_what_each_step_draws():
+    run = small_run(config_of(rule="vff", network="mlp", widths=(7,), labelling="shared", copies_per_class=2))
+    keys = jax.random.split(jax.random.key(3), 4)
+    one = run.batch(key=keys[0])
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 4), one._replace(key=None))._replace(key=keys)
+    made = quick_jit(lambda batch: step_streams(run.plan, None, run.task, run.states, batch))
+    drawn = with_draws(run.plan, run.task, batches).drawn
+    assert drawn.shape == (4, 2 * run.task.classes)
+    assert len({row.tobytes() for row in np.asarray(drawn)}) == 4
+    for key, row in zip(keys, drawn, strict=True):
+        np.testing.assert_array_equal(with_draws(run.plan, run.task, one._replace(key=key)).drawn, row)
+        alone, given = (made(one._replace(key=key, drawn=x)) for x in (None, row))
+        np.testing.assert_array_equal(alone.rows, given.rows)
 
 
 def test_the_objective_of_a_group_is_the_sum_of_its_parts(key):

@@ -115,7 +115,7 @@ def _programs(plan: Plan, image_shape: tuple[int, int, int]) -> list[_Program]:
         if active and plan.config.feature_cache != "none":
             image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)  # the features of any number of images have the same shape
             cached = jax.eval_shape(functools.partial(feature_cache.clean_features, program, active), task, states, image)
-        step, segment = (functools.partial(f, program, active) for f in (trainer.traced_step, trainer.run_segment))
+        step, segment = (functools.partial(f, program, active) for f in (trainer.step_of_segment, trainer.run_segment))
         if stages.is_pipeline(plan.config):  # its stages one after the other, each with one group: no border is inside of a stage
             segment = functools.partial(pipeline.in_one, program, [(i, i + 1) for i in range(groups)])
         one, some = (abstract_batch(size, image_shape, groups, cached, length) for length in ((), (_STEPS,)))

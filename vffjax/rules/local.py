@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vffjax.config import Config
@@ -54,6 +55,8 @@ class Rule:
 
     Attributes:
         streams: makes a step's clean and labelled rows.
+        draws: what `streams` draws, from the configuration, the number of classes, that of images in a batch, and the step's key. A segment
+            draws it for all of its steps at once and gives it as `Step.drawn`, so that each step has less to launch. None: nothing.
         loss: the local loss of a group, and metrics of the rule's own, scalars by name; None: the head's loss alone.
         head_share: the share of the head's gradient that trains the layers. A Python 0 cuts it, which the locality certificate can see;
             a Python 1 leaves it as it is.
@@ -78,6 +81,7 @@ class Rule:
     """
 
     streams: Callable[[Step], Streams] = clean_only
+    draws: Callable[[Config, int, int, Any], Any] | None = None
     loss: Callable[[Seen], tuple[Scalar, Metrics]] | None = None
     head_share: Callable[[Config, HyperParameters], Scalar] = lambda config, hyper: 0
     cells: Callable[[Config], int | None] = lambda config: None
@@ -189,7 +193,7 @@ def head_cross_entropy(
 
 def _at(log_p: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
     """The entry of each row at its label. Exactly the same by an index has a scatter as its gradient, which accelerators are slow at."""
-    here = labels[:, None] == jnp.arange(log_p.shape[1], dtype=labels.dtype)[None]
+    here = labels[:, None] == np.arange(log_p.shape[1], dtype=labels.dtype)[None]  # a constant
     return jnp.where(here, log_p, 0.0).sum(1)
 
 

@@ -1,11 +1,14 @@
 """How alike two feature maps are: vectors whose dot product is a cosine. In float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vffjax.errors import chosen
-from vffjax.ops.pooling import mean_pool_to_grid
+from vffjax.ops.pooling import mean_pool_to_grid, on_gpus
+from vffjax.ops.rows import divided
 
 # Squared norms below this are taken as zero features: their cosine is 0 and its gradient finite.
 EPSILON = 1e-12
@@ -22,6 +25,12 @@ def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Ar
     `position`: the cosine over channels at each position, averaged over positions. `flat`: of the flattened map. `grid`: of
     the map mean-pooled to 2x2 cells, flattened. `pooled`: of the mean over positions. Maps without positions are all alike.
     """
+    vectors, ready = comparable(features, similarity)
+    return vectors if ready else unit(vectors)
+
+
+def comparable(features: Float[Array, "batch *feature"], similarity: str) -> tuple[Float[Array, "batch d"], bool]:
+    """What `embed` returns but for its length, and whether it is what `embed` returns: vectors of positions must not be scaled again."""
     z = features.astype(jnp.float32)
     cells = cells_of(similarity)
     if z.ndim == 4:
@@ -29,8 +38,8 @@ def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Ar
             z = mean_pool_to_grid(z, cells)
         if similarity == "position":
             positions = z.shape[1] * z.shape[2]
-            return (unit(z) / jnp.sqrt(positions)).reshape(z.shape[0], -1)
-    return unit(z.reshape(z.shape[0], -1))
+            return (unit(z) / jnp.sqrt(positions)).reshape(z.shape[0], -1), True
+    return z.reshape(z.shape[0], -1), False
 
 
 def unit(z: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
@@ -38,6 +47,70 @@ def unit(z: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
     squared = jnp.sum(z * z, axis=-1, keepdims=True)
     # max, not +: exact cosines for ordinary features, and for zero features value 0 with a gradient bounded by EPSILON ** -0.5.
     return z * jax.lax.rsqrt(jnp.maximum(squared, EPSILON))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def between(
+    vectors: Float[Array, "rows d"], clean: int, ready: bool = False, to_clean: bool = True, to_others: bool = True
+) -> Float[Array, "clean others"]:
+    """The cosines of the first `clean` vectors with all others.
+
+    GPUs multiply all vectors by all vectors. That is more arithmetic and still less work: no part has to be cut out of the vectors first,
+    and the gradient of both parts is one product.
+
+    Args:
+        vectors: rows, the first `clean` of them clean.
+        clean: how many.
+        ready: whether the products themselves are asked for, and not the cosines.
+        to_clean: whether the clean vectors get a gradient.
+        to_others: whether the other ones get one.
+    """
+    parts = functools.partial(_of_parts, clean=clean, ready=ready)
+    whole = functools.partial(_cut_of_all, clean=clean, ready=ready)
+    # Divided over several devices, the rows of each part are what the devices have to tell each other.
+    return jax.lax.platform_dependent(vectors, **({} if divided() else on_gpus(whole)), default=parts)
+
+
+def _of_parts(vectors: Array, clean: int, ready: bool, to_clean: bool = True, to_others: bool = True) -> Array:
+    vectors = vectors if ready else unit(vectors)
+    first = vectors[:clean] if to_clean else jax.lax.stop_gradient(vectors[:clean])
+    others = vectors[clean:] if to_others else jax.lax.stop_gradient(vectors[clean:])
+    return jax.vmap(lambda vector: dot(others, vector))(first)
+
+
+def _cut_of_all(vectors: Array, clean: int, ready: bool) -> Array:
+    units = _padded_units(vectors, ready)
+    return dot(units, units.T)[:clean, clean : vectors.shape[0]]
+
+
+def _padded_units(vectors: Array, ready: bool) -> Array:
+    """Vectors of length 1, and zeros up to a multiple of 16 rows, which a GPU's matrix products can divide among its processors."""
+    units = vectors if ready else unit(vectors)
+    return jnp.pad(units, ((0, -vectors.shape[0] % 16), (0, 0)))
+
+
+def _forward(vectors: Array, clean: int, *how: bool) -> tuple[Array, Array]:
+    return between(vectors, clean, *how), vectors
+
+
+def _backward(clean: int, ready: bool, to_clean: bool, to_others: bool, vectors: Array, g: Array) -> tuple[Array]:
+    def parts(vectors: Array, g: Array) -> Array:
+        of_parts = functools.partial(_of_parts, clean=clean, ready=ready, to_clean=to_clean, to_others=to_others)
+        (found,) = jax.vjp(of_parts, vectors)[1](g)
+        return found
+
+    def whole(vectors: Array, g: Array) -> Array:
+        rows = vectors.shape[0]
+        units, back = jax.vjp(functools.partial(_padded_units, ready=ready), vectors)
+        placed = jnp.pad(g, ((0, len(units) - clean), (clean, len(units) - rows)))
+        (found,) = back(dot(placed + placed.T, units))
+        is_clean = jnp.arange(rows) < clean
+        return found if to_clean and to_others else jnp.where(is_clean[:, None] == to_clean, found, 0.0)
+
+    return (jax.lax.platform_dependent(vectors, g, **({} if divided() else on_gpus(whole)), default=parts),)
+
+
+between.defvjp(_forward, _backward)
 
 
 def dot(a: Array, b: Array) -> Array:

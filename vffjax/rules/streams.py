@@ -70,6 +70,7 @@ class Step(NamedTuple):
     images: Float[Array, "batch h w c"]  # augmented and normalised
     labels: Int[Array, " batch"]
     logits: Float[Array, "batch classes"] | None = None  # the ensemble's predictions, where the rule needs them
+    drawn: Any = None  # what `Rule.draws` returned; None: nothing was drawn ahead
 
 
 class Mixture(NamedTuple):

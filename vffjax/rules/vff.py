@@ -15,36 +15,43 @@ from vffjax.config import Config
 from vffjax.errors import bad_key, chosen
 from vffjax.hyperparameters import Scalar
 from vffjax.rules.local import Metrics, Rule, Seen, by_head_weight
-from vffjax.rules.similarity import cells_of, dot, embed
+from vffjax.rules.similarity import between, cells_of, comparable, dot, embed, unit
 from vffjax.rules.streams import Step, Streams, Task, wrong_labels
 
 
 def streams(step: Step) -> Streams:
     """The clean images, and copies that are told a label: shared by all anchors, or a right and a wrong one of each image."""
     if _is_shared(step.config):
-        return lwnl_shared(step.key, step.images, step.labels, step.task.codebook, step.config.copies_per_class)
+        drawn = draws(step.config, step.task.classes, step.labels.shape[0], step.key) if step.drawn is None else step.drawn
+        return lwnl_shared(drawn, step.images, step.labels, step.task.codebook)
     wrong = wrong_labels(step.key, step.labels, step.task.classes, step.logits)
     return lwnl_triplet(step.images, step.labels, wrong, step.task.codebook)
 
 
+def draws(config: Config, classes: int, batch: int, key: PRNGKeyArray) -> Any:
+    """The images that shared copies are made of; None for triplets, which need every image."""
+    return drawn_images(key, batch, config.copies_per_class * classes) if _is_shared(config) else None
+
+
 def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     """CSCL of the group's features. It has no metrics of its own."""
-    return contrast(seen, embed(seen.made.rows, seen.config.similarity)), {}
+    return contrast(seen, *comparable(seen.made.rows, seen.config.similarity)), {}
 
 
-def contrast(seen: Seen, vectors: Float[Array, "rows d"]) -> Float[Array, ""]:
-    """CSCL of vectors of length 1, one for each row of `seen.made`."""
-    config, made = seen.config, seen.made._replace(rows=vectors)
-    anchors, copies = made.clean, made.copies
+def contrast(seen: Seen, vectors: Float[Array, "rows d"], ready: bool = False) -> Float[Array, ""]:
+    """CSCL of vectors, one for each row of `seen.made`; `ready`: their products are compared as they are, and not their cosines."""
+    config = seen.config
     to_anchors, to_copies = chosen(
         "contrast_gradient", config.contrast_gradient, {"both": (True, True), "anchors": (True, False), "copies": (False, True)}
     )
-    anchors = anchors if to_anchors else jax.lax.stop_gradient(anchors)
-    copies = copies if to_copies else jax.lax.stop_gradient(copies)
     margin, temperature = seen.hyper.margin, seen.hyper.temperature
     if in_batch(config):
-        per_anchor = jax.vmap(cscl_in_batch, in_axes=(0, 0, None, None, None, None))
-        return jnp.mean(per_anchor(anchors, made.labels, copies, made.copy_labels, margin, temperature))
+        per_anchor = jax.vmap(_cscl_of_cosines, in_axes=(0, 0, None, None, None))
+        cosines = between(vectors, seen.made.labels.shape[0], ready, to_anchors, to_copies)
+        return jnp.mean(per_anchor(cosines, seen.made.labels, seen.made.copy_labels, margin, temperature))
+    made = seen.made._replace(rows=vectors if ready else unit(vectors))
+    anchors = made.clean if to_anchors else jax.lax.stop_gradient(made.clean)
+    copies = made.copies if to_copies else jax.lax.stop_gradient(made.copies)
     triplet = jax.vmap(cscl_triplet, in_axes=(0, 0, 0, None, None))
     half = made.labels.shape[0]
     if not _is_shared(config):
@@ -111,8 +118,15 @@ def cscl_in_batch(
 
     `-log(sum_{j: match} e_j / sum_j e_j)`, the form of neighbourhood components analysis (Goldberger et al., 2004) on cosines.
     """
+    return _cscl_of_cosines(dot(copies, anchor), label, copy_labels, margin, temperature)
+
+
+def _cscl_of_cosines(
+    cosines: Float[Array, " copies"], label: int | Int[Array, ""], copy_labels: Int[Array, " copies"], margin: Scalar, temperature: Scalar
+) -> Float[Array, ""]:
+    """`cscl_in_batch` from the cosines of an anchor and all copies."""
     match = copy_labels == label
-    scores = (dot(copies, anchor) - margin * match.astype(copies.dtype)) / temperature
+    scores = (cosines - margin * match.astype(cosines.dtype)) / temperature
     right = jax.nn.logsumexp(jnp.where(match, scores, -jnp.inf))
     return jax.nn.logsumexp(scores) - right
 
@@ -129,27 +143,32 @@ def lwnl_triplet(
     return Streams(jnp.concatenate([images, noisy]), labels, copy_labels)
 
 
+def drawn_images(key: PRNGKeyArray, batch: int, copies: int) -> Int[Array, " copies"]:
+    """The numbers in the batch of so many images, drawn without replacement as long as they last."""
+    return jnp.resize(jax.random.permutation(key, batch), (copies,))
+
+
 def lwnl_shared(
-    key: PRNGKeyArray,
+    drawn: Int[Array, " copies"],
     images: Float[Array, "batch h w c"],
     labels: Int[Array, " batch"],
     codebook: Float[Array, "classes h w c"],
-    copies_per_class: int,
 ) -> Streams:
-    """`copies_per_class` copies of every class, `x_j + n_c`, of images drawn without replacement as long as they last.
+    """Equally many copies of every class, `x_j + n_c`, of the images `drawn`, whose number is a multiple of that of the classes.
 
     Every anchor is compared with all of them, so a copy's image need not be of the class that its noise says: the noise alone
     tells the copies of a class from the others.
     """
     classes = codebook.shape[0]
-    copy_labels = jnp.tile(jnp.arange(classes, dtype=labels.dtype), copies_per_class)
-    rows = jnp.resize(jax.random.permutation(key, images.shape[0]), copy_labels.shape)
-    copies = images[rows] + jnp.tile(codebook, (copies_per_class, 1, 1, 1))
+    of_each = drawn.shape[0] // classes
+    copy_labels = jnp.tile(jnp.arange(classes, dtype=labels.dtype), of_each)
+    copies = images[drawn] + jnp.tile(codebook, (of_each, 1, 1, 1))
     return Streams(jnp.concatenate([images, copies]), labels, copy_labels)
 
 
 RULE = Rule(
     streams=streams,
+    draws=draws,
     loss=loss,
     head_share=by_head_weight,
     cells=lambda config: cells_of(config.similarity),

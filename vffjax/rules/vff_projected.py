@@ -43,11 +43,11 @@ def parameters(options: Options, shape: tuple[int, ...], classes: int, key: PRNG
 
 
 def vectors(options: Options, features: Float[Array, "rows *feature"], params: dict[str, Array]) -> Float[Array, "rows d"]:
-    """The vectors of length 1 that CSCL compares; of zero features they are zero."""
+    """The vectors whose cosines CSCL compares; of zero features they are zero."""
     z = features.astype(jnp.float32)
     if options.channels:
         z = jax.nn.relu((conv if z.ndim == 4 else dot)(z, params["before"]))
-    return unit(supcon.projected(options, z, params))
+    return supcon.projected(options, z, params)
 
 
 def loss(seen: Seen) -> tuple[Scalar, Metrics]:
@@ -57,7 +57,7 @@ def loss(seen: Seen) -> tuple[Scalar, Metrics]:
 
 def _fits(config: Config, clean: Array, told: Array, params: Any) -> Float[Array, " batch"]:
     options = Options(**config.rule_options)
-    return jnp.sum(vectors(options, clean, params) * vectors(options, told, params), axis=1)
+    return jnp.sum(unit(vectors(options, clean, params)) * unit(vectors(options, told, params)), axis=1)
 
 
 def _cells(config: Config) -> int | None:

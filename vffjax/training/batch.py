@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     key: Key[Array, "*steps"]  # of the step
     hyper: HyperParameters  # [*steps, groups]
     features: Float[Array, "*feature"] | None = None  # [*steps, batch, *feature]: what frozen groups make of the images, if kept
+    drawn: Any = None  # what the rule's streams draw, with one more axis in front for a segment; None: the step draws by itself
 
 
 def abstract_batch(batch: int, image_shape: tuple[int, ...], groups: int, feature: Any = None, steps: tuple[int, ...] = ()) -> Batch:

@@ -3,12 +3,12 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters
@@ -22,6 +22,8 @@ from vffjax.training.augment import augmented
 from vffjax.training.batch import Batch
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan
+
+T = TypeVar("T")
 
 
 def group_step(
@@ -48,14 +50,29 @@ def group_step(
         gradient = jax.value_and_grad(local.local_loss, has_aux=True)
         return gradient(params, setting._replace(key=key), group, batch_stats, streams)
 
-    differentiate = _fenced(differentiate, streams.labels) if fence else differentiate
+    differentiate = _as_branch_on_cpu(differentiate, streams.labels) if fence else differentiate
     (loss, (stats, streams, metrics)), grads = differentiate(state.params, state.batch_stats, streams, setting.key)
     updates, opt_state = make_optimizer(setting.config, setting.hyper, group.frozen).update(grads, state.opt_state, state.params)
     new, finite = GroupState(optax.apply_updates(state.params, updates), stats, opt_state), jnp.isfinite(loss)
     if chosen("on_nonfinite", setting.config.on_nonfinite, {"stop": False, "skip": True}):
         finite &= all_finite(new)
         new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+    if fence:
+        new, streams = _done(new, streams)
     return new, streams, metrics | {"finite": finite}
+
+
+def _done(new: GroupState, streams: Streams) -> tuple[GroupState, Streams]:
+    """A group's new state and output, of which the output is there only when all of its kernels are updated.
+
+    The compiler may still compute what is small with that of other groups. If gradients had to be there in place of the kernels, each would
+    first be written in the dtype of its parameter, only to be read by the update.
+    """
+    leaves, tree = jax.tree.flatten(new.params)
+    kernels, rows = _finished(([leaf for leaf in leaves if leaf.ndim > 1], streams.rows))
+    found = iter(kernels)
+    params = jax.tree.unflatten(tree, [next(found) if leaf.ndim > 1 else leaf for leaf in leaves])
+    return new._replace(params=params), streams._replace(rows=rows)
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
@@ -68,15 +85,27 @@ def _fenced(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Calla
 
     An optimization barrier tells the compiler so. XLA drops barriers on CPU; there `fence.as_branch` does it, by a condition on `labels`.
     """
+    function = _as_branch_on_cpu(function, labels)
+    return lambda *arguments: _finished(function(*arguments))
+
+
+def _as_branch_on_cpu(function: Callable[..., Any], labels: Int[Array, " batch"]) -> Callable[..., Any]:
     function = jax.jit(function, inline=True)  # traced once for both, which is most of what starting a deep network takes
 
     def branch(*arguments: Any) -> Any:
         return as_branch(function, labels[0], *arguments)
 
-    def barrier(*arguments: Any) -> Any:
-        return jax.lax.optimization_barrier(function(*arguments))
+    return functools.partial(jax.lax.platform_dependent, cpu=branch, default=function)
 
-    return functools.partial(jax.lax.platform_dependent, cpu=branch, default=barrier)
+
+def _finished(results: T) -> T:
+    """The results, all of which are there before anything that uses one of them starts. On CPU nothing is done here."""
+    done: T = jax.lax.platform_dependent(results, cpu=_as_it_is, default=jax.lax.optimization_barrier)
+    return done
+
+
+def _as_it_is(results: Any) -> Any:
+    return results
 
 
 def before(
@@ -125,9 +154,22 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: States, bat
     # Only groups that have been trained predict: the heads of the others are still zero and would flatten the prediction.
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if plan.rule.predicts(plan.config) else None
-    options, key = plan.rule.options_of(plan.config), jax.random.fold_in(batch.key, 1)
-    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits))
+    options, key = plan.rule.options_of(plan.config), _key_of_draws(batch.key)
+    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits, batch.drawn))
     return made if mixture is None else made._replace(mixture=mixture)
+
+
+def with_draws(plan: Plan, task: Task, batch: Batch) -> Batch:
+    """The batch, or a segment's, with what the rule draws in its steps, if the rule has `Rule.draws`."""
+    if plan.rule.draws is None:
+        return batch
+    draws = functools.partial(plan.rule.draws, plan.config, task.classes, batch.labels.shape[-1])
+    keys = jax.vmap(_key_of_draws)(batch.key) if batch.key.ndim else _key_of_draws(batch.key)
+    return batch._replace(drawn=jax.vmap(draws)(keys) if batch.key.ndim else draws(keys))
+
+
+def _key_of_draws(key: Key[Array, ""]) -> PRNGKeyArray:
+    return jax.random.fold_in(key, 1)
 
 
 def train_step(plan: Plan, active: int | None, task: Task, states: States, batch: Batch) -> tuple[States, dict[str, Array]]:
@@ -184,15 +226,20 @@ def of_all_groups(labels: Int[Array, " batch"], metrics: list[dict[str, Array]])
     metrics = [dict(m) for m in metrics]
     log_p = jnp.stack([m.pop("log_p") for m in metrics])
     out = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
+    every = jnp.concatenate([log_p, log_p.mean(axis=0, keepdims=True)])  # the groups', and the ensemble's: counted in one go
     # argmax returns 64-bit integers under JAX_ENABLE_X64, so it is cast to the labels' type.
-    out["accuracy"] = jnp.mean(log_p.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
-    out["ensemble_accuracy"] = jnp.mean(log_p.mean(axis=0).argmax(-1).astype(labels.dtype) == labels)
-    return out
+    accuracy = jnp.mean(every.argmax(-1).astype(labels.dtype) == labels[None], axis=1)
+    return out | {"accuracy": accuracy[:-1], "ensemble_accuracy": accuracy[-1]}
 
 
 # `train_step` for segments of every length and for the certificate, which share one trace. The calling program holds the operations
 # themselves. `train_step` is looked up when it is traced, so that a leak which a test plants there is in all of these programs.
 traced_step = jax.jit(lambda *given: train_step(*given), static_argnums=(0, 1), inline=True)
+
+
+def step_of_segment(plan: Plan, active: int | None, task: Task, states: States, batch: Batch) -> tuple[States, dict[str, Array]]:
+    """`train_step` by the trace that it has in a segment."""
+    return traced_step(plan, active, task, states, with_draws(plan, task, batch))
 
 
 def clean_log_p(
@@ -227,4 +274,4 @@ def run_segment(plan: Plan, active: int | None, task: Task, states: States, batc
     def step(states: States, batch: Batch) -> Any:
         return traced_step(plan, active, task, states, batch)
 
-    return jax.lax.scan(step, states, batches)
+    return jax.lax.scan(step, states, with_draws(plan, task, batches))
