@@ -2,10 +2,11 @@
 
     pip install -e ".[tpu-compiler,cuda-compiler]"                     # GPUs need Python >= 3.12
     JAX_PLATFORMS=cpu python benchmarks/compile_report.py --config configs/cifar10.py:yardstick --config.precision=bf16
-        [--targets h100,v5e,v5e:2x2] [--methods rule,head,bp] [--config.KEY=VALUE ...] [--out FILE.json]
+        [--targets h100,v5e,v5e:2x2] [--methods rule,head,bp] [--images 1281167,224,1000] [--config.KEY=VALUE ...] [--out FILE.json]
 
 libtpu is Google's own TPU compiler, and JAX's plugin for CUDA holds XLA's compiler for GPUs. Given a description of the device, each makes
-a real executable without it, the same on every machine. No data set is read, because only its sizes matter.
+a real executable without it, the same on every machine. No data set is read, because only its sizes matter; `--images` gives others, such
+as those of ImageNet: training images, pixels of a side, classes.
 
 Methods: the configuration's own rule; `head`, which has the same groups and the loss of their heads alone; and `bp`, back-propagation
 through the same network. Targets are those of `vffjax memory`, and several devices are named by their arrangement: `v5e:2x2` for 4 chips,
@@ -30,6 +31,7 @@ chip's peak rates. The other is the sum of the cycles that the scheduler expects
 time. The compiler for GPUs estimates no time.
 """
 
+import argparse
 import functools
 import importlib.metadata
 import math
@@ -50,6 +52,7 @@ from vffjax.costs.memory import step_arguments
 from vffjax.costs.program_text import Program
 from vffjax.data import sizes_of
 from vffjax.data.load import split_sizes
+from vffjax.data.sets import Sizes
 from vffjax.files import write_json
 from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data, make_config
@@ -74,20 +77,21 @@ class Job:
     Args:
         config: a checked configuration.
         target: the name of the device or devices; see `targets.find`.
+        sizes: of the images, if they are not those of the configuration's data set.
 
     Raises:
         UserError: the configuration does not fit its data set, its groups do not train together, the target is not known, or its compiler
             is not installed.
     """
 
-    def __init__(self, config: Config, target: str):
+    def __init__(self, config: Config, target: str, sizes: Sizes | None = None):
         refuse(config, {"schedule": JOINT})
-        self.sizes = sizes_of(config)
+        self.sizes = sizes or sizes_of(config)
         self.images = split_sizes(config, self.sizes.train_images)[0]
         self.plan = make_plan(config, self.images, self.sizes.classes)
         check_against_data(self.plan, self.images, self.sizes.image_shape)
         self.target = targets.find(target)
-        self.task, self.states, self.batch = step_arguments(self.plan, self.target)
+        self.task, self.states, self.batch = step_arguments(self.plan, self.target, self.sizes)
         platform = self.target.device.platform
         self.length = len(pieces(self.plan.steps_per_epoch, segment_length(self.plan, self.sizes.image_shape, backend=platform))[0])
         batches = abstract_batch(config.batch_size, self.sizes.image_shape, len(self.plan.groups), steps=(self.length,))
@@ -156,9 +160,9 @@ def bytes_of(compiled: jax.stages.Compiled) -> dict[str, int]:
     return {f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes") for kind in BYTES} | {"total_bytes": executable_bytes(compiled)}
 
 
-def measured(config: Config, target: str) -> dict[str, Any]:
+def measured(config: Config, target: str, sizes: Sizes | None = None) -> dict[str, Any]:
     """What the compiler of a target makes of a configuration: `segment`, and for one device also `gather` and `step`."""
-    job = Job(config, target)
+    job = Job(config, target, sizes)
     found = {"segment": job.of_segment()}
     return found if job.target.mesh else found | {"gather": job.of_gather(), "step": job.of_step()}
 
@@ -198,6 +202,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def images_of(text: str) -> Sizes:
+    """The sizes of a set of square pictures in colour: training images, pixels of a side and classes."""
+    found = re.fullmatch(r"(\d{1,9}),(\d{1,4}),(\d{1,6})", text)
+    if not found or "0" in found.groups():
+        raise argparse.ArgumentTypeError("give training images, pixels of a side and classes, such as 1281167,224,1000")
+    images, side, classes = map(int, found.groups())
+    return Sizes(images, (side, side, 3), classes)
+
+
 def version(package: str) -> str | None:
     """The version of a package; None if it is not installed."""
     try:
@@ -212,6 +225,9 @@ def main() -> None:
     parser.add_argument("--targets", default="h100,v5e", metavar="NAME,NAME", help="devices to compile for; default: h100,v5e")
     parser.add_argument(
         "--methods", type=some_of("--methods", METHODS), default=list(METHODS), metavar="NAME,NAME", help=", ".join(METHODS)
+    )
+    parser.add_argument(
+        "--images", type=images_of, metavar="N,SIDE,CLASSES", help="sizes of a set of pictures; default: those of the data set"
     )
     own, rest = parser.parse_known_args()
     config, name = read_config(rest)
@@ -232,7 +248,7 @@ def main() -> None:
     for target in names:
         for method, changed in configs_of(config, own.methods).items():
             print(f"== {target}: {method}", file=sys.stderr, flush=True)
-            rows.append({"target": target, "method": method, "grouping": changed.grouping} | measured(changed, target))
+            rows.append({"target": target, "method": method, "grouping": changed.grouping} | measured(changed, target, own.images))
             if own.out:
                 write_json(own.out, found)
     print(table(rows))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+import types
 
 import jax
 import numpy as np
@@ -74,13 +75,25 @@ from vffjax.costs import ledger
 from vffjax.costs import memory
 from vffjax.costs import targets
 case = ledger.cases(flags.parse_train(sys.argv[1:])[0], [], [])[0]
-print(json.dumps(memory.measure(case, targets.find("tpu"))))
+print(json.dumps([memory.measure(case, targets.find(name)) for name in ("tpu", "v5e:2x2")]))
 """
-    done = in_a_process("-c", script, *DENSE)
+    done = in_a_process("-c", script, *DENSE, "--config.batch_size=1024")
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert "TPU v5" in found["device"]
-    assert found["alias_bytes"] > 0.9 * found["output_bytes"] > 0
+    one, four = json.loads(done.stdout.splitlines()[-1])
+    for found in (one, four):
+        assert "TPU v5" in found["device"]
+        assert found["alias_bytes"] > 0.9 * found["output_bytes"] > 0
+    assert [found["devices"] for found in (one, four)] == [1, 4]
+    # The states are on each of the four, and a quarter of the batch.
+    assert four["output_bytes"] == one["output_bytes"]
+    assert 0 < one["argument_bytes"] - four["argument_bytes"] < one["argument_bytes"] - one["alias_bytes"]
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch, fails):
+    several = types.SimpleNamespace(number=3, mesh=object(), device=None)
+    monkeypatch.setattr(targets, "find", lambda name: several)
+    parts = ["--target=v5e:1x3", "a batch of 64 images cannot be divided by its 3 devices", "give other --batches"]
+    fails("memory", *DENSE, "--config.batch_size=64", "--target=v5e:1x3", parts=parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     title = ""
     for row in rows:
-        wanted = f"{row['device']}, {row['precision']}, batch {row['batch']}: MB of one training step that takes over its states"
+        number = row.get("devices", 1)  # which older versions did not write
+        device, each = (row["device"], "") if number == 1 else (f"{number} x {row['device']}", ", on each device")
+        wanted = f"{device}, {row['precision']}, batch {row['batch']}: MB of one training step that takes over its states{each}"
         if wanted != title:
             title = wanted
             lines += [""] * bool(lines) + [title, _line("depth", "method", "grouping", *_COLUMNS, "in all", "relative to bp")]

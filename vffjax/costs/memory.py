@@ -20,6 +20,7 @@ from vffjax.config import Config
 from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
 from vffjax.data import sizes_of
+from vffjax.data.sets import Sizes
 from vffjax.hyperparameters import at_peak
 from vffjax.networks.groups import GroupState, States, layer_sizes
 from vffjax.rules import local
@@ -27,6 +28,7 @@ from vffjax.rules.streams import Task
 from vffjax.training import checks, optimizers, trainer
 from vffjax.training.batch import Batch, abstract_batch
 from vffjax.training.compiled import executable_bytes
+from vffjax.training.mesh import within
 from vffjax.training.plan import Plan, abstract_start
 from vffjax.training.stages import is_pipeline
 
@@ -96,19 +98,27 @@ def make_step(case: Case) -> tuple[Plan, Callable[..., Any]]:
     return plan, functools.partial(trainer.train_step, plan.program, plan.active(plan.total_epochs - 1))
 
 
-def step_arguments(plan: Plan, target: Target) -> tuple[Any, ...]:
-    """The abstract arguments of a plan's step, placed on the target: task, states and batch."""
-    sizes, batch = sizes_of(plan.config), plan.config.batch_size
+def step_arguments(plan: Plan, target: Target, sizes: Sizes | None = None) -> tuple[Any, ...]:
+    """The abstract arguments of a plan's step, placed on the target: task, states and batch.
+
+    Args:
+        plan: of the step.
+        target: the devices. Over several, images and labels are divided.
+        sizes: of the images, if they are not those of the configuration's data set.
+    """
+    sizes, batch = sizes or sizes_of(plan.config), plan.config.batch_size
     task, states = abstract_start(plan, sizes.image_shape)
     given = abstract_batch(batch, sizes.image_shape, len(plan.groups))
-    return target.place(task), target.place(states), target.place(given)
+    divided = {"images": target.divide(given.images, 0), "labels": target.divide(given.labels, 0)}
+    return target.place(task), target.place(states), target.place(given)._replace(**divided)
 
 
 def compile_step(case: Case, target: Target) -> jax.stages.Compiled | None:
     """Compiles a case's step with donated states; None if the compiler finds that the step does not fit the device."""
     plan, step = make_step(case)
     try:
-        return jax.jit(step, donate_argnums=1).lower(*step_arguments(plan, target)).compile()
+        with within(target.mesh):
+            return jax.jit(step, donate_argnums=1).lower(*step_arguments(plan, target)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -129,10 +139,10 @@ def row(case: Case, target: Target, compiled: jax.stages.Compiled | None) -> dic
         compiled: the step, or None if it does not fit the device.
 
     Returns:
-        `Case.about`, the kind of the `device`, the `BYTES` of the step, and a `problem`. Without a step, the bytes are None, and `problem`
-        says why.
+        `Case.about`, the kind of the `device`, the number of `devices`, the `BYTES` of the step on each of them, and a `problem`. Without a
+        step, the bytes are None, and `problem` says why.
     """
-    about = case.about | {"device": target.device.device_kind}
+    about = case.about | {"device": target.device.device_kind, "devices": target.number}
     if compiled is None:
         return about | dict.fromkeys(BYTES) | {"problem": "does not fit the device"}
     found: Any = compiled.memory_analysis()

@@ -2,7 +2,7 @@
 
 The figures are in MB, as the compiler plans the step: for back-propagation, for back-propagation that recomputes its feature maps
 (checkpointed) or takes its batch in four parts (accumulated), and for the configuration's own rule. Nothing is trained and no data set
-is read.
+is read. Of several devices the table shows what one of them takes.
 """
 
 import sys
@@ -19,7 +19,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--batches", default="", metavar="N,N", help="numbers of images in a step; default: config.batch_size")
     target = (
         "here, the default: JAX's first device; cpu; or a device that need not be there: a GPU a100, b200, h100 or t4 (pip install -e "
-        "'.[cuda-compiler]', Python >= 3.12) or a TPU v4, v5e (also tpu), v5p or v6e (pip install -e '.[tpu-compiler]')"
+        "'.[cuda-compiler]', Python >= 3.12) or a TPU v4, v5e (also tpu), v5p or v6e (pip install -e '.[tpu-compiler]'); or several that "
+        "share each batch: v5e:2x2, h100:4"
     )
     parser.add_argument("--target", default="here", help=target)
     a, config, name = flags.parse_with_config(parser, arguments)
@@ -30,8 +31,10 @@ def run(arguments: list[str]) -> None:
     from vffjax.costs import fits, ledger, memory, targets
 
     cases, network, device = ledger.cases(config, *wanted), ledger.network_of(config, wanted[0]), targets.find(a.target)
-    if device.mesh is not None:
-        raise UserError(f"--target={a.target}: the table is of one device; give {a.target.partition(':')[0]}")
+    for case in cases:
+        if case.config.batch_size % device.number:
+            problem = f"a batch of {case.config.batch_size} images cannot be divided by its {device.number} devices"
+            raise UserError(f"--target={a.target}: {problem}; give other --batches, or another target")
     if words := fits.about_precision(config, device.device):
         notice(words)
     rows = []
