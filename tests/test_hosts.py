@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -212,8 +213,9 @@ def test_features_of_frozen_groups_are_kept_in_two_processes_too(tmp_path):
 
 
 def test_folders_of_their_own_are_no_shared_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "any_of", lambda value: True)  # another process says that it sees nothing
-    (tmp_path / ".lock").touch()
+    (tmp_path / ".lock").touch()  # of an earlier run, which says nothing
+    experiment._check_shared(tmp_path)
+    monkeypatch.setattr(pathlib.Path, "touch", lambda path: None)  # process 0 writes elsewhere
     with pytest.raises(UserError, match="not all processes see there what process 0 has written; give all processes the same folder"):
         experiment._check_shared(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -247,9 +247,10 @@ def test_the_product_of_all_vectors_that_gpus_compute_is_that_of_the_parts(ready
     assert np.any(whole[1][6:]) == to_others
 
 
-def test_what_a_segment_draws_at_once_is_what_each_step_draws():
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg"])
+def test_what_a_segment_draws_at_once_is_what_each_step_draws(generator):
     run = small_run(config_of(rule="vff", network="mlp", widths=(7,), labelling="shared", copies_per_class=2))
-    keys = jax.random.split(jax.random.key(3), 4)
+    keys = jax.random.split(jax.random.key(3, impl=generator), 4)
     one = run.batch(key=keys[0])
     batches = jax.tree.map(lambda x: jnp.stack([x] * 4), one._replace(key=None))._replace(key=keys)
     made = quick_jit(lambda batch: step_streams(run.plan, None, run.task, run.states, batch))

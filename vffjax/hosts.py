@@ -21,6 +21,7 @@ from vffjax.errors import UserError, notice, printable, said
 
 T = TypeVar("T")
 HEARTBEAT = 100  # seconds of silence after which a process counts as lost, unless --heartbeat says otherwise
+BAD_INPUT = 2  # the exit status of a process that bad input has ended
 LOST = 1  # the exit status of a process that ends because another one did
 AGAIN = "give all processes the same command again, on this or another number of hosts: the run goes on from what is saved"
 CORRECT = "correct that, and give all processes their command again"
@@ -56,6 +57,7 @@ class _State:
     heartbeat = HEARTBEAT
     watched = False
     lost = 0  # processes that will never say that they leave
+    session = 0  # how many times `together` was entered, so that what a run has said does not count in the next one
     last_words: subprocess.Popen[bytes] | None = None
     exchanges = itertools.count()
 
@@ -194,7 +196,7 @@ def together() -> Iterator[None]:
     if count() == 1 or _State.watched:
         yield
         return
-    _State.watched, done = True, threading.Event()
+    _State.watched, _State.session, done = True, _State.session + 1, threading.Event()
     watch = threading.Thread(target=_watch, args=(done,), name="vffjax-hosts", daemon=True)
     watch.start()
     try:
@@ -226,7 +228,7 @@ def leave(status: int) -> None:
             stream.flush()
     with contextlib.suppress(Exception):
         if status:
-            _tell(f"with status {status}", AGAIN, replace=False)
+            _tell(f"with status {status}", CORRECT if status == BAD_INPUT else AGAIN, replace=False)
         if is_first():  # with it goes the service, by which the others learn what has happened
             until = time.monotonic() + 2 * _GRACE
             while time.monotonic() < until and len(_client().key_value_dir_get(_GONE)) < count() - 1 - _State.lost:
@@ -270,7 +272,7 @@ def _lost_contact(error: BaseException) -> bool:
 def _tell(words: str, advice: str, replace: bool = True) -> None:
     """Tells the other processes how this one ends and what to do then; unless `replace`, only if they have not been told yet."""
     with contextlib.suppress(Exception):
-        _client().key_value_set(f"{_ENDED}{index()}", json.dumps([printable(words, 300), advice]), allow_overwrite=replace)
+        _client().key_value_set(f"{_ENDED}{_State.session}/{index()}", json.dumps([printable(words, 300), advice]), allow_overwrite=replace)
 
 
 def _watch(done: threading.Event) -> None:
@@ -279,7 +281,7 @@ def _watch(done: threading.Event) -> None:
     while not done.wait(_POLL):
         try:
             client.key_value_set(f"{_ALIVE}{index()}", str(next(beat)), allow_overwrite=True)
-            alive, ended = client.key_value_dir_get(_ALIVE), client.key_value_dir_get(_ENDED)
+            alive, ended = client.key_value_dir_get(_ALIVE), client.key_value_dir_get(f"{_ENDED}{_State.session}/")
         except Exception as error:
             _end(done, f"process 0, which coordinates this run, is gone ({said(error)})")
             continue
@@ -292,10 +294,10 @@ def _watch(done: threading.Event) -> None:
             if int(key.rpartition("/")[2]) != index():
                 words, advice = json.loads(text)
                 _end(done, f"process {key.rpartition('/')[2]} of this run has ended ({words})", advice=advice)
-        for process, (_, last) in heard.items():
-            if process != index() and now - last > _State.heartbeat:
-                _State.lost += 1
-                _end(done, f"process {process} of this run has been silent for {_State.heartbeat} s")
+        silent = [process for process, (_, last) in heard.items() if process != index() and now - last > _State.heartbeat]
+        _State.lost = len(silent)
+        for process in silent[:1]:
+            _end(done, f"process {process} of this run has been silent for {_State.heartbeat} s")
 
 
 def _end(done: threading.Event, why: str, grace: float = _GRACE, advice: str = AGAIN) -> None:

@@ -156,10 +156,10 @@ def _line(depth: Any, method: str, grouping: str, *cells: str) -> str:
 def compare(rows: list[dict[str, Any]]) -> None:
     """Adds `relative_to_bp` to every row.
 
-    This is its temporaries divided by those of `bp` for the same device, precision, depth and batch size; None if either has no step.
+    This is its temporaries divided by those of `bp` for the same devices, precision, depth and batch size; None if either has no step.
     """
-    place = ("device", "precision", "depth", "batch")
-    bp = {tuple(row[key] for key in place): row["temp_bytes"] for row in rows if row["method"] == "bp"}
+    place = ("device", "devices", "precision", "depth", "batch")
+    bp = {tuple(row.get(key) for key in place): row["temp_bytes"] for row in rows if row["method"] == "bp"}
     for row in rows:
-        base = bp.get(tuple(row[key] for key in place))
+        base = bp.get(tuple(row.get(key) for key in place))
         row["relative_to_bp"] = row["temp_bytes"] / base if base and row["temp_bytes"] is not None else None

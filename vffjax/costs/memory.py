@@ -108,7 +108,8 @@ def step_arguments(plan: Plan, target: Target, sizes: Sizes | None = None) -> tu
     """
     sizes, batch = sizes or sizes_of(plan.config), plan.config.batch_size
     task, states = abstract_start(plan, sizes.image_shape)
-    given = abstract_batch(batch, sizes.image_shape, len(plan.groups))
+    # What the rule draws is given, as in a segment, which draws it before its loop.
+    given = jax.eval_shape(functools.partial(trainer.with_draws, plan), task, abstract_batch(batch, sizes.image_shape, len(plan.groups)))
     divided = {"images": target.divide(given.images, 0), "labels": target.divide(given.labels, 0)}
     return target.place(task), target.place(states), target.place(given)._replace(**divided)
 

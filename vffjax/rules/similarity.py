@@ -1,6 +1,7 @@
 """How alike two feature maps are: vectors whose dot product is a cosine. In float32."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Ar
 
 
 def comparable(features: Float[Array, "batch *feature"], similarity: str) -> tuple[Float[Array, "batch d"], bool]:
-    """What `embed` returns but for its length, and whether it is what `embed` returns: vectors of positions must not be scaled again."""
+    """The vectors of `embed` before they are scaled to length 1, and whether they must not be scaled, as those of positions are already."""
     z = features.astype(jnp.float32)
     cells = cells_of(similarity)
     if z.ndim == 4:
@@ -55,8 +56,8 @@ def between(
 ) -> Float[Array, "clean others"]:
     """The cosines of the first `clean` vectors with all others.
 
-    GPUs multiply all vectors by all vectors. That is more arithmetic and still less work: no part has to be cut out of the vectors first,
-    and the gradient of both parts is one product.
+    Where the others are few, GPUs multiply all vectors by all vectors. That is more arithmetic and still takes less time to start: no part
+    has to be cut out of the vectors first, and the gradient of both parts is one product.
 
     Args:
         vectors: rows, the first `clean` of them clean.
@@ -67,8 +68,12 @@ def between(
     """
     parts = functools.partial(_of_parts, clean=clean, ready=ready)
     whole = functools.partial(_cut_of_all, clean=clean, ready=ready)
+    return jax.lax.platform_dependent(vectors, **_on_gpus(whole, vectors, clean), default=parts)
+
+
+def _on_gpus(whole: Callable[..., Array], vectors: Array, clean: int) -> dict[str, Callable[..., Array]]:
     # Divided over several devices, the rows of each part are what the devices have to tell each other.
-    return jax.lax.platform_dependent(vectors, **({} if divided() else on_gpus(whole)), default=parts)
+    return {} if divided() or vectors.shape[0] > 2 * clean else on_gpus(whole)
 
 
 def _of_parts(vectors: Array, clean: int, ready: bool, to_clean: bool = True, to_others: bool = True) -> Array:
@@ -107,7 +112,7 @@ def _backward(clean: int, ready: bool, to_clean: bool, to_others: bool, vectors:
         is_clean = jnp.arange(rows) < clean
         return found if to_clean and to_others else jnp.where(is_clean[:, None] == to_clean, found, 0.0)
 
-    return (jax.lax.platform_dependent(vectors, g, **({} if divided() else on_gpus(whole)), default=parts),)
+    return (jax.lax.platform_dependent(vectors, g, **_on_gpus(whole, vectors, clean), default=parts),)
 
 
 between.defvjp(_forward, _backward)

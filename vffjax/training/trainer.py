@@ -36,8 +36,8 @@ def group_step(
         group: the group's functions.
         state: its parameters, statistics and optimizer state.
         streams: its input.
-        fence: whether the gradient is finished before anything that uses the result starts. Then only one group's intermediate maps are in
-            memory at a time.
+        fence: whether the kernels are updated before anything that uses the output streams starts; on CPU the whole gradient is finished.
+            Then little more than one group's intermediate maps is in memory at a time.
 
     Returns:
         The new state, the output streams, and the metrics. The metric `finite` says whether the loss is finite, and with
@@ -164,8 +164,15 @@ def with_draws(plan: Plan, task: Task, batch: Batch) -> Batch:
     if plan.rule.draws is None:
         return batch
     draws = functools.partial(plan.rule.draws, plan.config, task.classes, batch.labels.shape[-1])
-    keys = jax.vmap(_key_of_draws)(batch.key) if batch.key.ndim else _key_of_draws(batch.key)
-    return batch._replace(drawn=jax.vmap(draws)(keys) if batch.key.ndim else draws(keys))
+
+    def one(key: Key[Array, ""]) -> Any:
+        return draws(_key_of_draws(key))
+
+    if not batch.key.ndim:
+        return batch._replace(drawn=one(batch.key))
+    # Of JAX's generators this one alone draws the same for a key by itself and for a key among others. A segment may begin at any step.
+    together = str(jax.random.key_impl(batch.key)) == "threefry2x32"
+    return batch._replace(drawn=jax.vmap(one)(batch.key) if together else jax.lax.map(one, batch.key))
 
 
 def _key_of_draws(key: Key[Array, ""]) -> PRNGKeyArray:

@@ -2,7 +2,7 @@
 
 The figures are in MB, as the compiler plans the step: for back-propagation, for back-propagation that recomputes its feature maps
 (checkpointed) or takes its batch in four parts (accumulated), and for the configuration's own rule. Nothing is trained and no data set
-is read. Of several devices the table shows what one of them takes.
+is read. Of several devices the table shows what one of them takes, without the row of accumulated gradients.
 """
 
 import sys
@@ -31,6 +31,8 @@ def run(arguments: list[str]) -> None:
     from vffjax.costs import fits, ledger, memory, targets
 
     cases, network, device = ledger.cases(config, *wanted), ledger.network_of(config, wanted[0]), targets.find(a.target)
+    if device.number > 1:  # the parts of a batch would have to be cut across the parts of the devices
+        cases = [case for case in cases if case.method != ledger.ACCUMULATED]
     for case in cases:
         if case.config.batch_size % device.number:
             problem = f"a batch of {case.config.batch_size} images cannot be divided by its {device.number} devices"

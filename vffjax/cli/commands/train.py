@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> None:
     folder = pathlib.Path(workdir or f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
     if given is not None:
         hosts.join(given)  # before JAX looks for devices
-    with options.naming_files(folder), hosts.together() if given else contextlib.nullcontext():
+    with hosts.together() if given else contextlib.nullcontext(), options.naming_files(folder):
         config = flags.ready(config)
         from vffjax.costs import fits
         from vffjax.runs import experiment
