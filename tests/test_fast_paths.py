@@ -46,7 +46,7 @@ def plain_normalise(x, scale, bias, clean, shared, pool=1, relu=False):
 PLAIN = {
     "convolution by tiles": (winograd, "applies", lambda x, kernel: False),
     "one operation for normalisation, pooling and ReLU": (layers, "normalise", plain_normalise),
-    "one group's maps at a time": (trainer, "_fenced", lambda function, labels: function),
+    "one group's maps at a time": (trainer, "_as_branch_on_cpu", lambda function, labels: function),
     "cells pooled once": (rules, "_pooled", lambda config, head_grid, features: features),
 }
 

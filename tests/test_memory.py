@@ -51,7 +51,7 @@ def test_joint_training_holds_one_group_however_deep_the_network_is():
 @pytest.mark.slow
 @pytest.mark.full_optimisation
 def test_without_the_fence_joint_training_would_hold_as_much_as_back_propagation(monkeypatch):
-    monkeypatch.setattr(trainer, "_fenced", lambda function, labels: function)
+    monkeypatch.setattr(trainer, "_as_branch_on_cpu", lambda function, labels: function)
     unfenced = compile_one("vff joint", 8)["temp_bytes"]
     assert unfenced > 1.5 * temporaries("vff joint", 8)
     assert unfenced > 0.5 * temporaries("bp", 8)

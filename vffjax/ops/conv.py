@@ -90,8 +90,13 @@ def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Ar
 def _gradients(size: int, stride: int, dtype: np.dtype) -> tuple[dict[str, Callable[..., Array]], dict[str, Callable[..., Array]]]:
     """The gradients in the input and in the kernel by platform, as functions of input, kernel and result gradient."""
     plain = functools.partial(_plain, stride=stride)
-    input_gradient = functools.partial(_input_gradient, stride=stride)
-    kernel_gradient = functools.partial(_kernel_gradient, size=size, stride=stride)
+
+    def input_gradient(x: Array, g: Array, kernel: Array) -> Array:
+        return _input_gradient(x, g, kernel, stride)
+
+    def kernel_gradient(x: Array, g: Array) -> Array:
+        return _kernel_gradient(x, g, size, stride)
+
     of_input = {
         "cpu": lambda x, w, g: by_device(input_gradient, (x, g), (w,)),
         "default": lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0],

@@ -155,19 +155,31 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: States, bat
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if plan.rule.predicts(plan.config) else None
     options, key = plan.rule.options_of(plan.config), _key_of_draws(batch.key)
-    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits, batch.drawn))
+    drawn = None if plan.rule.draws is None else _drawn(plan, task, batch)
+    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits, drawn))
     return made if mixture is None else made._replace(mixture=mixture)
+
+
+def _drawn(plan: Plan, task: Task, batch: Batch) -> Any:
+    """What the rule draws in a step. On CPU it is drawn in the step, where it costs little, so that the bits of a segment's steps do not
+    depend on the segment's length: XLA rounds otherwise where it merges a loop of one round into what is around it.
+    """
+    here = functools.partial(_draw, plan, task.classes, batch.labels.shape[0])
+    if batch.drawn is None:
+        return here(batch.key)
+    return jax.lax.platform_dependent(batch.key, batch.drawn, cpu=lambda key, _: here(key), default=lambda _, drawn: drawn)
+
+
+def _draw(plan: Plan, classes: int, images: int, key: Key[Array, ""]) -> Any:
+    assert plan.rule.draws is not None
+    return plan.rule.draws(plan.config, classes, images, _key_of_draws(key))
 
 
 def with_draws(plan: Plan, task: Task, batch: Batch) -> Batch:
     """The batch, or a segment's, with what the rule draws in its steps, if the rule has `Rule.draws`."""
     if plan.rule.draws is None:
         return batch
-    draws = functools.partial(plan.rule.draws, plan.config, task.classes, batch.labels.shape[-1])
-
-    def one(key: Key[Array, ""]) -> Any:
-        return draws(_key_of_draws(key))
-
+    one = functools.partial(_draw, plan, task.classes, batch.labels.shape[-1])
     if not batch.key.ndim:
         return batch._replace(drawn=one(batch.key))
     # Of JAX's generators this one alone draws the same for a key by itself and for a key among others. A segment may begin at any step.
