@@ -56,8 +56,8 @@ class Rule:
     Attributes:
         streams: makes a step's clean and labelled rows.
         draws: what `streams` draws, from the configuration, the number of classes, that of images in a batch, and the step's key. A segment
-            draws it for all of its steps at once, so that each step has less to launch on a GPU; a step on CPU draws by itself. `Step.drawn`
-            has it. None: nothing.
+            draws it for all of its steps at once, so that each step has less to launch on a GPU; on CPU each step draws. `Step.drawn` has
+            it. None: nothing.
         loss: the local loss of a group, and metrics of the rule's own, scalars by name; None: the head's loss alone.
         head_share: the share of the head's gradient that trains the layers. A Python 0 cuts it, which the locality certificate can see;
             a Python 1 leaves it as it is.
