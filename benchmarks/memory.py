@@ -51,6 +51,7 @@ from vffjax.runs import drawing
 from vffjax.training.batch import Batch
 from vffjax.training.checks import make_config
 from vffjax.training.plan import blank_task, init_states
+from vffjax.training.trainer import with_draws
 
 STYLES = {
     "bp": ("tab:red", "-"),
@@ -127,7 +128,7 @@ def run(case: Case, step: Callable[..., Any], steps: int = 2) -> Any:
     hyper = jax.tree.map(jnp.asarray, at_peak(plan.config, len(plan.groups)))
     for number in range(steps):
         batch = Batch(images, labels, jnp.arange(len(labels)), jnp.int32(0), jax.random.key(number), hyper)
-        states, metrics = step(task, states, batch)
+        states, metrics = step(task, states, with_draws(plan, task, batch))
     return jax.block_until_ready((states, metrics))
 
 

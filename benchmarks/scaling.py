@@ -162,7 +162,9 @@ def stage_programs(config: Config, devices: Sequence[Any], steps: int) -> Progra
 
 def compiled_for_tpu(config: Config, steps: int) -> list[dict[str, Any]]:
     """The memory of each stage's program on its own chip of a TPU v5e 2x2."""
-    devices = targets.find_all("tpu")
+    mesh = targets.find("v5e:2x2").mesh
+    assert mesh is not None
+    devices = list(mesh.devices.flat)
     rows = []
     for number, program in enumerate(stage_programs(config, devices, steps).stages):
         memory: Any = program.memory_analysis()

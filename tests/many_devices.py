@@ -8,35 +8,22 @@ import json
 import pathlib
 import re
 import sys
-from unittest import mock
 
 import jax
 import numpy as np
 
-from runs import TINY, tell_to_leave
+from runs import TINY, leave_at
 from vffjax.errors import UserError
 from vffjax.ops.conv import conv
 from vffjax.ops.rows import over_devices
 from vffjax.proofs import locality
 from vffjax.runs import experiment, summary
-from vffjax.runs.logbook import Logbook, read_metrics
+from vffjax.runs.logbook import read_metrics
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
 from vffjax.training import mesh
 from vffjax.training.checks import make_config
 from vffjax.uses.evaluation import evaluate
-
-
-def leave_at(epoch, step):
-    """Runs in here are told to leave, by SIGTERM, when so many steps of an epoch (from 0) have been dispatched."""
-    sound = Logbook.step
-
-    def told(self, now, done, steps):
-        sound(self, now, done, steps)
-        if (now, done >= step) == (epoch, True):
-            tell_to_leave()
-
-    return mock.patch.object(Logbook, "step", told)
 
 
 def trained(folder, changes, *leave):

@@ -17,6 +17,7 @@ import numpy as np
 
 import oracles
 from vffjax.runs import experiment, origin, summary, termination
+from vffjax.runs.logbook import Logbook
 from vffjax.training import plan, trainer
 from vffjax.training.checks import make_config
 
@@ -86,6 +87,18 @@ def tell_to_leave():
     os.kill(os.getpid(), signal.SIGTERM)
     while not all(request.made for request in termination._running):
         time.sleep(0.001)
+
+
+def leave_at(epoch, step):
+    """Runs in here are told to leave, by SIGTERM, when so many steps of an epoch (from 0) have been dispatched."""
+    sound = Logbook.step
+
+    def told(self, now, done, steps):
+        sound(self, now, done, steps)
+        if (now, done >= step) == (epoch, True):
+            tell_to_leave()
+
+    return mock.patch.object(Logbook, "step", told)
 
 
 def summary_of(workdir):

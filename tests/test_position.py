@@ -9,30 +9,18 @@ import numpy as np
 import pytest
 
 import runs
-from runs import assert_same_bits, contents, finished, summary_of, tell_to_leave, tiny, train, untimed
+from runs import assert_same_bits, contents, finished, leave_at, summary_of, tiny, train, untimed
 from vffjax.errors import UserError
 from vffjax.files import sha256_of
 from vffjax.runs import experiment, loop
 from vffjax.runs import state as run_state
 from vffjax.runs.checkpoint import Checkpoints
-from vffjax.runs.logbook import Logbook, read_metrics
+from vffjax.runs.logbook import read_metrics
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
 from vffjax.training import epochs
 from vffjax.training.plan import task_of_epoch
 from vffjax.uses import evaluation
-
-
-def leave_at(epoch, step):
-    """Runs in here are told to leave when so many steps of an epoch (from 0) have been dispatched."""
-    sound = Logbook.step
-
-    def told(self, now, done, steps):
-        sound(self, now, done, steps)
-        if (now, done >= step) == (epoch, True):
-            tell_to_leave()
-
-    return mock.patch.object(Logbook, "step", told)
 
 
 def assert_same_run(workdir, other, config):

@@ -140,12 +140,6 @@ def lacks_bfloat16(device: Any) -> bool:
     return bool(found) and float(found[0]) < BFLOAT16_FROM  # type: ignore[index]
 
 
-def find_all(name: str) -> list[Any]:
-    """The devices of the machine of which `find` gives the first one. Arguments and errors are those of `find`."""
-    first = find(name).device
-    return list(topologies.get_topology_desc("v5e:2x2", "tpu").devices) if name == "tpu" else jax.devices(first.platform)
-
-
 def has_tpu_compiler() -> bool:
     """Whether libtpu is installed, which the names of TPUs need."""
     return importlib.util.find_spec("libtpu") is not None

@@ -168,7 +168,7 @@ class _Affine(Layer):
         return normalise_sets(x, self.sets) if self.norm == "class" else x
 
     def kernel(self, shape: tuple[int, ...]) -> Array:
-        # Parameters are kept in float32 and cast where they are used, by `conv` itself for the sake of its gradient.
+        # Parameters are kept in float32 and cast where they are used. `conv` casts its kernel itself: its gradient can then stay float32.
         initial = chosen("initialisation", self.initialisation, {"he": nn.initializers.he_normal(), "identity": identity_like})
         return self.param("kernel", initial, shape, jnp.float32)
 

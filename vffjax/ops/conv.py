@@ -101,6 +101,7 @@ def _gradients(size: int, stride: int, dtype: np.dtype) -> tuple[dict[str, Calla
         "cpu": lambda x, w, g: by_device(input_gradient, (x, g), (w,)),
         "default": lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0],
     }
+    # On CPU and GPU the sum is rounded to the dtype of the map, as the gradient that XLA derives itself is.
     of_kernel = {
         "cpu": lambda x, w, g: by_device(kernel_gradient, (x, g), total=True).astype(x.dtype).astype(dtype),
         "tpu": lambda x, w, g: _kernel_gradient_by_one_convolution(x, g, size, stride).astype(dtype),

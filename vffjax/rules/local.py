@@ -193,7 +193,7 @@ def head_cross_entropy(
 
 
 def _at(log_p: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
-    """The entry of each row at its label. Exactly the same by an index has a scatter as its gradient, which accelerators are slow at."""
+    """The entry of each row at its label. An index would give the same, but its gradient is a scatter, which is slow on accelerators."""
     here = labels[:, None] == np.arange(log_p.shape[1], dtype=labels.dtype)[None]  # a constant
     return jnp.where(here, log_p, 0.0).sum(1)
 

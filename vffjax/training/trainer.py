@@ -155,18 +155,19 @@ def step_streams(plan: Plan, active: int | None, task: Task, states: States, bat
     trained = len(plan.groups) if active is None else active + 1
     logits = clean_log_p(plan, task, states, x, trained).mean(axis=0) if plan.rule.predicts(plan.config) else None
     options, key = plan.rule.options_of(plan.config), _key_of_draws(batch.key)
-    drawn = None if plan.rule.draws is None else _drawn(plan, task, batch)
-    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits, drawn))
+    made = plan.rule.streams(Step(plan.config, options, task, key, x, batch.labels, logits, _drawn(plan, task, batch)))
     return made if mixture is None else made._replace(mixture=mixture)
 
 
 def _drawn(plan: Plan, task: Task, batch: Batch) -> Any:
-    """What the rule draws in a step. On CPU it is drawn in the step, where it costs little, so that the bits of a segment's steps do not
-    depend on the segment's length: XLA rounds otherwise where it merges a loop of one round into what is around it.
+    """What was drawn for a step before the loop of its segment, if anything was.
+
+    On CPU it is drawn once more in the step, which costs little. XLA merges a loop of one round into what is around it, and then rounds
+    in another way; with what was drawn before the loop, the bits of a step would depend on the length of its segment.
     """
-    here = functools.partial(_draw, plan, task.classes, batch.labels.shape[0])
     if batch.drawn is None:
-        return here(batch.key)
+        return None
+    here = functools.partial(_draw, plan, task.classes, batch.labels.shape[0])
     return jax.lax.platform_dependent(batch.key, batch.drawn, cpu=lambda key, _: here(key), default=lambda _, drawn: drawn)
 
 
