@@ -113,7 +113,7 @@ class Torch:
         self._peer = Peer(self._plan, self._task, self._start, self._device, "default" if compiled else None)
         self._implementation = implementation
         self.restart()
-        self._train, self._labels = self._tensor(dataset.train.images), self._tensor(dataset.train.labels.astype(np.int64))
+        self._train, self._labels = self._tensor(np.asarray(dataset.train.images)), self._tensor(dataset.train.labels.astype(np.int64))
         self.compile_seconds = time.perf_counter() - start
 
     def _tensor(self, array: Shaped[np.ndarray, "..."]) -> Any:

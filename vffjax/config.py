@@ -22,7 +22,7 @@ from vffjax.registry import ROOMS
 WEIGHT_FILES, HUB = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), "hf://"
 # Larger numbers are taken for mistakes. XLA would abort the process for an array of more than 2**31 entries.
 MAX_WIDTH, MAX_LAYERS, MAX_ENTRIES = 2**16, 1_000, 2**31 - 1
-PLACES = ("device", "host")
+PLACES = ("device", "host", "disk")
 SCHEDULES = ("joint", "sequential", "pipeline")
 NORMS = ("auto", "batch", "anchor", "layer", "input", "class", "none")
 _MOST, _LARGE = 10**9, 1e6  # for keys without a natural limit
@@ -64,7 +64,7 @@ class Config:
     seed: int = key(0, "seed of everything random: split, first weights, noise, order, augmentation", low=0, high=2**31 - 1, section="data")
     dataset: str = key("digits", "what to learn: a set by its name, or images of your own in a folder or an npz file")
     data_dir: str = key("", "where the images lie; sets of tensorflow-datasets: empty means $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    data_on: str = key("device", "where the images lie while a run trains: on the device, or if they are too many, on the host", PLACES)
+    data_on: str = key("device", "where the images lie while a run trains: on the device or, if they are many, on the host or disk", PLACES)
     train_examples: int = key(0, "images kept for training and validation, drawn by the seed; 0: all", low=0, high=_MOST)
     val_fraction: float = key(0.1, "share of the training images held out for every choice", low=0.0, high=0.9)
     test_fraction: float = key(0.2, "share of each class held out as test images where a set has none of its own", low=0.01, high=0.9)

@@ -169,7 +169,7 @@ def hold(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, str]:
         UserError: as `from_mapping`.
     """
     own = from_mapping(by_name(given), "data")
-    own = own._replace(all=Split(own.all.images.copy(), own.all.labels))  # the caller may change the own array later
+    own = own._replace(all=Split(np.array(own.all.images), own.all.labels))  # the caller may change the own array later
     digest = hashlib.sha256(repr((own.classes, own.train, own.all.images.shape)).encode())
     for array in (own.all.images, own.all.labels):
         digest.update(np.ascontiguousarray(array).data)

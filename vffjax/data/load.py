@@ -1,12 +1,14 @@
 """Image sets as arrays in host memory, split into training, validation and test images."""
 
+import math
 import pathlib
 
 import numpy as np
 
 from vffjax.config import Config
 from vffjax.data import find, find_source
-from vffjax.data.sets import Dataset, Sizes, Split, take
+from vffjax.data.on_disk import OnDisk, Pixels
+from vffjax.data.sets import Dataset, Sizes, Split, in_pieces, take
 from vffjax.errors import bad_key
 from vffjax.registry import SOURCES
 
@@ -26,6 +28,8 @@ def load(config: Config) -> Dataset:
         if problem := _problem(split, sizes) or (len(names) != sizes.classes and f"{len(names)} names of classes"):
             expected = f"uint8 images of {sizes.image_shape}, int32 labels and names of {sizes.classes} classes"
             raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
+    if config.data_on == "disk" and not isinstance(train.images, OnDisk):
+        raise bad_key("data_on", "disk", f"the images of {config.dataset} are in no file that can be read in pieces", "use host")
     train, validation = _cut(train, config)
     train = _with_wrong_labels(train, config, len(names))
     mean, std = _moments(train.images)
@@ -97,15 +101,15 @@ def _with_wrong_labels(split: Split, config: Config, classes: int) -> Split:
     return Split(split.images, labels)
 
 
-def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    # In whole numbers and so exact; in pieces, to hold no copy of a large set.
-    channels = images.shape[3]
+def _moments(images: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # In whole numbers and so exact; in pieces, to hold no copy of a large set; over rows of pixels, because NumPy adds long rows fast.
+    _, _, width, channels = images.shape
     total, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
-    for start in range(0, len(images), 4096):
-        pixels = images[start : start + 4096].reshape(-1, channels).astype(np.int64)
-        total += pixels.sum(axis=0)
-        squares += (pixels * pixels).sum(axis=0)
-    count = images.size // channels
+    for piece in in_pieces(images):
+        rows = piece.reshape(-1, width * channels)
+        total += rows.sum(axis=0, dtype=np.int64).reshape(width, channels).sum(axis=0)
+        squares += np.square(rows, dtype=np.uint16).sum(axis=0, dtype=np.int64).reshape(width, channels).sum(axis=0)
+    count = math.prod(images.shape[:3])
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
     return tuple((mean / 255).tolist()), tuple(np.maximum(std / 255, 1e-3).tolist())

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vffjax.config import Config
-from vffjax.data.sets import Sizes, Source, Split, take
+from vffjax.data.on_disk import OnDisk
+from vffjax.data.sets import Sizes, Source, Split, in_pieces, take
 from vffjax.errors import UserError, bad_key, notice, printable
 
 TEST_STREAM = 0x7E57  # keeps the drawing of test images apart from the other uses of the seed
@@ -56,6 +57,10 @@ def _parts(config: Config, own: Own) -> tuple[Split, Split, tuple[str, ...]]:
     """
     train, test = _numbers(config, own)
     _tell_common(config, own, train, test)
+    images = own.all.images
+    if config.data_on == "disk" and isinstance(images, np.memmap):
+        split = Split(OnDisk(images, np.arange(len(images))), own.all.labels)
+        return take(split, train), take(split, test), own.classes
     return _taken(own.all, train), _taken(own.all, test), own.classes
 
 
@@ -98,7 +103,8 @@ def _taken(split: Split, numbers: np.ndarray) -> Split:
 
 
 def _tell_common(config: Config, own: Own, train: np.ndarray, test: np.ndarray) -> None:
-    digest = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest() for image in own.all.images]
+    every = (image for piece in in_pieces(own.all.images) for image in piece)
+    digest = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest() for image in every]
     first = {digest[i]: i for i in reversed(train.tolist())}
     common = [(first[digest[i]], i) for i in test.tolist() if digest[i] in first]
     if common:

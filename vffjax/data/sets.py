@@ -2,13 +2,18 @@
 
 import dataclasses
 import hashlib
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from vffjax.config import Config
+from vffjax.data.on_disk import OnDisk, Pixels
+
+_PIECE_BYTES = 2**23
 
 
 class Sizes(NamedTuple):
@@ -23,7 +28,7 @@ class Sizes(NamedTuple):
 class Split:
     """Images uint8 [n, h, w, c], where c is 1 or 3, and labels int32 [n]."""
 
-    images: np.ndarray
+    images: Pixels
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -60,13 +65,23 @@ class Dataset:
         digest = hashlib.sha256(repr((self.class_names, self.image_shape)).encode())
         for split in (self.train, self.validation, self.test):
             digest.update(len(split).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(split.images).data)
+            for piece in in_pieces(split.images):
+                digest.update(np.ascontiguousarray(piece).data)
             digest.update(np.ascontiguousarray(split.labels).astype("<i4").data)
         return digest.hexdigest()
 
 
 def take(split: Split, index: np.ndarray) -> Split:
-    return Split(split.images[index], split.labels[index])
+    """The images with these numbers. Those on disk are not read."""
+    images = split.images
+    return Split(images.only(index) if isinstance(images, OnDisk) else images[index], split.labels[index])
+
+
+def in_pieces(images: Pixels) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+    """The images one after the other, a few megabytes at a time."""
+    length = max(1, _PIECE_BYTES // max(1, math.prod(images.shape[1:])))
+    for start in range(0, len(images), length):
+        yield images[start : start + length]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,8 +54,8 @@ def on_device(split: Split, mesh: Mesh | None = None) -> Images:
 
 
 def placed(split: Split, where: str, mesh: Mesh | None = None) -> Images:
-    """A split's images and labels on the device, on every device of a mesh, or on the host, as config.data_on says."""
-    on_host = chosen("data_on", where, {"device": False, "host": True})
+    """A split's images and labels on the device, on every device of a mesh, or on the host or on disk, as config.data_on says."""
+    on_host = chosen("data_on", where, {"device": False, "host": True, "disk": True})
     return Images(split.images, split.labels) if on_host else on_device(split, mesh)
 
 
@@ -192,7 +192,7 @@ class Loop:
                 self._save_inside(states, epoch, part.done, seconds, metrics)
                 parts, began = [metrics], time.perf_counter()
         images = self._validation.images
-        if isinstance(images, np.ndarray):  # To score them, the host waits for the device, and that time is no training.
+        if not isinstance(images, jax.Array):  # To score them, the host waits for the device, and that time is no training.
             jax.block_until_ready(parts)
             seconds += time.perf_counter() - began
         here = self._epoch.together(states)

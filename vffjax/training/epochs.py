@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray, Shaped
 
 from vffjax.backend import cores
+from vffjax.data.on_disk import Pixels
 from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import States, layer_sizes
 from vffjax.rules.streams import Task
@@ -206,10 +207,10 @@ def _slice(length: int, first: Int[Array, ""], ids: Array, keys: Array) -> tuple
     return ids, keys
 
 
-def _take(mesh: Mesh | None, rows: Array | np.ndarray, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
+def _take(mesh: Mesh | None, rows: Array | Pixels, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
     """The rows with these ids, put on the device, or divided over the mesh; reshaped to `shape` if it is given."""
     shape = rows.shape[1:] if shape is None else shape
-    if isinstance(rows, np.ndarray):
+    if not isinstance(rows, jax.Array):
         numbers, place = np.asarray(ids), divided(mesh, 1)
 
         def part(where: Any) -> np.ndarray:

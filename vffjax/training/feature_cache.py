@@ -47,7 +47,7 @@ def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
 def with_features(plan: Plan, active: int, task: Task, states: States, data: Images) -> Images:
     """`data` with the input of group `active` for each image, as a JAX array, or as a NumPy array if config.feature_cache is host."""
     images = data.images.reshape(-1, *data.image_shape)
-    if plan.config.feature_cache != "host" and not isinstance(images, np.ndarray):
+    if plan.config.feature_cache != "host" and isinstance(images, jax.Array):
         return data._replace(features=clean_features(plan.program, active, task, states, images))
     # A few batches at a time, because all features together may not fit on the device.
     size = BATCHES_PER_FETCH * plan.config.eval_batch_size

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax import rules
 from vffjax.config import Config, for_group, of_program
+from vffjax.data.on_disk import Pixels
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.networks.groups import GroupState, LayerGroup, States, init_variables, make_groups
@@ -27,7 +28,7 @@ MEASURED = 5_000  # training images whose patches the whitening layer, and whose
 
 
 class Images(NamedTuple):
-    """The images of a split, as bytes, on the device (JAX arrays) or on the host (NumPy arrays).
+    """The images of a split, as bytes, on the device (JAX arrays), on the host (NumPy arrays), or on disk.
 
     Attributes:
         images: one image in each entry of the first axis.
@@ -36,7 +37,7 @@ class Images(NamedTuple):
         shape: height, width and channels of an image if `images` are rows of bytes (see `as_rows`), or None.
     """
 
-    images: UInt8[Array | np.ndarray, "n h w c"] | UInt8[Array | np.ndarray, "n bytes"]
+    images: UInt8[Array | Pixels, "n h w c"] | UInt8[Array | Pixels, "n bytes"]
     labels: Int[Array | np.ndarray, " n"]
     features: Float[Array | np.ndarray, "n *feature"] | None = None
     shape: tuple[int, int, int] | None = None
@@ -127,7 +128,7 @@ def make_task(
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    images: UInt8[np.ndarray, "n h w c"] | None = None,
+    images: UInt8[Pixels, "n h w c"] | None = None,
 ) -> Task:
     """The task of a run in its first epoch: its codebook of class noise, and the pixel statistics by which images are normalised.
 
@@ -145,7 +146,7 @@ def make_task(
 
 
 def noise_root(
-    config: Config, images: UInt8[np.ndarray, "n h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]
+    config: Config, images: UInt8[Pixels, "n h w c"], mean: Float[Array, " c"], std: Float[Array, " c"]
 ) -> Float[np.ndarray, "h w c c"] | None:
     """The root of the spectrum that class noise shall have, which is that of the first training images; None: noise is as it is drawn.
 
@@ -196,7 +197,7 @@ def abstract_start(plan: Plan, image_shape: tuple[int, int, int]) -> tuple[Task,
     return jax.eval_shape(lambda: (blank_task(plan, image_shape), init_states(plan, image_shape)))
 
 
-def whitened(plan: Plan, states: States, images: UInt8[np.ndarray, "n h w c"], task: Task) -> States:
+def whitened(plan: Plan, states: States, images: UInt8[Pixels, "n h w c"], task: Task) -> States:
     """The states with the kernel of the whitening layer, if there is one, by the first training images; see `whitening_kernel`."""
     if not plan.config.whitening:
         return states

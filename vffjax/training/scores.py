@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
+from vffjax.data.on_disk import Pixels
 from vffjax.errors import chosen
 from vffjax.networks.groups import States
 from vffjax.ops.batching import map_batches
@@ -101,8 +102,8 @@ def make_scores(plan: Plan, inference: str) -> Callable[..., Float[Array | np.nd
         plan: of the run.
         inference: heads, sweep or rule; see config.inference.
 
-    The images are bytes `[n, h, w, c]`, on the device or, as a NumPy array, on the host. They are scored in batches of
-    `config.eval_batch_size`, and images on the host are brought to the device in pieces of several batches.
+    The images are bytes `[n, h, w, c]`, on the device, on the host (a NumPy array), or on disk. They are scored in batches of
+    `config.eval_batch_size`, and images that are not on the device are brought there in pieces of several batches.
     """
     return functools.partial(_scored, functools.partial(program_scores, plan.program, inference), plan.config.eval_batch_size)
 
@@ -124,7 +125,7 @@ def _place(states: States) -> Any:
     return place if isinstance(place, NamedSharding) else None
 
 
-def _piece(images: np.ndarray, batch_size: int) -> int:
+def _piece(images: Pixels, batch_size: int) -> int:
     """How many images on the host are brought to the device at once: all, or as many batches as `PIECE_BYTES` hold."""
     batches = PIECE_BYTES // max(1, batch_size * images[:1].nbytes)
     return min(len(images), max(2, batches) * batch_size)
@@ -132,7 +133,7 @@ def _piece(images: np.ndarray, batch_size: int) -> int:
 
 def _scored(program: Callable[..., Array], batch_size: int, task: Task, states: States, images: Any) -> Array | np.ndarray:
     if isinstance(images, jax.Array) or (piece := _piece(images, batch_size)) == len(images):
-        return program(task, states, images if isinstance(images, jax.Array) else put(images, _place(states)))
+        return program(task, states, images if isinstance(images, jax.Array) else put(images[:], _place(states)))
     found, before = [], None
     for start in range(0, len(images), piece):
         part = images[start : start + piece]

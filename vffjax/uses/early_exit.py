@@ -264,7 +264,7 @@ class EarlyExit:
         With `curve`, the same for many thresholds. All are compiled first, and then timed in turns; the times are medians. The full
         ensemble's time is that of the faster of two batch sizes.
         """
-        plan, given = self.trained.plan, (self.trained.task, self.trained.states, test.images)
+        plan, given = self.trained.plan, (self.trained.task, self.trained.states, jnp.asarray(test.images))
         thresholds = sorted({*CURVE, threshold}) if curve else [threshold]
         sizes, program = sorted({batch_size(plan), plan.config.eval_batch_size}), make_early_exit(plan, self.votes)
         calls = [functools.partial(make_full(plan, self.votes[-1], size), *given) for size in sizes]

@@ -35,9 +35,9 @@ def sample(split: Split, most: int, seed: int, bytes_of_one: int = 0) -> Split:
     No more are drawn than `MOST_BYTES` hold, counting the bytes of an image, or `bytes_of_one` if that is more.
     """
     count = min(most, max(1, MOST_BYTES // max(bytes_of_one, split.images[:1].nbytes, 1)))
-    if len(split) <= count:
-        return split
-    return take(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:count]))
+    if len(split) > count:
+        split = take(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:count]))
+    return Split(np.asarray(split.images), split.labels)  # those on disk are read here
 
 
 def class_scores(trained: Trained, inference: str, *splits: Split) -> list[np.ndarray]:

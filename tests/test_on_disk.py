@@ -1,0 +1,118 @@
+"""config.data_on=disk: images stay in the file of decoded pictures, and every bit of a run is that of the same run with them in memory."""
+
+import tracemalloc
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from image_sets import fails
+from runs import assert_same_bits, train
+from vffjax.data import decoding
+from vffjax.data import load as data
+from vffjax.data.on_disk import OnDisk
+from vffjax.runs import loop
+from vffjax.runs.logbook import read_metrics
+from vffjax.runs.workdir import load_run
+from vffjax.training import epochs, scores
+from vffjax.training.checks import make_config
+from vffjax.uses import evaluation
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(decoding, "_known", {})
+
+
+def photos(folder, count, side):
+    """A folder of `count` pictures of each of two classes, without parts."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(folder / name / f"{i}.bmp")
+    return folder
+
+
+def config_of(folder, **changes):
+    given = {
+        "dataset": "folder",
+        "data_dir": str(folder),
+        "network": "mlp",
+        "widths": (8, 6),
+        "epochs": 2,
+        "batch_size": 8,
+        "data_on": "disk",
+    }
+    return make_config(given | changes)
+
+
+def mapped(tmp_path, shape=(40, 5, 4, 3)):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images.tofile(tmp_path / "images.bin")
+    return images, np.memmap(tmp_path / "images.bin", np.uint8, "r", shape=shape)
+
+
+def test_images_on_disk_are_indexed_like_an_array_and_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("vffjax.data.on_disk._PIECE_BYTES", 200)  # so that a few images make several pieces, the last of them shorter
+    whole, file = mapped(tmp_path)
+    order = np.random.default_rng(1).permutation(40)[:31]
+    images, expected = OnDisk(file, np.arange(40)).only(order), whole[order]
+    assert (images.shape, len(images), images.dtype) == ((31, 5, 4, 3), 31, np.uint8)
+    for chosen in (3, -1, slice(2, 9), slice(None), slice(4, 4), np.arange(30)[::-1].reshape(2, 15), np.arange(31) % 3 == 0):
+        np.testing.assert_array_equal(images[chosen], expected[chosen])
+    np.testing.assert_array_equal(images.only(np.array([4, 2]))[:], expected[[4, 2]])
+    np.testing.assert_array_equal(images.reshape(31, -1)[5:7], expected.reshape(31, -1)[5:7])
+    np.testing.assert_array_equal(images.reshape(-1, 4, 5, 3)[5:7], expected.reshape(-1, 4, 5, 3)[5:7])
+    np.testing.assert_array_equal(np.asarray(images), expected)
+    with pytest.raises(ValueError, match="31 images are not 30"):
+        images.reshape(30, -1)
+    with pytest.raises(IndexError):
+        images[31]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"schedule": "sequential", "feature_cache": "host"}], ids=str)
+def test_a_run_with_its_images_on_disk_has_the_same_bits(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(scores, "PIECE_BYTES", 1)  # so that even the few images here are scored in pieces, the last of them padded
+    folder = photos(tmp_path / "photos", 40, 6)
+    for where in ("host", "disk"):
+        train(config_of(folder, data_on=where, eval_batch_size=5, **changes), tmp_path / where)
+    runs = [load_run(tmp_path / where, "latest") for where in ("host", "disk")]
+    assert_same_bits(runs[0].states, runs[1].states)
+    errors = [[record["val_error"] for record in read_metrics(tmp_path / where)] for where in ("host", "disk")]
+    assert errors[0] == errors[1]
+    found = [{k: v for k, v in evaluation.evaluate(tmp_path / where).items() if k != "workdir"} for where in ("host", "disk")]
+    assert found[0] == found[1]
+
+
+def test_a_set_on_disk_is_never_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("vffjax.data.sets._PIECE_BYTES", 2**18)
+    config = config_of(photos(tmp_path / "photos", 150, 100), batch_size=10)
+    data.load(config)  # decodes the pictures and imports what is needed
+    decoding._known.clear()
+    tracemalloc.start()
+    try:
+        dataset = data.load(config)
+        assert dataset.sha256()
+        given = loop.training_images(dataset.train, "disk")
+        for step in jnp.arange(200).reshape(20, 1, 10):
+            epochs._take(None, given.images, step, given.shape)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    whole = 300 * 100 * 100 * 3
+    assert peak < whole / 2, f"{peak / whole:.2f} of the set were in memory at once"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["in memory by nature", "no place for the file"])
+def test_a_set_that_is_in_no_file_is_refused(tmp_path, monkeypatch, kept, capsys):
+    if kept:
+        config = make_config({"dataset": "digits", "data_on": "disk"})
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        config = config_of(photos(tmp_path / "photos", 10, 6))
+    fails(lambda: data.load(config), "config.data_on", "'disk'", "in no file", "use host")
