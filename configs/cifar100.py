@@ -56,6 +56,6 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
         config.widths = (32, 32, 128, 128)
         config.epochs = 6
     elif variant == "cifarnet":
-        config.epochs = 16
+        config.epochs = 12
     config.warmup_epochs = round(0.3 * config.epochs, 1)
     return config
