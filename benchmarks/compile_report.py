@@ -131,7 +131,7 @@ class Job:
         """The temporaries in bytes of the program that gathers the images of a segment, and how often it copies the whole data set."""
         row = math.prod(self.sizes.image_shape)
         images, ids = self.target.array(self.images, row, dtype=jnp.uint8), self.target.array(self.length, self.plan.config.batch_size)
-        gather = gathered.lower(self.sizes.image_shape, images, ids).compile()
+        gather = gathered.lower(images, ids).compile()
         copies = re.findall(rf"= u8\[{self.images},[^ ]* (?:copy|copy-start|reshape|transpose)\(", gather.as_text() or "")
         return {"gather_temp_bytes": bytes_of(gather)["temp_bytes"], "copies_of_the_data_set": len(copies)}
 

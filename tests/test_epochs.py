@@ -148,7 +148,7 @@ def test_order_and_keys_are_what_a_seed_means():
 def test_a_segment_is_given_the_images_labels_numbers_keys_and_features_of_its_steps(host):
     """The program is replaced by one that keeps what it is given."""
     run = small_run(config_of(**MLP, batch_size=8, warmup_epochs=1.0), examples=43)
-    run = run._replace(data=run.data._replace(features=jnp.arange(43.0).reshape(43, 1)))
+    run = run._replace(data=run.data._replace(features=jnp.arange(43.0).reshape(43, 1)).as_rows())
     data, given = (on_host(run) if host else run).data, []
 
     class Watched(Epoch):
@@ -175,7 +175,7 @@ def test_a_segment_is_given_the_images_labels_numbers_keys_and_features_of_its_s
 
 def abstract(run, steps):
     feature = jax.ShapeDtypeStruct((43, 1), jnp.float32)
-    return abstract_batch(8, run.data.images.shape[1:], 2, feature, (steps,))
+    return abstract_batch(8, run.data.image_shape, 2, feature, (steps,))
 
 
 def test_a_segment_is_handed_over_while_the_one_before_it_runs_and_never_a_third(monkeypatch):

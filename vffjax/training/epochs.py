@@ -157,7 +157,7 @@ def _batches(data: Images, piece: range, draws: _Draws, mesh: Mesh | None) -> Ba
     ids, keys = _slice(len(piece), piece.start, draws.ids, draws.keys)
     hyper: Any = (values[piece.start : piece.stop] for values in draws.hyper)
     of_epoch: Any = np.full(len(piece), draws.epoch, np.int32)
-    images, labels = _take(mesh, data.images, ids, data.shape), _take(mesh, data.labels, ids)
+    images, labels = _take(mesh, data.images, ids), _take(mesh, data.labels, ids)
     features = None if data.features is None else _take(mesh, data.features, ids)
     return Batch(images, labels, ids, everywhere(mesh, of_epoch), keys, everywhere(mesh, HyperParameters(*hyper)), features)
 
@@ -207,34 +207,32 @@ def _slice(length: int, first: Int[Array, ""], ids: Array, keys: Array) -> tuple
     return ids, keys
 
 
-def _take(mesh: Mesh | None, rows: Array | Pixels, ids: Array, shape: tuple[int, ...] | None = None) -> Array:
-    """The rows with these ids, put on the device, or divided over the mesh; reshaped to `shape` if it is given."""
-    shape = rows.shape[1:] if shape is None else shape
+def _take(mesh: Mesh | None, rows: Array | Pixels, ids: Array) -> Array:
+    """The rows with these ids, put on the device, or divided over the mesh."""
     if not isinstance(rows, jax.Array):
         numbers, place = np.asarray(ids), divided(mesh, 1)
 
         def part(where: Any) -> np.ndarray:
-            chosen = numbers[where[:2]]
-            return rows[chosen].reshape(*chosen.shape, *shape)
+            return rows[numbers[where[:2]]]
 
         if place is None or place.is_fully_addressable:
             return jax.device_put(part((slice(None), slice(None))), place)
-        return jax.make_array_from_callback((*ids.shape, *shape), place, part)  # each process gathers the rows of its own devices
-    return _gathered_on(mesh)(shape, rows, ids)
+        return jax.make_array_from_callback((*ids.shape, *rows.shape[1:]), place, part)  # each process gathers the rows of its own devices
+    return _gathered_on(mesh)(rows, ids)
 
 
-def _gather(shape: tuple[int, ...], rows: Array, ids: Int[Array, "steps batch"]) -> Array:
-    """Gathers the rows with these ids on the device and reshapes each of them."""
-    return rows[ids].reshape(*ids.shape, *shape)
+def _gather(rows: Array, ids: Int[Array, "steps batch"]) -> Array:
+    """Gathers the rows with these ids on the device."""
+    return rows[ids]
 
 
-gathered = jax.jit(_gather, static_argnums=0)
+gathered = jax.jit(_gather)
 
 
 @functools.cache
 def _gathered_on(mesh: Mesh | None) -> Any:
     """`gathered` for the devices of a mesh, over which the batches are divided."""
-    return gathered if mesh is None else jax.jit(_gather, static_argnums=0, out_shardings=divided(mesh, 1))
+    return gathered if mesh is None else jax.jit(_gather, out_shardings=divided(mesh, 1))
 
 
 def joined(parts: list[Metrics]) -> Metrics:

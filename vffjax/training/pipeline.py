@@ -57,7 +57,7 @@ def run_stage(
 
     def step(states: States, inputs: Any) -> Any:
         given, hyper, key = inputs
-        streams = given if task is None else trainer.step_streams(plan, None, task, (), given)
+        streams = given if task is None else trainer.step_streams(plan, None, task, (), given.shaped(task.codebook.shape[1:]))
         states, streams, metrics = trainer.train_groups(plan, first, states, streams, hyper, key)
         ends = first + len(states) == len(plan.groups)
         return states, (streams._replace(rows=streams.rows[:0]) if ends else streams, metrics)

@@ -292,6 +292,6 @@ def run_segment(plan: Plan, active: int | None, task: Task, states: States, batc
     """
 
     def step(states: States, batch: Batch) -> Any:
-        return traced_step(plan, active, task, states, batch)
+        return traced_step(plan, active, task, states, batch.shaped(task.codebook.shape[1:]))
 
     return jax.lax.scan(step, states, with_draws(plan, task, batches))
