@@ -88,6 +88,24 @@ def test_statistics_are_those_of_each_stream():
         np.testing.assert_allclose(var, [part.var((0, 1, 2)) for part in parts], rtol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_padding_behind_the_copies_changes_nothing_and_gets_no_gradient(shared, pool):
+    x = jnp.asarray(maps((4, 4)), jnp.float32)
+    padded = jnp.concatenate([x, jnp.full((3, 4, 4, CHANNELS), 9.0)])  # not zeros, as behind a layer with biases
+    scale, bias = jnp.asarray(SCALE, jnp.float32), jnp.asarray(BIAS, jnp.float32)
+
+    def found(x, parts):
+        (out, mean, var), pull = jax.vjp(lambda *a: normalise(*a, parts, shared, pool, True), x, scale, bias)
+        g = jnp.where(jnp.arange(len(x))[:, None, None, None] < CLEAN + COPIES, jnp.cos(jnp.arange(out[0].size).reshape(out[0].shape)), 0.0)
+        return out, mean, var, *pull((g, mean, var))
+
+    plain, behind = found(x, CLEAN), found(padded, normalisation.Parts(CLEAN, COPIES))
+    for a, b in zip(plain, behind, strict=True):
+        np.testing.assert_allclose(a, b[: CLEAN + COPIES] if len(b) == len(padded) else b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(behind[3][CLEAN + COPIES :], 0.0)
+
+
 def test_the_only_residual_of_the_size_of_the_map_is_the_map():
     x = jnp.asarray(maps((4, 4)), jnp.float32)
     _, pull = jax.vjp(lambda x: normalise(x, jnp.ones(CHANNELS), jnp.zeros(CHANNELS), CLEAN, False, 2, True)[0], x)
@@ -118,15 +136,22 @@ def test_pooling_is_the_same_in_both_forms(window):
 def test_the_sums_of_both_streams_in_one_reduction_equal_the_sums_of_each():
     rng = np.random.default_rng(0)
     rows = tuple(rng.integers(-99, 100, (CLEAN + COPIES, CHANNELS)).astype(np.float32) for _ in range(2))
-    found = normalisation._together(*map(jnp.asarray, rows), clean=CLEAN)
+    found = normalisation._together(*map(jnp.asarray, rows), clean=CLEAN, labelled=COPIES)
     for sums, part in zip(found, rows, strict=True):
         np.testing.assert_array_equal(sums, np.stack([part[:CLEAN].sum(0), part[CLEAN:].sum(0)]))
+    padded = normalisation._together(*(jnp.pad(part, ((0, 2), (0, 0)), constant_values=7.0) for part in rows), clean=CLEAN, labelled=COPIES)
+    np.testing.assert_array_equal(padded, found)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_a_gpu_sums_both_streams_in_one_reduction(platform):
     def reductions(x):
-        text = jax.jit(lambda x: normalisation._sums((x, x * x), CLEAN, False)).trace(x).lower(lowering_platforms=(platform,)).as_text()
+        text = (
+            jax.jit(lambda x: normalisation._sums((x, x * x), CLEAN, COPIES, False))
+            .trace(x)
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+        )
         return text.count("stablehlo.reduce(")
 
     # One over the positions of each of the two maps, and then one of both, or one for each stream of each.

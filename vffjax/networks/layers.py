@@ -16,7 +16,7 @@ from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.ops.channel_sets import normalise_sets
 from vffjax.ops.conv import conv
-from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise
+from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise, streams_of
 from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
@@ -117,7 +117,8 @@ class Norm(nn.Module):
         streams = 1 if shared else 2
         means = self.variable("batch_stats", "mean", jnp.zeros, (streams, channels), jnp.float32)
         variances = self.variable("batch_stats", "var", jnp.ones, (streams, channels), jnp.float32)
-        present = slice(0, 1) if shared else slice(0 if clean else 1, 1 if clean == x.shape[0] else 2)
+        some_clean, some_labelled = streams_of(clean, x.shape[0])
+        present = slice(0, 1) if shared else slice(0 if some_clean else 1, 2 if some_labelled else 1)
         if train and not self.frozen:
             out, mean, var = normalise(x, scale, bias, clean, shared, self.pool, self.relu)
             if not self.is_initializing():

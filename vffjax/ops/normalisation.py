@@ -8,7 +8,7 @@ once. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,27 @@ from vffjax.ops.rows import divided
 
 EPSILON = 1e-5
 
-Rows = int | Any  # a number of rows: an int, or a symbol in an exported program that takes any number of images
+
+class Parts(NamedTuple):
+    """How many rows are clean, and how many behind them are labelled copies.
+
+    What follows is padding: rows to which no loss gives a gradient, and on which nothing else may depend.
+    """
+
+    clean: int
+    labelled: int
+
+
+# How many of the first rows are clean; the rest are labelled copies, unless `Parts` says more. A number is an int, or a symbol in an
+# exported program that takes any number of images.
+Rows = int | Parts | Any
+
+
+def streams_of(clean: Rows, rows: Rows) -> tuple[bool, bool]:
+    """Whether there are clean rows, and whether there are labelled copies, among so many rows."""
+    if isinstance(clean, Parts):
+        return clean.clean > 0, clean.labelled > 0
+    return clean != 0, clean != rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -27,7 +47,7 @@ def normalise(
     x: Float[Array, "batch *feature"],
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
-    clean: int,
+    clean: int | Parts,
     shared: bool,
     pool: int = 1,
     relu: bool = False,
@@ -35,13 +55,13 @@ def normalise(
     """Normalises `x` by its batch statistics, pools it and applies ReLU.
 
     The statistics are means and variances over the rows and positions of each channel. Each stream is normalised by its own statistics,
-    or both by those of the clean rows. All arithmetic is in float32.
+    or both by those of the clean rows. All arithmetic is in float32. Padding is no part of a stream, and nobody uses its output.
 
     Args:
         x: feature maps `[batch, h, w, c]` or features `[batch, c]`. The first `clean` rows are clean images, the rest labelled copies.
         scale: slope of each channel after normalisation.
         bias: offset of each channel after normalisation.
-        clean: the number of clean rows.
+        clean: the number of clean rows; or `Parts`, if there is padding behind the labelled copies.
         shared: whether both streams are normalised by the statistics of the clean rows.
         pool: side of the pooling windows in positions; 1 for no pooling.
         relu: whether to apply ReLU.
@@ -53,10 +73,10 @@ def normalise(
     return _forward(x, scale, bias, clean, shared, pool, relu)[0]
 
 
-def _forward(x: Array, scale: Array, bias: Array, clean: int, shared: bool, pool: int, relu: bool) -> tuple[tuple, tuple]:
-    z = x.astype(jnp.float32)
-    count = _counts(z, clean, shared)
-    mean, square = (total / count for total in _sums((z, z * z), clean, shared))
+def _forward(x: Array, scale: Array, bias: Array, clean: int | Parts, shared: bool, pool: int, relu: bool) -> tuple[tuple, tuple]:
+    z, (clean, labelled) = x.astype(jnp.float32), _parts(clean, x)
+    count = _counts(z, clean, labelled, shared)
+    mean, square = (total / count for total in _sums((z, z * z), clean, labelled, shared))
     var = jnp.maximum(square - mean * mean, 0.0)
     gain, offset = affine(mean, var, scale, bias)
     y = _extreme(x, scale, pool) * by_row(gain, z, clean) + by_row(offset, z, clean)
@@ -64,8 +84,9 @@ def _forward(x: Array, scale: Array, bias: Array, clean: int, shared: bool, pool
     return (y.astype(x.dtype), mean, var), (x, scale, bias, mean, var)
 
 
-def _backward(clean: int, shared: bool, pool: int, relu: bool, residuals: tuple, cotangents: tuple) -> tuple[Array, Array, Array]:
+def _backward(clean: int | Parts, shared: bool, pool: int, relu: bool, residuals: tuple, cotangents: tuple) -> tuple[Array, Array, Array]:
     x, scale, bias, mean, var = residuals
+    clean, labelled = _parts(clean, x)
     z, g = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     gain, offset = affine(mean, var, scale, bias)
     extreme = _extreme(x, scale, pool)
@@ -74,15 +95,18 @@ def _backward(clean: int, shared: bool, pool: int, relu: bool, residuals: tuple,
     rstd = jax.lax.rsqrt(var + EPSILON)
     centred = (extreme - by_row(mean, z, clean)) * by_row(rstd, z, clean)
     # With shared statistics all rows, clean and labelled, are normalised by the one source.
-    rows = g.shape[0] if shared else clean
-    to_bias, to_scale = _sums((g, g * centred), rows, shared)
+    rows = clean + labelled if shared else clean
+    to_bias, to_scale = _sums((g, g * centred), rows, labelled, shared)
     # The gradient through mean and variance is affine in z. It reaches the rows from which the statistics were computed.
-    count = _counts(z, clean, shared)
+    count = _counts(z, clean, labelled, shared)
     slope = -gain * rstd * to_scale / count
     level = -gain * to_bias / count - slope * mean
     if shared and clean < z.shape[0]:
         slope, level = (jnp.concatenate([a, jnp.zeros_like(a)]) for a in (slope, level))
-    dz = _to_extremes(x, scale, g * by_row(gain, z, clean), pool) + by_row(slope, z, clean) * z + by_row(level, z, clean)
+    through = by_row(slope, z, clean) * z + by_row(level, z, clean)
+    if clean + labelled < z.shape[0]:
+        through = jnp.where(_row_of(z) < clean + labelled, through, 0.0)
+    dz = _to_extremes(x, scale, g * by_row(gain, z, clean), pool) + through
     return dz.astype(x.dtype), functools.reduce(jnp.add, to_scale), functools.reduce(jnp.add, to_bias)
 
 
@@ -105,44 +129,55 @@ def by_row(values: Float[Array, "sources c"], like: Float[Array, "batch *feature
     shape = (1,) * (like.ndim - 1) + (values.shape[1],)
     if values.shape[0] == 1:
         return values.reshape(shape)
-    row = jnp.arange(like.shape[0]).reshape(-1, *(1,) * (like.ndim - 1))
-    return jnp.where(row < clean, values[0].reshape(shape), values[1].reshape(shape))
+    first = clean.clean if isinstance(clean, Parts) else clean
+    return jnp.where(_row_of(like) < first, values[0].reshape(shape), values[1].reshape(shape))
 
 
-def _sums(maps: tuple[Array, ...], clean: int, shared: bool) -> tuple[Array, ...]:
+def _row_of(like: Array) -> Array:
+    """The number of each row, in a shape that broadcasts over its positions."""
+    return jnp.arange(like.shape[0]).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _parts(clean: int | Parts, x: Array) -> Parts:
+    return clean if isinstance(clean, Parts) else Parts(clean, x.shape[0] - clean)
+
+
+def _sums(maps: tuple[Array, ...], clean: int, labelled: int, shared: bool) -> tuple[Array, ...]:
     """Sums of each map over positions and over the rows of each source, `[sources, c]`.
 
     It sums over positions first, so that the streams are cut out of the small sums and not out of the feature map.
     """
     rows = tuple(z.sum(tuple(range(1, z.ndim - 1))) for z in maps)
-    if shared or clean in (0, maps[0].shape[0]):
-        return tuple(_of_parts(z, clean, shared) for z in rows)
+    if shared or not clean or not labelled:
+        return tuple(_of_parts(z, clean, labelled, shared) for z in rows)
 
     def one_by_one(*rows: Array) -> tuple[Array, ...]:
-        return tuple(_of_parts(z, clean, shared) for z in rows)
+        return tuple(_of_parts(z, clean, labelled, shared) for z in rows)
 
-    together = functools.partial(_together, clean=clean)
+    together = functools.partial(_together, clean=clean, labelled=labelled)
     # The first stream ends in the middle of a device's rows. To cut the streams out, TPUs would send each other many rows.
     return jax.lax.platform_dependent(*rows, **on_gpus(together), cpu=one_by_one, tpu=together if divided() else one_by_one)
 
 
-def _of_parts(rows: Array, clean: int, shared: bool) -> Array:
-    parts = (rows[:clean],) if shared else (rows[:clean], rows[clean:])
+def _of_parts(rows: Array, clean: int, labelled: int, shared: bool) -> Array:
+    parts = (rows[:clean],) if shared else (rows[:clean], rows[clean : clean + labelled])
     return jnp.stack([part.sum(0) for part in parts if part.shape[0]])
 
 
-def _together(*rows: Array, clean: int) -> tuple[Array, ...]:
+def _together(*rows: Array, clean: int, labelled: int) -> tuple[Array, ...]:
     """The sums over the rows of both sources, of all arrays in one reduction, because a GPU takes long to start one."""
     stacked = jnp.stack(rows, 1)[:, :, None]
-    first = (jnp.arange(stacked.shape[0]) < clean).reshape(-1, 1, 1, 1)
-    sources = first == (jnp.arange(2) == 0).reshape(1, 1, 2, 1)
+    row = _row_of(stacked)
+    sources = (row < clean) == (jnp.arange(2) == 0).reshape(1, 1, 2, 1)
+    if clean + labelled < stacked.shape[0]:
+        sources &= row < clean + labelled
     sums = jnp.where(sources, stacked, 0.0).sum(0)
     return tuple(sums[i] for i in range(len(rows)))
 
 
-def _counts(z: Array, clean: int, shared: bool) -> Array:
+def _counts(z: Array, clean: int, labelled: int, shared: bool) -> Array:
     """How many entries each source has in a channel, `[sources, 1]`."""
-    rows = (clean,) if shared else (clean, z.shape[0] - clean)
+    rows = (clean,) if shared else (clean, labelled)
     return jnp.array([[n * math.prod(z.shape[1:-1])] for n in rows if n], jnp.float32)
 
 

@@ -15,6 +15,19 @@ def divided() -> bool:
     return AXIS in jax.sharding.get_abstract_mesh().axis_names
 
 
+def in_equal_parts(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "padded *rest"]:
+    """`x` with rows of zeros behind it, so that all devices have as many rows; without a mesh `x` itself.
+
+    If rows could not be divided, the compiler would pad them itself, and cut off its padding before every gradient of a kernel.
+    """
+    missing = -x.shape[0] % _devices()
+    return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) if missing else x
+
+
+def _devices() -> int:
+    return int(dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1))
+
+
 def over_devices(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "rows *rest"]:
     """`x`, with a hint to the compiler that its rows are divided over the devices; without a mesh `x` itself.
 
@@ -41,8 +54,8 @@ def by_device(
     Returns:
         The result of `function` for all rows. Without a mesh `function` is called as it is.
     """
-    devices, count = int(dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)), rows[0].shape[0]
-    if devices == 1:
+    count = rows[0].shape[0]
+    if _devices() == 1:
         return function(*rows, *whole)
 
     def own(*arguments: Array) -> Array:
@@ -53,6 +66,5 @@ def by_device(
     places = (*[apart] * len(rows), *[same] * len(whole))
     # The check for values that differ between devices would refuse the zeros with which a loop begins.
     each = jax.shard_map(own, in_specs=places, out_specs=same if total else apart, check_vma=False)
-    padded = [jnp.pad(x, ((0, -count % devices), *[(0, 0)] * (x.ndim - 1))) for x in rows]
-    found = each(*padded, *whole)
+    found = each(*map(in_equal_parts, rows), *whole)
     return found if total else found[:count]

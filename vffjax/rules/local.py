@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from vffjax.config import Config
 from vffjax.hyperparameters import HyperParameters, Scalar
 from vffjax.networks.groups import Head, LayerGroup
+from vffjax.ops.normalisation import Parts
 from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.rules.streams import Mixture, Step, Streams, Task, clean_only
 
@@ -136,8 +137,11 @@ def local_loss(
     rule, config, hyper, key = setting
     loss = rule.loss
     clean = streams.labels.shape[0]
-    features, batch_stats = group.features(params, batch_stats, streams.rows, clean, True)
+    padded = streams.rows.shape[0] > streams.real_rows
+    parts = Parts(clean, streams.real_rows - clean) if padded else clean
+    features, batch_stats = group.features(params, batch_stats, streams.rows, parts, True)
     seen = _pooled(rule.cells(config), group.head, features)
+    seen = seen[: streams.real_rows] if padded else seen
 
     # The head reads clean rows only. If it is linear, all rows pass through it, because cutting the scores is cheaper than cutting the map.
     share = 0 if group.frozen else rule.head_share(config, hyper)

@@ -81,7 +81,10 @@ class Mixture(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """Clean rows followed by labelled rows, in one array, so that one call of a layer serves both."""
+    """Clean rows followed by labelled rows, in one array, so that one call of a layer serves both.
+
+    In a program for several devices, rows of padding may follow between groups; a rule never gets any.
+    """
 
     rows: Float[Array, "rows *feature"]
     labels: Int[Array, " batch"]  # of the larger part of each image, where images are mixed
@@ -94,7 +97,12 @@ class Streams(NamedTuple):
 
     @property
     def copies(self) -> Float[Array, "copies *feature"]:
-        return self.rows[self.labels.shape[0] :]
+        return self.rows[self.labels.shape[0] : self.real_rows]
+
+    @property
+    def real_rows(self) -> int:
+        """How many rows there are, without padding."""
+        return self.labels.shape[0] + self.copy_labels.shape[0]
 
 
 def wrong_labels(

@@ -15,7 +15,7 @@ from vffjax.hyperparameters import HyperParameters
 from vffjax.networks.groups import GroupState, LayerGroup, States
 from vffjax.ops.fence import as_branch
 from vffjax.ops.normalisation import Rows
-from vffjax.ops.rows import over_devices
+from vffjax.ops.rows import in_equal_parts, over_devices
 from vffjax.rules import local
 from vffjax.rules.streams import Step, Streams, Task
 from vffjax.training.augment import augmented
@@ -232,6 +232,7 @@ def train_groups(
     Returns:
         Their new states, the output streams of the last one, and the metrics of each, `log_p` of its head among them.
     """
+    streams = streams._replace(rows=in_equal_parts(streams.rows))
     new_states, metrics = [], []
     fence = len(plan.groups) > 1 if fence is None else fence
     for i, state in enumerate(states, first):
