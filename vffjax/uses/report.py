@@ -37,7 +37,8 @@ def sample(split: Split, most: int, seed: int, bytes_of_one: int = 0) -> Split:
     count = min(most, max(1, MOST_BYTES // max(bytes_of_one, split.images[:1].nbytes, 1)))
     if len(split) > count:
         split = take(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:count]))
-    return Split(np.asarray(split.images), split.labels)  # those on disk are read here
+    # Those that are still on disk are read here.
+    return Split(np.asarray(split.images), split.labels)
 
 
 def class_scores(trained: Trained, inference: str, *splits: Split) -> list[np.ndarray]:
