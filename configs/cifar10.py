@@ -28,6 +28,7 @@ VARIANTS = ("full", "laptop", "small", "cifarnet", "yardstick")
 MEASURED = {
     "full": {
         "vff": "9.3 % (n = 1, results/cifar10-full-vff)",
+        "back-propagation": "9.1 % (n = 1, results/cifar10-full-bp)",
     },
     "laptop": {
         "vff": "12.7 % (n = 1, results/c4b-vff-aux64-weight10)",
