@@ -17,9 +17,11 @@ import numpy as np
 
 import oracles
 from vffjax.runs import experiment, origin, summary, termination
-from vffjax.runs.logbook import Logbook
+from vffjax.runs.logbook import Logbook, read_metrics
+from vffjax.runs.workdir import load_run
 from vffjax.training import plan, trainer
 from vffjax.training.checks import make_config
+from vffjax.uses import evaluation
 
 # Two groups, eleven steps an epoch, learnt well above chance in three epochs.
 TINY = {
@@ -69,6 +71,15 @@ def finished():
     workdir = scratch() / "finished"
     train(tiny(), workdir, plots=True)
     return workdir
+
+
+def assert_same_runs(first, second):
+    """Two runs have equal states, validation errors and evaluations, wherever their images lay."""
+    assert_same_bits(*(load_run(workdir, "latest").states for workdir in (first, second)))
+    errors = [[record["val_error"] for record in read_metrics(workdir)] for workdir in (first, second)]
+    assert errors[0] == errors[1]
+    found = [{k: v for k, v in evaluation.evaluate(workdir).items() if k != "workdir"} for workdir in (first, second)]
+    assert found[0] == found[1]
 
 
 def copy_of(workdir, folder):

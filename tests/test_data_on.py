@@ -5,13 +5,10 @@ import numpy as np
 import pytest
 
 from oracles import config_of, small_run
-from runs import assert_same_bits, tiny, train, untimed
+from runs import assert_same_runs, tiny, train, untimed
 from vffjax.data import load as data
 from vffjax.runs import loop
-from vffjax.runs.logbook import read_metrics
-from vffjax.runs.workdir import load_run
 from vffjax.training import scores
-from vffjax.uses import evaluation
 
 
 def test_images_are_where_the_configuration_says():
@@ -31,12 +28,7 @@ def test_a_run_with_its_images_on_the_host_has_the_same_bits(tmp_path, monkeypat
         config = tiny(data_on=where, eval_batch_size=20, **changes)
         summaries[where] = untimed(train(config, tmp_path / where)) | {"settings": {}}
     assert summaries["host"] == summaries["device"]
-    runs = [load_run(tmp_path / where, "latest") for where in ("device", "host")]
-    assert_same_bits(runs[0].states, runs[1].states)
-    errors = [[record["val_error"] for record in read_metrics(tmp_path / where)] for where in ("device", "host")]
-    assert errors[0] == errors[1]
-    found = [{k: v for k, v in evaluation.evaluate(tmp_path / where).items() if k != "workdir"} for where in ("device", "host")]
-    assert found[0] == found[1]
+    assert_same_runs(tmp_path / "device", tmp_path / "host")
 
 
 def test_scores_of_images_on_the_host_are_made_in_pieces_of_whole_batches(monkeypatch):

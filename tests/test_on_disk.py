@@ -8,16 +8,13 @@ import pytest
 from PIL import Image
 
 from image_sets import fails
-from runs import assert_same_bits, train
+from runs import assert_same_runs, train
 from vffjax.data import decoding
 from vffjax.data import load as data
 from vffjax.data.on_disk import OnDisk
 from vffjax.runs import loop
-from vffjax.runs.logbook import read_metrics
-from vffjax.runs.workdir import load_run
 from vffjax.training import epochs, scores
 from vffjax.training.checks import make_config
-from vffjax.uses import evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +52,7 @@ def mapped(tmp_path, shape=(40, 5, 4, 3)):
     return images, np.memmap(tmp_path / "images.bin", np.uint8, "r", shape=shape)
 
 
-def test_images_on_disk_are_indexed_like_an_array_and_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+def test_images_on_disk_are_indexed_like_an_array(tmp_path, monkeypatch):
     monkeypatch.setattr("vffjax.data.on_disk._PIECE_BYTES", 200)  # so that a few images make several pieces, the last of them shorter
     whole, file = mapped(tmp_path)
     order = np.random.default_rng(1).permutation(40)[:31]
@@ -80,12 +77,7 @@ def test_a_run_with_its_images_on_disk_has_the_same_bits(tmp_path, monkeypatch, 
     folder = photos(tmp_path / "photos", 40, 6)
     for where in ("host", "disk"):
         train(config_of(folder, data_on=where, eval_batch_size=5, **changes), tmp_path / where)
-    runs = [load_run(tmp_path / where, "latest") for where in ("host", "disk")]
-    assert_same_bits(runs[0].states, runs[1].states)
-    errors = [[record["val_error"] for record in read_metrics(tmp_path / where)] for where in ("host", "disk")]
-    assert errors[0] == errors[1]
-    found = [{k: v for k, v in evaluation.evaluate(tmp_path / where).items() if k != "workdir"} for where in ("host", "disk")]
-    assert found[0] == found[1]
+    assert_same_runs(tmp_path / "host", tmp_path / "disk")
 
 
 def test_a_set_on_disk_is_never_in_memory(tmp_path, monkeypatch):
@@ -107,9 +99,9 @@ def test_a_set_on_disk_is_never_in_memory(tmp_path, monkeypatch):
     assert peak < whole / 2, f"{peak / whole:.2f} of the set were in memory at once"
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["in memory by nature", "no place for the file"])
-def test_a_set_that_is_in_no_file_is_refused(tmp_path, monkeypatch, kept, capsys):
-    if kept:
+@pytest.mark.parametrize("own", [False, True], ids=["a set of the package", "a folder without a place for the file"])
+def test_a_set_that_is_in_no_file_is_refused(tmp_path, monkeypatch, own):
+    if not own:
         config = make_config({"dataset": "digits", "data_on": "disk"})
     else:
         (tmp_path / "file").touch()

@@ -18,7 +18,7 @@ def divided() -> bool:
 def in_equal_parts(x: Shaped[Array, "rows *rest"]) -> Shaped[Array, "padded *rest"]:
     """`x` with rows of zeros behind it, so that all devices have as many rows; without a mesh `x` itself.
 
-    If rows could not be divided, the compiler would pad them itself, and cut off its padding before every gradient of a kernel.
+    Where rows do not divide, the compiler pads them itself, and masks its padding in the maps, which takes memory.
     """
     missing = -x.shape[0] % _devices()
     return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) if missing else x

@@ -137,11 +137,10 @@ def local_loss(
     rule, config, hyper, key = setting
     loss = rule.loss
     clean = streams.labels.shape[0]
-    padded = streams.rows.shape[0] > streams.real_rows
-    parts = Parts(clean, streams.real_rows - clean) if padded else clean
+    parts = Parts(clean, streams.real_rows - clean) if streams.padded else clean
     features, batch_stats = group.features(params, batch_stats, streams.rows, parts, True)
-    seen = _pooled(rule.cells(config), group.head, features)
-    seen = seen[: streams.real_rows] if padded else seen
+    made = streams._replace(rows=_pooled(rule.cells(config), group.head, features)).without_padding()
+    seen = made.rows
 
     # The head reads clean rows only. If it is linear, all rows pass through it, because cutting the scores is cheaper than cutting the map.
     share = 0 if group.frozen else rule.head_share(config, hyper)
@@ -152,8 +151,8 @@ def local_loss(
     local: Any = jnp.zeros((), jnp.float32)
     own: Metrics = {}
     if loss is not None:
-        made, options = streams._replace(rows=seen), rule.options_of(config)
-        given = Seen(config, options, hyper, group.index, streams, made, logits, params.get("rule", {}), key)
+        options, own_params = rule.options_of(config), params.get("rule", {})
+        given = Seen(config, options, hyper, group.index, streams.without_padding(), made, logits, own_params, key)
         if group.frozen:
             own = {name: jnp.zeros(metric.shape, metric.dtype) for name, metric in jax.eval_shape(lambda: loss(given)[1]).items()}
         else:

@@ -83,7 +83,7 @@ class Mixture(NamedTuple):
 class Streams(NamedTuple):
     """Clean rows followed by labelled rows, in one array, so that one call of a layer serves both.
 
-    In a program for several devices, rows of padding may follow between groups; a rule never gets any.
+    In a program for several devices padding may follow them from group to group. A rule gets streams without it.
     """
 
     rows: Float[Array, "rows *feature"]
@@ -103,6 +103,13 @@ class Streams(NamedTuple):
     def real_rows(self) -> int:
         """How many rows there are, without padding."""
         return self.labels.shape[0] + self.copy_labels.shape[0]
+
+    @property
+    def padded(self) -> bool:
+        return self.rows.shape[0] > self.real_rows
+
+    def without_padding(self) -> "Streams":
+        return self._replace(rows=self.rows[: self.real_rows]) if self.padded else self
 
 
 def wrong_labels(
