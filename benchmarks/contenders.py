@@ -3,11 +3,12 @@
 Each contender is built, compiled and warmed up, and can then run one epoch after another.
 """
 
+import contextlib
 import functools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,8 +43,9 @@ CONTENDERS = RULES | dict.fromkeys(TORCH_BP, RULES["bp"]) | dict.fromkeys(TORCH_
 # Keys whose values the benchmark sets itself for all contenders.
 SET_HERE = {"rule": own_rule("contender", "--only"), "init_from": RANDOM_WEIGHTS, "schedule": JOINT}
 
-# In the default mode a GPU waits while Python launches each kernel. "max-autotune" replays CUDA graphs, but takes minutes to compile.
-_COMPILE_MODES = {"cpu": ("default",), "cuda": ("default", "max-autotune")}
+# The modes of torch.compile. In the default mode a GPU waits while Python launches each kernel. The others replay CUDA graphs;
+# "max-autotune" also searches for kernels, and takes minutes to compile.
+COMPILE_MODES = {"default": ("cpu", "cuda"), "reduce-overhead": ("cuda",), "max-autotune": ("cuda",)}  # with the devices of each
 
 
 class Unavailable(Exception):
@@ -80,9 +82,11 @@ class Workload:
     Args:
         config: the configuration of all contenders.
         steps: the number of batches to make images for.
+        modes: the modes of torch.compile that compiled contenders try; None is all that are of use on the device.
     """
 
-    def __init__(self, config: Config, steps: int):
+    def __init__(self, config: Config, steps: int, modes: Sequence[str] | None = None):
+        self._modes = modes
         _, self.shape, self.classes = sizes_of(config)
         self.examples = steps * config.batch_size
         rng = np.random.default_rng(config.seed)
@@ -105,6 +109,11 @@ class Workload:
         if device is None or (device == "cuda" and not torch.cuda.is_available()):
             raise Unavailable(f"JAX runs on {backend}, but this PyTorch {torch.__version__} does not")
         return TorchImages(device, *(torch.from_numpy(a).to(device) for a in (self._images, self._labels.astype(np.int64))))
+
+    @property
+    def compile_modes(self) -> tuple[str, ...]:
+        """The modes of torch.compile that compiled contenders try."""
+        return tuple(self._modes or (mode for mode, devices in COMPILE_MODES.items() if self.for_torch.device in devices))
 
     def start(self, config: Config) -> tuple[Plan, Task, tuple[GroupState, ...]]:
         """The plan, the task and the initial states of a contender."""
@@ -171,7 +180,7 @@ class TorchContender:
         plan, task, states = work.start(config)
         self.facts: dict[str, Any] = {"tried": {}, "failed": {}, "compile_seconds": None}
         fastest = None
-        for mode in _COMPILE_MODES[self._data.device] if compiled else (None,):
+        for mode in work.compile_modes if compiled else (None,):
             peer = Peer(plan, task, states, self._data.device, mode)
             try:
                 compile_seconds = self._seconds(functools.partial(peer.step, self._data.images[first], self._data.labels[first]))
@@ -242,6 +251,14 @@ def machine(work: Workload, with_torch: bool) -> dict[str, Any]:
             "torch_cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         }
     return found
+
+
+def make_torch_deterministic() -> None:
+    """Lets PyTorch, if it is installed, use deterministic kernels, and warn of an operation that has none."""
+    with contextlib.suppress(ImportError, OSError):
+        import torch
+
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def torch_products(size: int, precision: str, device: str) -> Callable[[], None]:

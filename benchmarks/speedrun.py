@@ -1,7 +1,7 @@
 """Measures the seconds of training that a local rule needs to reach a validation accuracy.
 
     python benchmarks/speedrun.py --target 0.80 [--config configs/cifar10_speed.py] [--config.KEY=VALUE ...] [--seeds 0,1,2]
-                                  [--peer [KEY=VALUE ...]] [--out FILE.json]
+                                  [--peer [KEY=VALUE ...]] [--torch-modes MODE,MODE] [--out FILE.json]
 
 With --peer, back-propagation of the same network by PyTorch races too, in the same process, from the same initial parameters, with the same
 recipe except for the keys given. It takes the fastest of eager and compiled execution and of PyTorch's implementations of the optimizer, as
@@ -28,15 +28,17 @@ The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epoch
 """
 
 import ast
+import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from arguments import one_line, parser_of, read_config
+from arguments import one_line, parser_of, read_config, some_of
+from contenders import COMPILE_MODES
 from keys import JOINT, PEER, RANDOM_WEIGHTS, SEEDS, Only, refuse
 from racers import Ours, Racer, Torch
 from vffjax import rules
@@ -113,7 +115,7 @@ def race(racer: Racer, config: Config, target: float, labels: int, classes: int)
     } | racer.facts
 
 
-def races_of(config: Config, peer: Mapping[str, Any] | None, target: float) -> list[dict[str, Any]]:
+def races_of(config: Config, peer: Mapping[str, Any] | None, target: float, modes: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The races of one seed: ours, and that of PyTorch's back-propagation if the keys are given by which it differs.
 
     Which of them runs first depends on the seed, so that a machine that slows down favours neither.
@@ -121,7 +123,7 @@ def races_of(config: Config, peer: Mapping[str, Any] | None, target: float) -> l
     dataset = data.load(config)
     check_rules(plan_for(config, dataset))
     settings = [config] if peer is None else [config, back_propagation(config, peer)]
-    kinds: tuple[Callable[[Config, Dataset], Racer], ...] = (Ours, Torch)
+    kinds: tuple[Callable[[Config, Dataset], Racer], ...] = (Ours, functools.partial(Torch, modes=modes))
     entries = list(zip(kinds, settings, strict=False))
     size = len(dataset.train.labels), dataset.num_classes
     results = [race(kind(own, dataset), own, target, *size) for kind, own in (entries if config.seed % 2 == 0 else entries[::-1])]
@@ -167,6 +169,8 @@ def main() -> None:
     parser = parser_of(__file__, __doc__, "--seeds", "--out")
     parser.add_argument("--target", type=float, required=True, help="validation accuracy to reach, between 0 and 1, such as 0.80")
     parser.add_argument("--peer", nargs="*", metavar="KEY=VALUE", help="race PyTorch's back-propagation too, with these keys of its own")
+    modes = some_of("--torch-modes", COMPILE_MODES)
+    parser.add_argument("--torch-modes", type=modes, metavar="MODE,MODE", help="of torch.compile; default: all of use")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", "cifar10_speed", *rest]
@@ -177,7 +181,7 @@ def main() -> None:
     peer = None if own.peer is None else dict(pair(text) for text in own.peer)
     if peer is not None:
         back_propagation(config, peer)
-    found = [races_of(make_config(config.to_dict() | {"seed": seed}), peer, own.target) for seed in own.seeds]
+    found = [races_of(make_config(config.to_dict() | {"seed": seed}), peer, own.target, own.torch_modes) for seed in own.seeds]
     by_racer = [list(of_one) for of_one in zip(*found, strict=True)]
     result = {"target": own.target, "config_name": name, "device": jax.devices()[0].device_kind} | summarise(by_racer[0])
     for races in by_racer[1:]:

@@ -1,7 +1,7 @@
 """Measures training images per second for rules of `vffjax` and for PyTorch, on the same network, in one run on one machine.
 
     python benchmarks/throughput.py --config configs/cifar10.py:yardstick --out FILE.json [--config.KEY=VALUE ...] [--quick]
-                                    [--only NAME,NAME] [--steps N] [--repeats N]
+                                    [--only NAME,NAME] [--steps N] [--repeats N] [--torch-modes MODE,MODE] [--deterministic]
 
 The contenders of `vffjax` run the trainer's epoch: `vff` as configured, `vff-triplet` with a right and a wrong copy of each image, `head`
 the head loss alone, `ff` Hinton's forward-forward, and `bp` back-propagation. Those of PyTorch (see `torch_peers.py`) are `torch-bp`
@@ -16,6 +16,9 @@ After compiling and warming up, contenders take turns. A round times an epoch of
 round. FLOP/s count the model's arithmetic (see `rates.py`). They are compared with the rate of large matrix products in the same precision,
 in the library where it is higher. In f32 on a GPU each library keeps its own default for TF32, which the JSON records; bf16 is the same
 arithmetic in both. The script writes FILE.json and a bar chart FILE.png, and prints the table.
+
+On a GPU neither library gives the same bits in two runs unless it is told to. With --deterministic both are told so: JAX by the flag
+--xla_gpu_deterministic_ops of XLA_FLAGS, PyTorch by `torch.use_deterministic_algorithms`, which only warns where it has no such kernel.
 """
 
 import argparse
@@ -30,11 +33,15 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Without PyTorch's cache its compile time is that of a first run, like ours.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+if "--deterministic" in sys.argv:  # before JAX and CUDA start, which read these once
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import jax
 
 from arguments import one_line, parser_of, read_config, some_of
 from contenders import (
+    COMPILE_MODES,
     CONTENDERS,
     TORCH_BP,
     TORCH_VFF,
@@ -44,6 +51,7 @@ from contenders import (
     Workload,
     check_keys,
     machine,
+    make_torch_deterministic,
     torch_products,
     variant,
 )
@@ -88,6 +96,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     )
     parser.add_argument("--steps", type=a_count, help="training steps in a timed epoch; default: 8 on CPU, else 200; quick: 2, 20")
     parser.add_argument("--repeats", type=a_count, help="timed epochs of each contender; default: 5; quick: 2")
+    parser.add_argument(
+        "--torch-modes", type=some_of("--torch-modes", COMPILE_MODES), metavar="MODE,MODE", help="of torch.compile; default: all of use"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="the same bits in each run, as far as a library can")
     parser.add_argument("--quick", action="store_true", help="a first look that is no measurement")
     own, rest = parser.parse_known_args(arguments)
     config, name = read_config(rest)
@@ -302,10 +314,12 @@ def _progress(message: str) -> None:
 @one_line(__file__)
 def main() -> None:
     own, config, name = parse(sys.argv[1:])
-    work = Workload(config, own.steps)
+    work = Workload(config, own.steps, own.torch_modes)
     variants = {contender: variant(config, contender) for contender in own.only}
     for one in variants.values():
         work.check(one)
+    if own.deterministic and any(contender.startswith("torch") for contender in own.only):
+        make_torch_deterministic()
     contenders, missing = build(own.only, config, work)
     with_torch = any(contender.library == "torch" for contender in contenders.values())
     rates = matrix_product_rates(config.precision, own.quick, work, with_torch)
@@ -316,6 +330,7 @@ def main() -> None:
         "title": f"{name}, batch {config.batch_size}, {config.precision}, {about['device']}",
         "command": sys.argv[1:],
         "quick": own.quick,
+        "deterministic": own.deterministic,
         "steps": own.steps,
         "repeats": own.repeats,
         **about,

@@ -1,6 +1,6 @@
 """Trains the runs of a list one after the other, at the lowest priority, and writes a record of each into the ledger of results.
 
-    python benchmarks/train_queue.py FILE.toml [--results results] [--runs runs/queue] [--quiet]
+    python benchmarks/train_queue.py FILE.toml [FILE.toml ...] [--results results] [--runs runs/queue] [--quiet]
 
 The list is TOML. Each run has a name, a configuration file, the keys that differ from it, and seeds (default: 0):
 
@@ -13,10 +13,12 @@ The list is TOML. Each run has a name, a configuration file, the keys that diffe
 This makes three runs, `cifar10-small-vff-s0` to `-s2`. Values that all runs share can be given once in a table [common] with the keys
 config, seeds, set and views; a run's own keys take precedence. With `views = "six"` the errors with test-time views are measured too. A
 run whose record `results/NAME.json` exists is skipped. The list is read again before each run, so that runs can be added, removed and
-reordered at any time.
+reordered at any time. Of several lists, each begins when all runs of the one before are done.
 
 Several processes may work on one list in one folder of runs: each takes the first run that no other is training. On two CPU cores, two
-processes that are bound to one core each (`taskset -c 0`) train more images in the same time than one process on both.
+processes that are bound to one core each (`taskset -c 0`) train more images in the same time than one process on both. On a GPU several
+processes overlap, one compiling while another trains; give each its share of the memory by XLA_PYTHON_CLIENT_MEM_FRACTION, and lists of its
+own, so that runs of equal programs follow each other and only the first of them compiles.
 
 On SIGTERM the run saves its state within seconds and the script ends with status 143; the same command goes on from there, also within an
 epoch. To time something else meanwhile, pause the process with SIGSTOP and resume it with SIGCONT.
@@ -29,6 +31,7 @@ PyTorch needs.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -181,7 +184,7 @@ def _taken(path: pathlib.Path, held: contextlib.ExitStack) -> bool:
 @one_line(__file__)
 def main() -> None:
     parser = parser_of(__file__, __doc__)
-    parser.add_argument("file", type=pathlib.Path, metavar="FILE.toml")
+    parser.add_argument("files", type=pathlib.Path, nargs="+", metavar="FILE.toml")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of the records; default: results")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/queue"), help="folder of the runs; default: runs/queue")
     parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine, so that the seconds can be trusted")
@@ -191,7 +194,10 @@ def main() -> None:
     if hasattr(signal, "SIGCONT"):
         signal.signal(signal.SIGCONT, lambda *_: _stopped.append(1))
     try:
-        interruptible(lambda: work(a.file, a.runs, a.results, a.quiet))
+        for path in a.files:
+            read_list(path)  # so that a mistake in the last list is not found hours later
+        for path in a.files:
+            interruptible(functools.partial(work, path, a.runs, a.results, a.quiet))
     except Terminated as leave:
         print(f"train_queue: told to leave (SIGTERM): {leave}", file=sys.stderr, flush=True)
         os._exit(143)  # at once, without waiting for a program that may still be compiling

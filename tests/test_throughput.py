@@ -199,8 +199,7 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", fake_compile)
-    monkeypatch.setattr(contenders, "_COMPILE_MODES", {"cpu": ("broken", "working")})
-    work = contenders.Workload(config_of(**MLP, dataset="digits"), steps=2)
+    work = contenders.Workload(config_of(**MLP, dataset="digits"), 2, ["broken", "working"])
     config = contenders.variant(config_of(**MLP, dataset="digits"), "torch-bp-compiled")
     contender = contenders.TorchContender(config, work, compiled=True)
     assert contender.facts["failed"] == {"broken": "RuntimeError: no compiler"}
@@ -211,9 +210,10 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
     contender.epoch()
     assert calls == ["working", "working"]
 
-    monkeypatch.setattr(contenders, "_COMPILE_MODES", {"cpu": ("broken",)})
+    work = contenders.Workload(config_of(**MLP, dataset="digits"), 2, ["broken"])
     with pytest.raises(contenders.Unavailable, match="no compiler"):
         contenders.TorchContender(config, work, compiled=True)
+    assert contenders.Workload(config_of(**MLP, dataset="digits"), 2).compile_modes == ("default",)  # the only one of use on a CPU
 
 
 @pytest.mark.parametrize(

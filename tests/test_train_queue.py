@@ -216,6 +216,31 @@ def test_a_list_with_a_mistake_is_refused_in_one_line(name, tmp_path, monkeypatc
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_several_lists_are_worked_on_in_their_order_and_checked_before_the_first(tmp_path, monkeypatch):
+    trained = []
+
+    def train(run, runs, results, quiet):
+        trained.append(run.name)
+        (results / f"{run.name}.json").write_text("{}")
+
+    monkeypatch.setattr(train_queue, "train", train)
+    monkeypatch.setattr(train_queue.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train_queue.os, "nice", lambda _: None)
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.toml").write_text(f'[[run]]\nname = "{name}"\nconfig = "{DIGITS}"\nseeds = [0, 1]')
+    (tmp_path / "bad.toml").write_text("run = [1]")
+    (tmp_path / "results").mkdir()
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    lists = {name: str(tmp_path / f"{name}.toml") for name in ("a", "b", "bad")}
+    monkeypatch.setattr(sys, "argv", ["train_queue.py", lists["b"], lists["bad"], *folders])
+    with pytest.raises(SystemExit):
+        train_queue.main()
+    assert not trained
+    monkeypatch.setattr(sys, "argv", ["train_queue.py", lists["b"], lists["a"], *folders])
+    train_queue.main()
+    assert trained == ["b-s0", "b-s1", "a-s0", "a-s1"]
+
+
 def test_a_list_that_is_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "list.toml")
     with pytest.raises(UserError, match=r"cannot be read as TOML \(not a file\); correct it"):

@@ -4,9 +4,11 @@
 be needed; MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are prepared without it.
 """
 
+import functools
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,8 +23,8 @@ def tfds(name: str, sizes: Sizes) -> Source:
     """The set that tensorflow-datasets calls `name`, of which the sizes are known."""
 
     def read(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
-        splits, names = tfds_files.read(name, _folder(name, config))
-        return Split(*splits["train"]), Split(*splits["test"]), names
+        folder = _folder(name, config)
+        return _read(name, folder, *_files(folder))
 
     return Source(sizes, read, lambda data_dir: tfds_preparation.prepare(name, tfds_files.data_root(data_dir)))
 
@@ -40,13 +42,30 @@ def FAMILY(name: str) -> Source:
         parts, classes = tfds_files.read_encoded(name, folder)
         contents = [content for records in parts.values() for content in records.contents]
         names = [f"record {i} of {part} in {folder}" for part, records in parts.items() for i in range(len(records.contents))]
-        key = repr([(path.name, about.st_size, about.st_mtime_ns) for path in sorted(folder.iterdir()) for about in [path.stat()]])
+        key = repr(list(_files(folder)))
         images, kept = decode(Encoded(f"tfds:{name}", names, contents.__getitem__, f"{folder} {key}"), config.image_size)
         labels = np.concatenate([records.labels for records in parts.values()])
         train = int((kept < len(parts["train"].labels)).sum()) if "test" in parts else None
         return own_sets.Own(Split(images, labels[kept]), classes, train, [names[i] for i in kept])
 
     return own_sets.source(own, lambda data_dir: tfds_preparation.prepare(name, tfds_files.data_root(data_dir)), by_data_dir=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(name: str, folder: pathlib.Path, *_: tuple[str, int, int]) -> tuple[Split, Split, tuple[str, ...]]:
+    """The splits of a prepared folder. They are kept for the next run, because decoding takes seconds, and cannot be written to."""
+    splits, names = tfds_files.read(name, folder)
+    for part in ("train", "test"):
+        for array in splits[part]:
+            array.flags.writeable = False
+    return Split(*splits["train"]), Split(*splits["test"]), names
+
+
+def _files(folder: pathlib.Path) -> Iterator[tuple[str, int, int]]:
+    """The name, size and time of each file of a folder, by which a change is noticed."""
+    for path in sorted(folder.iterdir()):
+        about = path.stat()
+        yield path.name, about.st_size, about.st_mtime_ns
 
 
 def _folder(name: str, config: Config) -> pathlib.Path:
