@@ -128,5 +128,18 @@ def over_seeds(found: dict[str, dict[str, Any]], name: str, key: str) -> Spread:
     return Spread.of(value for value in values if value is not None)
 
 
+def paired(found: dict[str, dict[str, Any]], name: str, other: str) -> list[float]:
+    """The test errors of a name minus those of another one, for the seeds of which both have a finished run. Raises as `over_seeds`."""
+    first, second = ({one["seed"]: one["test_error"] for one in _finished(found, which)} for which in (name, other))
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def _finished(found: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    own = seeds_of(found, name)
+    if not own:
+        raise UserError(f"results: no record is named {name}-sSEED; correct the name, or train it")
+    return [one for one in own if "problem" not in one]
+
+
 def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value

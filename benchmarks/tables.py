@@ -10,7 +10,9 @@ first of them says what the table shows:
     <!-- end of ledger -->
 
 Each NAME has a row with mean ± standard deviation over its seeds (`results/NAME-s0.json`, `results/NAME-s1.json`, ...). `NAME*` stands for
-all names with this beginning. A figure that names its source is checked wherever it stands, also in a configuration:
+all names with this beginning. The column `minus OTHER` has the test error minus that of OTHER with the same seed: the mean ± its standard
+error over the seeds that both have, in bold if it is more than two standard errors away from 0. A figure that names its source is checked
+wherever it stands, also in a configuration:
 
     28.3 ± 0.8 % (n = 3, results/NAME)              the test error
     0.84 % (n = 1, results/NAME, val_error)         any other figure of the ledger
@@ -26,7 +28,9 @@ import records
 from arguments import one_line, parser_of
 from vffjax.errors import UserError
 from vffjax.files import replace_file
+from vffjax.many.tables import Spread
 
+_MINUS = "minus "
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- ledger: (?P<names>[^>]*?) columns: (?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end of ledger -->)", re.DOTALL)
 _FIGURE = re.compile(
@@ -58,9 +62,10 @@ def names_of(found: dict[str, dict[str, Any]], pattern: str) -> list[str]:
 def table(found: dict[str, dict[str, Any]], names: list[str], columns: list[str]) -> str:
     """A Markdown table with a row for each name. Raises `UserError` for a column that is not known."""
     for column in columns:
-        if column not in _TITLES:
-            raise UserError(f"columns: {column}: not known; choose from {', '.join(_TITLES)}")
-    lines = ["| run | " + " | ".join(_TITLES[column] for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        if column not in _TITLES and not column.startswith(_MINUS):
+            raise UserError(f"columns: {column}: not known; choose from {', '.join(_TITLES)}, {_MINUS}OTHER")
+    titles = [_TITLES.get(column, f"{column}, seed by seed") for column in columns]
+    lines = ["| run | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(_cell(found, name, column) for column in columns) + " |" for name in names]
     return "\n".join(lines) + "\n"
 
@@ -76,6 +81,8 @@ def _cell(found: dict[str, dict[str, Any]], name: str, column: str) -> str:
         return ", ".join(f"{key}={value}" for key, value in own[0]["changes"].items()) or "nothing"
     if lost:
         return "lost: " + lost[0]["problem"].partition(";")[0] if column == "test_error" else ""
+    if column.startswith(_MINUS):
+        return _difference(found, name, column.removeprefix(_MINUS))
     if column == "parameters":
         return f"{own[0]['parameters']['layers']:,} + {own[0]['parameters']['heads']:,}"
     if column == "model_flop":
@@ -86,6 +93,19 @@ def _cell(found: dict[str, dict[str, Any]], name: str, column: str) -> str:
     if column == "test_error_views" and all(one.get(column) is None for one in own):
         return "not measured"
     return f"{records.over_seeds(found, name, column):.2f}"
+
+
+def _difference(found: dict[str, dict[str, Any]], name: str, other: str) -> str:
+    """The mean difference of test errors over the seeds that two names share, with its standard error."""
+    if name == other:
+        return "0"
+    values = records.paired(found, name, other)
+    if len(values) < 2:
+        return "".join(f"{value:+.2f} (n = 1)" for value in values) or "no seed in common"
+    mean, sd, n = Spread.of(values)
+    error = (sd or 0.0) / n**0.5
+    text = f"{mean:+.2f} ± {error:.2f} (n = {n})"
+    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def differences(found: dict[str, dict[str, Any]], text: str, where: str) -> list[str]:

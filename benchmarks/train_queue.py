@@ -145,6 +145,11 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
         seen = evaluation.evaluate(workdir, views=run.views)
         found |= {"views": run.views, "test_error_views": seen["test_error"], "val_error_views": seen["val_error"]}
     records.write(results, found)
+    # The log then holds what the record says, should the record be lost with a machine that is lent for a while.
+    errors = ", ".join(
+        f"{key} {found[key]:.2f} %" for key in ("test_error", "val_error", "test_error_views", "val_error_views") if key in found
+    )
+    print(f"{run.name}: {errors}", file=sys.stderr, flush=True)
 
 
 def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:

@@ -38,6 +38,21 @@ def test_a_table_has_mean_and_deviation_over_the_seeds(ledger):
     assert all(line.count("|") == len(columns) + 2 for line in lines)
 
 
+def test_differences_are_taken_seed_by_seed(ledger):
+    for seed, error in ((1, 29.5), (2, 31.5), (7, 0.0)):
+        records.write(ledger, {"format": 1, "name": f"other-s{seed}", "seed": seed, "test_error": error})
+    for seed, error in ((0, 20.0), (1, 21.1), (2, 22.0)):
+        records.write(ledger, {"format": 1, "name": f"far-s{seed}", "seed": seed, "test_error": error})
+    found = records.read_all(ledger)
+    lines = tables.table(found, ["vff", "other", "far", "bp", "lost"], ["minus vff"]).splitlines()
+    # With other, seeds 1 and 2 are shared: +0.5 and +1.5. The standard error of two values is half their distance.
+    cells = ["minus vff, seed by seed", "0", "+1.00 ± 0.50 (n = 2)", "**-7.97 ± 0.03 (n = 3)**", "-1.49 (n = 1)", ""]
+    assert [line.split(" | ")[1].removesuffix(" |") for line in (lines[0], *lines[2:])] == cells
+    assert tables.table(found, ["far"], ["minus other"]).splitlines()[2] == "| far | **-8.95 ± 0.55 (n = 2)** |"
+    with pytest.raises(UserError, match="no record is named none"):
+        tables.table(found, ["vff"], ["minus none"])
+
+
 TEXT = """<!-- ledger: v*, bp columns: test_error, n -->
 <!-- end of ledger -->
 It errs by 29.0 ± 1.0 % (n = 3, results/vff), BP by 26.5 % (n = 1,

@@ -56,7 +56,8 @@ def done(tmp_path_factory):
         config=DIGITS,
         set=SET | {"network": "mlp"},
     )
-    work(path, folder)
+    with (folder / "log").open("w") as log, contextlib.redirect_stderr(log):
+        work(path, folder)
     return folder, path, records.read_all(folder / "results")
 
 
@@ -74,6 +75,7 @@ def test_each_seed_has_a_record_of_what_its_run_found(done):
         lines = [json.loads(line) for line in (folder / "runs" / f"tiny-s{seed}" / "metrics.jsonl").read_text().splitlines()]
         assert one["curves"]["val_error"] == pytest.approx([line["val_error"] for line in lines], rel=1e-4)
         assert len(one["curves"]["loss"]) == 3
+        assert f"tiny-s{seed}: test_error {one['test_error']:.2f} %, val_error {one['val_error']:.2f} %" in (folder / "log").read_text()
     assert found["tiny-s0"]["test_error"] != found["tiny-s3"]["test_error"]
     assert max((folder / "results" / f"{name}.json").stat().st_size for name in found) < 6_000
 
