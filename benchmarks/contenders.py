@@ -221,6 +221,11 @@ class TorchContender:
             self.facts |= {"peak_bytes": None, "peak_bytes_from": "PyTorch does not count what it allocates on CPU"}
             self.epoch()
             return
+        if self.facts["mode"] not in ("eager", "default"):
+            problem = "PyTorch's counter does not see the maps that a replayed CUDA graph keeps"
+            self.facts |= {"peak_bytes": None, "peak_bytes_from": problem}
+            self.epoch()
+            return
         torch.cuda.reset_peak_memory_stats()
         self.epoch()
         source = "torch.cuda.max_memory_allocated over an epoch, parameters and images of the other PyTorch contenders included"
