@@ -9,9 +9,9 @@
 Back-propagation trains the same network in the same steps with `--config.rule=head --config.grouping=all`, and the loss of the local heads
 alone with `--config.rule=head`.
 
-MEASURED below has the test errors: mean and standard deviation over n seeds, float32, 2 CPU cores or an H100. The rows of a variant have the
-same learning rate. For laptop it is the best of three for each rule by validation errors, and for the others tuned for none. The times above
-are estimates from images/s. The weights of full, in float16, come with the repository:
+MEASURED below has the test errors: mean and standard deviation over n seeds, float32, 2 CPU cores or an H100. The rows of a variant have
+the same learning rate. For laptop it is the best of three for each rule by validation errors, and for the others tuned for none. The times
+above are estimates from images/s. The weights of full, in float16, come with the repository:
 
     vffjax evaluate --config configs/cifar10.py --config.init_from=results/weights/cifar10-full-vff-s0.safetensors --views six
 
