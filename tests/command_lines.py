@@ -12,6 +12,6 @@ CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}"
 TINY_FLAGS = [CONFIG, "--config.checkpoint_every=1", *(f"--config.{key}={value}" for key, value in TINY.items())]
 
 
-def in_a_process(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+def in_a_process(*arguments, **variables):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | variables
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -249,6 +249,29 @@ def test_a_float32_kernel_gets_the_gradient_of_a_bf16_kernel_in_its_own_dtype(si
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
+@pytest.mark.slow
+def test_kernel_gradients_of_several_gpus_are_added_in_float32():
+    # The form for GPUs: as it computes on fake devices of a CPU, and as it is lowered for CUDA. The gradient of each device is a bfloat16:
+    # 256, 1, 1 and 1. Their sum is none.
+    script = """
+import jax, jax.numpy as jnp, numpy as np
+from vffjax.ops import conv
+from vffjax.training.mesh import mesh_of, within
+x, g = np.zeros((2, 4, 4, 4, 1), np.float32)
+x[:, 1, 2, 0], g[:, 1, 2, 0] = [256, 1, 1, 1], 1
+_, of_kernel = conv._gradients(3, 1, np.dtype(np.float32))
+arrays = [jnp.asarray(a, jnp.bfloat16) for a in (x, np.ones((3, 3, 1, 1)), g)]
+with within(mesh_of(4)):
+    print(jax.jit(of_kernel["default"])(*arrays)[1, 1, 0, 0])
+    gradient = jax.jit(lambda x, kernel, g: jax.vjp(conv.conv, x, kernel)[1](g)[1])
+    traced = gradient.trace(arrays[0], jnp.ones((3, 3, 1, 1)), arrays[2])
+    print(traced.lower(lowering_platforms=("cuda",)).as_text())
+"""
+    done = in_a_process("-c", script, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert done.returncode == 0 and done.stdout.startswith("259.0\n"), done.stderr[-2000:]
+    assert re.findall(r"all_reduce.*?-> tensor<(\w+)>", done.stdout, re.DOTALL) == ["3x3x1x1xf32"]
+
+
 @full_optimisation
 @pytest.mark.skipif(not targets.has_tpu_compiler(), reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_kernel_gradients_of_several_tpus_are_added_in_float32():

@@ -101,11 +101,16 @@ def _gradients(size: int, stride: int, dtype: np.dtype) -> tuple[dict[str, Calla
         "cpu": lambda x, w, g: by_device(input_gradient, (x, g), (w,)),
         "default": lambda x, w, g: jax.vjp(plain, x, w)[1](g)[0],
     }
-    # On CPU and GPU the sum is rounded to the dtype of the map, as the gradient that XLA derives itself is.
+
+    def rounded_kernel_gradient(x: Array, g: Array, w: Array) -> Array:
+        return jax.vjp(plain, x, w)[1](g)[1].astype(np.promote_types(w.dtype, np.float32))
+
+    # On CPU and GPU the sum is rounded to the dtype of the map, as the gradient that XLA derives itself is. Of several GPUs each rounds its
+    # own part, and the parts are added in float32; by itself XLA would add them in bfloat16.
     of_kernel = {
         "cpu": lambda x, w, g: by_device(kernel_gradient, (x, g), total=True).astype(x.dtype).astype(dtype),
         "tpu": lambda x, w, g: _kernel_gradient_by_one_convolution(x, g, size, stride).astype(dtype),
-        "default": lambda x, w, g: jax.vjp(plain, x, w)[1](g)[1].astype(dtype),
+        "default": lambda x, w, g: by_device(rounded_kernel_gradient, (x, g), (w,), total=True).astype(dtype),
     }
     return of_input, of_kernel
 
