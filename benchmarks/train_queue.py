@@ -1,6 +1,6 @@
 """Trains the runs of a list one after the other, at the lowest priority, and writes a record of each into the ledger of results.
 
-    python benchmarks/train_queue.py FILE.toml [FILE.toml ...] [--results results] [--runs runs/queue] [--quiet]
+    python benchmarks/train_queue.py FILE.toml [FILE.toml ...] [--results results] [--runs runs/queue] [--by-name] [--quiet]
 
 The list is TOML. Each run has a name, a configuration file, the keys that differ from it, and seeds (default: 0):
 
@@ -17,8 +17,9 @@ reordered at any time. Of several lists, each begins when all runs of the one be
 
 Several processes may work on one list in one folder of runs: each takes the first run that no other is training. On two CPU cores, two
 processes that are bound to one core each (`taskset -c 0`) train more images in the same time than one process on both. On a GPU several
-processes overlap, one compiling while another trains; give each its share of the memory by XLA_PYTHON_CLIENT_MEM_FRACTION, and lists of its
-own, so that runs of equal programs follow each other and only the first of them compiles.
+processes overlap, one compiling while another trains: start one for each two cores of the CPU, give each its share of the memory by
+XLA_PYTHON_CLIENT_MEM_FRACTION, and use --by-name. Each process then trains the runs of one name after the other, of which only the first
+compiles, and leaves the other names to the other processes.
 
 On SIGTERM the run saves its state within seconds and the script ends with status 143; the same command goes on from there, also within an
 epoch. To time something else meanwhile, pause the process with SIGSTOP and resume it with SIGCONT.
@@ -152,7 +153,7 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
     print(f"{run.name}: {errors}", file=sys.stderr, flush=True)
 
 
-def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> None:
+def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool, by_name: bool = False) -> None:
     """Trains runs until each run of the list has a record, or is in the hands of another process.
 
     Args:
@@ -160,23 +161,35 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
         runs: the folder of all runs.
         results: the folder of the records.
         quiet: whether the machine is said to be quiet.
+        by_name: whether to train the runs of one name, which differ by their seeds, before those of another one, and to begin with a name
+            that no other process trains.
     """
     backend.start()
+    own = contextlib.ExitStack()  # holds the lock of the name that this process trains
+    name = ""
     while True:
         left = [run for run in read_list(path) if not (results / f"{run.name}.json").exists()]
+        if by_name and name not in (names := dict.fromkeys(_without_seed(run) for run in left)):
+            own.close()
+            name = next((other for other in names if _taken(runs / f"{other}.name.lock", own)), "")
+        left.sort(key=lambda run: by_name and _without_seed(run) != name)
         with contextlib.ExitStack() as held:
             run = next((run for run in left if _taken(runs / f"{run.name}.lock", held)), None)
             if run is None:
                 print(f"train_queue: other processes train the {len(left)} runs that are left", file=sys.stderr, flush=True)
-                return
+                return own.close()
             if (results / f"{run.name}.json").exists():  # Another process has finished it since the list was read.
                 continue
             print(f"== {time.strftime('%H:%M:%S')}  {run.name}; {len(left)} are left", file=sys.stderr, flush=True)
             train(run, runs, results, quiet)
 
 
+def _without_seed(run: Run) -> str:
+    return run.name.rpartition("-s")[0]
+
+
 def _taken(path: pathlib.Path, held: contextlib.ExitStack) -> bool:
-    """Takes the lock of a run until `held` is closed. False if another process has it."""
+    """Takes the lock of a run or a name until `held` is closed. False if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = held.enter_context(path.open("ab"))
     try:
@@ -192,6 +205,7 @@ def main() -> None:
     parser.add_argument("files", type=pathlib.Path, nargs="+", metavar="FILE.toml")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"), help="folder of the records; default: results")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/queue"), help="folder of the runs; default: runs/queue")
+    parser.add_argument("--by-name", action="store_true", help="one name after the other, each process another one: compiles less on a GPU")
     parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine, so that the seconds can be trusted")
     a = parser.parse_args()
     if hasattr(os, "nice") and not a.quiet:
@@ -202,7 +216,7 @@ def main() -> None:
         for path in a.files:
             read_list(path)  # so that a mistake in the last list is not found hours later
         for path in a.files:
-            interruptible(functools.partial(work, path, a.runs, a.results, a.quiet))
+            interruptible(functools.partial(work, path, a.runs, a.results, a.quiet, a.by_name))
     except Terminated as leave:
         print(f"train_queue: told to leave (SIGTERM): {leave}", file=sys.stderr, flush=True)
         os._exit(143)  # at once, without waiting for a program that may still be compiling

@@ -21,8 +21,10 @@ from vffjax.errors import UserError
 from vffjax.runs import experiment, lock
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import Terminated, interruptible
+from vffjax.training import checks
 
-DIGITS = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits.py")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DIGITS = str(ROOT / "configs" / "digits.py")
 SET = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY.items() if key != "dataset"}
 
 
@@ -128,6 +130,26 @@ def test_processes_share_a_list_and_pass_over_the_runs_of_others(tmp_path):
     ):
         work(path, tmp_path)  # its lock ended with it
     assert trained[2:] == ["tiny-s1"]
+
+
+def test_by_name_a_process_trains_the_names_that_no_other_process_trains_first(tmp_path, monkeypatch):
+    names = [{"name": name, "seeds": [seed]} for seed in (0, 1) for name in ("a", "b", "c")]  # seed by seed
+    path, trained = write_list(tmp_path / "list.toml", *names, config=DIGITS, set=SET | {"network": "mlp"}), []
+
+    def train(run, *rest):
+        trained.append(run.name)
+        with (tmp_path / f"runs/{run.name[:1]}.name.lock").open("ab") as file:
+            assert run.name[0] == "a" or not lock.take(file)  # it holds the name while it trains
+        records.write(tmp_path / "results", {"name": run.name})
+
+    monkeypatch.setattr(train_queue, "train", train)
+    (tmp_path / "runs").mkdir()
+    with (tmp_path / "runs/a.name.lock").open("ab") as other:
+        assert lock.take(other)
+        train_queue.work(path, tmp_path / "runs", tmp_path / "results", False, by_name=True)
+        assert trained == ["b-s0", "b-s1", "c-s0", "c-s1", "a-s0", "a-s1"]  # then it helps the other process
+    with (tmp_path / "runs/c.name.lock").open("ab") as file:
+        assert lock.take(file)  # it is free again
 
 
 def test_a_run_that_another_process_has_just_finished_is_not_trained_again(tmp_path):
@@ -241,6 +263,13 @@ def test_several_lists_are_worked_on_in_their_order_and_checked_before_the_first
     monkeypatch.setattr(sys, "argv", ["train_queue.py", lists["b"], lists["a"], *folders])
     train_queue.main()
     assert trained == ["b-s0", "b-s1", "a-s0", "a-s1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/queues").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_list_of_the_repository_can_be_trained(path):
+    for run in train_queue.read_list(path):
+        checks.plan_before_data(run.config)
 
 
 def test_a_list_that_is_a_pipe_is_refused_at_once(tmp_path):
