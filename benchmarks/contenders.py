@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, own_rule, refuse, refuse_other_groups
-from rates import PRODUCTS
+from rates import PRODUCTS, jax_products, product_rate
 from vffjax import rules
 from vffjax.config import Config
 from vffjax.data import sizes_of
@@ -46,6 +46,12 @@ SET_HERE = {"rule": own_rule("contender", "--only"), "init_from": RANDOM_WEIGHTS
 # The modes of torch.compile. In the default mode a GPU waits while Python launches each kernel. The others replay CUDA graphs;
 # "max-autotune" also searches for kernels, and takes minutes to compile.
 COMPILE_MODES = {"default": ("cpu", "cuda"), "reduce-overhead": ("cuda",), "max-autotune": ("cuda",)}  # with the devices of each
+
+
+# The pause before each contender, in seconds. On CPU both libraries have a thread pool of all cores, and idle threads of OpenMP spin before
+# they sleep: GNU's for some milliseconds, Intel's for 200. Without a pause a contender of JAX would share its cores with spinning threads
+# of PyTorch. A GPU has no such threads, and would lower its clock in a pause.
+PAUSE = 0.25 if jax.default_backend() == "cpu" else 0.0
 
 
 class Unavailable(Exception):
@@ -252,6 +258,7 @@ def machine(work: Workload, with_torch: bool) -> dict[str, Any]:
         found |= {
             "torch_device": torch.cuda.get_device_name() if work.for_torch.device == "cuda" else "cpu",
             "torch_threads": torch.get_num_threads(),
+            "torch_deterministic": torch.are_deterministic_algorithms_enabled(),
             "torch_float32_matmul_precision": torch.get_float32_matmul_precision(),
             "torch_cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         }
@@ -286,6 +293,26 @@ def torch_products(size: int, precision: str, device: str) -> Callable[[], None]
         _wait_for_torch(device)
 
     return run
+
+
+def matrix_product_rates(precision: str, quick: bool, work: Workload, with_torch: bool) -> dict[str, Any]:
+    """Measures the FLOP/s of large matrix products in each library.
+
+    Args:
+        precision: `f32` or `bf16`.
+        quick: whether to take smaller matrices.
+        work: the workload, for the device of PyTorch.
+        with_torch: whether to measure PyTorch too.
+
+    Returns:
+        The side of the matrices as `size`, the FLOP/s of each library by its name, and those of the faster one as `best`.
+    """
+    size = (256 if quick else 1024) if jax.default_backend() == "cpu" else (4096 if quick else 8192)
+    rates = {"jax": product_rate(jax_products(size, precision), size)}
+    if with_torch:
+        time.sleep(PAUSE)
+        rates["torch"] = product_rate(torch_products(size, precision, work.for_torch.device), size)
+    return {"size": size, **rates, "best": max(rates.values())}
 
 
 def _wait_for_torch(device: str) -> None:

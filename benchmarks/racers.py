@@ -94,7 +94,7 @@ class Torch:
         tried: dict[str, float] = {}
         for compiled in (False, True):
             try:
-                tried |= TorchContender(config, Workload(config, TRIAL_STEPS[jax.default_backend()], modes), compiled).facts["tried"]
+                tried |= TorchContender(config, Workload(config, TRIAL_STEPS.get(jax.default_backend(), 4), modes), compiled).facts["tried"]
             except Unavailable:
                 if not compiled:
                     raise  # a compiled one may be missing, because there is no C++ compiler

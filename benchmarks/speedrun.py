@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, required=True, help="validation accuracy to reach, between 0 and 1, such as 0.80")
     parser.add_argument("--peer", nargs="*", metavar="KEY=VALUE", help="race PyTorch's back-propagation too, with these keys of its own")
     modes = some_of("--torch-modes", COMPILE_MODES)
-    parser.add_argument("--torch-modes", type=modes, metavar="MODE,MODE", help="of torch.compile; default: all of use")
+    parser.add_argument("--torch-modes", type=modes, metavar="MODE,MODE", help="modes of torch.compile to try; default: all")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", "cifar10_speed", *rest]
@@ -178,6 +178,8 @@ def main() -> None:
         raise UserError(f"--target={own.target}: not between 0 and 1; give for example 0.80")
     config, name = read_config(rest)
     refuse(config, SET_HERE | {"seed": SEEDS})  # `races_of` would refuse them too, but only after the data have been read
+    if own.torch_modes and own.peer is None:
+        raise UserError(f"--torch-modes={','.join(own.torch_modes)}: PyTorch does not race; add --peer, or leave it out")
     peer = None if own.peer is None else dict(pair(text) for text in own.peer)
     if peer is not None:
         back_propagation(config, peer)

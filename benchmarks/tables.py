@@ -11,7 +11,7 @@ first of them says what the table shows:
 
 Each NAME has a row with mean ± standard deviation over its seeds (`results/NAME-s0.json`, `results/NAME-s1.json`, ...). `NAME*` stands for
 all names with this beginning. The column `minus OTHER` has the test error minus that of OTHER with the same seed: the mean ± its standard
-error over the seeds that both have, in bold if it is more than two standard errors away from 0 over three seeds or more. A figure that
+error over the seeds that both have, in bold if it is more than two standard errors away from 0 over five seeds or more. A figure that
 names its source is checked wherever it stands, also in a configuration:
 
     28.3 ± 0.8 % (n = 3, results/NAME)              the test error
@@ -105,7 +105,7 @@ def _difference(found: dict[str, dict[str, Any]], name: str, other: str) -> str:
     mean, sd, n = Spread.of(values)
     error = (sd or 0.0) / n**0.5
     text = f"{mean:+.2f} ± {error:.2f} (n = {n})"
-    return f"**{text}**" if n > 2 and abs(mean) > 2 * error else text
+    return f"**{text}**" if n > 4 and abs(mean) > 2 * error else text
 
 
 def differences(found: dict[str, dict[str, Any]], text: str, where: str) -> list[str]:

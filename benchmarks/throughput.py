@@ -23,7 +23,6 @@ On a GPU neither library gives the same bits in two runs unless it is told to. W
 
 import argparse
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ from arguments import one_line, parser_of, read_config, some_of
 from contenders import (
     COMPILE_MODES,
     CONTENDERS,
+    PAUSE,
     TORCH_BP,
     TORCH_VFF,
     JaxContender,
@@ -52,10 +52,10 @@ from contenders import (
     check_keys,
     machine,
     make_torch_deterministic,
-    torch_products,
+    matrix_product_rates,
     variant,
 )
-from rates import jax_products, product_rate, training_flops
+from rates import training_flops
 from spread import median_and_range
 from vffjax.cli.options import a_count, json_file
 from vffjax.config import Config
@@ -63,11 +63,6 @@ from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.rules.vff import in_batch
 from vffjax.runs import drawing
-
-# The pause before each contender, in seconds. On CPU both libraries have a thread pool of all cores, and idle threads of OpenMP spin before
-# they sleep: GNU's for some milliseconds, Intel's for 200. Without a pause a contender of JAX would share its cores with spinning threads
-# of PyTorch. A GPU has no such threads, and would lower its clock in a pause.
-_PAUSE = 0.25 if jax.default_backend() == "cpu" else 0.0
 
 # Contenders, each with the peers of which the fastest is compared with it.
 COMPARED = (
@@ -97,13 +92,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
     parser.add_argument("--steps", type=a_count, help="training steps in a timed epoch; default: 8 on CPU, else 200; quick: 2, 20")
     parser.add_argument("--repeats", type=a_count, help="timed epochs of each contender; default: 5; quick: 2")
     parser.add_argument(
-        "--torch-modes", type=some_of("--torch-modes", COMPILE_MODES), metavar="MODE,MODE", help="of torch.compile; default: all of use"
+        "--torch-modes",
+        type=some_of("--torch-modes", COMPILE_MODES),
+        metavar="MODE,MODE",
+        help="modes of torch.compile to try; default: all",
     )
     parser.add_argument("--deterministic", action="store_true", help="the same bits in each run, as far as a library can")
     parser.add_argument("--quick", action="store_true", help="a first look that is no measurement")
     own, rest = parser.parse_known_args(arguments)
     config, name = read_config(rest)
     check_keys(config, own.only)
+    if own.torch_modes and not any(name.endswith("-compiled") for name in own.only):
+        raise UserError(
+            f"--torch-modes={','.join(own.torch_modes)}: no contender is compiled by PyTorch; add one to --only, or leave it out"
+        )
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active" and any(name.startswith("torch") for name in own.only):
         raise UserError("OMP_WAIT_POLICY=active: idle PyTorch threads would spin through the rounds of JAX; unset it")
     on_cpu = jax.default_backend() == "cpu"
@@ -156,32 +158,12 @@ def measure(contenders: dict[str, JaxContender | TorchContender], repeats: int, 
         speeds = {}
         for i in range(len(names)):
             name = names[(i + number) % len(names)]
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
             start = time.perf_counter()
             contenders[name].epoch()
             speeds[name] = images / (time.perf_counter() - start)
         rounds.append({name: speeds[name] for name in names})
     return rounds
-
-
-def matrix_product_rates(precision: str, quick: bool, work: Workload, with_torch: bool) -> dict[str, Any]:
-    """Measures the FLOP/s of large matrix products in each library.
-
-    Args:
-        precision: `f32` or `bf16`.
-        quick: whether to take smaller matrices.
-        work: the workload, for the device of PyTorch.
-        with_torch: whether to measure PyTorch too.
-
-    Returns:
-        The side of the matrices as `size`, the FLOP/s of each library by its name, and those of the faster one as `best`.
-    """
-    size = (256 if quick else 1024) if jax.default_backend() == "cpu" else (4096 if quick else 8192)
-    rates = {"jax": product_rate(jax_products(size, precision), size)}
-    if with_torch:
-        time.sleep(_PAUSE)
-        rates["torch"] = product_rate(torch_products(size, precision, work.for_torch.device), size)
-    return {"size": size, **rates, "best": max(rates.values())}
 
 
 def summarise(
@@ -281,11 +263,6 @@ def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def draw(found: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws a bar chart of the results to a file."""
-    drawing.draw(path, lambda: figure_of(found))
-
-
 def figure_of(found: dict[str, Any]) -> Any:
     """The chart as a Matplotlib figure, with a bar for the median of each row and a line for its range."""
     from matplotlib.figure import Figure
@@ -318,7 +295,7 @@ def main() -> None:
     variants = {contender: variant(config, contender) for contender in own.only}
     for one in variants.values():
         work.check(one)
-    if own.deterministic and any(contender.startswith("torch") for contender in own.only):
+    if own.deterministic:
         make_torch_deterministic()
     contenders, missing = build(own.only, config, work)
     with_torch = any(contender.library == "torch" for contender in contenders.values())
@@ -344,7 +321,7 @@ def main() -> None:
     }
     write_json(own.out, found)
     if contenders:
-        draw(found, own.out.with_suffix(".png"))
+        drawing.draw(own.out.with_suffix(".png"), lambda: figure_of(found))
     print(table(found))
 
 

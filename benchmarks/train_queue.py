@@ -13,7 +13,7 @@ The list is TOML. Each run has a name, a configuration file, the keys that diffe
 This makes three runs, `cifar10-small-vff-s0` to `-s2`. Values that all runs share can be given once in a table [common] with the keys
 config, seeds, set and views; a run's own keys take precedence. With `views = "six"` the errors with test-time views are measured too. A
 run whose record `results/NAME.json` exists is skipped. The list is read again before each run, so that runs can be added, removed and
-reordered at any time. Of several lists, each begins when all runs of the one before are done.
+reordered at any time. Of several lists, each begins when all runs of the one before are done or in the hands of another process.
 
 Several processes may work on one list in one folder of runs: each takes the first run that no other is training. On two CPU cores, two
 processes that are bound to one core each (`taskset -c 0`) train more images in the same time than one process on both. On a GPU several

@@ -4,7 +4,7 @@
     python train.py --config configs/finetune.py:resnet50_cifar100           # GPU or TPU
     python train.py --config configs/finetune.py:resnet50_cifar100 --config.rule=head --config.grouping=all   # by back-propagation
 
-Not trained: no accelerator and no network were at hand. What was checked is that weights of this layout compute what PyTorch computes
+Not trained: no weights could be downloaded. What was checked is that weights of this layout compute what PyTorch computes
 (tests/test_pretrained.py), and that no gradient crosses a group (tests/test_locality.py). Settings are our guess.
 """
 

@@ -12,7 +12,7 @@ narrow: 2,000 training images, from the narrow_cifar100 weights of configs/resne
 mean and standard deviation over n seeds. Both rules start from those weights, which VFF has trained; VFF's four heads have 76,840
 parameters, back-propagation's one head 5,130.
 
-Not trained at full size: no accelerator and no network were at hand. What was checked is that weights of this layout compute what
+Not trained at full size: no weights could be downloaded. What was checked is that weights of this layout compute what
 PyTorch computes (tests/test_pretrained.py), and that no gradient crosses a group (tests/test_locality.py). Settings are our guess.
 """
 

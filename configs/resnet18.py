@@ -7,7 +7,7 @@
 
 narrow_cifar100: torchvision's ResNet-18 a quarter as wide, at 64x64, four epochs. Its use is to be fine-tuned: benchmarks/transfer.py.
 
-Not trained at full width: no accelerator was at hand. What was checked is that a step compiles for a TPU v5e (docs/performance.md).
+Not trained at full width yet. What was checked is that a step compiles for a TPU v5e (docs/performance.md).
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
     python train.py --config configs/vgg8b.py:cifar100      # CIFAR-100
     python train.py --config configs/vgg8b.py --config.rule=head --config.grouping=all      # the same by back-propagation
 
-Not trained at full width: no accelerator was at hand. What was checked is that a step compiles for a TPU v5e (docs/performance.md).
+Not trained at full width yet. What was checked is that a step compiles for a TPU v5e (docs/performance.md).
 """
 
 import ml_collections

@@ -180,6 +180,8 @@ def test_what_the_board_does_not_admit(changes):
     [
         (["--target", "80"], "--target=80"),
         (["--target", "0.8", "--seeds", "a"], "--seeds=a"),
+        (["--target", "0.8", "--torch-modes", "default"], "--torch-modes=default: PyTorch does not race; add --peer"),
+        (["--target", "0.8", "--peer", "--torch-modes", "fast"], "--torch-modes=fast: not known; choose from default, reduce-overhead"),
         (["--target", "0.8", "--out", "no/x"], "--out=no/x"),
     ],
 )

@@ -39,18 +39,21 @@ def test_a_table_has_mean_and_deviation_over_the_seeds(ledger):
 
 
 def test_differences_are_taken_seed_by_seed(ledger):
+    for seed in (3, 4):
+        records.write(ledger, {"format": 1, "name": f"vff-s{seed}", "seed": seed, "test_error": 28.0})
     for seed, error in ((1, 29.5), (2, 31.5), (7, 0.0)):
         records.write(ledger, {"format": 1, "name": f"other-s{seed}", "seed": seed, "test_error": error})
-    for seed, error in ((0, 20.0), (1, 21.1), (2, 22.0)):
+    for seed, error in ((0, 20.0), (1, 21.0), (2, 22.0), (3, 20.0), (4, 20.5), (8, 99.0)):
         records.write(ledger, {"format": 1, "name": f"far-s{seed}", "seed": seed, "test_error": error})
     found = records.read_all(ledger)
     lines = tables.table(found, ["vff", "other", "far", "bp", "lost"], ["minus vff"]).splitlines()
-    # With other, seeds 1 and 2 are shared: +0.5 and +1.5. The standard error of two values is half their distance.
-    cells = ["minus vff, seed by seed", "0", "+1.00 ± 0.50 (n = 2)", "**-7.97 ± 0.03 (n = 3)**", "-1.49 (n = 1)", ""]
+    # With other, seeds 1 and 2 are shared: +0.5 and +1.5. The standard error of two values is half their distance. With far they are five:
+    # four times -8 and once -7.5, whose sample standard deviation is 0.5 / sqrt(5).
+    cells = ["minus vff, seed by seed", "0", "+1.00 ± 0.50 (n = 2)", "**-7.90 ± 0.10 (n = 5)**", "-1.49 (n = 1)", ""]
     assert [line.split(" | ")[1].removesuffix(" |") for line in (lines[0], *lines[2:])] == cells
-    assert (
-        tables.table(found, ["far"], ["minus other"]).splitlines()[2] == "| far | -8.95 ± 0.55 (n = 2) |"
-    )  # two seeds are too few to say so
+    # Two seeds are too few for bold.
+    assert tables.table(found, ["far"], ["minus other"]).splitlines()[2] == "| far | -9.00 ± 0.50 (n = 2) |"
+    assert tables.table(found, ["other"], ["minus bp"]).splitlines()[2] == "| other | no seed in common |"
     with pytest.raises(UserError, match="no record is named none"):
         tables.table(found, ["vff"], ["minus none"])
 

@@ -48,6 +48,22 @@ def test_prepared_offline_and_read_back(cifar):
     assert len(os.listdir(data_dir / "cifar10")) == 1
 
 
+def test_a_set_is_decoded_once_while_its_files_are_the_same(copy, monkeypatch):
+    data_dir, folder = copy
+    read, times = tfds_files.read, []
+    monkeypatch.setattr(tfds_files, "read", lambda *given: times.append(given) or read(*given))
+    assert as_set(load(data_dir).test) == as_set(load(data_dir).test)
+    assert len(times) == 1
+    config = Config(dataset="cifar10", data_dir=str(data_dir))
+    train, test, _ = data.find(config).read(config)
+    for array in (train.images, train.labels, test.images, test.labels):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    os.utime(folder / "dataset_info.json", ns=(0, 0))
+    load(data_dir)
+    assert len(times) == 2
+
+
 def test_data_dir_defaults_to_the_environment_then_home(cifar, monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(cifar[0]))
     assert len(data.load(Config(dataset="cifar10")).test) == PER_BATCH

@@ -134,6 +134,7 @@ def test_a_key_that_nobody_has_listed_must_keep_its_default():
 def test_a_quick_run_writes_a_row_for_every_contender(tmp_path):
     out = tmp_path / "speed.json"
     command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), *TINY, "--quick", "--out", str(out)]
+    command += ["--deterministic", "--torch-modes", "default"]
     # Compilers that hurry: the order of the speeds says nothing here. PyTorch's is switched off, it takes half a minute.
     hurry = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | hurry)
@@ -142,8 +143,10 @@ def test_a_quick_run_writes_a_row_for_every_contender(tmp_path):
     rows = {row["contender"]: row for row in found["rows"]}
     assert [*rows, *found["missing"]] == list(contenders.CONTENDERS)
     assert not any(name in found["missing"] for name in contenders.RULES)
+    assert found["deterministic"] and "--xla_gpu_deterministic_ops=true" in found["xla_flags"]
     if found["versions"]["torch"]:
-        assert not found["missing"]
+        assert found["torch_deterministic"] and not found["missing"]
+        assert all(how.startswith("default, ") for name in rows if name.endswith("-compiled") for how in rows[name]["tried"])
         assert all(max(round[name] for name in contenders.TORCH_BP) > 0 for round in found["rounds"])
     for name, row in rows.items():
         speeds = [speed[name] for speed in found["rounds"]]
@@ -220,6 +223,8 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
     ("arguments", "parts"),
     [
         (["--only", "vff,nonsense"], ["--only=nonsense", "torch-bp"]),
+        (["--torch-modes", "fast"], ["--torch-modes=fast", "reduce-overhead"]),
+        (["--torch-modes", "default", "--only", "vff,torch-bp"], ["--torch-modes=default", "--only"]),
         (["--steps", "0"], ["--steps", "'0'", "at least 1"]),
         (["--repeats=-2"], ["--repeats", "'-2'", "at least 1"]),
         (["--steps", "few"], ["--steps", "few", "--help"]),
