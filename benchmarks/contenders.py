@@ -88,7 +88,7 @@ class Workload:
     Args:
         config: the configuration of all contenders.
         steps: the number of batches to make images for.
-        modes: the modes of torch.compile that compiled contenders try; None is all that are of use on the device.
+        modes: the modes of torch.compile that compiled contenders try; None is all that suit the device.
     """
 
     def __init__(self, config: Config, steps: int, modes: Sequence[str] | None = None):
@@ -223,13 +223,13 @@ class TorchContender:
     def _measure_peak(self) -> None:
         import torch
 
+        unknown = ""
         if self._data.device == "cpu":
-            self.facts |= {"peak_bytes": None, "peak_bytes_from": "PyTorch does not count what it allocates on CPU"}
-            self.epoch()
-            return
-        if self.facts["mode"] not in ("eager", "default"):
-            problem = "PyTorch's counter does not see the maps that a replayed CUDA graph keeps"
-            self.facts |= {"peak_bytes": None, "peak_bytes_from": problem}
+            unknown = "PyTorch does not count what it allocates on CPU"
+        elif self.facts["mode"] not in ("eager", "default"):
+            unknown = "PyTorch's counter does not see the maps that a replayed CUDA graph keeps"
+        if unknown:
+            self.facts |= {"peak_bytes": None, "peak_bytes_from": unknown}
             self.epoch()
             return
         torch.cuda.reset_peak_memory_stats()

@@ -81,7 +81,7 @@ class Torch:
     Args:
         config: of back-propagation: a rule without a loss of its own, and one group.
         dataset: its images.
-        modes: the modes of torch.compile to try; None is all that are of use on the device.
+        modes: the modes of torch.compile to try; None is all that suit the device.
 
     Raises:
         Unavailable: PyTorch is not installed, or does not run on the device that JAX uses.

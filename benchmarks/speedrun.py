@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, required=True, help="validation accuracy to reach, between 0 and 1, such as 0.80")
     parser.add_argument("--peer", nargs="*", metavar="KEY=VALUE", help="race PyTorch's back-propagation too, with these keys of its own")
     modes = some_of("--torch-modes", COMPILE_MODES)
-    parser.add_argument("--torch-modes", type=modes, metavar="MODE,MODE", help="modes of torch.compile to try; default: all")
+    parser.add_argument("--torch-modes", type=modes, metavar="MODE,MODE", help="modes of torch.compile; default: all that suit the device")
     own, rest = parser.parse_known_args()
     if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest):
         rest = ["--config", "cifar10_speed", *rest]

@@ -95,7 +95,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config, str]:
         "--torch-modes",
         type=some_of("--torch-modes", COMPILE_MODES),
         metavar="MODE,MODE",
-        help="modes of torch.compile to try; default: all",
+        help="modes of torch.compile; default: all that suit the device",
     )
     parser.add_argument("--deterministic", action="store_true", help="the same bits in each run, as far as a library can")
     parser.add_argument("--quick", action="store_true", help="a first look that is no measurement")

@@ -165,23 +165,23 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
             that no other process trains.
     """
     backend.start()
-    own = contextlib.ExitStack()  # holds the lock of the name that this process trains
     name = ""
-    while True:
-        left = [run for run in read_list(path) if not (results / f"{run.name}.json").exists()]
-        if by_name and name not in (names := dict.fromkeys(_without_seed(run) for run in left)):
-            own.close()
-            name = next((other for other in names if _taken(runs / f"{other}.name.lock", own)), "")
-        left.sort(key=lambda run: by_name and _without_seed(run) != name)
-        with contextlib.ExitStack() as held:
-            run = next((run for run in left if _taken(runs / f"{run.name}.lock", held)), None)
-            if run is None:
-                print(f"train_queue: other processes train the {len(left)} runs that are left", file=sys.stderr, flush=True)
-                return own.close()
-            if (results / f"{run.name}.json").exists():  # Another process has finished it since the list was read.
-                continue
-            print(f"== {time.strftime('%H:%M:%S')}  {run.name}; {len(left)} are left", file=sys.stderr, flush=True)
-            train(run, runs, results, quiet)
+    with contextlib.ExitStack() as own:  # holds the lock of the name that this process trains
+        while True:
+            left = [run for run in read_list(path) if not (results / f"{run.name}.json").exists()]
+            if by_name and name not in (names := dict.fromkeys(_without_seed(run) for run in left)):
+                own.close()
+                name = next((other for other in names if _taken(runs / f"{other}.name.lock", own)), "")
+            left.sort(key=lambda run: by_name and _without_seed(run) != name)
+            with contextlib.ExitStack() as held:
+                run = next((run for run in left if _taken(runs / f"{run.name}.lock", held)), None)
+                if run is None:
+                    print(f"train_queue: other processes train the {len(left)} runs that are left", file=sys.stderr, flush=True)
+                    return
+                if (results / f"{run.name}.json").exists():  # Another process has finished it since the list was read.
+                    continue
+                print(f"== {time.strftime('%H:%M:%S')}  {run.name}; {len(left)} are left", file=sys.stderr, flush=True)
+                train(run, runs, results, quiet)
 
 
 def _without_seed(run: Run) -> str:

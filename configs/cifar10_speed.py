@@ -3,8 +3,8 @@
     python benchmarks/speedrun.py --target 0.85 --peer
 
 Four convolutions in two groups, pooled early, with the parts of the recipe of configs/cifar10.py that back-propagation by PyTorch has too
-or has no use for. With three epochs the validation error is 15.12 % (n = 1, results/race-vff-3-epochs, val_error), so
-four were chosen. Of two seeds one then reached the target (docs/performance.md, "Seconds to an accuracy").
+or has no use for. With three epochs the validation error is 15.12 % (n = 1, results/race-vff-3-epochs, val_error),
+so four were chosen. Of two seeds one then reached the target (docs/performance.md, "Seconds to an accuracy").
 """
 
 import ml_collections

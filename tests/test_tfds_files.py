@@ -64,6 +64,14 @@ def test_a_set_is_decoded_once_while_its_files_are_the_same(copy, monkeypatch):
     assert len(times) == 2
 
 
+def test_a_broken_link_in_the_place_of_a_file_is_a_missing_file(copy):
+    data_dir, folder = copy
+    shard = next(path for path in folder.iterdir() if "-test." in path.name)
+    shard.unlink()
+    shard.symlink_to("nowhere")
+    fails(lambda: load(data_dir), f"{shard.name}: missing")
+
+
 def test_data_dir_defaults_to_the_environment_then_home(cifar, monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(cifar[0]))
     assert len(data.load(Config(dataset="cifar10")).test) == PER_BATCH

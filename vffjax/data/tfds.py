@@ -67,7 +67,7 @@ def _read(name: str, folder: pathlib.Path, *_: tuple[str, int, int]) -> tuple[Sp
 def _files(folder: pathlib.Path) -> Iterator[tuple[str, int, int]]:
     """The name, size and time of each file of a folder, by which a change is noticed."""
     for path in sorted(folder.iterdir()):
-        about = path.stat()
+        about = path.stat() if path.exists() else path.lstat()  # the reader says of a broken link which file is missing
         yield path.name, about.st_size, about.st_mtime_ns
 
 
