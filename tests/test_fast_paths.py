@@ -33,14 +33,14 @@ CONFIG = oracles.config_of(
 )
 
 
-def plain_normalise(x, scale, bias, clean, shared, pool=1, relu=False):
-    """In the order of the definition, its gradient left to autodiff: normalise, rectify, pool."""
+def plain_normalise(x, scale, bias, clean, shared, pool=1, activation=""):
+    """In the order of the definition, its gradient left to autodiff: normalise, activate, pool."""
     parts = [x[:clean]] if shared else [part for part in (x[:clean], x[clean:]) if len(part)]
     axes = tuple(range(x.ndim - 1))
     mean, var = (jnp.stack([getattr(part, name)(axes) for part in parts]) for name in ("mean", "var"))
     gain, offset = normalisation.affine(mean, var, scale, bias)
     z = x * normalisation.by_row(gain, x, clean) + normalisation.by_row(offset, x, clean)
-    return max_pool(jax.nn.relu(z) if relu else z, pool), jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
+    return max_pool(normalisation.ACTIVATIONS[activation](z), pool), jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
 
 PLAIN = {

@@ -1,4 +1,4 @@
-"""Normalisation, pooling and ReLU in one operation: value and hand-written gradient against NumPy float64."""
+"""Normalisation, pooling and activation in one operation: value and hand-written gradient against NumPy float64."""
 
 import functools
 
@@ -22,15 +22,20 @@ def maps(shape, seed=0):
     return np.concatenate(streams)
 
 
-def oracle(x, scale, bias, clean, shared, pool, relu):
-    """From the definition, in its order: normalise, rectify, pool."""
+def gelu(z):
+    """In its tanh form (Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
+    return z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
+
+
+def oracle(x, scale, bias, clean, shared, pool, activation):
+    """From the definition, in its order: normalise, activate, pool."""
     out = np.empty_like(x)
     axes = tuple(range(x.ndim - 1))
     for part in (slice(0, clean), slice(clean, len(x))):
         source = x[:clean] if shared else x[part]
         if len(source):
             out[part] = (x[part] - source.mean(axes)) / np.sqrt(source.var(axes) + EPSILON) * scale + bias
-    out = np.maximum(out, 0) if relu else out
+    out = {"": out, "relu": np.maximum(out, 0), "gelu": gelu(out)}[activation]
     if pool == 1:
         return out
     n, h, w, c = out.shape
@@ -39,14 +44,17 @@ def oracle(x, scale, bias, clean, shared, pool, relu):
 
 
 CASES = {
-    "two streams": {"clean": CLEAN, "shared": False, "pool": 1, "relu": True},
-    "pooled, ragged": {"clean": CLEAN, "shared": False, "pool": 2, "relu": True},
-    "pooled by three, not rectified": {"clean": CLEAN, "shared": False, "pool": 3, "relu": False},
-    "shared statistics": {"clean": CLEAN, "shared": True, "pool": 1, "relu": True},
-    "shared statistics, pooled": {"clean": CLEAN, "shared": True, "pool": 2, "relu": True},
-    "clean rows alone": {"clean": CLEAN + COPIES, "shared": False, "pool": 2, "relu": True},
-    "shared, clean rows alone": {"clean": CLEAN + COPIES, "shared": True, "pool": 1, "relu": True},
-    "copies alone": {"clean": 0, "shared": False, "pool": 1, "relu": True},
+    "two streams": {"clean": CLEAN, "shared": False, "pool": 1, "activation": "relu"},
+    "pooled, ragged": {"clean": CLEAN, "shared": False, "pool": 2, "activation": "relu"},
+    "pooled by three, not rectified": {"clean": CLEAN, "shared": False, "pool": 3, "activation": ""},
+    "shared statistics": {"clean": CLEAN, "shared": True, "pool": 1, "activation": "relu"},
+    "shared statistics, pooled": {"clean": CLEAN, "shared": True, "pool": 2, "activation": "relu"},
+    "clean rows alone": {"clean": CLEAN + COPIES, "shared": False, "pool": 2, "activation": "relu"},
+    "shared, clean rows alone": {"clean": CLEAN + COPIES, "shared": True, "pool": 1, "activation": "relu"},
+    "GELU": {"clean": CLEAN, "shared": False, "pool": 1, "activation": "gelu"},
+    "GELU, pooled": {"clean": CLEAN, "shared": False, "pool": 2, "activation": "gelu"},
+    "GELU, shared statistics, pooled by three": {"clean": CLEAN, "shared": True, "pool": 3, "activation": "gelu"},
+    "copies alone": {"clean": 0, "shared": False, "pool": 1, "activation": "relu"},
 }
 
 
@@ -96,7 +104,7 @@ def test_padding_behind_the_copies_changes_nothing_and_gets_no_gradient(shared, 
     scale, bias = jnp.asarray(SCALE, jnp.float32), jnp.asarray(BIAS, jnp.float32)
 
     def found(x, parts):
-        (out, mean, var), pull = jax.vjp(lambda *a: normalise(*a, parts, shared, pool, True), x, scale, bias)
+        (out, mean, var), pull = jax.vjp(lambda *a: normalise(*a, parts, shared, pool, "relu"), x, scale, bias)
         g = jnp.where(jnp.arange(len(x))[:, None, None, None] < CLEAN + COPIES, jnp.cos(jnp.arange(out[0].size).reshape(out[0].shape)), 0.0)
         return out, mean, var, *pull((g, mean, var))
 
@@ -106,19 +114,21 @@ def test_padding_behind_the_copies_changes_nothing_and_gets_no_gradient(shared, 
     np.testing.assert_array_equal(behind[3][CLEAN + COPIES :], 0.0)
 
 
-def test_the_only_residual_of_the_size_of_the_map_is_the_map():
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_only_residual_of_the_size_of_the_map_is_the_map(activation):
     x = jnp.asarray(maps((4, 4)), jnp.float32)
-    _, pull = jax.vjp(lambda x: normalise(x, jnp.ones(CHANNELS), jnp.zeros(CHANNELS), CLEAN, False, 2, True)[0], x)
+    _, pull = jax.vjp(lambda x: normalise(x, jnp.ones(CHANNELS), jnp.zeros(CHANNELS), CLEAN, False, 2, activation)[0], x)
     large = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) >= x.size // 4]
     assert len(large) == 1
     np.testing.assert_array_equal(large[0], x)
 
 
-def test_bf16_maps_keep_their_type():
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_bf16_maps_keep_their_type(activation):
     x = jnp.asarray(maps((4, 4)), jnp.bfloat16)
-    out, pull = jax.vjp(lambda x: normalise(x, jnp.ones(CHANNELS), jnp.zeros(CHANNELS), CLEAN, False, 2, True)[0], x)
+    out, pull = jax.vjp(lambda x: normalise(x, jnp.ones(CHANNELS), jnp.zeros(CHANNELS), CLEAN, False, 2, activation)[0], x)
     assert out.dtype == pull(out)[0].dtype == jnp.bfloat16
-    expected = oracle(np.asarray(x, np.float64), np.ones(CHANNELS), np.zeros(CHANNELS), CLEAN, False, 2, True)
+    expected = oracle(np.asarray(x, np.float64), np.ones(CHANNELS), np.zeros(CHANNELS), CLEAN, False, 2, activation)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0.01, atol=0.01)
 
 

@@ -16,7 +16,7 @@ from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.ops.channel_sets import normalise_sets
 from vffjax.ops.conv import conv
-from vffjax.ops.normalisation import EPSILON, Rows, affine, by_row, normalise, streams_of
+from vffjax.ops.normalisation import ACTIVATIONS, EPSILON, Rows, affine, by_row, normalise, streams_of
 from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
@@ -83,20 +83,20 @@ def resized(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch h2
 
 
 class Norm(nn.Module):
-    """Normalises the two streams, and then applies ReLU and max-pooling if it is told to. Computed in float32.
+    """Normalises the two streams, and then applies an activation and max-pooling if it is told to. Computed in float32.
 
     Attributes:
         kind: `batch`: each stream by its own statistics, of the batch in training and running in evaluation. `anchor`: both streams by the
             statistics of the clean one, so that labelled rows change no clean row. `layer`: each row by its own statistics.
         pool: side of the max-pooling window; 1: none.
-        relu: whether ReLU is applied. A layer applies any other activation itself, after this module.
+        activation: which one is applied; empty: none.
         frozen: whether training uses the running statistics too, and leaves them unchanged.
         scaled: whether each channel has a scale beside its bias.
     """
 
     kind: str
     pool: int = 1
-    relu: bool = False
+    activation: str = ""
     frozen: bool = False
     scaled: bool = True
 
@@ -120,7 +120,7 @@ class Norm(nn.Module):
         some_clean, some_labelled = streams_of(clean, x.shape[0])
         present = slice(0, 1) if shared else slice(0 if some_clean else 1, 2 if some_labelled else 1)
         if train and not self.frozen:
-            out, mean, var = normalise(x, scale, bias, clean, shared, self.pool, self.relu)
+            out, mean, var = normalise(x, scale, bias, clean, shared, self.pool, self.activation)
             if not self.is_initializing():
                 means.value = means.value.at[present].set(MOMENTUM * means.value[present] + (1 - MOMENTUM) * mean)
                 variances.value = variances.value.at[present].set(MOMENTUM * variances.value[present] + (1 - MOMENTUM) * var)
@@ -129,10 +129,7 @@ class Norm(nn.Module):
         return self._finish(x.astype(jnp.float32) * by_row(gain, x, clean) + by_row(offset, x, clean)).astype(x.dtype)
 
     def _finish(self, z: Array) -> Array:
-        return max_pool(nn.relu(z) if self.relu else z, self.pool)
-
-
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu}
+        return max_pool(ACTIVATIONS[self.activation](z), self.pool)
 
 
 def identity_like(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "*k in out"]:
@@ -154,13 +151,10 @@ class _Affine(Layer):
     initialisation: str = "he"
 
     def finish(self, x: Array, clean: Rows, train: bool, pool: int = 1) -> Array:
-        function = ACTIVATIONS[self.activation]
         if self.norm in UNSCALED:
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32).astype(x.dtype)
-            return max_pool(function(x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
-        one = function is nn.relu  # ReLU and pooling are computed with the normalisation, which is faster
-        z = Norm(self.norm, pool if one else 1, one, self.frozen, self.scaled, name="norm")(x, clean, train)
-        return z if one else max_pool(function(z), pool)
+            return max_pool(ACTIVATIONS[self.activation](x + bias.reshape((1,) * (x.ndim - 1) + (self.width,))), pool)
+        return Norm(self.norm, pool, self.activation, self.frozen, self.scaled, name="norm")(x, clean, train)
 
     def start(self, x: Array) -> Array:
         """The input, normalised if the kind of normalisation is one of inputs."""

@@ -52,7 +52,7 @@ class Stem(Layer):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
         x = _Conv(self.width, *STEMS[self.kind], self.dtype, name="conv1")(resized(x, self.resize))
-        x = Norm(self.norm, relu=True, frozen=self.frozen, name="bn1")(x, clean, train)
+        x = Norm(self.norm, activation="relu", frozen=self.frozen, name="bn1")(x, clean, train)
         return max_pool_overlapping(x) if self.kind == "imagenet" else x
 
 
@@ -74,7 +74,7 @@ class ResidualBlock(Layer):
         out = x
         for i, (width, side, stride) in enumerate(steps, 1):
             out = _Conv(width, side, stride, self.dtype, name=f"conv{i}")(out)
-            out = Norm(self.norm, relu=i < len(steps), frozen=self.frozen, name=f"bn{i}")(out, clean, train)
+            out = Norm(self.norm, activation="relu" if i < len(steps) else "", frozen=self.frozen, name=f"bn{i}")(out, clean, train)
         if self.stride > 1 or x.shape[3] != self.width:
             x = _Conv(self.width, 1, self.stride, self.dtype, name="downsample_0")(x)
             x = Norm(self.norm, frozen=self.frozen, name="downsample_1")(x, clean, train)

@@ -1,13 +1,17 @@
-"""Batch normalisation, max-pooling and ReLU of two streams as one operation, whose gradient stores only its input.
+"""Batch normalisation, max-pooling and the activation of two streams as one operation, whose gradient stores only its input.
 
 Normalisation is an affine map of each channel. If its slope is positive, it maps the largest entry of a window to the largest; if its slope
 is negative, it maps the smallest entry to the largest. The operation therefore pools first and normalises afterwards. Everything but the
 statistics works on the pooled map, which for 2x2 windows has a quarter of the positions. The gradient stores only `x` and passes over it
 once. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015, arXiv:1502.03167).
+
+ReLU never falls. GELU falls up to about -0.75 and rises from there, so its largest value in a window is that of the largest or of the
+smallest entry, and both are pooled.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +22,7 @@ from vffjax.ops.pooling import max_pool, max_pool_gradient, on_gpus
 from vffjax.ops.rows import divided
 
 EPSILON = 1e-5
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"": lambda z: z, "relu": jax.nn.relu, "gelu": jax.nn.gelu}
 
 
 class Parts(NamedTuple):
@@ -50,9 +55,9 @@ def normalise(
     clean: int | Parts,
     shared: bool,
     pool: int = 1,
-    relu: bool = False,
+    activation: str = "",
 ) -> tuple[Float[Array, "batch *out"], Float[Array, "sources c"], Float[Array, "sources c"]]:
-    """Normalises `x` by its batch statistics, pools it and applies ReLU.
+    """Normalises `x` by its batch statistics, applies the activation and pools it.
 
     The statistics are means and variances over the rows and positions of each channel. Each stream is normalised by its own statistics,
     or both by those of the clean rows. All arithmetic is in float32. Padding is no part of a stream, and nobody uses its output.
@@ -64,34 +69,41 @@ def normalise(
         clean: the number of clean rows; or `Parts`, if there is padding behind the labelled copies.
         shared: whether both streams are normalised by the statistics of the clean rows.
         pool: side of the pooling windows in positions; 1 for no pooling.
-        relu: whether to apply ReLU.
+        activation: a key of `ACTIVATIONS`.
 
     Returns:
         The result in the dtype of `x`, and the means and variances in float32, one row for each source of statistics. There is one source
         if `shared` or if only one stream is present, and two otherwise. Gradients of the means and variances are ignored.
     """
-    return _forward(x, scale, bias, clean, shared, pool, relu)[0]
+    return _forward(x, scale, bias, clean, shared, pool, activation)[0]
 
 
-def _forward(x: Array, scale: Array, bias: Array, clean: int | Parts, shared: bool, pool: int, relu: bool) -> tuple[tuple, tuple]:
+def _forward(x: Array, scale: Array, bias: Array, clean: int | Parts, shared: bool, pool: int, activation: str) -> tuple[tuple, tuple]:
     z, (clean, labelled) = x.astype(jnp.float32), _parts(clean, x)
     count = _counts(z, clean, labelled, shared)
     mean, square = (total / count for total in _sums((z, z * z), clean, labelled, shared))
     var = jnp.maximum(square - mean * mean, 0.0)
     gain, offset = affine(mean, var, scale, bias)
-    y = _extreme(x, scale, pool) * by_row(gain, z, clean) + by_row(offset, z, clean)
-    y = jax.nn.relu(y) if relu else y
+    found = _candidates(x, scale, pool, activation)
+    y = functools.reduce(jnp.maximum, _activated(found, by_row(gain, z, clean), by_row(offset, z, clean), activation))
     return (y.astype(x.dtype), mean, var), (x, scale, bias, mean, var)
 
 
-def _backward(clean: int | Parts, shared: bool, pool: int, relu: bool, residuals: tuple, cotangents: tuple) -> tuple[Array, Array, Array]:
+def _backward(
+    clean: int | Parts, shared: bool, pool: int, activation: str, residuals: tuple, cotangents: tuple
+) -> tuple[Array, Array, Array]:
     x, scale, bias, mean, var = residuals
     clean, labelled = _parts(clean, x)
     z, g = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     gain, offset = affine(mean, var, scale, bias)
-    extreme = _extreme(x, scale, pool)
-    if relu:
-        g = jnp.where(extreme * by_row(gain, z, clean) + by_row(offset, z, clean) > 0, g, 0.0)
+    found = _candidates(x, scale, pool, activation)
+    extreme = found[0]
+    if len(found) == 2:
+        values = _activated(found, by_row(gain, z, clean), by_row(offset, z, clean), activation)
+        by_largest = values[0] >= values[1]
+        extreme = jnp.where(by_largest, *found)
+    if activation:
+        g = jax.vjp(ACTIVATIONS[activation], extreme * by_row(gain, z, clean) + by_row(offset, z, clean))[1](g)[0]
     rstd = jax.lax.rsqrt(var + EPSILON)
     centred = (extreme - by_row(mean, z, clean)) * by_row(rstd, z, clean)
     # With shared statistics all rows, clean and labelled, are normalised by the one source.
@@ -106,7 +118,12 @@ def _backward(clean: int | Parts, shared: bool, pool: int, relu: bool, residuals
     through = by_row(slope, z, clean) * z + by_row(level, z, clean)
     if clean + labelled < z.shape[0]:
         through = jnp.where(_row_of(z) < clean + labelled, through, 0.0)
-    dz = _to_extremes(x, scale, g * by_row(gain, z, clean), pool) + through
+    g = g * by_row(gain, z, clean)
+    if len(found) == 2:
+        ends = ((x, jnp.where(by_largest, g, 0.0)), (-x, jnp.where(by_largest, 0.0, g)))
+        dz = sum((max_pool_gradient(end, part.astype(x.dtype), pool).astype(jnp.float32) for end, part in ends), through)
+    else:
+        dz = _to_extremes(x, scale, g, pool) + through
     return dz.astype(x.dtype), functools.reduce(jnp.add, to_scale), functools.reduce(jnp.add, to_bias)
 
 
@@ -179,6 +196,17 @@ def _counts(z: Array, clean: int, labelled: int, shared: bool) -> Array:
     """How many entries each source has in a channel, `[sources, 1]`."""
     rows = (clean,) if shared else (clean, labelled)
     return jnp.array([[n * math.prod(z.shape[1:-1])] for n in rows if n], jnp.float32)
+
+
+def _candidates(x: Array, scale: Array, pool: int, activation: str) -> tuple[Array, ...]:
+    """The entries of each window of which one has the largest result."""
+    if activation == "gelu" and pool > 1:
+        return max_pool(x, pool).astype(jnp.float32), -max_pool(-x, pool).astype(jnp.float32)
+    return (_extreme(x, scale, pool),)
+
+
+def _activated(found: tuple[Array, ...], gain: Array, offset: Array, activation: str) -> list[Array]:
+    return [ACTIVATIONS[activation](entries * gain + offset) for entries in found]
 
 
 def _extreme(x: Array, scale: Array, pool: int) -> Array:
