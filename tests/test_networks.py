@@ -239,7 +239,7 @@ def test_gelu_follows_the_normalisation_and_pooling_follows_gelu(kind, streams):
 
 def test_a_norm_without_scales_is_one_with_scales_of_one(streams):
     x = jnp.asarray(streams, jnp.float32)
-    bare, full = Norm("batch", relu=True, scaled=False), Norm("batch", relu=True)
+    bare, full = Norm("batch", activation="relu", scaled=False), Norm("batch", activation="relu")
     variables = variables_of(bare, x[:1])
     assert list(variables["params"]) == ["bias"]
     ones = variables | {"params": variables["params"] | {"scale": jnp.ones(SHAPE[-1])}}

@@ -88,6 +88,15 @@ def test_value_and_gradients_equal_the_definition(case, shape):
         np.testing.assert_allclose(np.asarray(part)[..., keep], whole[..., keep], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("case", ["GELU, pooled", "GELU, shared statistics, pooled by three"])
+def test_what_a_tpu_activates_before_it_pools_equals_the_definition_too(case, monkeypatch):
+    windows = []
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default=None, tpu=None, **others: (tpu or default)(*arrays))
+    monkeypatch.setattr(normalisation, "max_pool", lambda x, window: windows.append(window) or pooling.max_pool(x, window))
+    test_value_and_gradients_equal_the_definition(case, (4, 5))
+    assert windows == [CASES[case]["pool"]]  # once, and not the largest and the smallest entries
+
+
 def test_statistics_are_those_of_each_stream():
     x = maps((4, 5))
     for shared, parts in ((False, (x[:CLEAN], x[CLEAN:])), (True, (x[:CLEAN],))):

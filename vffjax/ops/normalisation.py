@@ -6,7 +6,7 @@ statistics works on the pooled map, which for 2x2 windows has a quarter of the p
 once. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015, arXiv:1502.03167).
 
 ReLU never falls. GELU falls up to about -0.75 and rises from there, so its largest value in a window is that of the largest or of the
-smallest entry, and both are pooled.
+smallest entry, and both are pooled. On a TPU, whose compiler would keep both pooled maps, GELU is applied before pooling.
 """
 
 import functools
@@ -47,7 +47,6 @@ def streams_of(clean: Rows, rows: Rows) -> tuple[bool, bool]:
     return clean != 0, clean != rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def normalise(
     x: Float[Array, "batch *feature"],
     scale: Float[Array, " c"],
@@ -75,6 +74,27 @@ def normalise(
         The result in the dtype of `x`, and the means and variances in float32, one row for each source of statistics. There is one source
         if `shared` or if only one stream is present, and two otherwise. Gradients of the means and variances are ignored.
     """
+    pooled_first, activated_first = _orders(clean, shared, pool, activation)
+    if not _turns(pool, activation):
+        return pooled_first(x, scale, bias)
+    return jax.lax.platform_dependent(x, scale, bias, tpu=activated_first, default=pooled_first)
+
+
+@functools.cache  # so that layers of the same shapes are given the same functions, and share one trace
+def _orders(clean: int | Parts, shared: bool, pool: int, activation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The operation in two orders: pooling first, and the activation before pooling."""
+
+    def activated_first(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        out, mean, var = _normalise(x, scale, bias, clean, shared, 1, "")
+        return max_pool(ACTIVATIONS[activation](out), pool), mean, var
+
+    return functools.partial(_normalise, clean=clean, shared=shared, pool=pool, activation=activation), activated_first
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _normalise(
+    x: Array, scale: Array, bias: Array, clean: int | Parts, shared: bool, pool: int, activation: str
+) -> tuple[Array, Array, Array]:
     return _forward(x, scale, bias, clean, shared, pool, activation)[0]
 
 
@@ -127,7 +147,7 @@ def _backward(
     return dz.astype(x.dtype), functools.reduce(jnp.add, to_scale), functools.reduce(jnp.add, to_bias)
 
 
-normalise.defvjp(_forward, _backward)
+_normalise.defvjp(_forward, _backward)
 
 
 def affine(
@@ -198,9 +218,14 @@ def _counts(z: Array, clean: int, labelled: int, shared: bool) -> Array:
     return jnp.array([[n * math.prod(z.shape[1:-1])] for n in rows if n], jnp.float32)
 
 
+def _turns(pool: int, activation: str) -> bool:
+    """Whether there are windows, and an activation that falls and rises within them."""
+    return activation == "gelu" and pool > 1
+
+
 def _candidates(x: Array, scale: Array, pool: int, activation: str) -> tuple[Array, ...]:
     """The entries of each window of which one has the largest result."""
-    if activation == "gelu" and pool > 1:
+    if _turns(pool, activation):
         return max_pool(x, pool).astype(jnp.float32), -max_pool(-x, pool).astype(jnp.float32)
     return (_extreme(x, scale, pool),)
 
