@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from vffjax.ops import winograd
-from vffjax.ops.rows import by_device
+from vffjax.ops.pooling import on_gpus
+from vffjax.ops.rows import by_device, divided
 
 # Rows (positions of images) in a matrix product of the kernel gradient: 4,096 rows of 3 x 48 floats take 2 MiB, the size of an L2 cache.
 _ROWS_PER_PRODUCT = 4096
@@ -61,7 +63,7 @@ def _plain(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: Array, kernel: Array, stride: int) -> Array:
-    kernel = kernel.astype(x.dtype)
+    kernel = _as_stored(kernel).astype(x.dtype)
     # In an exported program the batch size may be a symbol. Winograd's loop over a few images at a time needs a number.
     if stride > 1 or not isinstance(x.shape[0], int) or not winograd.applies(x.shape, kernel.shape):
         return _plain(x, kernel, stride)
@@ -80,10 +82,28 @@ def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, 
 def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     of_input, of_kernel = _gradients(kernel.shape[0], stride, kernel.dtype)
-    rounded = kernel.astype(x.dtype)
+    rounded = _as_stored(kernel).astype(x.dtype)
     # The two gradients are chosen separately, so that the compiler can remove one that nobody uses. The first layer of a group needs no
     # gradient of its input.
-    return lax.platform_dependent(x, rounded, g, **of_input), lax.platform_dependent(x, rounded, g, **of_kernel)
+    return lax.platform_dependent(x, rounded, g, **of_input), _as_stored(lax.platform_dependent(x, rounded, g, **of_kernel))
+
+
+def _as_stored(kernel: Array) -> Array:
+    """`kernel`; on several GPUs with the hint to the compiler that its axes lie in memory in their own order.
+
+    A GPU's convolution wants the output channels first. Without the hint XLA puts kernels, their gradients and the optimizer's averages of
+    them into that order before a segment, and all of them are in memory twice until its end. This part of the memory does not shrink with
+    the number of devices. With the hint each step reorders the kernels anew, which on one GPU is not worth the launches.
+    """
+    return lax.platform_dependent(kernel, **on_gpus(_in_order), default=_as_it_is) if divided() else kernel
+
+
+def _in_order(kernel: Array) -> Array:
+    return with_layout_constraint(kernel, Layout(tuple(range(kernel.ndim))))
+
+
+def _as_it_is(kernel: Array) -> Array:
+    return kernel
 
 
 @functools.cache  # so that layers of the same shapes are given the same functions, and share one trace
