@@ -111,7 +111,7 @@ class Norm(nn.Module):
             z, axes = x.astype(jnp.float32), tuple(range(1, x.ndim))
             mean, var = z.mean(axes, keepdims=True), z.var(axes, keepdims=True)
             z = (z - mean) * jax.lax.rsqrt(var + EPSILON) * scale.reshape(last) + bias.reshape(last)
-            return self._finish(z).astype(x.dtype)
+            return self._finish(z.astype(x.dtype))
 
         shared = chosen("norm", self.kind, {"anchor": True, "batch": False})
         streams = 1 if shared else 2
@@ -126,7 +126,7 @@ class Norm(nn.Module):
                 variances.value = variances.value.at[present].set(MOMENTUM * variances.value[present] + (1 - MOMENTUM) * var)
             return out
         gain, offset = affine(means.value[present], variances.value[present], scale, bias)
-        return self._finish(x.astype(jnp.float32) * by_row(gain, x, clean) + by_row(offset, x, clean)).astype(x.dtype)
+        return self._finish((x.astype(jnp.float32) * by_row(gain, x, clean) + by_row(offset, x, clean)).astype(x.dtype))
 
     def _finish(self, z: Array) -> Array:
         return max_pool(ACTIVATIONS[self.activation](z), self.pool)

@@ -93,7 +93,8 @@ def _as_stored(kernel: Array) -> Array:
 
     A GPU's convolution wants the output channels first. Without the hint XLA puts kernels, their gradients and the optimizer's averages of
     them into that order before a segment, and all of them are in memory twice until its end. This part of the memory does not shrink with
-    the number of devices. With the hint each step reorders the kernels anew, which on one GPU is not worth the launches.
+    the number of devices. With the hint each step reorders the kernels anew. On one GPU that is not worth the launches
+    (docs/performance.md).
     """
     return lax.platform_dependent(kernel, **on_gpus(_in_order), default=_as_it_is) if divided() else kernel
 

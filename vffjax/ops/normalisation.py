@@ -1,12 +1,13 @@
-"""Batch normalisation, max-pooling and the activation of two streams as one operation, whose gradient stores only its input.
+"""Batch normalisation, max-pooling and ReLU or GELU of two streams as one operation, whose gradient stores only its input.
 
 Normalisation is an affine map of each channel. If its slope is positive, it maps the largest entry of a window to the largest; if its slope
 is negative, it maps the smallest entry to the largest. The operation therefore pools first and normalises afterwards. Everything but the
-statistics works on the pooled map, which for 2x2 windows has a quarter of the positions. The gradient stores only `x` and passes over it
-once. It is derived by hand from `y = relu(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015, arXiv:1502.03167).
+statistics works on the pooled map, which for 2x2 windows has a quarter of the positions. The gradient stores only `x`. It is derived by
+hand from `y = f(scale (x - mean) / sqrt(var + EPSILON) + bias)` (Ioffe and Szegedy, 2015, arXiv:1502.03167) with an activation `f`.
 
 ReLU never falls. GELU falls up to about -0.75 and rises from there, so its largest value in a window is that of the largest or of the
-smallest entry, and both are pooled. On a TPU, whose compiler would keep both pooled maps, GELU is applied before pooling.
+smallest entry. Both are pooled, and the larger result is taken. A TPU's compiler would keep both pooled maps, so on a TPU this operation
+leaves GELU out: GELU follows it, in the dtype of the map, and pooling comes last.
 """
 
 import functools
@@ -59,7 +60,8 @@ def normalise(
     """Normalises `x` by its batch statistics, applies the activation and pools it.
 
     The statistics are means and variances over the rows and positions of each channel. Each stream is normalised by its own statistics,
-    or both by those of the clean rows. All arithmetic is in float32. Padding is no part of a stream, and nobody uses its output.
+    or both by those of the clean rows. All arithmetic is in float32, but GELU on a TPU is in the dtype of `x`. Padding is no part of a
+    stream, and nobody uses its output.
 
     Args:
         x: feature maps `[batch, h, w, c]` or features `[batch, c]`. The first `clean` rows are clean images, the rest labelled copies.
@@ -75,7 +77,7 @@ def normalise(
         if `shared` or if only one stream is present, and two otherwise. Gradients of the means and variances are ignored.
     """
     pooled_first, activated_first = _orders(clean, shared, pool, activation)
-    if not _turns(pool, activation):
+    if activation != "gelu":
         return pooled_first(x, scale, bias)
     return jax.lax.platform_dependent(x, scale, bias, tpu=activated_first, default=pooled_first)
 
@@ -218,14 +220,9 @@ def _counts(z: Array, clean: int, labelled: int, shared: bool) -> Array:
     return jnp.array([[n * math.prod(z.shape[1:-1])] for n in rows if n], jnp.float32)
 
 
-def _turns(pool: int, activation: str) -> bool:
-    """Whether there are windows, and an activation that falls and rises within them."""
-    return activation == "gelu" and pool > 1
-
-
 def _candidates(x: Array, scale: Array, pool: int, activation: str) -> tuple[Array, ...]:
-    """The entries of each window of which one has the largest result."""
-    if _turns(pool, activation):
+    """The entries of each window of which one has the largest result. If `scale` is 0, all entries of a window have the same result."""
+    if activation == "gelu" and pool > 1:
         return max_pool(x, pool).astype(jnp.float32), -max_pool(-x, pool).astype(jnp.float32)
     return (_extreme(x, scale, pool),)
 
