@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,8 @@ CASES = {
     "one": ("one", CONV | {"devices": 1}),
     "eight": ("eight", CONV),
     "eight again": ("again", CONV | {"devices": 8}),
+    "eight, stopped": ("stopped", CONV | {"devices": 8, "segment_steps": 4}, 1, 4),
+    "eight, went on": ("stopped", CONV | {"devices": 8, "segment_steps": 4}),
     "host": ("host", CONV | {"data_on": "host"}),
     "four": ("four", CONV | {"devices": 4}),
     "odd": ("odd", {"batch_size": 30, "epochs": 1}),
@@ -96,6 +99,12 @@ def test_the_same_number_of_devices_gives_the_same_bits_wherever_the_images_lie(
     assert runs["eight"]["states"] == runs["eight again"]["states"] == runs["host"]["states"]
     assert runs["sequential"]["states"] == runs["sequential, host"]["states"]
     assert runs["eight"]["states"] != runs["one"]["states"]  # other sums, so other bits: else one device would have done it all
+
+
+def test_a_run_on_eight_devices_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(runs):
+    assert re.match(r"epoch 2 of 2, step \d of 11, is saved", runs["eight, stopped"]["left"])
+    assert runs["eight, went on"]["states"] == runs["eight"]["states"]
+    assert runs["eight, went on"]["errors"] == runs["eight"]["errors"]
 
 
 def test_it_says_how_many_devices_train_and_why_not_all(runs):
