@@ -33,7 +33,8 @@ MEASURED = {
         "back-propagation": "9.1 ± 0.3 % (n = 3, results/cifar10-full-bp)",
     },
     "laptop": {
-        "vff": "13.1 ± 0.2 % (n = 4, results/cifar10-laptop-vff)",
+        "vff": "13.1 ± 0.1 % (n = 5, results/cifar10-laptop-vff)",
+        "supcon": "12.6 ± 0.2 % (n = 5, results/cifar10-laptop-supcon)",
         "head": "13.0 ± 0.2 % (n = 5, results/cifar10-laptop-head)",
         "back-propagation": "12.1 ± 0.2 % (n = 5, results/cifar10-laptop-bp)",
     },
