@@ -140,7 +140,6 @@ def test_a_tpu_of_four_holds_a_quarter_beside_the_states(chip):
 
 
 @for_gpus
-@newest
 @pytest.mark.parametrize(("cards", "number"), [("4", 4), ("2x4", 8)])
 def test_a_gpu_of_several_holds_its_part_beside_the_states(cards, number):
     check_bytes(found(f"h100:{cards}"), found("h100"), number)

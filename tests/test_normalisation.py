@@ -89,7 +89,7 @@ def test_value_and_gradients_equal_the_definition(case, shape):
 
 
 @pytest.mark.parametrize("case", ["GELU", "GELU, pooled", "GELU, shared statistics, pooled by three"])
-def test_what_a_tpu_activates_before_it_pools_equals_the_definition_too(case, monkeypatch):
+def test_the_order_that_a_tpu_takes_equals_the_definition_too(case, monkeypatch):
     windows = []
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default=None, tpu=None, **others: (tpu or default)(*arrays))
     monkeypatch.setattr(normalisation, "max_pool", lambda x, window: windows.append(window) or pooling.max_pool(x, window))

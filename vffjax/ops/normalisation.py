@@ -76,15 +76,15 @@ def normalise(
         The result in the dtype of `x`, and the means and variances in float32, one row for each source of statistics. There is one source
         if `shared` or if only one stream is present, and two otherwise. Gradients of the means and variances are ignored.
     """
-    pooled_first, activated_first = _orders(clean, shared, pool, activation)
     if activation != "gelu":
-        return pooled_first(x, scale, bias)
+        return _normalise(x, scale, bias, clean, shared, pool, activation)
+    pooled_first, activated_first = _orders(clean, shared, pool, activation)
     return jax.lax.platform_dependent(x, scale, bias, tpu=activated_first, default=pooled_first)
 
 
 @functools.cache  # so that layers of the same shapes are given the same functions, and share one trace
 def _orders(clean: int | Parts, shared: bool, pool: int, activation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operation in two orders: pooling first, and the activation before pooling."""
+    """The operation in two orders, as functions of `x`, `scale` and `bias`: pooling first, and the activation before pooling."""
 
     def activated_first(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
         out, mean, var = _normalise(x, scale, bias, clean, shared, 1, "")
