@@ -4,7 +4,9 @@
     python train.py --config configs/mnist.py:conv    # four convolutions in two groups
 
 MEASURED below has test errors: mean and standard deviation over n seeds. Back-propagation trains the same network in the same steps
-(--config.rule=head --config.grouping=all). The learning rate was chosen on validation images.
+(--config.rule=head --config.grouping=all). The learning rate was chosen on validation images. Three dense layers do better with
+--config.label_smoothing=0.1 --config.head_weight=10 --config.learning_rate=1e-2: 0.62 ± 0.02 % (n = 5, results/dense-20-vff).
+Back-propagation at 3e-3 with the same label smoothing has 0.67 ± 0.04 % (n = 5, results/dense-20-bp).
 """
 
 import ml_collections
