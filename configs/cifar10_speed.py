@@ -5,8 +5,8 @@
 
 Four convolutions in two groups, pooled early, with the parts of the recipe of configs/cifar10.py that back-propagation by PyTorch has too
 or has no use for. With three epochs the validation error is 15.12 % (n = 1, results/race-vff-3-epochs, val_error) by VFF, and by supcon
-14.56 % (n = 1, results/race-supcon-3-epochs, val_error) with the groups that do best, but 15.44 % with all groups, which vote in the race.
-So both have four epochs. docs/performance.md, "Seconds to an accuracy", has the seconds of VFF beside those of back-propagation by PyTorch
+14.56 % (n = 1, results/race-supcon-3-epochs, val_error) with the groups that do best. In the race all groups vote, and there it had 15.44 %
+(seed 0, results/logs/race-supcon-3-epochs.txt). So both have four epochs. docs/performance.md, "Seconds to an accuracy", has the seconds of VFF beside those of back-propagation by PyTorch
 (--peer). With four epochs supcon has not raced yet.
 """
 
@@ -43,6 +43,6 @@ def get_config(variant: str = "vff") -> ml_collections.ConfigDict:
     config.learning_rate = 1e-2
     config.bias_rate = 8.0  # of the learning rate
     config.decay = "linear"
-    config.warmup_epochs = round(0.3 * config.epochs, 1)
+    config.warmup_epochs = 1.2  # epochs
     config.weight_decay = 0.01  # of kernels
     return config
