@@ -76,6 +76,15 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
         assert x.shape[-1] == layer.width == size.width
 
 
+def test_layers_that_are_alike_are_sized_once(monkeypatch):
+    """The second of 30 layers is like the 28 behind it; the first has fewer input channels, and each tracing takes milliseconds."""
+    traced, eval_shape = [], jax.eval_shape
+    monkeypatch.setattr(jax, "eval_shape", lambda *args: traced.append(args) or eval_shape(*args))
+    config = config_of(network="conv", widths=(7,) * 30, pools=(1,) * 30)
+    assert len(layer_sizes(groups_of(config, 10), (5, 9, 3))) == 30
+    assert len(traced) == 2
+
+
 CUT = [
     ("resnet18", "width", [3, 2, 2, 2]),  # the stem with the first group
     ("resnet34", "width", [4, 4, 6, 3]),

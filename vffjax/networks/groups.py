@@ -227,10 +227,16 @@ def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int
     """The sizes of each layer, from input to output. Nothing is computed."""
     x, found = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), []
     for layer in (layer for group in groups for layer in group.module.layers):
-        x, variables = jax.eval_shape(functools.partial(layer.init_with_output, clean=1, train=False), jax.random.key(0), x)
-        kernels = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1)
+        x, kernels = _output_and_kernels(layer, x)
         found.append(LayerSize(kernels, x.size * getattr(layer, "pool", 1) ** 2, x.shape[-1]))
     return found
+
+
+@functools.lru_cache(maxsize=128)  # Deep networks repeat layers, and tracing one takes about 10 ms.
+def _output_and_kernels(layer: Layer, x: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, int]:
+    """The shape of a layer's output for an input, and the entries of all its kernels."""
+    y, variables = jax.eval_shape(functools.partial(layer.init_with_output, clean=1, train=False), jax.random.key(0), x)
+    return y, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1)
 
 
 def fitting_grid(width: int) -> int:
