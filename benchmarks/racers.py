@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from vffjax.training.plan import init_states, make_task, noise_root, task_of_epo
 TRIAL_STEPS = {"cpu": 4, "gpu": 60}  # of an epoch by which PyTorch's fastest mode is found, by the device
 
 
+class Accuracies(NamedTuple):
+    """Shares of right classes, between 0 and 1, by the heads that classify. A network with one head has one accuracy twice."""
+
+    together: float  # the mean log-probability of all heads
+    last: float  # the head of the last group alone
+
+
 class Racer(Protocol):
     """One network in training. It has parameters from the start."""
 
@@ -35,13 +42,13 @@ class Racer(Protocol):
         """Trains one epoch, with other labels if they are given, and waits for its last parameter. Returns whether losses are finite."""
         ...
 
-    def accuracy(self, split: str) -> float:
-        """The share of right classes, between 0 and 1, on the `validation` or `test` images."""
+    def accuracies(self, split: str) -> Accuracies:
+        """The accuracies on the `validation` or `test` images."""
         ...
 
 
 class Ours:
-    """Our trainer on a configuration, whose groups all vote."""
+    """Our trainer on a configuration."""
 
     def __init__(self, config: Config, dataset: Dataset):
         self.name, self.facts = config.rule, dict[str, Any]()
@@ -69,10 +76,10 @@ class Ours:
         self._states, metrics = jax.block_until_ready(self._epoch(self._task, self._states, data, number))
         return not np.any(metrics["nonfinite_steps"])
 
-    def accuracy(self, split: str) -> float:
+    def accuracies(self, split: str) -> Accuracies:
         found = np.asarray(self._scores[split](self._task, self._states, self._judged[split].images))
-        everyone = tuple(range(len(self._plan.groups)))
-        return 1 - scores.error_percent(scores.ensemble(found, everyone), self._judged[split].labels) / 100
+        everyone, labels = tuple(range(len(self._plan.groups))), self._judged[split].labels
+        return Accuracies(*(1 - scores.error_percent(scores.ensemble(found, heads), labels) / 100 for heads in (everyone, everyone[-1:])))
 
 
 class Torch:
@@ -128,7 +135,8 @@ class Torch:
         loss = self._peer.epoch(self._train, given)
         return bool(self._torch.isfinite(loss))  # waits for the device
 
-    def accuracy(self, split: str) -> float:
+    def accuracies(self, split: str) -> Accuracies:
         judged = getattr(self._dataset, split)
         found = self._peer.classes(self._tensor(judged.images), self._config.eval_batch_size)
-        return float((found == self._tensor(judged.labels.astype(np.int64))).float().mean())
+        share = float((found == self._tensor(judged.labels.astype(np.int64))).float().mean())
+        return Accuracies(share, share)

@@ -55,16 +55,73 @@ def raced(monkeypatch):
 
 
 def test_the_clock_stops_at_the_first_epoch_that_reaches_the_target(raced):
-    result, seen = raced(0.3)
+    result, seen = raced(0.26)
     curve = result["curve"]
-    assert [point["val_accuracy"] >= 0.3 for point in curve] == [False] * (len(curve) - 1) + [True]
-    assert result["seconds_to_target"] == curve[-1]["seconds"] > 0
-    assert 0.2 < result["test_accuracy"] <= 1
+    for reading in speedrun.READINGS:
+        assert result[f"seconds_to_target{reading}"] == next(p["seconds"] for p in curve if p[f"val_accuracy{reading}"] >= 0.26) > 0
+        assert 0.2 < result[f"test_accuracy{reading}"] <= 1
+    assert max(result["seconds_to_target"], result["seconds_to_target_last"]) == curve[-1]["seconds"]
     # One warm-up on labels that are not the images', and a fresh start after it.
     (warm_labels, warm_start), (labels, start), *_ = seen
     assert len(seen) == 1 + result["epochs"]
     assert (warm_labels != labels).mean() > 0.8
     assert warm_start == start
+
+
+class Scripted:
+    """A racer whose validation accuracies are written down."""
+
+    name, compile_seconds, facts = "scripted", 0.0, {}
+
+    def __init__(self, *accuracies):
+        self.accuracies_of_epochs, self.number = accuracies, None
+
+    def restart(self):
+        self.number = None
+
+    def epoch(self, number, labels=None):
+        self.number = number
+        return True
+
+    def accuracies(self, split):
+        return racers.Accuracies(*self.accuracies_of_epochs[self.number])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "reached"),
+    [
+        ([(0.5, 0.6), (0.7, 0.9), (0.8, 0.7), (0.9, 0.9)], (3, 2)),  # an accuracy that falls again has reached the target
+        ([(0.5, 0.6), (0.8, 0.7), (0.7, 0.7), (0.7, 0.7)], (2, None)),
+        ([(0.9, 0.9), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)], (1, 1)),
+    ],
+)
+def test_each_reading_has_the_first_epoch_that_reaches_the_target(accuracies, reached):
+    result = speedrun.race(Scripted(*accuracies), runs.tiny(epochs=4), 0.8, 100, 10)
+    seconds = [point["seconds"] for point in result["curve"]]
+    assert len(seconds) == result["epochs"] == (4 if None in reached else max(reached))
+    expected = [None if epoch is None else seconds[epoch - 1] for epoch in reached]
+    assert [result["seconds_to_target"], result["seconds_to_target_last"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("seed", "order"),
+    [(0, ["vff", "head", "torch-bp"]), (1, ["torch-bp", "head", "vff"])],
+)
+def test_a_second_configuration_races_with_its_own_keys(seed, order, monkeypatch):
+    ran = []
+
+    def entered(name, config):
+        made = Scripted()
+        made.name, made.config = name, config
+        return made
+
+    monkeypatch.setattr(speedrun, "Ours", lambda config, _: entered(config.rule, config))
+    monkeypatch.setattr(speedrun, "Torch", lambda config, _, modes: entered("torch-bp", config))
+    monkeypatch.setattr(speedrun, "race", lambda racer, config, *_: ran.append(racer.name) or (racer.name, config.rule, config.epochs))
+    config = runs.tiny(**RACED_BY_BOTH, seed=seed)
+    found = speedrun.races_of(config, {"epochs": 7}, 0.8, also={"rule": "head", "epochs": 3})
+    assert ran == order
+    assert found == [("vff", "vff", config.epochs), ("head", "head", 3), ("torch-bp", "head", 7)]
 
 
 @pytest.mark.slow
@@ -95,6 +152,8 @@ def test_a_target_out_of_reach_is_said(raced):
     assert result["epochs"] == runs.TINY["epochs"]
     found = speedrun.summarise([result, result | {"seconds_to_target": 2.0, "test_accuracy": 0.5}])
     assert (found["reached"], found["n"], found["seconds_mean"], found["seconds_sd"]) == (1, 2, 2.0, None)
+    assert (found["reached_last"], found["seconds_mean_last"]) == (0, None)
+    assert "never (0 of 2 seeds)" in speedrun.line(found, 0.999, "_last")
     assert "2.0 s (1 of 2 seeds)" in speedrun.line(found, 0.999)
     assert "never (0 of 1 seeds)" in speedrun.line(speedrun.summarise([result]), 0.999)
 
@@ -116,15 +175,15 @@ def test_pytorch_races_on_the_same_network_and_starts_afresh_after_its_warm_up(m
     dataset = load.load(config)
     peer = racers.Torch(speedrun.back_propagation(config, {}), dataset)
     start = [p.detach().clone() for p in peer._peer.network[0].parameters()]
-    accuracy = peer.accuracy("validation")
+    accuracy = peer.accuracies("validation")
     peer.epoch(0)
     assert any((p != q).any() for p, q in zip(peer._peer.network[0].parameters(), start, strict=True))
     peer.restart()
     assert all((p == q).all() for p, q in zip(peer._peer.network[0].parameters(), start, strict=True))
-    assert peer.accuracy("validation") == accuracy
+    assert peer.accuracies("validation") == accuracy
     with torch.no_grad():
         peer._peer.network[0].head.weight.zero_()
-    assert peer.accuracy("test") == pytest.approx(np.mean(dataset.test.labels == 0))  # equal scores: the first class
+    assert peer.accuracies("test") == pytest.approx((np.mean(dataset.test.labels == 0),) * 2)  # equal scores: the first class
 
 
 OF_OTHER_GROUPS = {"auxiliary": (4,), "noise_cell": 2, "noise_kind": "signs", "noise_redrawn": "epoch", "temperature_end": 1.0}
@@ -151,9 +210,8 @@ def test_what_the_peer_would_not_obey_is_refused():
     with pytest.raises(UserError, match=r"config\.alternating_flip=True: "):
         speedrun.back_propagation(config, {"flip": True, "alternating_flip": True})
     with pytest.raises(UserError, match="--peer learning_rate: not KEY=VALUE"):
-        speedrun.pair("learning_rate")
-    assert speedrun.pair("learning_rate=5e-3") == ("learning_rate", 5e-3)
-    assert speedrun.pair("optimizer=sgd") == ("optimizer", "sgd")
+        speedrun.pairs("--peer", ["learning_rate"])
+    assert speedrun.pairs("--peer", ["learning_rate=5e-3", "optimizer=sgd"]) == {"learning_rate": 5e-3, "optimizer": "sgd"}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +241,8 @@ def test_what_the_board_does_not_admit(changes):
         (["--target", "0.8", "--torch-modes", "default"], "--torch-modes=default: PyTorch does not race; add --peer"),
         (["--target", "0.8", "--peer", "--torch-modes", "fast"], "--torch-modes=fast: not known; choose from default, reduce-overhead"),
         (["--target", "0.8", "--out", "no/x"], "--out=no/x"),
+        (["--target", "0.8", "--also", "supcon"], "--also supcon: not KEY=VALUE"),
+        (["--target", "0.8", "--also", "votes=weighted"], "config.votes='weighted'"),
     ],
 )
 def test_bad_flags_end_with_status_2_and_one_line(arguments, part, monkeypatch, capsys):
