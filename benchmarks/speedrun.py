@@ -63,6 +63,8 @@ SET_HERE = {
 }
 
 
+# Keys of what all racers have alike, which none can have for itself.
+SHARED = ("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels")
 # How the accuracy is read: by which heads, and the ends of the names of its results. In the order of `racers.Accuracies`.
 READINGS = {"": "all heads", "_last": "the last head"}
 
@@ -153,12 +155,18 @@ def races_of(
 
 
 def pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Keys and their values, each read as a Python literal, else as text. Raises `UserError` for a text without `=`."""
+    """Keys and their values, each read as a Python literal, else as text.
+
+    Raises `UserError` for a text without `=`, and for a key that all racers share.
+    """
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{flag} {text}: not KEY=VALUE; give for example learning_rate=5e-3")
+        if key in SHARED:
+            fix = "give --seeds" if key == "seed" else f"give --config.{key}, which is for all of them"
+            raise UserError(f"{flag} {text}: all racers have the same seed and images; {fix}")
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

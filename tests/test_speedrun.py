@@ -211,6 +211,7 @@ def test_what_the_peer_would_not_obey_is_refused():
         speedrun.back_propagation(config, {"flip": True, "alternating_flip": True})
     with pytest.raises(UserError, match="--peer learning_rate: not KEY=VALUE"):
         speedrun.pairs("--peer", ["learning_rate"])
+    assert set(speedrun.SHARED) <= set(config.to_dict())
     assert speedrun.pairs("--peer", ["learning_rate=5e-3", "optimizer=sgd"]) == {"learning_rate": 5e-3, "optimizer": "sgd"}
 
 
@@ -243,6 +244,8 @@ def test_what_the_board_does_not_admit(changes):
         (["--target", "0.8", "--out", "no/x"], "--out=no/x"),
         (["--target", "0.8", "--also", "supcon"], "--also supcon: not KEY=VALUE"),
         (["--target", "0.8", "--also", "votes=weighted"], "config.votes='weighted'"),
+        (["--target", "0.8", "--also", "rule=head", "seed=3"], "--also seed=3: all racers have the same seed and images; give --seeds"),
+        (["--target", "0.8", "--peer", "val_fraction=0.2"], "--peer val_fraction=0.2: all racers have the same"),
     ],
 )
 def test_bad_flags_end_with_status_2_and_one_line(arguments, part, monkeypatch, capsys):
