@@ -62,7 +62,6 @@ SET_HERE = {
     "inference": Only(("heads",), "the accuracies of the race are those of heads", "use inference=heads"),
 }
 
-
 # Keys of what all racers have alike, which none can have for itself.
 SHARED = ("seed", "dataset", "data_dir", "data_on", "train_examples", "val_fraction", "test_fraction", "wrong_labels")
 # How the accuracy is read: by which heads, and the ends of the names of its results. In the order of `racers.Accuracies`.
@@ -148,7 +147,8 @@ def races_of(
     if peer is not None:
         entries.append((functools.partial(Torch, modes=modes), back_propagation(config, peer)))
     size, results = (len(dataset.train.labels), dataset.num_classes), dict[int, dict[str, Any]]()
-    for i in range(len(entries))[:: 1 if config.seed % 2 == 0 else -1]:
+    order = range(len(entries))
+    for i in order if config.seed % 2 == 0 else reversed(order):
         kind, own = entries[i]
         results[i] = race(kind(own, dataset), own, target, *size)
     return [results[i] for i in range(len(entries))]

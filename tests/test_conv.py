@@ -102,8 +102,8 @@ def test_a_stride_over_several_products_equals_the_definition(size, images, monk
 def test_the_definition_is_pytorch_s(size, stride, h, w):
     torch = pytest.importorskip("torch")
     x, kernel, g, expected = case(size, stride, h, w)
-    # In float64, because in float32 PyTorch's gradient of a 1x1 kernel is wrong at times where a stride meets fewer than eight channels
-    # on a processor without AVX-512: https://github.com/uxlfoundation/oneDNN/issues/6035.
+    # In float64, because PyTorch's float32 gradient of a 1x1 kernel with a stride and fewer than eight input channels is wrong at times, on
+    # processors without AVX-512: https://github.com/uxlfoundation/oneDNN/issues/6035.
     images, weight = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, kernel))
     out = torch.nn.functional.conv2d(images.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1), stride=stride, padding=size // 2)
     out = out.permute(0, 2, 3, 1)

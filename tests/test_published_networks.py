@@ -9,7 +9,7 @@ import pytest
 
 import oracles
 from oracles import config_of, variables_of
-from vffjax.networks.groups import HEAD_INPUTS, fitting_grid, init_variables, layer_sizes
+from vffjax.networks.groups import HEAD_INPUTS, _output_and_kernels, fitting_grid, init_variables, layer_sizes
 from vffjax.networks.layers import EPSILON, resized
 from vffjax.networks.resnet import ResidualBlock, Stem
 from vffjax.proofs import locality
@@ -78,6 +78,8 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
 
 def test_layers_that_are_alike_are_sized_once(monkeypatch):
     """The second of 30 layers is like the 28 behind it; the first has fewer input channels, and each tracing takes milliseconds."""
+    layer_sizes.cache_clear()
+    _output_and_kernels.cache_clear()
     traced, eval_shape = [], jax.eval_shape
     monkeypatch.setattr(jax, "eval_shape", lambda *args: traced.append(args) or eval_shape(*args))
     config = config_of(network="conv", widths=(7,) * 30, pools=(1,) * 30)

@@ -110,13 +110,13 @@ def test_each_reading_has_the_first_epoch_that_reaches_the_target(accuracies, re
 def test_a_second_configuration_races_with_its_own_keys(seed, order, monkeypatch):
     ran = []
 
-    def entered(name, config):
+    def entered(name):
         made = Scripted()
-        made.name, made.config = name, config
+        made.name = name
         return made
 
-    monkeypatch.setattr(speedrun, "Ours", lambda config, _: entered(config.rule, config))
-    monkeypatch.setattr(speedrun, "Torch", lambda config, _, modes: entered("torch-bp", config))
+    monkeypatch.setattr(speedrun, "Ours", lambda config, _: entered(config.rule))
+    monkeypatch.setattr(speedrun, "Torch", lambda config, _, modes: entered("torch-bp"))
     monkeypatch.setattr(speedrun, "race", lambda racer, config, *_: ran.append(racer.name) or (racer.name, config.rule, config.epochs))
     config = runs.tiny(**RACED_BY_BOTH, seed=seed)
     found = speedrun.races_of(config, {"epochs": 7}, 0.8, also={"rule": "head", "epochs": 3})
