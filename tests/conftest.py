@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Workers, and the commands that tests start, inherit these variables from the process that pytest was started in. It removes the folder.
@@ -23,7 +24,10 @@ import jaxtyping
 import pytest
 
 # Annotations are checked at each call where arrays are passed: jaxtyping's shapes and dtypes. An int may stand for a float, as for mypy.
-CHECKED = ["vffjax.ops", "vffjax.networks", "vffjax.rules", "vffjax.training", "vffjax.proofs"]
+# `dataflow` is left out. It takes programs and no arrays, and calls its functions so often that checks make it 20 times slower.
+PROOFS = (Path(__file__).parent.parent / "vffjax/proofs").glob("*.py")
+CHECKED = ["vffjax.ops", "vffjax.networks", "vffjax.rules", "vffjax.training"]
+CHECKED += [f"vffjax.proofs.{file.stem}" for file in PROOFS if file.stem != "dataflow"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from oracles import traced_afresh  # noqa: E402
@@ -34,6 +38,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _NO_OPTIMISATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # JAX's own name for XLA's and LLVM's level 0
 # XLA's older code for fused loops compiles in a quarter of the time. From jax 0.11 on there is only the newer one.
 _OLDER_FUSION = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+# Few tests that take minutes together. They come first, because a worker that began with them last would go on long after the others.
+_LONG_FILES = ("test_hosts", "test_notebooks", "test_your_data")
 _NEEDS_OPTIMISATION = "needs full optimisation: pytest --full-optimisation -m full_optimisation"
 
 
@@ -60,6 +66,7 @@ def fully_optimised():
 
 def pytest_collection_modifyitems(items):
     """Tests marked `full_optimisation` would prove nothing without it, so they are skipped. The others hold with it as well."""
+    items.sort(key=lambda item: item.path.stem not in _LONG_FILES)
     for item in items:
         if item.get_closest_marker("full_optimisation") and not fully_optimised():
             item.add_marker(pytest.mark.skip(reason=_NEEDS_OPTIMISATION))
