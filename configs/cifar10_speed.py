@@ -39,7 +39,7 @@ def get_config(variant: str = "vff") -> ml_collections.ConfigDict:
     config.epochs = 4
     if variant == "supcon":
         config.rule = "supcon"  # makes no copies, so that the keys of noise and copies have no effect
-    config.batch_size = 128  # images
+    config.batch_size = 256  # images
     config.learning_rate = 1e-2
     config.bias_rate = 8.0  # of the learning rate
     config.decay = "linear"

@@ -133,6 +133,18 @@ def test_bf16_keeps_its_type_and_an_error_near_the_plain_one():
         assert np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2)) < 0.006 * expected.std()
 
 
+def test_the_transforms_of_kernels_take_no_products_and_no_transpositions():
+    """Either takes longer than all else that happens to a large kernel. Products with the maps stand inside of the loop over images."""
+
+    def step(x, kernel, g):
+        return winograd.convolve(x, kernel), winograd.input_gradient(kernel, g), winograd.kernel_gradient(x, g)
+
+    x, kernel, g = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 8, 8, 16), (3, 3, 16, 32), (4, 8, 8, 32)))
+    outside = [equation.primitive.name for equation in jax.make_jaxpr(step)(x, kernel, g).eqns]
+    assert outside.count("scan") == 3
+    assert not {"dot_general", "transpose"} & {*outside}
+
+
 def test_the_layer_s_convolution_goes_this_way_on_cpu_only():
     x, kernel = jnp.zeros((2, 8, 8, 16)), jnp.zeros((3, 3, 16, 16))
     gradient = jax.grad(lambda x, k: jnp.sum(conv_module.conv(x, k) ** 2), (0, 1))

@@ -97,15 +97,28 @@ def applies(x: Sequence[int], kernel: Sequence[int]) -> bool:
 
 def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"]) -> Float[Array, "n h w d"]:
     """Cross-correlation with zero padding to the same size, for even `h` and `w`. The result has the dtype of `x`."""
+    return _convolved(x, kernel, 0)
+
+
+def input_gradient(kernel: Float[Array, "3 3 c d"], g: Float[Array, "n h w d"]) -> Float[Array, "n h w c"]:
+    """The gradient of `convolve` in `x`: the convolution of `g` with the kernel rotated by 180 degrees."""
+    return _convolved(g, jnp.flip(kernel, (0, 1)), 1)
+
+
+def _convolved(x: Array, kernel: Array, axis: int) -> Array:
+    """Cross-correlation that sums over an axis of the kernel's channels: 0 for the first of them, 1 for the last.
+
+    A kernel whose channels would have to change places is never transposed: for large kernels that would take longer than all the rest
+    that is done to them here.
+    """
     n, h, w, c = x.shape
-    d = kernel.shape[3]
-    # Input channels come last, because XLA's matrix product is fastest if both operands are contracted over their last axes.
-    products = jnp.einsum("ai,bj,ijcd->abdc", _TWO.kernel, _TWO.kernel, kernel.astype(jnp.float32), precision="highest")
-    products = products.reshape(16, d, c).astype(x.dtype)
+    d = kernel.shape[3 - axis]
+    rows = _combine(_TWO.kernel, [*kernel.astype(jnp.float32)])
+    products = jnp.stack([entry for row in rows for entry in _combine(_TWO.kernel, [*row])]).astype(x.dtype)
 
     def few(x: Array) -> Array:
         pairs = zip(_input_tiles(x, _TWO), products, strict=True)
-        tiles = [_product(v.reshape(-1, c), u, 1).reshape(-1, h // 2, w // 2, d) for v, u in pairs]
+        tiles = [_product(v.reshape(-1, c), u, (1, axis)).reshape(-1, h // 2, w // 2, d) for v, u in pairs]
         columns = [_combine(_TWO.output, tiles[j::4]) for j in range(4)]
         rows = [_combine(_TWO.output, row) for row in zip(*columns, strict=True)]
         return jnp.stack([jnp.stack(row, 3) for row in rows], 2).reshape(-1, h, w, d).astype(x.dtype)
@@ -121,11 +134,6 @@ def convolve(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c d"]) -> Flo
     return lax.fori_loop(0, count, some, jnp.zeros((n, h, w, d), x.dtype))
 
 
-def input_gradient(kernel: Float[Array, "3 3 c d"], g: Float[Array, "n h w d"]) -> Float[Array, "n h w c"]:
-    """The gradient of `convolve` in `x`: the convolution of `g` with the kernel rotated by 180 degrees."""
-    return convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-
-
 def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> Float[Array, "3 3 c d"]:
     """The gradient of `convolve` in the kernel, summed over the images, in float32."""
     n, h, w, c = x.shape
@@ -135,7 +143,7 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
 
     def add(total: list[Array], x: Array, g: Array) -> list[Array]:
         parts = zip(total, _input_tiles(x, form), _gradient_tiles(g, form), strict=True)
-        return [t + _product(v.reshape(-1, c), m.reshape(-1, d), 0) for t, v, m in parts]
+        return [t + _product(v.reshape(-1, c), m.reshape(-1, d), (0, 0)) for t, v, m in parts]
 
     size, count = _split(n, h * w * (c + d))
     nothing = [jnp.zeros((c, d), jnp.float32)] * entries**2
@@ -151,13 +159,13 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
             return add(total, some_x, jnp.where(own, some_g, jnp.zeros((), g.dtype)))
 
         total = lax.fori_loop(0, count, some, nothing)
-    products = jnp.stack(total).reshape(entries, entries, c, d)
-    return jnp.einsum("ai,bj,abcd->ijcd", form.kernel, form.kernel, products, precision="highest")
+    columns = [_combine(form.kernel.T, total[j::entries]) for j in range(entries)]
+    return jnp.stack([jnp.stack(_combine(form.kernel.T, row)) for row in zip(*columns, strict=True)])
 
 
-def _product(a: Array, b: Array, axis: int) -> Array:
-    """The product of `a` and `b`, contracted over `axis` of both and summed in float32."""
-    return lax.dot_general(a, b, (((axis,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """The product of `a` and `b`, contracted over an axis of each and summed in float32."""
+    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _split(n: int, elements: int) -> tuple[int, int]:
