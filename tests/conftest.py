@@ -65,7 +65,7 @@ def fully_optimised():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `full_optimisation` would prove nothing without it, so they are skipped. The others hold with it as well."""
+    """Puts long files first, and skips tests marked `full_optimisation` without it: they would prove nothing. The others hold with it."""
     items.sort(key=lambda item: item.path.stem not in _LONG_FILES)
     for item in items:
         if item.get_closest_marker("full_optimisation") and not fully_optimised():

@@ -106,21 +106,19 @@ def input_gradient(kernel: Float[Array, "3 3 c d"], g: Float[Array, "n h w d"]) 
 
 
 def _convolved(x: Array, kernel: Array, axis: int) -> Array:
-    """Cross-correlation that sums over an axis of the kernel's channels: 0 for the first of them, 1 for the last.
+    """Cross-correlation that sums over the first channels of the kernel (axis 0) or over its last channels (axis 1).
 
-    A kernel whose channels would have to change places is never transposed: for large kernels that would take longer than all the rest
-    that is done to them here.
+    So no kernel has to be transposed, which for a large one would take longer than its transform.
     """
     n, h, w, c = x.shape
     d = kernel.shape[3 - axis]
-    rows = _combine(_TWO.kernel, [*kernel.astype(jnp.float32)])
-    products = jnp.stack([entry for row in rows for entry in _combine(_TWO.kernel, [*row])]).astype(x.dtype)
+    entries = _both_sides(_TWO.kernel, [[*row] for row in kernel.astype(jnp.float32)])
+    kernels = jnp.stack([entry for row in entries for entry in row]).astype(x.dtype)
 
     def few(x: Array) -> Array:
-        pairs = zip(_input_tiles(x, _TWO), products, strict=True)
+        pairs = zip(_input_tiles(x, _TWO), kernels, strict=True)
         tiles = [_product(v.reshape(-1, c), u, (1, axis)).reshape(-1, h // 2, w // 2, d) for v, u in pairs]
-        columns = [_combine(_TWO.output, tiles[j::4]) for j in range(4)]
-        rows = [_combine(_TWO.output, row) for row in zip(*columns, strict=True)]
+        rows = _both_sides(_TWO.output, [tiles[i : i + 4] for i in range(0, 16, 4)])
         return jnp.stack([jnp.stack(row, 3) for row in rows], 2).reshape(-1, h, w, d).astype(x.dtype)
 
     size, count = _split(n, h * w * (c + d))
@@ -159,8 +157,8 @@ def kernel_gradient(x: Float[Array, "n h w c"], g: Float[Array, "n h w d"]) -> F
             return add(total, some_x, jnp.where(own, some_g, jnp.zeros((), g.dtype)))
 
         total = lax.fori_loop(0, count, some, nothing)
-    columns = [_combine(form.kernel.T, total[j::entries]) for j in range(entries)]
-    return jnp.stack([jnp.stack(_combine(form.kernel.T, row)) for row in zip(*columns, strict=True)])
+    rows = _both_sides(form.kernel.T, [total[i : i + entries] for i in range(0, entries**2, entries)])
+    return jnp.stack([jnp.stack(row) for row in rows])
 
 
 def _product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -200,6 +198,12 @@ def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
             total = total + _times(factor, part) if factor > 0 else total - _times(-factor, part)
         sums.append(total)
     return sums
+
+
+def _both_sides(matrix: np.ndarray, grid: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    """`M X M'` for a small matrix `M` and a grid `X` of maps, which it holds row by row."""
+    columns = [_combine(matrix, column) for column in zip(*grid, strict=True)]
+    return [_combine(matrix, row) for row in zip(*columns, strict=True)]
 
 
 def _times(factor: float, part: Array) -> Array:
