@@ -47,6 +47,29 @@ def scratch():
     return pathlib.Path(folder)
 
 
+_SHARED = {}  # folders of runs that tests of several files read, and when each of their files was last written
+
+
+def shared(workdir):
+    """Returns the folder of a run that tests share. A test that writes to it fails from now on."""
+    _SHARED[workdir] = _last_written(workdir)
+    return workdir
+
+
+def written_in_shared_runs():
+    """The files that have been written, made or removed in shared runs since the last call. conftest.py asks after each test."""
+    changed = []
+    for workdir, before in _SHARED.items():
+        _SHARED[workdir] = now = _last_written(workdir)
+        changed += [str(workdir / name) for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+    return changed
+
+
+def _last_written(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
 @contextlib.contextmanager
 def optimizer(make):
     """Within, `make(config, hyper, frozen)` stands for `make_optimizer`, for first states and for updates."""
@@ -70,7 +93,7 @@ def finished():
     """A finished run of `tiny()`, plots and all. Not to be written to: see `copy_of`."""
     workdir = scratch() / "finished"
     train(tiny(), workdir, plots=True)
-    return workdir
+    return shared(workdir)
 
 
 def assert_same_runs(first, second):

@@ -90,9 +90,18 @@ def test_a_run_shows_its_record_summary_and_curves(run):
     shown = run.metrics.to_dict("records") if hasattr(run.metrics, "to_dict") else run.metrics  # with pandas or without
     assert [record["epoch"] for record in shown] == [record["epoch"] for record in records]
     assert run.summary == summary_of(finished())
-    assert run.plot().size > (300, 200)
     assert repr(run) == f"vffjax.load({str(finished())!r})"
     assert (run.config, run.class_names) == (run.trained.plan.config, tuple("0123456789"))
+
+
+def test_curves_are_drawn_as_the_run_drew_them_at_its_end(tmp_path):
+    workdir = copy_of(finished(), tmp_path).rename(tmp_path / finished().name)  # which stands in the picture
+    (workdir / "curves.png").unlink()
+    assert vffjax.load(workdir).plot().size > (300, 200)
+    assert (workdir / "curves.png").read_bytes() == (finished() / "curves.png").read_bytes()
+    (workdir / "summary.json").unlink()
+    assert vffjax.load(workdir).plot().size > (300, 200)  # as while it trains, without its test error
+    assert (workdir / "curves.png").read_bytes() != (finished() / "curves.png").read_bytes()
 
 
 def test_without_pandas_the_record_is_a_list(run, monkeypatch):

@@ -219,3 +219,14 @@ def test_a_stage_of_a_pipeline_has_its_part_of_the_parameters_or_the_largest_map
     assert joint / 2 <= least_bytes(config, 2) < joint
     wide = dataclasses.replace(config, widths=(512, 512), batch_size=1)
     assert least_bytes(wide, 2) < 0.6 * least_bytes(dataclasses.replace(wide, schedule="joint"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_long_values_that_differ_are_told_in_a_few_lines_on_ci_too(wrapped, request, monkeypatch):
+    """pytest's own account of two pictures on CI takes 15 minutes, in which nothing says which test it is."""
+    monkeypatch.setenv("CI", "true")
+    left, right = (np.random.default_rng(seed).bytes(4000) for seed in (0, 1))
+    values = ({"picture": left}, {"picture": right}) if wrapped else (left, left[:1000] + right[1000:])
+    found = request.config.hook.pytest_assertrepr_compare(config=request.config, op="==", left=values[0], right=values[1])
+    assert len(found[0]) < 10
+    assert wrapped or "byte 1000" in found[0][1]

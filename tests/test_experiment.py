@@ -19,7 +19,7 @@ from PIL import Image
 
 import runs
 from oracles import slow_but, traced_afresh
-from runs import TIMES, assert_same_bits, contents, copy_of, finished, summary_of, tell_to_leave, tiny, train, untimed
+from runs import TIMES, assert_same_bits, contents, copy_of, finished, shared, summary_of, tell_to_leave, tiny, train, untimed
 from vffjax.data import load as data
 from vffjax.errors import UserError
 from vffjax.runs import checkpoint, experiment, loop
@@ -77,7 +77,8 @@ def undisturbed(**changes):
     if tiny(**changes) == tiny():
         return finished(), summary_of(finished())
     folder = finished().parent / f"undisturbed-{'-'.join(map(str, changes.values()))}"
-    return folder, train(tiny(**changes), folder)
+    summary = train(tiny(**changes), folder)
+    return shared(folder), summary
 
 
 @contextlib.contextmanager

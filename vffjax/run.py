@@ -141,7 +141,10 @@ class Run:
 
     def plot(self) -> Image.Image:
         """The curves of loss and error over the epochs so far, as a picture that a notebook shows. They are drawn into curves.png."""
-        path = plots.plot_curves(self.workdir)
+        title = ""
+        with contextlib.suppress(UserError):  # of a run that has not finished
+            title = plots.title_of(self.workdir, self.config.rule, self.summary["test_error"])
+        path = plots.plot_curves(self.workdir, title)
         if path is None:
             raise UserError(f"{self.workdir / 'curves.png'}: cannot be drawn; the line above says why")
         with Image.open(path) as image:

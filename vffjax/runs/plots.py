@@ -24,6 +24,11 @@ def plot_curves(workdir: pathlib.Path, title: str = "") -> pathlib.Path | None:
     return draw(pathlib.Path(workdir) / "curves.png", lambda: curves_figure(read_metrics(workdir), title))
 
 
+def title_of(workdir: pathlib.Path, rule: str, test_error: float) -> str:
+    """The title of the curves of a finished run, with its test error in percent."""
+    return f"{workdir.resolve().name}: rule {rule}, test error {test_error:.2f} %"
+
+
 def curves_figure(records: list[dict[str, Any]], title: str = "") -> "Figure":
     """The figure of curves.png, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure

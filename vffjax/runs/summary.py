@@ -15,7 +15,7 @@ from vffjax.networks.groups import States
 from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
 from vffjax.runs.feature_plots import plot_features
-from vffjax.runs.plots import plot_curves
+from vffjax.runs.plots import plot_curves, title_of
 from vffjax.runs.tensorboard import Events
 from vffjax.runs.trained import Trained
 from vffjax.training.augment import normalise
@@ -51,7 +51,7 @@ def conclude(best: Trained, dataset: Dataset, measured: dict[str, Any], last: di
         "seed": best.plan.config.seed,
     }
     write_json(workdir / "summary.json", summary)
-    plot_curves(workdir, f"{workdir.resolve().name}: rule {best.plan.config.rule}, test error {summary['test_error']:.2f} %")
+    plot_curves(workdir, title_of(workdir, best.plan.config.rule, summary["test_error"]))
     with aid(f"{workdir / 'features.png'}"):
         draw_features(workdir / "features.png", best.plan, dataset, best.states, best.task)
     with contextlib.closing(Events(workdir / "tensorboard", summary["epochs"])) as events:
