@@ -5,6 +5,8 @@
 
 MEASURED below has test errors: mean and standard deviation over n seeds. Back-propagation trains the same network in the same steps
 (--config.rule=head --config.grouping=all). Settings taken over from MNIST, untried.
+
+The convolutions have 6.63 % by VFF (n = 1, results/fashion-conv-recipe-vff).
 """
 
 import ml_collections
@@ -41,7 +43,12 @@ def get_config(variant: str = "dense") -> ml_collections.ConfigDict:
         config.batch_size = 256  # images
         config.learning_rate = 1e-2
         config.decay = "linear"
-        config.warmup_epochs = 1.0  # epochs
+        config.warmup_epochs = 3.6  # epochs
         config.weight_decay = 0.01  # of kernels
+        config.bias_rate = 8.0  # of the learning rate
         config.label_smoothing = 0.1
+        config.head_weight = 10.0  # of the head's gradient, beside the 1 of CSCL
+        config.activation = "gelu"
+        config.norm_scale = False  # a normalised channel has a bias alone
+        config.initialisation = "identity"
     return config
