@@ -1,5 +1,6 @@
 """Bad input to every command: status 2, one line that names what is wrong and the fix, at once, and nothing is lost or made."""
 
+import gc
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from image_sets import CIFAR_NAMES, fake_cifar, tar_gz
 from oracles import slow_but
 from runs import contents, copy_of, finished, tiny
 from test_tfds_files import edit_info, example, flip_byte, to_tfrecord, truncate_shard
+from vffjax import backend
 from vffjax.data import load as data
 from vffjax.runs import experiment
 
@@ -80,6 +82,7 @@ def _warmed_up(tmp_path_factory):
     import vffjax.uses.prediction
     import vffjax.uses.reproduction  # noqa: F401
 
+    backend.start()
     finished()
     folder = tmp_path_factory.mktemp("tfds")
     with fake_cifar(folder):
@@ -784,6 +787,7 @@ def test_data_that_cannot_be_downloaded_are_refused_with_the_way_out(fails, tmp_
     (tmp_path / "tfds").mkdir()
     fails("train", CONFIG, CIFAR, f"--workdir={tmp_path / 'run'}", parts=["config.dataset='cifar10'", "prepare"])
     assert [path.name for path in tmp_path.rglob("*")] == ["tfds"]
+    gc.collect()  # while warnings of what it frees are ignored; a later test would fail by them
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(fails, tmp_path):

@@ -29,7 +29,8 @@ def wheel(tmp_path_factory):
     pytest.importorskip("hatchling")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("vffjax", "configs"):
-        shutil.copytree(ROOT / name, source / name)
+        # Other processes write and rename files of __pycache__ meanwhile.
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)], cwd=source, check=True, capture_output=True)

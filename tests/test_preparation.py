@@ -76,6 +76,7 @@ def test_no_network(name, answer, tmp_path, monkeypatch):
         if answer == "silent":
             server.listen(8)  # connects, and never says a word
         use_proxy(monkeypatch, server.getsockname()[1])
+        monkeypatch.setattr(tfds_preparation, "REACH_SECONDS", 0.5)
         start = time.monotonic()
         message = fails(lambda: data.load(Config(dataset=name, data_dir=str(tmp_path))), f'run "vffjax prepare {name}"', "TFDS_DATA_DIR")
         assert time.monotonic() - start < 5

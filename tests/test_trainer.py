@@ -380,7 +380,7 @@ def test_an_epoch_costs_no_more_than_a_loop_of_steps(conv):
     run, epoch, step = conv
     ways = {"scan": lambda s: epoch(run.task, s, run.data, 0)[0], "loop": lambda s: looped_epoch(run, step, s, 0)[0]}
     times = {name: [] for name in ways}
-    for repetition in range(4):
+    for repetition in range(6):
         for name, f in ways.items():
             states = jax.block_until_ready(copied(run.states))
             start = time.perf_counter()
