@@ -4,7 +4,7 @@
     python train.py --config configs/fashion_mnist.py:conv    # four convolutions in two groups
 
 MEASURED below has test errors: mean and standard deviation over n seeds. Back-propagation trains the same network in the same steps
-(--config.rule=head --config.grouping=all). Settings taken over from MNIST, untried.
+(--config.rule=head --config.grouping=all). The dense layers have the settings of MNIST, and no others were tried.
 
 The convolutions have 6.63 % by VFF (n = 1, results/fashion-conv-recipe-vff).
 """

@@ -93,7 +93,7 @@ def pytest_assertrepr_compare(op, left, right):
 
 @pytest.fixture(autouse=True)
 def _shared_runs_stay_as_they_are():
-    """A test that wrote to a run that others read fails itself. Otherwise another would, in some orders of tests alone."""
+    """A test that wrote to a run that others read fails itself. Otherwise another test would fail, and only in some orders."""
     yield
     if "runs" in sys.modules:
         written = sys.modules["runs"].written_in_shared_runs()
