@@ -188,8 +188,9 @@ class TorchContender:
         fastest = None
         for mode in work.compile_modes if compiled else (None,):
             peer = Peer(plan, task, states, self._data.device, mode)
+            mirrored = peer.mirrored_next(config.batch_size)
             try:
-                compile_seconds = self._seconds(functools.partial(peer.step, self._data.images[first], self._data.labels[first]))
+                compile_seconds = self._seconds(functools.partial(peer.step, self._data.images[first], self._data.labels[first], mirrored))
             except Exception as error:  # A compiler may fail in any way. Another mode and the other contenders may still work.
                 if mode is None:
                     raise

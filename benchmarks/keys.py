@@ -126,10 +126,10 @@ def _predicts(config: Config) -> bool:
 PEER = Known(
     "the PyTorch contenders",
     obeyed=(
-        *("seed", "dataset", "flip", "crop_padding", "cutout", "pixel_statistics", "widths", "pools", "width_factor", "head_grid"),
+        *("seed", "dataset", "flip", "alternating_flip", "crop_padding", "cutout", "pixel_statistics", "widths", "pools", "width_factor"),
         *("noise_scale", "similarity", "margin", "temperature", "head_weight", "label_smoothing", "epochs", "batch_size"),
         *("learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm", "overrides", "precision"),
-        *("whitening", "activation", "norm_scale", "initialisation", "decay", "bias_rate"),
+        *("whitening", "activation", "norm_scale", "initialisation", "decay", "bias_rate", "head_grid"),
     ),
     immaterial=(
         # No data set is read, and nothing is held out for validation.
@@ -143,7 +143,6 @@ PEER = Known(
         "devices": Only((0, 1), "every contender runs on one device", "use devices=0"),
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
-        "alternating_flip": Only((False,), "the PyTorch contenders flip by chance", "use alternating_flip=False"),
         "random_erasing": Only((0.0,), "the PyTorch contenders erase no rectangles", "use random_erasing=0"),
         "trivial_augment": Only((False,), "the PyTorch contenders have no such operations", "use trivial_augment=False"),
         "random_resized_crop": Only((0.0,), "the PyTorch contenders enlarge no parts", "use random_resized_crop=0"),

@@ -33,12 +33,16 @@ from vffjax.training.plan import Plan
 IMPLEMENTATIONS = ("fused", "foreach")  # in torch.optim; which one is faster depends on the device and the network
 
 
-def augment(images: Tensor, config: Config) -> Tensor:
-    """Randomly mirrored and shifted views of images, bytes [batch, h, w, c]. Each image has its own draw."""
+def augment(images: Tensor, config: Config, mirrored: Tensor | None = None) -> Tensor:
+    """Randomly mirrored and shifted views of images, bytes [batch, h, w, c]. Each image has its own draw.
+
+    `mirrored`, [batch], says which images are mirrored, in place of a draw.
+    """
     n, device = images.shape[0], images.device
     if not config.flip and not config.crop_padding:
         return images
-    mirrored = torch.rand(n, device=device) < (0.5 if config.flip else 0.0)
+    if mirrored is None:
+        mirrored = torch.rand(n, device=device) < (0.5 if config.flip else 0.0)
     starts = torch.randint(0, 2 * config.crop_padding + 1, (2, n), device=device)
     return take_views(images, mirrored, starts, config.crop_padding)
 
@@ -201,6 +205,7 @@ class Peer:
         mean, std, codebook = (torch.from_numpy(np.array(a)).to(device) for a in (task.mean, task.std, task.codebook))
         self._scale, self._shift = (1 / (255 * std)).reshape(1, -1, 1, 1), (mean / std).reshape(1, -1, 1, 1)
         self._codebook = codebook.permute(0, 3, 1, 2)  # in channels_last memory, like the images
+        self._mirrored: Tensor | None = None
         self._back_propagates = plan.rule.loss is None
         self._whole_loss = None if compile_mode is None else torch.compile(self._whole(), mode=compile_mode)
         self.use_optimizers(IMPLEMENTATIONS[0])
@@ -220,7 +225,7 @@ class Peer:
     def _normalised(self, images: Tensor) -> Tensor:
         return images.permute(0, 3, 1, 2).float() * self._scale - self._shift
 
-    def _whole(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _whole(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """The loss of all groups as one function. `PEER` accepts only these two rules."""
         return self._back_propagated_loss if self._back_propagates else self._sum_of_losses
 
@@ -236,46 +241,59 @@ class Peer:
         """Trains one epoch on images, bytes [n, h, w, c], and labels [n] in random order. Returns the mean loss, still on the device."""
         steps, batch = self._plan.steps_per_epoch, self._config.batch_size
         order = torch.randperm(len(labels), device=self._device)[: steps * batch].reshape(steps, batch)
-        total = torch.zeros((), device=self._device)
+        total, mirrored = torch.zeros((), device=self._device), self.mirrored_next(len(labels))
         for rows in order:
-            total += self.step(images[rows], labels[rows])
+            total += self.step(images[rows], labels[rows], None if mirrored is None else mirrored[rows])
         return total / steps
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def mirrored_next(self, n: int) -> Tensor | None:
+        """Which of n images the next epoch mirrors, [n]: with `config.alternating_flip` those that the last one did not.
+
+        Chance decides in the first epoch, as K. Jordan has it (2024, arXiv:2404.00498). Without that key the steps draw for themselves, and
+        this is None.
+        """
+        if not self._config.alternating_flip:
+            return None
+        before = self._mirrored
+        self._mirrored = torch.rand(n, device=self._device) < 0.5 if before is None or len(before) != n else ~before
+        return self._mirrored
+
+    def step(self, images: Tensor, labels: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """Updates every group once on one batch, and returns the sum of their losses, still on the device.
 
-        A compiled peer may overwrite the returned tensor in its next step.
+        `mirrored`, [batch], says which images are mirrored, in place of a draw. A compiled peer may overwrite the returned tensor in its
+        next step.
         """
         if self._whole_loss is None and not self._back_propagates:
-            return self._three_stream_step(images, labels)
-        loss = (self._whole_loss or self._back_propagated_loss)(images, labels)
+            return self._three_stream_step(images, labels, mirrored)
+        loss = (self._whole_loss or self._back_propagated_loss)(images, labels, mirrored)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss.detach()
 
-    def prepare(self, images: Tensor) -> Tensor:
+    def prepare(self, images: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """Augments and normalises bytes [batch, h, w, c] to float32 [batch, c, h, w] in channels_last memory."""
-        x = self._normalised(augment(images, self._config))
+        x = self._normalised(augment(images, self._config, mirrored))
         return cut_out(x, self._config.cutout) if self._config.cutout else x
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device, torch.bfloat16, enabled=self._config.precision == "bf16")
 
-    def _back_propagated_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _back_propagated_loss(self, images: Tensor, labels: Tensor, mirrored: Tensor | None) -> Tensor:
         with self._autocast():
             group = self.network[0]
-            return head_loss(self._config, group, group.features(self.prepare(images)), labels)
+            return head_loss(self._config, group, group.features(self.prepare(images, mirrored)), labels)
 
-    def _streams(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def _streams(self, images: Tensor, labels: Tensor, mirrored: Tensor | None) -> tuple[Tensor, ...]:
         """The anchors, their copies with the right label, and their copies with a wrong label."""
-        x, classes = self.prepare(images), len(self._codebook)
+        x, classes = self.prepare(images, mirrored), len(self._codebook)
         wrong = (labels + torch.randint(1, classes, labels.shape, device=self._device)) % classes
         return x, x + self._codebook[labels], x + self._codebook[wrong]
 
-    def _sum_of_losses(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _sum_of_losses(self, images: Tensor, labels: Tensor, mirrored: Tensor | None) -> Tensor:
         """The sum of all groups' losses. Inputs are detached, so each group's gradient of the sum is that of its own loss."""
-        streams, total = self._streams(images, labels), torch.zeros((), device=self._device)
+        streams, total = self._streams(images, labels, mirrored), torch.zeros((), device=self._device)
         for i, group in enumerate(self.network):
             with self._autocast():
                 loss, features = three_stream_loss(for_group(self._config, i), group, streams, labels)
@@ -283,9 +301,9 @@ class Peer:
             total = total + loss
         return total
 
-    def _three_stream_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _three_stream_step(self, images: Tensor, labels: Tensor, mirrored: Tensor | None) -> Tensor:
         """Updates each group before the next one begins, so that the maps of one group are alive at a time."""
-        streams, total = self._streams(images, labels), torch.zeros((), device=self._device)
+        streams, total = self._streams(images, labels, mirrored), torch.zeros((), device=self._device)
         for i, (group, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
             with self._autocast():
                 loss, features = three_stream_loss(for_group(self._config, i), group, streams, labels)

@@ -207,8 +207,8 @@ def test_what_the_peer_would_not_obey_is_refused():
     config = runs.tiny(**RACED_BY_BOTH)
     with pytest.raises(UserError, match=r"config\.look_ahead=3: "):
         speedrun.back_propagation(config, {"look_ahead": 3})
-    with pytest.raises(UserError, match=r"config\.alternating_flip=True: "):
-        speedrun.back_propagation(config, {"flip": True, "alternating_flip": True})
+    with pytest.raises(UserError, match=r"config\.trivial_augment=True: "):
+        speedrun.back_propagation(config, {"trivial_augment": True})
     with pytest.raises(UserError, match="--peer learning_rate: not KEY=VALUE"):
         speedrun.pairs("--peer", ["learning_rate"])
     assert set(speedrun.SHARED) <= set(config.to_dict())

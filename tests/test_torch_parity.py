@@ -247,6 +247,29 @@ def test_augmentation_draws_what_the_configuration_asks_for(flip, padding):
     assert len(views) == (1 + flip) * (1 + 2 * padding) ** 2
 
 
+@networks
+def test_alternating_flips_mirror_each_image_in_every_other_epoch(network, monkeypatch):
+    """Each image has its own first pixel, and its last column is 0, which is the first one where the image is mirrored."""
+    _, peer = both(network, examples=96, flip=True, alternating_flip=True, **BP)
+    images = np.random.default_rng(0).integers(1, 256, (96, *SHAPE), np.uint8)
+    images[:, :, -1] = 0
+    images[:, 0, 0] = np.arange(1, 97)[:, None]
+    seen = []
+    monkeypatch.setattr(peer, "_normalised", lambda views, sound=peer._normalised: seen.append(views.numpy().copy()) or sound(views))
+    epochs = []
+    for _ in range(3):
+        peer.epoch(*tensors(images, np.zeros(96, np.int64)))
+        views, mirrored = np.concatenate(seen), np.empty(96, bool)
+        turned = ~views[:, :, 0].any((1, 2))
+        np.testing.assert_array_equal(np.where(turned[:, None, None, None], views[:, :, ::-1], views)[:, :, -1], 0)
+        mirrored[np.where(turned, views[:, 0, -1, 0], views[:, 0, 0, 0]).astype(int) - 1] = turned
+        epochs.append(mirrored)
+        seen.clear()
+    assert 24 < epochs[0].sum() < 72
+    np.testing.assert_array_equal(epochs[1], ~epochs[0])
+    np.testing.assert_array_equal(epochs[2], epochs[0])
+
+
 def test_cutout_clears_one_square_that_may_hang_over_the_edge():
     found = torch_peers.cut_out(torch.ones(200, 2, 8, 10), 4)[:, 0].numpy() == 0
     for hole in found:
@@ -263,7 +286,7 @@ def test_cutout_clears_one_square_that_may_hang_over_the_edge():
 def test_an_epoch_takes_every_image_once_in_a_new_order(network):
     run, peer = both(network, examples=26, **BP)
     seen = []
-    peer.step = lambda images, labels: seen.append(images) or torch.tensor(float(len(seen)))
+    peer.step = lambda images, labels, mirrored: seen.append(images) or torch.tensor(float(len(seen)))
     images, labels = tensors(*run.data[:2])
     assert float(peer.epoch(images, labels)) == 1.5  # the mean of its steps' losses
     peer.epoch(images, labels)
