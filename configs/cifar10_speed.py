@@ -31,6 +31,7 @@ def get_config(variant: str = "vff") -> ml_collections.ConfigDict:
     config.initialisation = "identity"
     config.auxiliary = (64,)  # channels of a convolution between the first group and its head
     config.flip = True
+    config.alternating_flip = True
     config.crop_padding = 2  # pixels
     config.noise_cell = 4  # pixels per side of a cell of class noise
     config.copies_per_class = 1  # labelled images of each class in a step
@@ -45,4 +46,5 @@ def get_config(variant: str = "vff") -> ml_collections.ConfigDict:
     config.decay = "linear"
     config.warmup_epochs = 1.2  # epochs
     config.weight_decay = 0.01  # of kernels
+    config.segment_steps = 35  # of the 175 of an epoch run in one call, which allocates memory anew
     return config

@@ -23,6 +23,9 @@ import jax
 import jaxtyping
 import pytest
 
+# A failed assertion of these shows its values, as one of a test does.
+pytest.register_assert_rewrite("compiled", "devices_apart", "image_sets", "oracles", "runs")
+
 # Annotations are checked at each call where arrays are passed: jaxtyping's shapes and dtypes. An int may stand for a float, as for mypy.
 # `dataflow` is left out. It takes programs and no arrays, and calls its functions so often that checks make it 20 times slower.
 PROOFS = (Path(__file__).parent.parent / "vffjax/proofs").glob("*.py")
