@@ -4,10 +4,11 @@
     python benchmarks/speedrun.py --target 0.85 --config configs/cifar10_speed.py:supcon   # a contrast among clean images in place of CSCL
 
 Four convolutions in two groups, pooled early, with the parts of the recipe of configs/cifar10.py that back-propagation by PyTorch has too
-or has no use for. With three epochs the validation error is 15.12 % (n = 1, results/race-vff-3-epochs, val_error) by VFF, and by supcon
-14.56 % (n = 1, results/race-supcon-3-epochs, val_error) with the groups that do best. So both have four epochs, with which VFF reached 85 %
-with seeds 0 and 2 and had 84.7 % with seed 1. docs/performance.md, "Seconds to an accuracy", has the seconds beside those of
-back-propagation by PyTorch (--peer). With four epochs supcon has not raced yet.
+or has no use for. After four epochs on seed 0 the validation error of VFF is 14.20 % (n = 1, results/race-vff-4-epochs-alternating,
+val_error). In a race on 2 CPU cores it reached 85 % with seeds 5 and 6, after 456 and 466 s, and back-propagation by PyTorch after 534 and
+500 s (--peer epochs=3 warmup_epochs=0.9); docs/performance.md, "Seconds to an accuracy", says what this depends on. With three epochs and
+flips by chance VFF has 15.12 % (n = 1, results/race-vff-3-epochs, val_error), and supcon 14.56 %
+(n = 1, results/race-supcon-3-epochs, val_error) with the groups that do best. With four epochs supcon has not raced yet.
 """
 
 import ml_collections
