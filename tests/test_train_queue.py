@@ -17,6 +17,7 @@ from runs import TINY
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import records
 import train_queue
+from vffjax import backend
 from vffjax.errors import UserError
 from vffjax.runs import experiment, lock
 from vffjax.runs.logbook import Logbook
@@ -279,17 +280,19 @@ def test_a_list_that_is_a_pipe_is_refused_at_once(tmp_path):
 
 
 QUIET = {
-    "a quiet machine": (True, 0.1, False, False, True),
-    "a busy machine": (True, 99.0, False, False, False),
-    "nobody said so": (False, 0.1, False, False, False),
-    "it was stopped meanwhile": (True, 0.1, True, False, False),
-    "it goes on with a run of another time": (True, 0.1, False, True, False),
+    "a quiet machine": (True, 0.1, False, False, True, True),
+    "a busy machine": (True, 99.0, False, False, True, False),
+    "nobody said so": (False, 0.1, False, False, True, False),
+    "it was stopped meanwhile": (True, 0.1, True, False, True, False),
+    "it goes on with a run of another time": (True, 0.1, False, True, True, False),
+    "it is bound to some of the cores": (True, 0.1, False, False, False, False),
 }
 
 
 @pytest.mark.parametrize("name", QUIET)
 def test_seconds_are_trusted_only_on_a_machine_that_is_quiet(name, done, tmp_path):
-    claimed, load, stopped, resumed, trusted = QUIET[name]
+    claimed, load, stopped, resumed, all_cores, trusted = QUIET[name]
+    cores = (os.cpu_count() or 1) - (not all_cores)  # whatever the tests themselves are bound to
     folder, path, _ = done
     run = train_queue.read_list(path)[0]
 
@@ -299,7 +302,11 @@ def test_seconds_are_trusted_only_on_a_machine_that_is_quiet(name, done, tmp_pat
 
     if resumed:
         (tmp_path / "runs" / run.name).mkdir(parents=True)
-    with mock.patch.object(os, "getloadavg", lambda: (load, load, load)), mock.patch.object(experiment, "train", train):
+    with (
+        mock.patch.object(os, "getloadavg", lambda: (load, load, load)),
+        mock.patch.object(backend, "cores", lambda: cores),
+        mock.patch.object(experiment, "train", train),
+    ):
         train_queue.train(run, tmp_path / "runs", tmp_path / "results", claimed)
     assert records.read_all(tmp_path / "results")["tiny-s0"]["quiet"] is trusted
 
