@@ -47,5 +47,5 @@ def get_config(variant: str = "vff") -> ml_collections.ConfigDict:
     config.decay = "linear"
     config.warmup_epochs = 1.2  # epochs
     config.weight_decay = 0.01  # of kernels
-    config.segment_steps = 35  # of the 175 of an epoch run in one call, which allocates memory anew
+    config.segment_steps = 35  # in one call, a fifth of an epoch: every call allocates its memory anew
     return config

@@ -252,7 +252,7 @@ print("convolution" in compiled.as_text(), "custom-call" in compiled.as_text())
 @pytest.mark.skipif(not targets.has_tpu_compiler(), reason="libtpu is not installed; pip install -e .[tpu-compiler]")
 def test_the_tpu_compiler_takes_it(tmp_path):
     written(tmp_path, small_run(config_of(**WIDE), shape=SHAPE))
-    # In a process of its own, for libtpu's sake: see compiled.py.
+    # In a process of its own, for libtpu's sake: see tests/compiled.py.
     done = in_a_process("-c", TPU, tmp_path / "e.stablehlo")
     assert done.stdout == "True False\n", done.stderr
 

@@ -248,9 +248,10 @@ def test_augmentation_draws_what_the_configuration_asks_for(flip, padding):
 
 
 @networks
-def test_alternating_flips_mirror_each_image_in_every_other_epoch(network, monkeypatch):
+@pytest.mark.parametrize("rule", [BP, VFF], ids=["BP", "VFF"])
+def test_alternating_flips_mirror_each_image_in_every_other_epoch(rule, network, monkeypatch):
     """Each image has its own first pixel, and its last column is 0, which is the first one where the image is mirrored."""
-    _, peer = both(network, examples=96, flip=True, alternating_flip=True, **BP)
+    _, peer = both(network, examples=96, classes=2, flip=True, alternating_flip=True, **rule)
     images = np.random.default_rng(0).integers(1, 256, (96, *SHAPE), np.uint8)
     images[:, :, -1] = 0
     images[:, 0, 0] = np.arange(1, 97)[:, None]
