@@ -14,6 +14,7 @@ from vffjax import rules
 from vffjax.config import FIELDS, Config
 from vffjax.errors import bad_key
 from vffjax.networks.layers import ConvLayer, DenseLayer, Layer, WhiteningLayer
+from vffjax.networks.resnet import ResidualBlock, Stem
 from vffjax.rules import vff
 from vffjax.training.plan import groups_of
 
@@ -110,9 +111,17 @@ def _is_vff(config: Config) -> bool:
     return rules.find(config) is vff.RULE
 
 
+PLAIN = (ConvLayer, DenseLayer, WhiteningLayer)
+COUNTED = (*PLAIN, Stem, ResidualBlock)  # the layers whose multiplications `rates.layer_work` counts
+
+
 def _has_other_layers(config: Config) -> bool:
     """Whether the network has layers that are neither plain convolutions nor dense, nor a whitening layer."""
-    return not all(isinstance(layer, ConvLayer | DenseLayer | WhiteningLayer) for layer in _layers(config))
+    return not all(isinstance(layer, PLAIN) for layer in _layers(config))
+
+
+def _has_uncounted_layers(config: Config) -> bool:
+    return not all(isinstance(layer, COUNTED) for layer in _layers(config))
 
 
 def _layers(config: Config) -> list[Layer]:
@@ -181,7 +190,7 @@ FLOPS = Known(
     "the counted FLOPs",
     obeyed=(
         *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule", "rule_options", "labelling"),
-        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening", "auxiliary"),
+        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening", "auxiliary", "stem", "image_size"),
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
@@ -202,9 +211,7 @@ FLOPS = Known(
         *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "network": Only((), "the count of FLOPs knows only plain layers", "use conv4 or vgg8b", _has_other_layers),
-        "stem": Only(("cifar",), "the count of FLOPs has no ResNet", "use cifar"),
-        "image_size": Only((0,), "the count of FLOPs does not resize images", "use image_size=0"),
+        "network": Only((), "the count of FLOPs does not know its layers", "use a network of vffjax", _has_uncounted_layers),
         "schedule": JOINT,
         "feature_cache": Only(("none",), "the FLOPs are counted for groups that train together", "use feature_cache=none"),
     },

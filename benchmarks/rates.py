@@ -19,18 +19,20 @@ from vffjax import rules
 from vffjax.config import Config
 from vffjax.errors import chosen
 from vffjax.hyperparameters import at_peak
-from vffjax.networks.layers import ConvLayer, WhiteningLayer
+from vffjax.networks.layers import ConvLayer, Layer, WhiteningLayer
+from vffjax.networks.resnet import STEMS, ResidualBlock, Stem
 from vffjax.training.plan import groups_of
 
-KERNEL = 3  # side of the kernel of every convolution, in positions
+KERNEL = 3  # side of the kernel of a plain convolution, in positions
 PRODUCTS, TRIALS = 8, 5
 
 
 class GroupWork(NamedTuple):
-    """The multiplications of one row's forward pass, in each layer of a group, in its head and in its rule."""
+    """The multiplications of one row's forward pass, in the layers of a group, in its head and in its rule."""
 
-    layers: tuple[int, ...]  # that learn
-    fixed: int  # of a whitening layer, whose 2 k k c filters are of k k c entries each
+    layers: int  # that learn
+    entry: int  # those among them that read the input of the group, so that nothing needs their input gradient
+    fixed: int  # of a whitening layer
     head: tuple[int, ...]  # its convolutions, if there are any, and its linear map
     rule: tuple[int, ...]  # the kernels that the rule owns
 
@@ -39,31 +41,69 @@ def forward_work(config: Config, image_shape: tuple[int, int, int], classes: int
     """The multiplications in each group for one row.
 
     Args:
-        config: a configuration of plain layers.
+        config: a configuration of layers that `layer_work` knows.
         image_shape: height, width and channels of an image.
         classes: the number of classes.
     """
     shape: tuple[int, ...] = image_shape
     work = []
     for group in groups_of(config, classes):
-        layers, fixed = [], 0
+        layers, entry, fixed = 0, 0, 0
         for layer in group.module.layers:
-            if isinstance(layer, WhiteningLayer):
-                shape = (*shape[:2], layer.channels(shape[2]))
-                fixed = math.prod(shape) * shape[2] // 2
-            elif isinstance(layer, ConvLayer):
-                layers.append(KERNEL * KERNEL * math.prod(shape) * layer.width)
-                shape = (shape[0] // layer.pool, shape[1] // layer.pool, layer.width)
+            whole, entering, shape = layer_work(layer, shape)
+            if layer.learns:
+                entry = entry if layers else entering
+                layers += whole
             else:
-                layers.append(math.prod(shape) * layer.width)
-                shape = (layer.width,)
+                fixed += whole
         head, seen = [], shape
         for layer in group.head.auxiliary:
             head.append(KERNEL * KERNEL * math.prod(seen) * layer.width)
             seen = (*seen[:-1], layer.width)
         cells = math.prod(min(group.head.grid, side) for side in seen[:-1])
-        work.append(GroupWork(tuple(layers), fixed, (*head, cells * seen[-1] * classes), _rule_work(config, shape, classes)))
+        work.append(GroupWork(layers, entry, fixed, (*head, cells * seen[-1] * classes), _rule_work(config, shape, classes)))
     return tuple(work)
+
+
+def layer_work(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """The multiplications of a layer for one row.
+
+    Args:
+        layer: one of `keys.COUNTED`.
+        shape: of its input.
+
+    Returns:
+        All its multiplications, those of its products that read its input, and the shape of its output.
+    """
+    if getattr(layer, "resize", 0):
+        shape = (layer.resize, layer.resize, shape[2])
+    if isinstance(layer, WhiteningLayer):
+        width = layer.channels(shape[2])
+        work = math.prod(shape) * layer.side**2 * width  # a patch has side * side * channels entries
+        return work, work, (*shape[:2], width)
+    if isinstance(layer, ConvLayer):
+        work = KERNEL**2 * math.prod(shape) * layer.width
+        return work, work, (shape[0] // layer.pool, shape[1] // layer.pool, layer.width)
+    if isinstance(layer, Stem):
+        side, stride = STEMS[layer.kind]
+        positions = strided(shape, stride)
+        work = side**2 * math.prod(positions) * shape[2] * layer.width
+        return work, work, (*(strided(positions, 2) if layer.kind == "imagenet" else positions), layer.width)
+    if isinstance(layer, ResidualBlock):
+        before, after, channels = math.prod(shape[:2]), math.prod(strided(shape, layer.stride)), shape[2]
+        if layer.bottleneck:
+            steps = [before * channels * layer.inner, 9 * after * layer.inner**2, after * layer.inner * layer.width]
+        else:
+            steps = [9 * after * channels * layer.inner, 9 * after * layer.inner * layer.width]
+        shortcut = after * channels * layer.width if layer.stride > 1 or channels != layer.width else 0
+        return sum(steps) + shortcut, steps[0] + shortcut, (*strided(shape, layer.stride), layer.width)
+    work = math.prod(shape) * layer.width
+    return work, work, (layer.width,)
+
+
+def strided(shape: tuple[int, ...], stride: int) -> tuple[int, int]:
+    """The height and the width of a padded convolution's or pooling's output."""
+    return -(-shape[0] // stride), -(-shape[1] // stride)
 
 
 def _rule_work(config: Config, shape: tuple[int, ...], classes: int) -> tuple[int, ...]:
@@ -79,8 +119,9 @@ def _rule_work(config: Config, shape: tuple[int, ...], classes: int) -> tuple[in
 def training_flops(config: Config, image_shape: tuple[int, int, int], classes: int) -> int:
     """The model FLOPs of one training step of all groups, two for each multiplication.
 
-    For each row, clean or labelled, every layer has a forward pass and a kernel gradient. Every layer but the first of its group also has
-    an input gradient. So has every layer of a head but its first, which has one if the head's gradient trains the group. The layers of a
+    For each row, clean or labelled, every layer has a forward pass and a kernel gradient. Every layer but those that read the input of
+    their group also has an input gradient. So has every layer of a head but its first, which has one if the head's gradient trains the
+    group. The convolutions of a residual block, and the one of its shortcut, are counted like layers. The layers of a
     frozen group have a forward pass only. Heads are counted for clean rows only. A kernel that the rule owns counts like a layer within its
     group, for the rows that pass it; a frozen group has no loss of a rule.
 
@@ -98,13 +139,13 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     rows = batch + rule.labelled_rows(config, classes)
     enters = float(rule.head_share(config, at_peak(config, 1).of(0))) > 0
     total = 0
-    for group, (layers, fixed, head, owned) in enumerate(forward_work(config, image_shape, classes)):
+    for group, (layers, entry, fixed, head, owned) in enumerate(forward_work(config, image_shape, classes)):
         frozen = group < config.frozen_groups
-        total += rows * (fixed + (sum(layers) if frozen else 3 * sum(layers) - layers[0]))
+        total += rows * (fixed + (layers if frozen else 3 * layers - entry))
         total += batch * (3 * sum(head) - (0 if enters and not frozen else head[0]))
         total += 0 if frozen else (rows if rule.owns_copies else batch) * 3 * sum(owned)
         if rule.predicts(config):  # The predictions take one more forward pass of the clean rows.
-            total += batch * (fixed + sum(layers) + sum(head))
+            total += batch * (fixed + layers + sum(head))
     return 2 * total
 
 

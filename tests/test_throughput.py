@@ -19,10 +19,18 @@ import rates  # noqa: E402
 import throughput  # noqa: E402
 from vffjax.config import FIELDS  # noqa: E402
 from vffjax.errors import UserError  # noqa: E402
+from vffjax.training.checks import make_config  # noqa: E402
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py"), "--config.batch_size=16"]
 TINY = [*DIGITS, "--config.network=mlp", "--config.widths=(4,4)", "--config.grouping=layer"]
 TRIPLET = {"rule": "vff", "labelling": "triplet"}
+
+# A ResNet-18 of 1, 2, 4 and 8 channels on maps of 64, 16, 4 and 1 positions, in four groups by width. Each stage has four convolutions of
+# 3x3. From the second stage on, the first of them reads fewer channels, and there is a shortcut of 1x1. Both read the input of their group.
+RESNET = {"network": "resnet18", "width_factor": 1 / 64, "batch_size": 12, "head_grid": 8}
+RESNET_STAGES = [(64, 1, 1), (16, 1, 2), (4, 2, 4), (1, 4, 8)]  # positions, channels that are read, channels
+RESNET_LAYERS = 64 * 9 * 2 + 64 * 9 * 4 + sum(n * (9 * c * d + 3 * 9 * d * d + c * d) for n, c, d in RESNET_STAGES[1:])
+RESNET_ENTRIES = 64 * 9 * 2 + sum(n * (9 * c * d + c * d) for n, c, d in RESNET_STAGES[1:])
 
 # Multiplications of a row: layers 9*2*4*64, 9*4*4*64, 9*4*6*16, 9*6*6*16; heads of the groups 4*4*4*3 and 2*2*6*3, by layer also
 # 4*4*4*3 and 4*4*6*3. Twelve clean rows.
@@ -51,10 +59,22 @@ BY_WIDTH = 3 * sum(CONV_LAYERS) - 4608 - 3456  # the first layer of each group h
         (CONV | {"rule": "predsim"}, 12 * BY_WIDTH + 12 * 3 * (192 + 72) + 12 * 3 * (9 * 4 * 4 * 16 + 9 * 6 * 6 * 4)),
         (CONV | {"rule": "supcon", "frozen_groups": 1}, 12 * (13824 + 3 * 8640 - 3456) + 12 * 2 * (192 + 72) + 12 * 3 * 128 * 24),
         (MLP | {"rule": "head"}, 12 * 2 * (128 * 12 + 120 + 120) + 12 * 3 * (36 + 30 + 36)),
+        (RESNET | {"rule": "head"}, 12 * (3 * RESNET_LAYERS - RESNET_ENTRIES) + 12 * 3 * 3 * (64 * 1 + 16 * 2 + 4 * 4 + 8)),
+        (RESNET | {"rule": "head", "grouping": "all"}, 12 * (3 * RESNET_LAYERS - 64 * 9 * 2) + 12 * 3 * 3 * 8),
     ],
 )
 def test_flops_of_a_step_are_those_counted_by_hand(changes, multiplications):
     assert rates.training_flops(config_of(**changes), (8, 8, 2), 3) == 2 * multiplications
+
+
+@pytest.mark.parametrize(("network", "billions"), [("resnet18", 1.814), ("resnet34", 3.664), ("resnet50", 4.089)])
+def test_multiplications_of_a_resnet_are_those_that_torchvision_states(network, billions):
+    """torchvision 0.20 gives them for images of 224x224 and 1,000 classes (`_ops` of its weights)."""
+    config = make_config(
+        {"dataset": "synthetic", "network": network, "stem": "imagenet", "image_size": 224, "grouping": "all", "head_grid": 1}
+    )
+    (work,) = rates.forward_work(config, (32, 32, 3), 1000)
+    assert work.layers + sum(work.head) == pytest.approx(billions * 1e9, abs=5e5)
 
 
 def test_the_rate_of_matrix_products_is_that_of_the_median_run(monkeypatch):
@@ -245,7 +265,7 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
         (["--config.init_from=w.safetensors"], ["config.init_from='w.safetensors'", "random weights", "leave it empty"]),
         (["--config.on_nonfinite=skip"], ["config.on_nonfinite='skip'", "PyTorch", "on_nonfinite=stop", "--only"]),
         (["--config.rematerialise=True"], ["config.rematerialise=True", "PyTorch", "rematerialise=False", "--only"]),
-        (["--config.network=resnet18", "--only=vff"], ["config.network='resnet18'", "conv4"]),
+        (["--config.network=resnet18", "--only=vff,torch-bp"], ["config.network='resnet18'", "conv4", "--only"]),
         (["--config.network=vgg8b", "--config.image_size=32"], ["config.image_size=32", "image_size=0"]),
     ],
 )
