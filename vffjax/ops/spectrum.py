@@ -10,7 +10,6 @@ the mirrored images, averaged over their positions. All of it is computed in flo
 """
 
 import numpy as np
-import scipy.fft
 from jaxtyping import Float
 
 BLOCK = 250  # images that are transformed at once, which bounds the memory
@@ -18,6 +17,8 @@ BLOCK = 250  # images that are transformed at once, which bounds the memory
 
 def transformed(images: Float[np.ndarray, "n h w c"], inverse: bool = False) -> Float[np.ndarray, "n h w c"]:
     """The coefficients of images by frequency and channel; or, with `inverse`, the images that have these coefficients."""
+    import scipy.fft  # takes a third of a second, which every command would wait for
+
     transform = scipy.fft.idctn if inverse else scipy.fft.dctn
     return transform(np.asarray(images, np.float64), axes=(1, 2), norm="ortho")
 
