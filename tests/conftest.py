@@ -6,6 +6,7 @@ call, `pytest --full-optimisation -m full_optimisation`.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -18,6 +19,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vffjax-tests-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# Tracing makes millions of objects and few cycles. To look for cycles at each 700 new objects would take a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 import jax
 import jaxtyping
