@@ -20,9 +20,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Tracing makes millions of objects and few cycles. To look for cycles at each 700 new objects would take a twentieth of the time.
-gc.set_threshold(100_000, 50, 100)
-
 import jax
 import jaxtyping
 import pytest
@@ -41,6 +38,9 @@ from oracles import traced_afresh  # noqa: E402
 from vffjax.cli import main as cli  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes millions of objects and few cycles. To look for cycles at every 700 new objects would take a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 _NO_OPTIMISATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # JAX's own name for XLA's and LLVM's level 0
 # XLA's older code for fused loops compiles in a quarter of the time. From jax 0.11 on there is only the newer one.
