@@ -9,7 +9,7 @@
 Back-propagation trains the same network in the same steps with `--config.rule=head --config.grouping=all`, and the loss of the local heads
 alone with `--config.rule=head`.
 
-MEASURED below has the test errors: mean and standard deviation over n seeds, float32, 2 CPU cores or an H100. The learning rate of laptop
+MEASURED below has the test errors: mean and standard deviation over n seeds, float32, one or two CPU cores or an H100. The learning rate of laptop
 is the best of three for each rule by validation errors. The other variants use 1e-2 for all rules, which was not tuned. With six views of
 each image cifarnet has 7.7 ± 0.2 % (n = 2, results/cifar10-cifarnet-vff, test_error_views), and by back-propagation
 6.9 ± 0.2 % (n = 3, results/cifar10-cifarnet-bp, test_error_views). In three groups by block (`--config.grouping=block`) half of its

@@ -8,7 +8,7 @@ or has no use for. After four epochs on seed 0 the validation error of VFF is 14
 val_error). In a race on 2 CPU cores it reached 85 % with seeds 5 and 6, after 456 and 466 s, and back-propagation by PyTorch after 534 and
 500 s (--peer epochs=3 warmup_epochs=0.9); docs/performance.md, "Seconds to an accuracy", says what this depends on. With three epochs and
 flips by chance VFF has 15.12 % (n = 1, results/race-vff-3-epochs, val_error), and supcon 14.56 %
-(n = 1, results/race-supcon-3-epochs, val_error) with the groups that do best. With four epochs supcon has not raced yet.
+(n = 1, results/race-supcon-3-epochs, val_error), by the last head. With four epochs supcon has not raced yet.
 """
 
 import ml_collections
