@@ -11,9 +11,9 @@ alone with `--config.rule=head`.
 
 MEASURED below has the test errors: mean and standard deviation over n seeds, float32, one or two CPU cores or an H100. The learning rate of
 laptop is the best of three for each rule by validation errors. The other variants use 1e-2 for all rules, which was not tuned. With six
-views of each image cifarnet has 7.7 ± 0.2 % (n = 2, results/cifar10-cifarnet-vff, test_error_views), and by back-propagation 6.9 ± 0.2 % (n
-= 3, results/cifar10-cifarnet-bp, test_error_views). In three groups by block (`--config.grouping=block`) half of its epochs, six, give 9.5
-% with them (n = 1, results/cifar10-cifarnet6-block-vff, test_error_views). The times above are estimates from images/s. The weights of
+views of each image cifarnet has 7.7 ± 0.2 % (n = 2, results/cifar10-cifarnet-vff, test_error_views), and by back-propagation 6.9 ± 0.2 %
+(n = 3, results/cifar10-cifarnet-bp, test_error_views). In three groups by block (`--config.grouping=block`) half of its epochs, six, give
+9.5 % with them (n = 1, results/cifar10-cifarnet6-block-vff, test_error_views). The times above are estimates from images/s. The weights of
 full, in float16, come with the repository:
 
     vffjax evaluate --config configs/cifar10.py --config.init_from=results/weights/cifar10-full-vff-s0.safetensors --views six
