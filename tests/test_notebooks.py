@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 
 import pytest
@@ -36,6 +37,15 @@ def test_a_notebook_is_clean_and_leaves_out_no_more_than_it_says(notebook):
     assert len(left_out) == SKIPPED[notebook.stem]
     assert all(re.search(r"git clone|drive\.mount|vffjax prepare", source) for source in left_out)
     assert sum(tagged(cell, "parameters") for cell in found) == 1
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_installs_its_next_cell_can_import(notebook):
+    """The next process would be the first that sees an editable install, and the kernel is running already."""
+    (arguments,) = re.findall(r"^%pip install (.*)$", "".join(cells(notebook)[0]["source"]), re.MULTILINE)
+    found = shlex.split(arguments)
+    assert found[-1].split("[")[0] == "./vffjax"
+    assert set(found[:-1]) == {"-q"}
 
 
 def test_the_address_of_the_repository_is_the_same_everywhere():

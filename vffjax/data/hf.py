@@ -53,7 +53,7 @@ def _splits(name: str, data_dir: str) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         problem = f"the library datasets is not installed ({printable(str(error), 200)})"
-        raise bad_key("dataset", f"hf:{name}", problem, 'pip install "vffjax[datasets]"') from None
+        raise bad_key("dataset", f"hf:{name}", problem, 'pip install -e ".[datasets]"') from None
     match = _ADDRESS.fullmatch(name)
     assert match is not None  # see `FAMILY`
     repository, subset, revision = match.groups()
