@@ -223,6 +223,9 @@ def test_mean_pool_to_grid_is_the_mean_of_whole_cells(cells):
     assert out.shape == (2, min(cells, 7), min(cells, 4), 3)
     for row, image in zip(out, x, strict=True):
         np.testing.assert_allclose(row, oracles.pool_to_grid(image, cells), rtol=1e-5, atol=1e-6)
+    products = [e for e in jax.make_jaxpr(lambda x: mean_pool_to_grid(x, cells))(x).eqns if e.primitive.name == "dot_general"]
+    assert all(set(product.params["precision"]) == {jax.lax.Precision.HIGHEST} for product in products)  # not bfloat16's on a TPU
+    assert bool(products) == bool(7 % min(cells, 7) or 4 % min(cells, 4))
 
 
 @pytest.mark.parametrize("kind", ["batch", "layer", "none"])

@@ -8,12 +8,16 @@ import pytest
 from PIL import Image
 
 from image_sets import fails
-from runs import assert_same_runs, train
+from oracles import CONV, MLP
+from oracles import config_of as configured
+from runs import assert_same_bits, assert_same_runs, train
 from vffjax.data import decoding
 from vffjax.data import load as data
 from vffjax.data.on_disk import OnDisk
+from vffjax.networks import layers
+from vffjax.ops import spectrum
 from vffjax.runs import loop
-from vffjax.training import epochs, scores
+from vffjax.training import epochs, plan, scores
 from vffjax.training.checks import make_config
 
 
@@ -68,6 +72,26 @@ def test_images_on_disk_are_indexed_like_an_array(tmp_path, monkeypatch):
         images.reshape(30, -1)
     with pytest.raises(IndexError):
         images[31]
+
+
+@pytest.mark.parametrize("changes", [{"whitening": 2, "image_size": 6}, {"noise_spectrum": "images"}], ids=lambda c: [*c][-1])
+def test_what_is_computed_from_the_first_images_reads_a_block_of_them_at_once(monkeypatch, changes):
+    monkeypatch.setattr(plan, "MEASURED", 300)
+    config = configured(**(CONV if "whitening" in changes else MLP) | changes)
+    whole, asked = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 3), np.uint8), []
+    the_plan = plan.make_plan(config, 400, 10)
+    task = plan.blank_task(the_plan, (8, 8, 3))
+
+    def computed(images):
+        if config.whitening:
+            return plan.whitened(the_plan, plan.init_states(the_plan, (8, 8, 3)), images, task)[0].params["layers_0"]
+        return plan.noise_root(config, images, task.mean, task.std)
+
+    read = OnDisk.__getitem__
+    monkeypatch.setattr(OnDisk, "__getitem__", lambda self, chosen: asked.append(read(self, chosen)) or asked[-1])
+    assert_same_bits(computed(OnDisk(whole, np.arange(400))), computed(whole))
+    assert sum(map(len, asked)) == 300
+    assert max(map(len, asked)) == (layers.BLOCK if config.whitening else spectrum.BLOCK)
 
 
 @pytest.mark.slow

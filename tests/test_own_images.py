@@ -257,6 +257,8 @@ def test_images_and_labels_alone_are_split_by_the_seed(tmp_path):
     np.savez(tmp_path / "mine.npz", images=X, labels=Y + 5)
     found = load("npz", tmp_path / "mine.npz", test_fraction=0.25)
     assert (len(found.train), np.bincount(found.test.labels).tolist(), found.class_names) == (9, [1, 1, 1], ("5", "6", "7"))
+    most = load("npz", tmp_path / "mine.npz", test_fraction=0.9)  # of four images in each class one is left to train on
+    assert (np.bincount(most.train.labels).tolist(), np.bincount(most.test.labels).tolist()) == ([1, 1, 1], [3, 3, 3])
     held = in_memory.hold((X, Y + 5))
     assert load(held["dataset"], held["data_dir"], test_fraction=0.25).sha256() == found.sha256()
 

@@ -73,7 +73,8 @@ def _numbers(config: Config, own: Own) -> tuple[np.ndarray, np.ndarray]:
         rng, test = np.random.default_rng([config.seed, TEST_STREAM]), np.array([], np.int64)
         for label in range(len(own.classes)):
             of_class = rng.permutation(np.flatnonzero(labels == label))
-            test = np.append(test, of_class[: max(1, round(config.test_fraction * len(of_class)))])
+            share = max(1, round(config.test_fraction * len(of_class)))
+            test = np.append(test, of_class[: min(share, max(1, len(of_class) - 1))])  # one image of each class at least is to train on
         test = np.sort(test)
         train = np.setdiff1d(np.arange(count), test)
     for label, name in enumerate(own.classes):

@@ -4,6 +4,7 @@ The rows of a batch are two streams: first `clean` rows, then labelled copies. T
 noise, so normalisation treats the two streams separately; see `Norm`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from vffjax.ops.pooling import max_pool
 
 MOMENTUM = 0.9
 UNSCALED = ("input", "class", "none")  # kinds of normalisation after which the scale of a layer's output is arbitrary
-_BLOCK = 64  # images whose patches are in memory at a time, where their covariance is taken
+BLOCK = 64  # images that are read and whose patches are in memory at a time, where their covariance is taken
 FIXED = "fixed"  # the name of a parameter that is set from the training images before training and then stays
 
 
@@ -232,7 +233,9 @@ class WhiteningLayer(Layer):
         return ACTIVATIONS[self.activation](patches @ kernel.reshape(-1, width))
 
 
-def whitening_kernel(images: Float[np.ndarray, "n h w c"], side: int, smallest: float = 5e-4) -> Float[np.ndarray, "k k c d"]:
+def whitening_kernel(
+    images: Any, side: int, smallest: float = 5e-4, prepare: Callable[[Any], Any] = np.asarray
+) -> Float[np.ndarray, "k k c d"]:
     """The kernel whose outputs on patches of the images are uncorrelated and of variance 1, and then the same with the opposite sign.
 
     It consists of the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue (K. Jordan, 2024,
@@ -240,14 +243,15 @@ def whitening_kernel(images: Float[np.ndarray, "n h w c"], side: int, smallest: 
     float64.
 
     Args:
-        images: normalised images, of which every patch counts.
+        images: `[n, h, w, c]`, of which a block is read at a time and every patch counts.
         side: of a patch, in pixels.
         smallest: is added to each eigenvalue, in squared units of normalised pixels.
+        prepare: makes normalised images, of the size that counts, from a block of images.
     """
     size, count = side * side * images.shape[3], 0
     covariance = np.zeros((size, size))
-    for start in range(0, len(images), _BLOCK):  # All patches of all images together would take side * side times the memory of the images.
-        block = np.asarray(images[start : start + _BLOCK], np.float64)
+    for start in range(0, len(images), BLOCK):  # All patches of all images together would take side * side times the memory of the images.
+        block = np.asarray(prepare(images[start : start + BLOCK]), np.float64)
         patches = np.lib.stride_tricks.sliding_window_view(block, (side, side), axis=(1, 2))
         rows = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size)
         covariance += rows.T @ rows

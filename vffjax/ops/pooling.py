@@ -45,7 +45,8 @@ def mean_pool_to_grid(x: Float[Array, "batch h w c"], cells: int) -> Float[Array
     rows, columns = min(cells, h), min(cells, w)
     if h % rows == 0 and w % columns == 0:
         return _means_of_whole_cells(x, rows, columns)
-    return jnp.einsum("ih,nhwc,jw->nijc", _cell_means(h, rows), x, _cell_means(w, columns))
+    # The means of whole cells are those of float32 too. At its default precision a TPU would round the map to bfloat16.
+    return jnp.einsum("ih,nhwc,jw->nijc", _cell_means(h, rows), x, _cell_means(w, columns), precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -9,10 +9,13 @@ of all channels. Noise whose coefficients are `sqrt(S) e`, with white `e`, has t
 the mirrored images, averaged over their positions. All of it is computed in float64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
-BLOCK = 250  # images that are transformed at once, which bounds the memory
+BLOCK = 250  # images that are read and transformed at once, which bounds the memory
 
 
 def transformed(images: Float[np.ndarray, "n h w c"], inverse: bool = False) -> Float[np.ndarray, "n h w c"]:
@@ -23,11 +26,16 @@ def transformed(images: Float[np.ndarray, "n h w c"], inverse: bool = False) -> 
     return transform(np.asarray(images, np.float64), axes=(1, 2), norm="ortho")
 
 
-def spectrum_root(images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "h w c c"]:
-    """The symmetric square root of `S` at each frequency."""
+def spectrum_root(images: Any, prepare: Callable[[Any], Any] = np.asarray) -> Float[np.ndarray, "h w c c"]:
+    """The symmetric square root of `S` at each frequency.
+
+    Args:
+        images: `[n, h, w, c]`, of which a block is read at a time.
+        prepare: makes the images that count from a block of these, without changing its shape.
+    """
     total = np.zeros((*images.shape[1:], images.shape[3]))
     for first in range(0, len(images), BLOCK):
-        found = transformed(images[first : first + BLOCK])
+        found = transformed(np.asarray(prepare(images[first : first + BLOCK])))
         total += np.einsum("nhwc,nhwd->hwcd", found, found)
     values, vectors = np.linalg.eigh(total / len(images))
     return np.einsum("hwci,hwi,hwdi->hwcd", vectors, np.sqrt(np.maximum(values, 0)), vectors)

@@ -37,9 +37,14 @@ def told(task: Task, images: Float[Array, "batch h w c"], label: Int[Array, ""])
 
 
 def check_data(config: Config, image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...]) -> None:
-    """Raises `UserError` if the label's pixels take more than half of the image, which would leave little to see."""
+    """Raises `UserError` if the label's pixels take more than half of the image, which would leave little to see, or would be blurred."""
     if classes > image_shape[0] * image_shape[1] // 2:
         raise bad_key("rule", config.rule, f"{classes} label pixels do not fit {image_shape[:2]} images", "use another rule")
+    if 0 < config.image_size < max(image_shape[:2]):
+        problem = (
+            f"the network would make images of {image_shape[0]}x{image_shape[1]} pixels smaller, and blur the pixels that tell the label"
+        )
+        raise bad_key("image_size", config.image_size, problem, f"use 0 or at least {max(image_shape[:2])}, or another rule")
 
 
 def _check(config: Config) -> None:

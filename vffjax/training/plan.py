@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from vffjax import rules
 from vffjax.config import Config, for_group, of_program
-from vffjax.data.on_disk import Pixels
+from vffjax.data.on_disk import OnDisk, Pixels
 from vffjax.errors import chosen
 from vffjax.hyperparameters import HyperParameters, at_peak, in_epoch
 from vffjax.networks.groups import GroupState, LayerGroup, States, init_variables, make_groups
@@ -159,7 +159,12 @@ def noise_root(
     """
     if chosen("noise_spectrum", config.noise_spectrum, {"drawn": True, "images": False}):
         return None
-    return spectrum_root(np.asarray(normalise(jnp.asarray(images[:MEASURED]), mean, std)))
+    return spectrum_root(_measured(images), lambda block: normalise(jnp.asarray(block), mean, std))
+
+
+def _measured(images: Pixels) -> Pixels:
+    """The first of the images, of which nothing is read or copied yet."""
+    return images.only(np.arange(min(len(images), MEASURED))) if isinstance(images, OnDisk) else images[:MEASURED]
 
 
 def task_of_epoch(config: Config, task: Task, epoch: int, root: Float[np.ndarray, "h w c c"] | None) -> Task:
@@ -202,9 +207,12 @@ def whitened(plan: Plan, states: States, images: UInt8[Pixels, "n h w c"], task:
     if not plan.config.whitening:
         return states
     first = plan.groups[0].module.layers[0]
-    x = np.asarray(resized(normalise(jnp.asarray(images[:MEASURED]), task.mean, task.std), first.resize))
+
+    def prepare(block: Any) -> Array:
+        return resized(normalise(jnp.asarray(block), task.mean, task.std), first.resize)
+
     params = states[0].params
-    kernel = jnp.asarray(whitening_kernel(x, first.side))
+    kernel = jnp.asarray(whitening_kernel(_measured(images), first.side, prepare=prepare))
     return (states[0]._replace(params=params | {"layers_0": {FIXED: kernel}}), *states[1:])
 
 
