@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from keys import FLOPS, JOINT, PEER, RANDOM_WEIGHTS, own_rule, refuse, refuse_other_groups
+from keys import FLOPS, JOINT, ONE_DEVICE, PEER, RANDOM_WEIGHTS, own_rule, refuse, refuse_other_groups
 from rates import PRODUCTS, jax_products, product_rate
 from vffjax import rules
 from vffjax.config import Config
@@ -41,7 +41,7 @@ TORCH_VFF = ("torch-vff", "torch-vff-compiled")
 CONTENDERS = RULES | dict.fromkeys(TORCH_BP, RULES["bp"]) | dict.fromkeys(TORCH_VFF, RULES["vff-triplet"])
 
 # Keys whose values the benchmark sets itself for all contenders.
-SET_HERE = {"rule": own_rule("contender", "--only"), "init_from": RANDOM_WEIGHTS, "schedule": JOINT}
+SET_HERE = ONE_DEVICE | {"rule": own_rule("contender", "--only"), "init_from": RANDOM_WEIGHTS, "schedule": JOINT}
 
 # The modes of torch.compile. In the default mode a GPU waits while Python launches each kernel. The others replay CUDA graphs;
 # "max-autotune" also searches for kernels, and takes minutes to compile.

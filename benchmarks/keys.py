@@ -94,6 +94,11 @@ def refuse_other_groups(config: Config, groupings: Mapping[str, str], flag: str 
 
 JOINT = Only(("joint",), "groups that train one after the other are several programs, and one is measured", "use schedule=joint")
 SEEDS = Only((0,), "every run takes its seed from --seeds", "leave it at 0 and give the seed to --seeds")
+# Of what trains on one device, with all images there.
+ONE_DEVICE = {
+    "devices": Only((0, 1), "everyone trains on one device", "use devices=0"),
+    "data_on": Only(("device",), "all images lie on the device before the clock starts", "use data_on=device"),
+}
 RANDOM_WEIGHTS = Only(("",), "every contender starts from random weights", "leave it empty")
 
 
@@ -190,7 +195,7 @@ FLOPS = Known(
     "the counted FLOPs",
     obeyed=(
         *("widths", "pools", "width_factor", "head_grid", "grouping", "frozen_groups", "rule", "rule_options", "labelling"),
-        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening", "auxiliary", "stem", "image_size"),
+        *("copies_per_class", "negatives", "head_weight", "batch_size", "whitening", "auxiliary", "stem", "image_size", "overrides"),
     ),
     immaterial=(
         # The caller gives the shape of an image and the number of classes.
@@ -204,7 +209,6 @@ FLOPS = Known(
         *("random_erasing", "trivial_augment", "random_resized_crop", "color_jitter", "mixup"),
         *("label_smoothing", "goodness_threshold", "peer_normalisation"),
         *("on_nonfinite", "optimizer", "learning_rate", "group_decay", "weight_decay", "momentum", "warmup_epochs", "clip_norm"),
-        "overrides",
         # The FLOPs are those of the model in one step, and not those that a program executes.
         *("epochs", "precision", "rematerialise"),
         # These do not belong to training.

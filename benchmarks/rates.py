@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from keys import FLOPS
 from vffjax import rules
-from vffjax.config import Config
+from vffjax.config import Config, for_group
 from vffjax.errors import chosen
 from vffjax.hyperparameters import at_peak
 from vffjax.networks.layers import ConvLayer, Layer, WhiteningLayer
@@ -135,12 +135,13 @@ def training_flops(config: Config, image_shape: tuple[int, int, int], classes: i
     """
     FLOPS.check(config)
     batch = config.batch_size
-    rule = rules.find(config)
+    rule, groups = rules.find(config), forward_work(config, image_shape, classes)
     rows = batch + rule.labelled_rows(config, classes)
-    enters = float(rule.head_share(config, at_peak(config, 1).of(0))) > 0
+    hyper = at_peak(config, len(groups))
     total = 0
-    for group, (layers, entry, fixed, head, owned) in enumerate(forward_work(config, image_shape, classes)):
+    for group, (layers, entry, fixed, head, owned) in enumerate(groups):
         frozen = group < config.frozen_groups
+        enters = float(rule.head_share(for_group(config, group), hyper.of(group))) > 0
         total += rows * (fixed + (layers if frozen else 3 * layers - entry))
         total += batch * (3 * sum(head) - (0 if enters and not frozen else head[0]))
         total += 0 if frozen else (rows if rule.owns_copies else batch) * 3 * sum(owned)

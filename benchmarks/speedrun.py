@@ -4,9 +4,9 @@
                                   [--also KEY=VALUE ...] [--peer [KEY=VALUE ...]] [--torch-modes MODE,MODE] [--out FILE.json]
 
 With --also, a second configuration of ours races, which differs by the keys given. With --peer, back-propagation of the same network by
-PyTorch races too, in the same process, from the same initial parameters, with the same recipe except for the keys given. It takes the
-fastest of eager and compiled execution and of PyTorch's implementations of the optimizer, as a trial finds it. Rule 1 is not for the peer,
-and the others are.
+PyTorch races too, in the same process, from initial parameters of the same seed, with the same recipe except for the keys given. It takes
+the fastest of eager and compiled execution and of PyTorch's implementations of the optimizer, as a trial finds it. Rule 1 is not for the
+peer, and the others are.
 
 The rules of the race:
 
@@ -40,7 +40,7 @@ import numpy as np
 
 from arguments import one_line, parser_of, read_config, some_of
 from contenders import COMPILE_MODES
-from keys import JOINT, PEER, RANDOM_WEIGHTS, SEEDS, Only, refuse
+from keys import JOINT, ONE_DEVICE, PEER, RANDOM_WEIGHTS, SEEDS, Only, refuse
 from racers import Ours, Racer, Torch
 from vffjax import rules
 from vffjax.config import Config
@@ -54,7 +54,7 @@ from vffjax.training.checks import make_config
 from vffjax.training.plan import Plan
 
 # Keys whose values the race sets itself.
-SET_HERE = {
+SET_HERE = ONE_DEVICE | {
     "schedule": JOINT,
     "init_from": RANDOM_WEIGHTS,
     "views": Only(("one",), "every racer is judged on the images as they are", "use views=one"),

@@ -429,3 +429,30 @@ def test_what_has_a_known_name_and_is_no_floating_point_is_a_source_of_its_own()
     assert [members(flow.undrawn) for flow in found] == [[2], [0], [1], [1, 2], [1, 2]]
     assert [members(flow.value) for flow in found] == [[0], [0], [1], [0, 1], [0, 1]]
     assert [flow.undrawn for flow in flows(traced)] == [flow.value for flow in found]
+
+
+def test_what_is_no_draw_keeps_its_sources_whatever_its_name():
+    def program(x):
+        drawn = jax.random.categorical(jax.random.key(0), x).astype(jnp.int16)
+        return (
+            checkpoint_name(drawn, "drawn"),
+            checkpoint_name(drawn[None].astype(jnp.float32).astype(jnp.int32), "drawn"),
+            checkpoint_name(jnp.round(x).astype(jnp.int32), "drawn"),
+            checkpoint_name(lax.bitcast_convert_type(x, jnp.int32), "drawn"),
+            checkpoint_name(jnp.argmax(x) * 2, "drawn"),
+            checkpoint_name(jnp.argsort(x), "drawn"),
+        )
+
+    found = flows(jax.make_jaxpr(program)(jnp.ones(3)), named={"drawn": 1})
+    assert [members(flow.undrawn) for flow in found] == [[1], [0], [0], [0], [0], [0]]
+
+
+def test_what_is_printed_comes_back_to_no_result():
+    def printed(x, y):
+        jax.debug.print("{}", x)
+        return y * 2
+
+    def f(x, y):
+        return lax.cond(y > 0, printed, lambda x, y: y, x, y), lax.scan(lambda c, _: (printed(x, c), None), y, None, length=2)[0]
+
+    assert found(f, X, X) == [all_three(1), all_three(1)]

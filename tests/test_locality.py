@@ -15,9 +15,10 @@ import pytest
 from command_lines import CONFIG, ROOT, in_a_process
 from oracles import MLP, config_of, slow_but
 from runs import tiny
+from vffjax import outside
 from vffjax.cli.config_file import load_config_file
 from vffjax.errors import UserError
-from vffjax.networks import find
+from vffjax.networks import find, layers
 from vffjax.proofs import locality
 from vffjax.registry import SOURCES
 from vffjax.rules import local as rules
@@ -260,6 +261,60 @@ def test_back_propagation_crosses_every_layer():
     assert (one["kind"], one["from"], one["to"]) == ("backward", "group0/layers_2/kernel", "group0/layers_0/kernel")
     assert one["max_abs"] == found["numeric"]["layers"]["group0"]["layers_0"] > 0
     assert found["inside"]["group0"] == found["violations"]
+
+
+UNLABELLED = """
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vffjax.rules.local import Rule
+
+
+def parameters(options, shape, classes, key):
+    return {"kernel": jax.random.normal(key, (math.prod(shape), 3))}
+
+
+def loss(seen):
+    z = seen.made.clean.reshape(seen.made.clean.shape[0], -1).astype(jnp.float32)
+    return jnp.mean((z @ jax.lax.stop_gradient(seen.params["kernel"])) ** 2), {}
+
+
+RULE = Rule(loss=loss, parameters=parameters)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["joint", "sequential"])
+def test_a_rule_may_do_without_labels_and_project_by_a_fixed_kernel(schedule, tmp_path, monkeypatch):
+    (tmp_path / "unlabelled.py").write_text(UNLABELLED)
+    monkeypatch.setattr(outside, "_folders", {})
+    monkeypatch.setattr(outside, "_loaded", {})
+    outside.allow(tmp_path)
+    found = locality.certify(config_of(**MLP, rule="unlabelled:RULE", schedule=schedule), numeric=False)
+    assert (found["local"], found["violations"]) == (True, [])
+
+
+@jax.custom_vjp
+def coarse(z):
+    return z
+
+
+def sign_only(_, g):
+    return (jnp.where(g > 0, 1e-3, -1e-3),)
+
+
+coarse.defvjp(lambda z: (z, None), sign_only)
+
+
+@pytest.mark.slow
+def test_back_propagation_of_signs_alone_is_back_propagation(monkeypatch, traces):
+    honest = layers._Affine.finish
+    monkeypatch.setattr(layers._Affine, "finish", lambda self, *rest, **named: coarse(honest(self, *rest, **named)))
+    found = locality.certify(config_of(**MLP | BP), numeric=False)
+    assert not found["local"]
+    assert found["verdict"] == "gradients cross every layer: this is back-propagation"
 
 
 @pytest.mark.slow

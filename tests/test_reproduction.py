@@ -156,6 +156,7 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
     fails("reproduce", parts=["WORKDIR", "vffjax reproduce --help"])
     fails("reproduce", finished(), f"--into={finished()}", parts=[f"--into={finished()}", "give another"])
     workdir = copy_of(finished(), tmp_path)
+    fails("reproduce", finished(), f"--into={workdir}", parts=[f"--into={workdir}", "a run that has ended", "give another"])
     for content, part in (("{", "cannot be read"), ("[]", "not a JSON object"), ("{}", "has no versions")):
         (workdir / "summary.json").write_text(content)
         fails("reproduce", workdir, parts=[str(workdir / "summary.json"), part])

@@ -52,6 +52,9 @@ BY_WIDTH = 3 * sum(CONV_LAYERS) - 4608 - 3456  # the first layer of each group h
         (CONV | {"head_weight": 0.5, "frozen_groups": 1}, 18 * (4608 + 9216 + 3 * 8640 - 3456) + 12 * (2 * 192 + 3 * 72)),
         # A convolution before the first head: its kernel gradient, and the input gradient of the linear map behind it.
         (CONV | {"auxiliary": (5,)}, (12 + 6) * BY_WIDTH + 12 * (2 * 9 * 16 * 4 * 5 + 3 * 16 * 5 * 3 + 2 * 72)),
+        # The head of one group trains its layers, and that of the other only reads.
+        (CONV | {"overrides": {"group0": {"head_weight": 0.5}}}, 18 * BY_WIDTH + 12 * (3 * 192 + 2 * 72)),
+        (CONV | {"head_weight": 0.5, "overrides": {"group0": {"head_weight": 0.0}}}, 18 * BY_WIDTH + 12 * (2 * 192 + 3 * 72)),
         # Kernels that the rule owns: of supcon 2*2 cells, 4 and 6 channels, 128 dimensions; of predsim 3x3 on maps of 4x4 and 2x2.
         (CONV | {"rule": "supcon"}, 12 * BY_WIDTH + 12 * 2 * (192 + 72) + 12 * 3 * 128 * (16 + 24)),
         (CONV | {"rule": "vff_supcon"}, 18 * BY_WIDTH + 12 * 2 * (192 + 72) + 12 * 3 * 128 * (16 + 24)),
@@ -257,6 +260,8 @@ def test_the_fastest_mode_that_compiles_is_kept(monkeypatch):
         (["--config.schedule=sequential"], ["config.schedule='sequential'", "schedule=joint"]),
         (["--config.norm=layer"], ["config.norm='layer'", "norm=auto", "--only"]),
         (["--config.labelling=triplet", "--config.negatives=hard"], ["config.negatives='hard'", "negatives=uniform", "--only"]),
+        (["--config.devices=4", "--only=vff"], ["config.devices=4", "devices=0"]),
+        (["--config.data_on=host", "--only=vff"], ["config.data_on='host'", "data_on=device"]),
         (["--config.cutout=9"], ["config.cutout=9", "8-pixel images"]),
         (["--config.rule=head"], ["config.rule='head'", "leave it at vff", "--only"]),
         (["--config.frozen_groups=1"], ["config.frozen_groups=1", "bp has grouping=all", "use 0", "leave bp, torch-bp", "--only"]),

@@ -28,12 +28,14 @@ class Flow(NamedTuple):
         real: it depends on them by a path on which everything is floating point.
         gradient: such a path has no `stop_gradient` on it. A derivative can follow only these paths, though perhaps not all of them.
         undrawn: like value, but an array that was `named` hides what it was computed from, and is a source itself.
+        choice: no set, but whether each number of the array is the place of a largest entry (`argmax`), as a draw of labels is.
     """
 
     value: int = 0
     real: int = 0
     gradient: int = 0
     undrawn: int = 0
+    choice: bool = False
 
 
 NOTHING = Flow()
@@ -57,8 +59,8 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
         program: a traced program, such as that of `jax.make_jaxpr`.
         sources: for each flattened input, the number of its source. Several inputs may be one source. By default each input is its own.
         named: arrays in the program that are sources themselves in the set `undrawn`. There, an array that
-            `jax.ad_checkpoint.checkpoint_name` gave one of these names, and that is not floating point, depends on this source instead of
-            those from which it was computed.
+            `jax.ad_checkpoint.checkpoint_name` gave one of these names, and that consists of places of largest entries, depends on this
+            source instead of those from which it was computed. Other arrays keep their sources, whatever their name.
 
     Returns:
         The flow of each flattened output.
@@ -73,7 +75,7 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
     """
     variables = program.jaxpr.invars
     numbers = range(len(variables)) if sources is None else sources
-    inputs = [_onto(variable, Flow(*[1 << i] * 4)) for variable, i in zip(variables, numbers, strict=True)]
+    inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i, 1 << i)) for variable, i in zip(variables, numbers, strict=True)]
     return _walk(program.jaxpr, inputs, _Walk(named or {}, {}))
 
 
@@ -96,7 +98,7 @@ def union(parts: Iterable[Flow]) -> Flow:
 
 def _values(flow: Flow) -> Flow:
     """The flow without its real paths and gradients."""
-    return Flow(value=flow.value, undrawn=flow.undrawn)
+    return Flow(value=flow.value, undrawn=flow.undrawn, choice=flow.choice)
 
 
 def _floating(variable: Any) -> bool:
@@ -139,16 +141,20 @@ def _outputs(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
 
 
 def _has_effect(equation: JaxprEqn) -> bool:
-    # JAX lists the use of a mapped axis's name among the effects, but it has none.
-    return any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
+    return any(type(effect).__name__ not in _WITHOUT_INFLUENCE for effect in equation.effects)
 
 
 def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
     """The flow of each output of an equation without effects."""
     if equation.primitive is stop_gradient_p:
         return [flow._replace(gradient=0) for flow in operands]
-    if equation.primitive.name == "name" and equation.params.get("name") in walk.named and not _floating(equation.outvars[0]):
-        return [_values(operands[0])._replace(undrawn=1 << walk.named[equation.params["name"]])]
+    if equation.primitive.name == "argmax":
+        return [union(operands)._replace(choice=True)]
+    if equation.primitive.name in _REARRANGES and len(operands) == 1:
+        return [operands[0]._replace(choice=operands[0].choice and not _floating(equation.outvars[0]))]
+    if equation.primitive.name == "name":
+        number = walk.named.get(equation.params.get("name", ""))
+        return [operands[0] if number is None or not operands[0].choice else _values(operands[0])._replace(undrawn=1 << number)]
     rule = _RULES.get(equation.primitive.name)
     if rule:
         try:
@@ -257,7 +263,11 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
         carry = grown
 
 
+# What changes the shape or the type of an array and no number in it.
+_REARRANGES = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze")
 _SUPPORTED = "0.10 to 0.12"
+# JAX lists the use of a mapped axis's name among the effects, but it has none. `jax.debug.print` and its kind return nothing.
+_WITHOUT_INFLUENCE = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect")
 # Operations whose inner program need not be entered, because it only combines single entries or is a kernel. All inputs reach all outputs.
 _SCATTERS = {"scatter", *(f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max"))}
 _WHOLE = _SCATTERS | {"custom_linear_solve", "pallas_call", "reduce", "reduce_window", "select_and_scatter", "select_and_scatter_add"}

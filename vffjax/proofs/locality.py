@@ -45,7 +45,7 @@ def certify(config: Config, numeric: bool = True) -> dict[str, Any]:
     with mesh.within(stages.mesh_for(config, devices)):  # the program that trains here
         programs = _programs(plan, sizes.image_shape)
     step_of = {name: program for program in programs if program.name == "step" for name in program.trains}
-    inside = {name: _crossings(step, _layers(step, name), ("backward",)) for name, step in step_of.items()}
+    inside = {name: _crossings(step, _layers(step, name), ("backward",), "real") for name, step in step_of.items()}
     violations = _violations(programs, layers, config.frozen_groups)
     if numbers is not None:
         violations += numbers.pop("violations")
@@ -71,7 +71,7 @@ def _verdict(layers: dict[str, int], violations: list[dict[str, Any]]) -> str:
     kinds = {v["kind"] for v in violations}
     if not violations:
         alone = "one group of one layer: there is no border, it is local trivially"
-        return alone if len(layers) == 1 else "no gradient crosses a border between groups"
+        return alone if [*layers.values()] == [1] else "no gradient crosses a border between groups"
     if len(layers) > 1 or "backward" not in kinds:
         return f"found: {', '.join(sorted(kinds))}"
     (count,) = layers.values()
@@ -163,6 +163,7 @@ def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -
     # A network of one group has no border between groups, so its layers are judged as if each were a group.
     single = next(iter(layers)) if len(layers) == 1 else ""
     kinds = ("backward",) if single else ("forward", "backward")
+    ruled = {s for program in programs if program.name == "losses" for s in program.reaching(program.found, "gradient") if "/rule/" in s}
     crossed: set[tuple[str, ...]] = set()
     found: list[dict[str, Any]] = []
     for program in programs:
@@ -171,28 +172,28 @@ def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -
             where = v["kind"], v["from_part"], v["to_part"]
             found += [] if where in crossed else [v]
             crossed.add(where)
-        found += _idle(program, list(layers), frozen)
+        found += _idle(program, list(layers), frozen, ruled)
     return found
 
 
-def _crossings(program: _Program, parts: dict[str, list[str]], kinds: Sequence[str]) -> list[dict[str, Any]]:
+def _crossings(program: _Program, parts: dict[str, list[str]], kinds: Sequence[str], backward: str = "undrawn") -> list[dict[str, Any]]:
     """What passes between the parts of a network.
 
     Forward: results of a later part could be differentiated with respect to leaves of an earlier part. Backward: results of an earlier part
-    are computed from leaves of a later part, as in back-propagation. Between groups every path backward counts, except through labels that
-    were drawn from predictions. Between layers of one group only floating-point paths count.
+    are computed from leaves of a later part, as in back-propagation.
 
     Args:
         program: a traced program.
         parts: groups, or layers of a group, in order from input to output, with the names of their results.
         kinds: which of `forward` and `backward` to look for.
+        backward: the kind of path that counts backward. `undrawn` is any path, except through labels that were drawn from predictions. What
+            is `real` passes floating-point numbers alone.
 
     Returns:
         One violation for each kind and pair of parts between which something passes.
     """
     found = []
     for (early, early_results), (late, late_results) in itertools.combinations(parts.items(), 2):
-        backward = "real" if "/" in early else "undrawn"
         ways = {"forward": (early, late, late_results, "gradient"), "backward": (late, early, early_results, backward)}
         for kind in kinds:
             source, target, results, path = ways[kind]
@@ -221,18 +222,20 @@ def _nearness(name: str) -> tuple[int, bool, bool, str]:
     return kind, other, not head, name
 
 
-def _idle(program: _Program, groups: list[str], frozen: int) -> list[dict[str, Any]]:
-    """Kernels that do not learn from images and labels. If nothing learns, the absence of crossings proves nothing.
+def _idle(program: _Program, groups: list[str], frozen: int, ruled: set[str]) -> list[dict[str, Any]]:
+    """Kernels that do not learn from images, and those of heads that do not learn from labels too, which a rule need not use. If nothing
+    learns, the absence of crossings proves nothing.
 
-    In the first `frozen` groups only the head has to learn.
+    In the first `frozen` groups only the head has to learn. Of the rules' own kernels those have to that are `ruled`: a loss has a gradient
+    with respect to them.
     """
     fixed = tuple(f"{group}/{part}" for group in groups[:frozen] for part in ("layers_", "rule/"))
     found = []
     for name in (name for group in program.trains for name in _params(program, group)):
-        if not name.endswith("kernel") or name.startswith(fixed):
+        if not name.endswith("kernel") or name.startswith(fixed) or ("/rule/" in name and name not in ruled):
             continue
         value = {"data/images" if s == "data/features" else s for s in program.reaching([name], "value")}
-        missing = [source for source in ("data/images", "data/labels") if source not in value]
+        missing = [source for source in ("data/images", "data/labels")[: 1 + ("/head/" in name)] if source not in value]
         missing += [] if name in program.reaching([name], "gradient") else [name]
         about = {"kind": "nothing learns", "program": program.name}
         found += [about | {"from": source, "to": name, "from_part": "", "to_part": name.split("/")[0]} for source in missing]

@@ -32,7 +32,7 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
         What `compare` returns.
 
     Raises:
-        UserError: there is no finished run in `workdir`, `into` is the same folder, or the data have changed.
+        UserError: there is no finished run in `workdir`, `into` is the same folder or has a finished run already, or the data have changed.
     """
     workdir, into = pathlib.Path(workdir), pathlib.Path(into)
     config = read_config(workdir)
@@ -40,6 +40,8 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
     origin.check_code(summary, config)
     if into.resolve() == workdir.resolve():
         raise UserError(f"--into={into}: the run's own folder; give another")
+    if logbook.finished(into):
+        raise UserError(f"--into={into}: holds a run that has ended, so that nothing would be trained; give another")
     # If the run asked for more devices than there are here, all of these train, and the comparison names the difference.
     devices = config.devices if config.devices <= len(jax.devices()) else 0
     again = dataclasses.replace(config, data_dir=data_dir or config.data_dir, devices=devices)
