@@ -10,6 +10,7 @@ from runs import contents, copy_of, finished, summary_of
 from vffjax.data import load as data
 from vffjax.data.sets import Split
 from vffjax.errors import UserError
+from vffjax.training import scores as inference
 from vffjax.uses import evaluation, reproduction
 
 
@@ -57,6 +58,18 @@ def test_other_data_are_refused_and_judged_by_only_on_request(change, call, fail
         assert status == 0
         assert "other data than the run's own" in out
         assert evaluation.evaluate(finished(), other_data=True)["own_data"] is False
+
+
+@pytest.mark.parametrize("views", ["", "mirror"])
+def test_on_other_data_the_groups_vote_that_the_run_has_chosen(views, monkeypatch):
+    asked = []
+    validate = inference.validate
+    monkeypatch.setattr(evaluation.inference, "validate", lambda *rest: asked.append(1) or validate(*rest))
+    with changed(inverted):
+        found = evaluation.evaluate(finished(), other_data=True, views=views)
+    assert bool(asked) == bool(views)  # by other views other groups may have to vote
+    assert views or found["voting"] == summary_of(finished())["voting"]
+    assert found["val_error"] == pytest.approx(found["val_error_per_group"][found["voting"][0]]) or len(found["voting"]) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What can be wrong with the images that people bring, and with what they ask of a run in Python: one line, and no wrong number."""
 
+import dataclasses
 import datetime
 import zipfile
 
@@ -11,10 +12,12 @@ import vffjax
 from image_sets import fails
 from runs import copy_of, finished
 from test_own_images import CLASSES, cache, load, picture, put  # noqa: F401  # cache is a fixture
+from vffjax import api
 from vffjax.data import hf, in_memory, tfds_files, tfds_preparation
+from vffjax.data import load as data
 from vffjax.errors import UserError
 from vffjax.run import arguments
-from vffjax.runs.workdir import locked
+from vffjax.runs.workdir import LOCK, locked
 
 X = np.random.default_rng(0).integers(0, 256, (12, 8, 8)).astype(np.uint8)
 Y = np.arange(12) % 3
@@ -36,6 +39,16 @@ def test_a_folder_that_holds_anything_but_a_run_is_never_deleted(tmp_path):
     fails(lambda: vffjax.train({}, work, overwrite=True), "holds thesis.tex")
     assert (work / "thesis.tex").exists() and (work / "summary.json").exists()
     fails(lambda: vffjax.train({}, tmp_path / "config.json", overwrite=True), "is no folder")
+
+
+def test_what_export_writes_by_default_is_deleted_with_the_run(tmp_path):
+    work = copy_of(finished(), tmp_path)
+    for name in ("weights.safetensors", "group1.safetensors", "ensemble.stablehlo", "ensemble.json"):
+        (work / name).write_text("")
+    api._delete(work)
+    assert {path.name for path in work.glob("*")} <= {LOCK}
+    (work := copy_of(finished(), tmp_path / "other")).joinpath("groups.safetensors").write_text("")
+    fails(lambda: api._delete(work), "holds groups.safetensors")
 
 
 def test_bad_input_and_another_process_cost_no_run(tmp_path):
@@ -142,6 +155,30 @@ def turned(orientation=6):
     exif = image.getexif()
     exif[ExifTags.Base.Orientation] = orientation
     return image, exif
+
+
+def test_a_picture_that_ends_early_is_told_as_its_file_is(run, tmp_path):
+    picture(3, 90, 90).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-200])
+    with Image.open(tmp_path / "a.png") as image:
+        fails(lambda: run.predict(image), "images: not a readable picture")
+    fails(lambda: run.predict(tmp_path / "a.png"), "a.png")
+
+
+def test_images_of_another_set_are_not_handed_out_as_those_of_the_run(monkeypatch):
+    one = vffjax.load(finished())
+    assert one.data.sha256() == one.trained.run["data_sha256"]
+    other = vffjax.load(finished())
+    found = dataclasses.replace(one.data, train=data.Split(one.data.train.images, one.data.train.labels[::-1].copy()))
+    monkeypatch.setattr(data, "load", lambda config: found)
+    fails(lambda: other.data, "other images or labels than the run was trained on")
+
+
+def test_a_label_is_never_both_a_name_and_a_place():
+    fails(lambda: in_memory.hold({"images": X, "labels": Y, "class_names": ["1", "2", "3"]}), "class_names are numbers", "texts")
+    assert in_memory.hold({"images": X, "labels": Y, "class_names": ["0", "1", "2"]})
+    assert in_memory.numbers_of([2, 3, 2], ("1", "2", "3"), "labels").tolist() == [1, 2, 1]
+    assert in_memory.numbers_of(np.eye(3)[[1, 2, 1]], ("1", "2", "3"), "labels").tolist() == [1, 2, 1]
 
 
 def test_a_picture_and_its_file_are_classified_alike(run, tmp_path):

@@ -9,14 +9,18 @@ from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
 from oracles import slow_but
 from runs import copy_of, finished, tiny, train
+from vffjax.cli.commands.train import folder_of
 from vffjax.cli.config_file import load_config_file, split_variant
 from vffjax.cli.flags import parse_train
 from vffjax.cli.options import json_file
+from vffjax.config import Config
 from vffjax.data import tfds_files
 from vffjax.errors import UserError
+from vffjax.files import replace_file
 from vffjax.paths import check_run_folder, local
 from vffjax.runs import experiment
 from vffjax.runs.workdir import claim_workdir, load_run
+from vffjax.training.checks import make_config
 
 ADDRESSES = ["gs://bucket/run", "s3://bucket/run", "hdfs://host/run", "file:///tmp/run", "https://x/y", "gs:/bucket/run"]
 
@@ -170,3 +174,25 @@ CASES = {
 @pytest.mark.parametrize("given", CASES)
 def test_files_that_are_not_there_are_named_whole(given):
     assert split_variant(given) == CASES[given]
+
+
+def test_a_file_is_not_written_through_a_link_that_lies_in_its_way(tmp_path):
+    (tmp_path / "diary").write_text("mine")
+    for name in ("a.json", "a.json.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "diary")
+    replace_file(tmp_path / "a.json", b"new")
+    assert ((tmp_path / "diary").read_text(), (tmp_path / "a.json").read_text()) == ("mine", "new")
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink()) == ["a.json", "diary"]
+
+
+def test_runs_on_other_images_of_ones_own_have_other_folders():
+    def folder(dataset, data_dir):
+        return folder_of(make_config({"dataset": dataset, "data_dir": data_dir}), dataset)
+
+    assert folder("npz", "a.npz") != folder("npz", "b.npz")
+    assert folder("cifar10", "here") == folder("cifar10", "there")  # the same images, wherever they lie
+    assert folder_of(Config(dataset="mine:SOURCE"), "x").parts[0] == "runs"  # code that may not be run is told later
+
+
+def test_a_home_folder_that_is_not_there_is_told_with_its_flag(fails):
+    fails("evaluate", "--workdir=~nobody-of-this-name/x", parts=["--workdir", "~nobody-of-this-name", "no user"])

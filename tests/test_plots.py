@@ -15,6 +15,11 @@ from vffjax.runs.logbook import Logbook
 from vffjax.training.checks import make_config
 
 
+def test_a_name_in_a_picture_is_one_line():
+    assert plots.short("red\n\x1b[31mfox", 30).isprintable()
+    assert plots.short("a long name of a class", 8) == "a long …"
+
+
 def pixels(path, least=(300, 600), most=(3000, 2000)):
     """The picture's RGB values, its size checked."""
     picture = imread(path)[..., :3]

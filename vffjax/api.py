@@ -200,6 +200,10 @@ def _folder(config: Config) -> pathlib.Path:
     return pathlib.Path("runs") / f"{source}-{sha256(json.dumps(identity | {'data_dir': config.data_dir}).encode())[:8]}"
 
 
+def _written(name: str) -> bool:
+    return name in WRITTEN or bool(re.fullmatch(r"group\d+\.safetensors", name))  # which `export --group` writes
+
+
 def _delete(folder: pathlib.Path) -> None:
     """Deletes the run in a folder. Raises `UserError` if the folder holds anything else, or if a run is training there."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
@@ -207,7 +211,7 @@ def _delete(folder: pathlib.Path) -> None:
     fix = "is not deleted; give another folder, or overwrite=False"
     if not folder.is_dir():
         raise UserError(f"workdir={folder}: is no folder, and {fix}")
-    others = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".tmp") not in WRITTEN)
+    others = sorted(path.name for path in folder.iterdir() if not _written(path.name.removesuffix(".tmp")))
     if others:
         raise UserError(f"workdir={folder}: holds {printable(others[0], 100)}, which no run wrote, and {fix}")
     if not holds(folder / "config.json", "vffjax") and not Checkpoints(folder).epochs():

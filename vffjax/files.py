@@ -63,7 +63,8 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
     # A fixed name, so that a run which is killed here leaves at most one stray file.
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # it may be a link that somebody planted, and what that leads to is not ours
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             flush_to_disk(file.fileno(), path)

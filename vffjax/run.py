@@ -24,6 +24,7 @@ from vffjax.runs.logbook import read_metrics
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run, read_config
 from vffjax.training import feature_cache, scores
+from vffjax.uses import evaluation
 
 
 @contextlib.contextmanager
@@ -79,7 +80,9 @@ class Run:
     def data(self) -> Dataset:
         """The images that the run was trained on, with their validation and test images."""
         with arguments():
-            return data_module.load(self.config)
+            found = data_module.load(self.config)
+            evaluation.check_data(found, self.trained.run, "", other_data=False)
+            return found
 
     @property
     def metrics(self) -> Any:
@@ -167,7 +170,7 @@ class Run:
 
 
 # Modes of Pillow's images that its PNG files can hold, and what others become without loss.
-_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I;16L")
+_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
 _OF_PNG = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 
 
@@ -177,5 +180,9 @@ def _picture(given: str | pathlib.Path | Image.Image, shape: tuple[int, int, int
     if given.mode in ("I", "F"):
         raise UserError(f"images: a picture of mode {given.mode} does not say which number is white; give an array of bytes")
     buffer, mode = io.BytesIO(), _OF_PNG.get(given.mode, given.mode)
-    given.convert(mode if mode in _PNG else "RGB").save(buffer, "PNG", exif=given.getexif())  # which says how it is turned
+    try:
+        with pictures.without_warnings():
+            given.convert(mode if mode in _PNG else "RGB").save(buffer, "PNG", exif=given.getexif())  # which says how it is turned
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        raise UserError(f"images: not a readable picture ({type(error).__name__}: {error})") from None
     return pictures.decoded(buffer.getvalue(), shape[:2], "L" if shape[2] == 1 else "RGB", "images")[0]

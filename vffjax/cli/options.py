@@ -94,7 +94,10 @@ def a_path(text: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(f"{text!r} is empty or holds a control character; give a path")
     if problem := paths.problem_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} {problem}")
-    return paths.local(text, "")
+    try:
+        return paths.local(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from None
 
 
 def a_data_dir(text: str) -> str:
@@ -149,7 +152,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--data_dir": {
         "type": a_data_dir,
         "default": "",
-        "help": "folder of tensorflow-datasets; default: as configured, else $TFDS_DATA_DIR, else ~/tensorflow_datasets",
+        "help": "where the data set lies now, as config.data_dir; default: as configured, else $TFDS_DATA_DIR, else ~/tensorflow_datasets",
     },
     "--code": {
         "type": a_code_folder,

@@ -117,6 +117,9 @@ def _numbered(labels: list[np.ndarray], names: Any, where: str) -> tuple[list[np
         found = np.unique(np.concatenate(labels)) if numbers else np.array([-1])
         if len(shown) < 2 or found[0] < 0 or found[-1] >= len(shown):
             raise UserError(f"{where}: the labels are no numbers of the {len(shown)} class_names; number the classes from 0")
+        if _are_other_numbers(shown):
+            fix = "give these numbers as labels, without class_names, or name the classes by texts"
+            raise UserError(f"{where}: class_names are numbers, so that a label could be meant as a name or as its place; {fix}")
         return [part.astype(np.int32) for part in labels], shown
     classes = np.unique(labels[0])
     if len({part.dtype.kind == "U" for part in labels}) > 1:
@@ -136,7 +139,7 @@ def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
     Texts are names of classes. Numbers are the classes' numbers from 0, unless the classes themselves are named by other numbers.
     """
     labels = _labels(given, where)
-    if labels.dtype.kind in "iu" and all(re.fullmatch("-?[0-9]+", name) for name in names) and names != tuple(map(str, range(len(names)))):
+    if labels.dtype.kind in "iu" and np.ndim(given) < 2 and _are_other_numbers(names):
         labels = labels.astype(str)
     if labels.dtype.kind == "U":
         if strange := sorted(set(labels.tolist()) - set(names)):
@@ -145,6 +148,11 @@ def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
     if labels.size and (labels.min() < 0 or labels.max() >= len(names)):
         raise UserError(f"{where}: from {labels.min()} to {labels.max()}; give numbers from 0 to {len(names) - 1}, or names of classes")
     return labels.astype(np.int32)
+
+
+def _are_other_numbers(names: Sequence[str]) -> bool:
+    """Whether all names are whole numbers, and not those from 0 in order."""
+    return all(re.fullmatch("-?[0-9]+", name) for name in names) and list(names) != [str(i) for i in range(len(names))]
 
 
 def by_name(given: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:

@@ -71,7 +71,7 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
     parts, kept = [folder.resolve().parts for folder in folders], 1
     while len({path[-kept:] for path in parts}) < len(parts):
         kept += 1
-    return ["/".join(path[-kept:]) for path in parts]
+    return [printable("/".join(path[-kept:])) for path in parts]
 
 
 def _measured(folder: pathlib.Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vffjax.errors import printable
 from vffjax.runs.drawing import draw
 from vffjax.runs.logbook import read_metrics
 
@@ -166,9 +167,9 @@ def mark_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
 
 
 def short(name: object, most: int) -> str:
-    """A name, of which a part is left out if it has more than `most` characters."""
-    name = str(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """A name as one line, of which a part is left out if it has more than `most` characters."""
+    shown = printable(str(name))
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def spread(count: int, most: int) -> list[int]:

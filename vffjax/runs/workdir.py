@@ -21,7 +21,7 @@ LOCK = ".lock"
 # What runs, and the commands that read them, write into a run's folder.
 WRITTEN = (
     *(LOCK, "config.json", "metrics.jsonl", "summary.json", "curves.png", "features.png", "tensorboard", FOLDER),
-    *("report", "report.html", "live.html"),
+    *("report", "report.html", "live.html", "weights.safetensors", "ensemble.stablehlo", "ensemble.json"),
 )
 _Read = TypeVar("_Read")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,15 @@ def evaluate(
         UserError: the run cannot be read, or the data do not fit it.
     """
     trained = load_run(workdir, epoch)
+    before = trained.plan.config.views
     trained = trained._replace(plan=with_views(trained.plan, views))
     config = trained.plan.config
     dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
     own_data = check_data(dataset, trained.run, data_dir, other_data)
     about = {"workdir": str(workdir), "epoch": trained.run["epoch"], "own_data": own_data}
-    return about | _judge(trained, dataset, inference_name, test, early)
+    # On other data the groups vote that the run has chosen, as they do in `predict`. By other scores or views others may have to.
+    as_it_was = not own_data and (inference_name or config.inference) == config.inference and config.views == before
+    return about | _judge(trained, dataset, inference_name, test, early, trained.run if as_it_was else None)
 
 
 def with_views(plan: Plan, views: str) -> Plan:
@@ -105,8 +108,10 @@ def evaluate_start(
     return {"init_from": config.init_from, "epoch": 0} | _judge(trained, dataset, inference_name, True, early)
 
 
-def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, early: early_exit.Wanted) -> dict[str, Any]:
-    """Errors on validation and, with `test`, test images."""
+def _judge(
+    trained: Trained, dataset: Dataset, inference_name: str, test: bool, early: early_exit.Wanted, kept: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Errors on validation and, with `test`, test images. The votes are those of `kept`; None: as the validation images say."""
     plan = trained.plan
     name = inference_name or plan.config.inference
     if name == "early_exit" and plan.config.views != "one":
@@ -117,7 +122,13 @@ def _judge(trained: Trained, dataset: Dataset, inference_name: str, test: bool, 
     validation = dataset.validation
     seen = scored(validation) if len(validation.labels) else None
     votes_by = "subset" if name == "early_exit" else plan.config.votes  # the groups before an exit have plain means
-    validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
+    if kept is None:
+        validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
+    else:
+        validated = {key: kept[key] for key in ("voting", "vote_weights") if key in kept}
+        who = tuple(kept["voting"]), "val", tuple(kept.get("vote_weights", ()))
+        none = {"val_error": None, "val_error_per_group": None}
+        validated |= none if seen is None else inference.measure(seen[: trained.groups], validation.labels, *who)
     header = {"inference": name, "views": plan.config.views} | validated
     leaving = None
     if name == "early_exit":

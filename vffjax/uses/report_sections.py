@@ -12,6 +12,7 @@ from vffjax import paths
 from vffjax.data import load as data_module
 from vffjax.data.sets import Dataset, Split
 from vffjax.errors import phase
+from vffjax.runs import experiment
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.summary import draw_features
 from vffjax.runs.trained import Trained
@@ -125,9 +126,8 @@ def weights_of(trained: Trained) -> list[float]:
 def describe(seen: Seen) -> str:
     """One line about the network and the images."""
     plan, of = seen.trained.plan, len(seen.dataset.test)
-    widths = " | ".join(" ".join(str(layer.width) for layer in group.module.layers) for group in plan.groups)
     tested = f"{len(seen.test):,} test images" + ("" if len(seen.test) == of else f" of {of:,}, drawn by the seed")
-    return f"{plan.config.network}, {len(plan.groups)} group(s) of widths {widths}; {len(seen.dataset.train):,} training images; {tested}."
+    return f"{plan.config.network}, {experiment.describe(plan)}; {len(seen.dataset.train):,} training images; {tested}."
 
 
 def facts(seen: Seen) -> list[tuple[str, str]]:

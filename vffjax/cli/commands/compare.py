@@ -8,11 +8,11 @@ from vffjax import backend
 from vffjax.cli import options
 
 USAGE = """vffjax compare DIR [DIR ...] [--plot FILE.png] [--json]
-                      [--out FILE.json]"""
+                      [--out FILE.json] [--code DIR]"""
 
 
 def run(arguments: list[str]) -> None:
-    parser = options.parser_of("compare", __doc__, "--json", "--out", usage=USAGE)
+    parser = options.parser_of("compare", __doc__, "--json", "--out", "--code", usage=USAGE)
     parser.add_argument("runs", nargs="+", type=options.a_path, metavar="DIR", help="folders of runs, or of sweeps")
     plot = "draw the validation errors of all runs over their epochs"
     parser.add_argument("--plot", type=lambda text: options.new_file("--plot", text, ".png"), metavar="FILE.png", help=plot)
