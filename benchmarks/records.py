@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from rates import training_flops
-from vffjax.config import Config
+from vffjax.config import CHANGEABLE, Config
 from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import read_json, write_json
@@ -112,9 +112,17 @@ def read_all(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def seeds_of(found: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The records of all seeds of a name (`NAME-s0`, `NAME-s1`, ...), in the order of the seeds."""
-    own = [one for key, one in found.items() if re.fullmatch(re.escape(name) + r"-s\d+", key)]
-    return sorted(own, key=lambda one: one["seed"])
+    """The records of all seeds of a name (`NAME-s0`, `NAME-s1`, ...), in the order of the seeds.
+
+    Raises `UserError` if they have other values of a key that makes a run another one.
+    """
+    own = sorted((one for key, one in found.items() if re.fullmatch(re.escape(name) + r"-s\d+", key)), key=lambda one: one["seed"])
+    for one in own[1:]:
+        first, other = own[0].get("config", {}), one.get("config", {})  # an older record lacks keys that came later
+        if differs := [key for key in first if key in other and key not in (*CHANGEABLE, "seed") and first[key] != other[key]]:
+            values = f"{differs[0]}={first[differs[0]]!r} and {other[differs[0]]!r}"
+            raise UserError(f"results: {own[0]['name']} and {one['name']} have config.{values}; give one of them another name")
+    return own
 
 
 def over_seeds(found: dict[str, dict[str, Any]], name: str, key: str) -> Spread:

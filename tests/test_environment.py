@@ -22,7 +22,8 @@ from vffjax.errors import UserError
 from vffjax.training import scores as inference
 from vffjax.training import trainer
 from vffjax.training.batch import abstract_batch
-from vffjax.training.plan import make_plan
+from vffjax.training.checks import plan_before_data
+from vffjax.training.plan import abstract_start, make_plan
 from vffjax.uses.early_exit import make_early_exit, votes_of
 
 REFUSED = {
@@ -211,6 +212,19 @@ def test_each_of_several_devices_has_all_parameters_and_its_part_of_the_rows(mon
     eight_devices(monkeypatch, each - 1)
     with pytest.raises(UserError, match=r"needs 0\.0 GB at the least on each of 8 devices, and chip has"):
         fits.check_memory(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "sgd"}, {"optimizer": "muon"}, {"frozen_groups": 2}, {"overrides": {"group1": {"optimizer": "sgd"}}}],
+    ids=str,
+)
+def test_the_least_memory_is_no_more_than_that_of_the_states(changes):
+    config = config_of(widths=(300, 300), grouping="layer", batch_size=1, **changes)
+    plan, sizes = plan_before_data(config)
+    states = [(state.params, state.opt_state) for state in abstract_start(plan, sizes.image_shape)[1]]
+    kernels = sum(4 * leaf.size for leaf in jax.tree.leaves(states) if leaf.ndim > 1)
+    assert 0.9 * kernels < least_bytes(config) <= kernels  # heads are not counted
 
 
 def test_a_stage_of_a_pipeline_has_its_part_of_the_parameters_or_the_largest_map(monkeypatch):

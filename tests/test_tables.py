@@ -28,6 +28,16 @@ def ledger(tmp_path):
     return folder
 
 
+def test_seeds_with_other_values_are_not_one_row(ledger):
+    found = records.read_all(ledger)
+    for name, seed, rate in (("vff-s0", 0, 0.01), ("vff-s1", 1, 0.02)):
+        found[name]["config"] = {"seed": seed, "learning_rate": rate, "eval_batch_size": 1 + seed, f"since{seed}": 0}
+    with pytest.raises(UserError, match=r"vff-s0 and vff-s1 have config\.learning_rate=0\.01 and 0\.02; give one of them another name"):
+        records.seeds_of(found, "vff")
+    found["vff-s1"]["config"]["learning_rate"] = 0.01
+    assert len(records.seeds_of(found, "vff")) == 3
+
+
 def test_a_table_has_mean_and_deviation_over_the_seeds(ledger):
     columns = ["test_error", "val_error", "n", "seeds", "changes", "parameters", "model_flop", "seconds", "test_error_views"]
     lines = tables.table(records.read_all(ledger), ["vff", "bp", "lost"], columns).splitlines()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from vffjax.config import Config
+from vffjax.config import Config, for_group
 from vffjax.costs.ledger import ACCUMULATED, MICRO_BATCHES, Case
 from vffjax.costs.targets import Target
 from vffjax.data import sizes_of
@@ -79,11 +79,14 @@ def least_bytes(config: Config, devices: int = 1) -> int:
     """
     plan, sizes = checks.plan_before_data(config)
     layers = layer_sizes(plan.groups, sizes.image_shape)
-    optimizer = optimizers.make_optimizer(config, at_peak(config, 1).of(0))
-    copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, {"kernel": jnp.zeros((1, 1))})))
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
-    kernels, largest = sum(layer.kernels for layer in layers), max(layer.map for layer in layers)
-    states, features = 4 * kernels * (1 + copies), plan.rows_of_a_step * largest * itemsize
+    hyper, sizes_left, kept = at_peak(config, len(plan.groups)), iter(layers), 0
+    for i, group in enumerate(plan.groups):
+        optimizer = optimizers.make_optimizer(for_group(config, i), hyper.of(i), group.frozen)
+        state = jax.eval_shape(optimizer.init, {"layers_0": {"kernel": jnp.zeros((1, 1))}})
+        copies = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(state))  # that the optimizer keeps of a kernel
+        kept += (1 + copies) * sum(next(sizes_left).kernels for _ in group.module.layers)
+    states, features = 4 * kept, plan.rows_of_a_step * max(layer.map for layer in layers) * itemsize
     return max(states // devices, features) if is_pipeline(config) else states + features // devices
 
 
