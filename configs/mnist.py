@@ -9,8 +9,8 @@ convolutions was not tuned. Three dense layers do better with
 --config.label_smoothing=0.1 --config.head_weight=10 --config.learning_rate=1e-2: 0.62 ± 0.02 % (n = 5, results/dense-20-vff).
 Back-propagation at 3e-3 with the same label smoothing has 0.67 ± 0.04 % (n = 5, results/dense-20-bp).
 
-The convolutions have 0.38 ± 0.01 % by VFF with seeds that no choice has seen (n = 3, results/conv-12-vff), and by back-propagation 0.35 %
-(n = 1, results/conv-12-bp). With seed 0 they have 0.45 % (n = 1, results/mnist-conv-recipe-aux64-vff) and 0.34 %
+The convolutions have 0.38 ± 0.01 % by VFF with seeds that no choice has seen (n = 3, results/conv-12-vff), and by back-propagation
+0.35 ± 0.01 % (n = 3, results/conv-12-bp). With seed 0 they have 0.45 % (n = 1, results/mnist-conv-recipe-aux64-vff) and 0.34 %
 (n = 1, results/mnist-conv-recipe-bp). docs/trials.md has the trials of their settings.
 """
 
