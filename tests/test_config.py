@@ -204,10 +204,6 @@ TOGETHER = {
     ),
     "goodness behind a batch statistic": ({"rule": "ff", "norm": "batch"}, "config.norm='batch'"),
     "a sweep over labels never seen": ({"rule": "head", "inference": "sweep"}, "config.inference='sweep'"),
-    "scores by parameters that never learn": (
-        {"rule": "mono_forward", "inference": "rule", "frozen_groups": 1},
-        "config.inference='rule'",
-    ),
     "an override of no group": ({"overrides": {"first": {}}}, "config.overrides.first={}"),
     "an override of a group with a leading zero": ({"overrides": {"group01": {}}}, "config.overrides.group01={}"),
     "an override that is no dictionary": ({"overrides": {"group0": 3}}, "config.overrides.group0=3"),
@@ -234,6 +230,11 @@ AGAINST_DATA = {
     "pools that leave nothing": (CONV | {"pools": (2, 2, 2, 2)}, "config.pools=(2, 2, 2, 2)", "smaller windows"),
     "pools of conv that leave nothing": ({"network": "conv", "widths": (4, 4), "pools": (3, 3)}, "config.pools=(3, 3)", "smaller windows"),
     "a cutout larger than the image": ({"cutout": 9}, "config.cutout=9", "use at most 8"),
+    "scores by parameters that never learn": (
+        {"rule": "mono_forward", "inference": "rule", "frozen_groups": 1},
+        "config.inference='rule'",
+        "set config.init_from",
+    ),
     "noise of one point": ({"noise_cell": 8}, "config.noise_cell=8", "use at most 4"),
     "label pixels that the network would blur": (CONV | {"rule": "ff", "image_size": 4}, "config.image_size=4", "at least 8"),
     "more classes than label pixels": ({"rule": "ff"}, "config.rule='ff'", "33 label pixels"),
@@ -250,12 +251,14 @@ def test_what_does_not_fit_the_data_is_refused(raw, named, fix):
     assert fix in str(caught.value)
 
 
+PROBED = {"rule": "mono_forward", "inference": "rule", "frozen_groups": 1, "init_from": "w.safetensors"}
+
+
 def test_what_just_fits_the_data_is_allowed():
     raw = CONV | {"pools": (2, 2, 2, 1), "batch_size": 100, "cutout": 8, "rule": "ff", "overrides": {"group2": {}}}
     check_against_data(make_plan(make_config(raw | {"grouping": "layer"}), 100, 32), 100, (8, 8, 1))
-    for more in ({"image_size": 8}, {"rule": "head", "image_size": 4, "noise_cell": 8}, {"rule": "vff", "noise_cell": 7}):
+    for more in ({"image_size": 8}, {"rule": "head", "image_size": 4, "noise_cell": 8}, {"rule": "vff", "noise_cell": 7}, PROBED):
         check_against_data(make_plan(make_config(CONV | {"batch_size": 100} | more), 100, 10), 100, (8, 8, 1))
-    make_config({"rule": "mono_forward", "inference": "rule", "frozen_groups": 1, "init_from": "w.safetensors"})
 
 
 def test_overrides_change_their_group_alone():

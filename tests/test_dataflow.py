@@ -456,3 +456,13 @@ def test_what_is_printed_comes_back_to_no_result():
         return lax.cond(y > 0, printed, lambda x, y: y, x, y), lax.scan(lambda c, _: (printed(x, c), None), y, None, length=2)[0]
 
     assert found(f, X, X) == [all_three(1), all_three(1)]
+
+
+def test_what_is_told_to_the_host_may_be_heard_from_it_later():
+    said = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def f(x, y):
+        jax.debug.callback(lambda y: None, y, ordered=True)
+        return x + jax.experimental.io_callback(lambda: np.float32(0), said, ordered=True), x * 2
+
+    assert found(f, X, X) == [all_three(0, 1), all_three(0)]

@@ -318,6 +318,12 @@ def test_back_propagation_of_signs_alone_is_back_propagation(monkeypatch, traces
 
 
 @pytest.mark.slow
+def test_probing_a_frozen_network_crosses_no_layer_though_a_step_may_be_skipped():
+    found = locality.certify(config_of(**MLP | BP, frozen_groups=1, on_nonfinite="skip"), numeric=False)
+    assert (found["local"], found["violations"]) == (True, [])
+
+
+@pytest.mark.slow
 def test_crossings_inside_groups_are_told_and_no_leak():
     found = locality.certify(config_of(network="mlp", widths=(8, 8, 6, 6)), numeric=False)
     assert found["local"]

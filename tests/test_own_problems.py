@@ -177,8 +177,11 @@ def test_images_of_another_set_are_not_handed_out_as_those_of_the_run(monkeypatc
 def test_a_label_is_never_both_a_name_and_a_place():
     fails(lambda: in_memory.hold({"images": X, "labels": Y, "class_names": ["1", "2", "3"]}), "class_names are numbers", "texts")
     assert in_memory.hold({"images": X, "labels": Y, "class_names": ["0", "1", "2"]})
+    assert in_memory.hold({"images": X, "labels": np.eye(3)[Y], "class_names": ["1", "2", "3"]})
     assert in_memory.numbers_of([2, 3, 2], ("1", "2", "3"), "labels").tolist() == [1, 2, 1]
+    assert in_memory.numbers_of([[2], [3], [2]], ("1", "2", "3"), "labels").tolist() == [1, 2, 1]
     assert in_memory.numbers_of(np.eye(3)[[1, 2, 1]], ("1", "2", "3"), "labels").tolist() == [1, 2, 1]
+    assert in_memory.numbers_of(np.eye(4)[[2, 3, 2]], ("1", "2", "3"), "labels").tolist() == [1, 2, 1]  # class 0 had no image
 
 
 def test_a_picture_and_its_file_are_classified_alike(run, tmp_path):

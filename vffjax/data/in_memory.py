@@ -47,7 +47,9 @@ def from_mapping(given: Mapping[str, Any], where: str) -> own_sets.Own:
         if images.shape[1:] != parts[0][0].shape[1:]:
             sizes = ("x".join(map(str, found.shape[1:])) for found in (images, parts[0][0]))
             raise UserError(f"{where}: {x} are {' and those of training '.join(sizes)}; give all images one size")
-    numbers, names = _numbered([labels for _, labels in parts], given.get("class_names"), where)
+    names = given.get("class_names")
+    places = names is not None and all(_says_places(given[y], np.size(names)) for _, y in kinds[0])
+    numbers, names = _numbered([labels for _, labels in parts], names, where, places)
     images = parts[0][0] if len(parts) == 1 else np.concatenate([images for images, _ in parts])
     return own_sets.Own(Split(images, np.concatenate(numbers)), names, len(numbers[0]) if len(parts) > 1 else None)
 
@@ -106,7 +108,7 @@ def _labels(given: Any, where: str) -> np.ndarray:
     return labels
 
 
-def _numbered(labels: list[np.ndarray], names: Any, where: str) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def _numbered(labels: list[np.ndarray], names: Any, where: str, places: bool) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """The labels of each part as numbers from 0, int32, and the names of the classes.
 
     Without names, the classes are the labels of the first part in order. With names, labels are their numbers.
@@ -117,7 +119,7 @@ def _numbered(labels: list[np.ndarray], names: Any, where: str) -> tuple[list[np
         found = np.unique(np.concatenate(labels)) if numbers else np.array([-1])
         if len(shown) < 2 or found[0] < 0 or found[-1] >= len(shown):
             raise UserError(f"{where}: the labels are no numbers of the {len(shown)} class_names; number the classes from 0")
-        if _are_other_numbers(shown):
+        if not places and _are_other_numbers(shown):
             fix = "give these numbers as labels, without class_names, or name the classes by texts"
             raise UserError(f"{where}: class_names are numbers, so that a label could be meant as a name or as its place; {fix}")
         return [part.astype(np.int32) for part in labels], shown
@@ -139,7 +141,7 @@ def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
     Texts are names of classes. Numbers are the classes' numbers from 0, unless the classes themselves are named by other numbers.
     """
     labels = _labels(given, where)
-    if labels.dtype.kind in "iu" and np.ndim(given) < 2 and _are_other_numbers(names):
+    if labels.dtype.kind in "iu" and not _says_places(given, len(names)) and _are_other_numbers(names):
         labels = labels.astype(str)
     if labels.dtype.kind == "U":
         if strange := sorted(set(labels.tolist()) - set(names)):
@@ -148,6 +150,11 @@ def numbers_of(given: Any, names: tuple[str, ...], where: str) -> np.ndarray:
     if labels.size and (labels.min() < 0 or labels.max() >= len(names)):
         raise UserError(f"{where}: from {labels.min()} to {labels.max()}; give numbers from 0 to {len(names) - 1}, or names of classes")
     return labels.astype(np.int32)
+
+
+def _says_places(labels: Any, classes: int) -> bool:
+    """Whether labels are one-hot with a column for each class, so that they are places and no names."""
+    return np.ndim(labels) == 2 and np.shape(labels)[1] == classes
 
 
 def _are_other_numbers(names: Sequence[str]) -> bool:

@@ -136,12 +136,15 @@ def _outputs(jaxpr: Jaxpr, inputs: Sequence[Flow], walk: _Walk) -> list[Flow]:
             known.update({atom: union([read(atom), world]) for atom in equation.invars if not isinstance(atom, Literal)})
         else:
             found = _through(equation, operands, walk)
+            if any(type(effect).__name__ in _PRINTS for effect in equation.effects):  # which a later operation may hear from the host
+                world = union([world, *operands])
         known.update({variable: _onto(variable, flow) for variable, flow in zip(equation.outvars, found, strict=True)})
     return [read(atom) for atom in jaxpr.outvars]
 
 
 def _has_effect(equation: JaxprEqn) -> bool:
-    return any(type(effect).__name__ not in _WITHOUT_INFLUENCE for effect in equation.effects)
+    # JAX lists the use of a mapped axis's name among the effects, but it has none. What prints returns nothing to the program.
+    return any(type(effect).__name__ not in ("NamedAxisEffect", *_PRINTS) for effect in equation.effects)
 
 
 def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow]:
@@ -266,8 +269,7 @@ def _settled(step: Callable[[list[Flow]], list[Flow]], carry: list[Flow]) -> lis
 # What changes the shape or the type of an array and no number in it.
 _REARRANGES = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze")
 _SUPPORTED = "0.10 to 0.12"
-# JAX lists the use of a mapped axis's name among the effects, but it has none. `jax.debug.print` and its kind return nothing.
-_WITHOUT_INFLUENCE = ("NamedAxisEffect", "DebugEffect", "OrderedDebugEffect")
+_PRINTS = ("DebugEffect", "OrderedDebugEffect")  # the effects of `jax.debug.print` and `jax.debug.callback`
 # Operations whose inner program need not be entered, because it only combines single entries or is a kernel. All inputs reach all outputs.
 _SCATTERS = {"scatter", *(f"scatter{mark}{how}" for mark in "-_" for how in ("add", "sub", "mul", "min", "max"))}
 _WHOLE = _SCATTERS | {"custom_linear_solve", "pallas_call", "reduce", "reduce_window", "select_and_scatter", "select_and_scatter_add"}

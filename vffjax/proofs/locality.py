@@ -163,12 +163,14 @@ def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -
     # A network of one group has no border between groups, so its layers are judged as if each were a group.
     single = next(iter(layers)) if len(layers) == 1 else ""
     kinds = ("backward",) if single else ("forward", "backward")
+    # Whether a group's new state is finite (config.on_nonfinite=skip) reaches its frozen layers as a truth value. They never change.
+    backward = "real" if single and frozen else "undrawn"
     ruled = {s for program in programs if program.name == "losses" for s in program.reaching(program.found, "gradient") if "/rule/" in s}
     crossed: set[tuple[str, ...]] = set()
     found: list[dict[str, Any]] = []
     for program in programs:
         parts = _layers(program, single) if single else {name: _leaves(program, f"{name}/") for name in layers}
-        for v in [] if single and layers[single] == 1 else _crossings(program, parts, kinds):
+        for v in [] if single and layers[single] == 1 else _crossings(program, parts, kinds, backward):
             where = v["kind"], v["from_part"], v["to_part"]
             found += [] if where in crossed else [v]
             crossed.add(where)

@@ -47,9 +47,6 @@ def check(config: Config) -> Config:
         raise bad_key("schedule", config.schedule, problem, "use schedule=joint, or negatives=uniform")
     if why := rule.cannot_score_by(config.inference):
         raise bad_key("inference", config.inference, f"rule {config.rule} {why}", "use inference=heads")
-    if config.inference == "rule" and rule.parameters and config.frozen_groups and not config.init_from:
-        problem = f"scores by parameters of rule {config.rule}, which never learn in a frozen group"
-        raise bad_key("inference", config.inference, problem, "use inference=heads, set config.init_from, or use frozen_groups=0")
     rule.check(config)
     network.check(config, rules.norm_of(config))
     return config
@@ -149,6 +146,9 @@ def check_against_data(plan: Plan, train_size: int, image_shape: tuple[int, int,
     for key, pixels in (("cutout", c.cutout), ("crop_padding", c.crop_padding)):
         if pixels > side:
             raise bad_key(key, pixels, f"larger than the {side}-pixel images", f"use at most {side}")
+    if c.inference == "rule" and plan.rule.parameters and c.frozen_groups and not c.init_from:
+        problem = f"scores by parameters of rule {c.rule}, which never learn in a frozen group"
+        raise bad_key("inference", c.inference, problem, "use inference=heads, set config.init_from, or use frozen_groups=0")
     if plan.rule.codebook and c.noise_cell >= max(image_shape[:2]):
         problem = f"leaves one point of class noise on images of {image_shape[0]}x{image_shape[1]} pixels"
         raise bad_key("noise_cell", c.noise_cell, problem, f"use at most {max(1, max(image_shape[:2]) // 2)}")

@@ -31,7 +31,8 @@ def evaluate(
     other_data: bool = False,
     views: str = "",
 ) -> dict[str, Any]:
-    """Errors of a trained run. The groups that vote are chosen on the validation images, which are also measured.
+    """Errors of a trained run. The groups that vote are chosen on the validation images, which are also measured; on other data than the
+    run's own they stay those of the run, if scores and views are as configured.
 
     Args:
         workdir: the run's folder.
