@@ -94,8 +94,7 @@ def _as_branch_on_cpu(function: Callable[..., Any], rows: Float[Array, "rows *fe
 
     def branch(*arguments: Any) -> Any:
         # A number of its own input as witness: the results depend on nothing more than they do by themselves, which a certificate can see.
-        bits = jax.lax.bitcast_convert_type(rows[(0,) * rows.ndim].astype(jnp.float32), jnp.int32)
-        return as_branch(function, bits, *arguments)
+        return as_branch(function, rows[(0,) * rows.ndim].astype(jnp.int32), *arguments)
 
     return functools.partial(jax.lax.platform_dependent, cpu=branch, default=function)
 
