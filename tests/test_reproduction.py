@@ -138,14 +138,14 @@ def test_a_difference_of_one_bit_or_one_line_is_found(other, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_comes_out_differently_ends_with_status_1(reproduce, tmp_path):
-    sound = experiment.make_task
+    sound, workdir = experiment.make_task, finished()  # which the other codebook must not train
 
     def another_codebook(*arguments):
         task = sound(*arguments)
         return task._replace(codebook=task.codebook.at[0, 0, 0, 0].add(1e-6))
 
     with mock.patch.object(experiment, "make_task", another_codebook), mock.patch.object(origin, "_commit", lambda: "1" * 40):
-        status, out, _ = reproduce(finished())
+        status, out, _ = reproduce(workdir)
     assert status == 1
     assert "task.codebook differs by up to " in out
     assert "ran under other conditions:\n  commit: 0000" in out
