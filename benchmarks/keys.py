@@ -154,7 +154,7 @@ PEER = Known(
         *("inference", "votes", "views", "eval_batch_size", "checkpoint_every", "checkpoint_seconds", "segment_steps"),
     ),
     only={
-        "devices": Only((0, 1), "every contender runs on one device", "use devices=0"),
+        "devices": ONE_DEVICE["devices"],
         "network": Only((), "the PyTorch contenders have only plain layers", "use conv4 or vgg8b", _has_other_layers),
         "stem": Only(("cifar",), "the PyTorch contenders have no ResNet", "use cifar"),
         "random_erasing": Only((0.0,), "the PyTorch contenders erase no rectangles", "use random_erasing=0"),

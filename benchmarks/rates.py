@@ -23,7 +23,7 @@ from vffjax.networks.layers import ConvLayer, Layer, WhiteningLayer
 from vffjax.networks.resnet import STEMS, ResidualBlock, Stem
 from vffjax.training.plan import groups_of
 
-KERNEL = 3  # side of the kernel of a plain convolution, in positions
+KERNEL = 3  # side of the kernel of a convolution, in positions, but for those of 1x1 in residual blocks and that of a stem
 PRODUCTS, TRIALS = 8, 5
 
 
@@ -92,9 +92,9 @@ def layer_work(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int, tuple[in
     if isinstance(layer, ResidualBlock):
         before, after, channels = math.prod(shape[:2]), math.prod(strided(shape, layer.stride)), shape[2]
         if layer.bottleneck:
-            steps = [before * channels * layer.inner, 9 * after * layer.inner**2, after * layer.inner * layer.width]
+            steps = [before * channels * layer.inner, KERNEL**2 * after * layer.inner**2, after * layer.inner * layer.width]
         else:
-            steps = [9 * after * channels * layer.inner, 9 * after * layer.inner * layer.width]
+            steps = [KERNEL**2 * after * channels * layer.inner, KERNEL**2 * after * layer.inner * layer.width]
         shortcut = after * channels * layer.width if layer.stride > 1 or channels != layer.width else 0
         return sum(steps) + shortcut, steps[0] + shortcut, (*strided(shape, layer.stride), layer.width)
     work = math.prod(shape) * layer.width
