@@ -16,6 +16,12 @@ from vffjax.training import scores as inference
 from vffjax.uses import evaluation, reproduction
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trained():
+    """The shared run is trained before any test changes the data."""
+    finished()
+
+
 def changed(change):
     """`data.load`, its result changed."""
     sound = data.load
