@@ -151,9 +151,10 @@ def test_only_trained_groups_are_in_it_and_only_those_that_vote_are_the_ensemble
     assert sizes[0] - sizes[1] > last.nbytes
 
 
-def test_voters_that_a_sweep_chose_say_nothing_of_heads(tmp_path):
+def test_voters_that_a_sweep_chose_say_nothing_of_heads(tmp_path, capsys):
     run = small_run(config_of(**MLP, inference="sweep"), shape=SHAPE)
     found, described = written(tmp_path, run, voting=[0])
+    assert "here the heads of all trained groups classify" in capsys.readouterr().err
     assert described["voting"] == [0, 1, 2]
     images = np.asarray(run.data.images)
     assert_says(found.call(images), wanted(*run[:3], images, (0, 1, 2), 3))

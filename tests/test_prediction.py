@@ -75,6 +75,18 @@ def test_a_run_that_the_rule_scores_is_predicted_by_these_scores_and_their_voter
     np.testing.assert_allclose([r["probability"] for r in ranking], np.sort(p)[::-1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_run_that_a_sweep_scores_is_predicted_by_its_heads_and_says_so(call, digit, tmp_path):
+    train(tiny(inference="sweep", epochs=1), tmp_path / "run")
+    status, out, err = call("predict", f"--workdir={tmp_path / 'run'}", "--top=10", "--json", digit)
+    assert status == 0 and err.startswith("config.inference=sweep: ") and err.count("\n") == 1
+    plan, states, task, run = load_run(tmp_path / "run")
+    image = jnp.asarray(np.asarray(Image.open(digit)).reshape(1, 8, 8, 1))
+    scores = np.asarray(make_scores(plan, "heads")(task, states, image)).mean(axis=0)[0]
+    ranking = json.loads(out)[0]["by"]["ensemble"]
+    assert [r["class"] for r in ranking] == [run["class_names"][k] for k in np.argsort(-scores)]
+
+
 def test_images_of_other_kinds_and_sizes_are_taken(call, digit, tmp_path):
     pixels = np.asarray(Image.open(digit))
     colour, deep, large, photo = (tmp_path / name for name in ("colour.png", "deep.png", "large.png", "photo.jpg"))

@@ -107,7 +107,7 @@ class Run:
             raise UserError(f"{self.workdir / 'summary.json'}: cannot be read ({error}); train again with the same arguments") from None
 
     def predict(self, images: Any) -> Prediction:
-        """Classifies images by the groups that vote.
+        """Classifies images by the groups that vote, or by the heads of all trained groups if the run is configured for `inference=sweep`.
 
         Args:
             images: an array `[n, h, w]` or `[n, h, w, c]` of the run's image shape, as bytes, numbers from 0 to 255, or floats from 0 to 1.

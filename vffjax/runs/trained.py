@@ -27,6 +27,16 @@ class Trained(NamedTuple):
         return "heads" if self.plan.config.inference == "sweep" else self.plan.config.inference
 
     @property
+    def caution(self) -> str:
+        """What to tell a user whose images are classified by `scored_by`, where that is not what the run is configured for; else empty."""
+        if self.scored_by == self.plan.config.inference:
+            return ""
+        return (
+            f"config.inference={self.plan.config.inference}: the run's errors come from a pass of its own for each label; "
+            "here the heads of all trained groups classify, in one pass, so that errors differ (vffjax evaluate --inference heads)"
+        )
+
+    @property
     def voting(self) -> tuple[int, ...]:
         """The groups that form the ensemble of `scored_by`.
 

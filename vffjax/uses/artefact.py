@@ -21,7 +21,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from vffjax.errors import UserError
+from vffjax.errors import UserError, notice
 from vffjax.files import holds, replace_file, sha256, write_json
 from vffjax.runs.trained import Trained
 from vffjax.training import scores
@@ -109,6 +109,8 @@ def write_artefact(path: pathlib.Path | str, trained: Trained) -> dict[str, Any]
     """
     path, run = pathlib.Path(path), trained.run
     check_place(path)
+    if trained.caution:
+        notice(trained.caution)
     size = sum(leaf.nbytes for state in trained.states[: trained.groups] for leaf in jax.tree.leaves((state.params, state.batch_stats)))
     if size > _MAX_BYTES:
         raise UserError(f"--format=stablehlo: {size / 1e9:.1f} GB of weights, and a file holds 2; use --format=safetensors")

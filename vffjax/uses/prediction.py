@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vffjax.data.pictures import pictures_in, read_image
-from vffjax.errors import UserError
+from vffjax.errors import UserError, notice
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
 from vffjax.training.scores import ensemble, make_scores
@@ -69,6 +69,8 @@ def predict(
         UserError: the run cannot be read.
     """
     trained = load_run(workdir, epoch)
+    if trained.caution:
+        notice(trained.caution)
     shape, most = tuple(trained.run["image_shape"]), min(trained.plan.config.eval_batch_size, MOST_AT_ONCE)
     waiting, images = list[dict[str, Any]](), list[np.ndarray]()
     for path in paths:
