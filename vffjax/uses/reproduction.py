@@ -93,9 +93,9 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
         summary = read_json(path)
         missing = [key for key in (*SURROUNDINGS, "data_sha256") if key not in summary and key not in LATER]
     except FileNotFoundError:
-        raise UserError(f"--workdir={workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None
+        raise UserError(f"{workdir}: its run is not finished ({path.name} is missing); train it to the end first") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it and train with this --workdir, which writes it again") from None
+        raise UserError(f"{path}: cannot be read ({error}); delete it and train with --workdir={workdir}, which writes it again") from None
     if missing:
         raise UserError(f"{path}: has no {missing[0]}, so that another version of vffjax wrote it; reproduce it with that one")
     return summary
