@@ -29,6 +29,21 @@ def every_key() -> str:
     return "\n".join(lines[1:])
 
 
+def every_key_as_markdown() -> str:
+    """What `every_key` shows, as a table of Markdown for each section. The page docs/keys.md holds it."""
+    lines = []
+    for key, field in FIELDS.items():
+        about = field.metadata
+        if about["section"]:
+            lines += ["", f"### {about['section']}", "", "| key | default | values | meaning |", "|---|---|---|---|"]
+        names = _names(key) or about["choices"]
+        values = ", ".join(f"`{name}`" for name in names) or _range(about["low"], about["high"])
+        if isinstance(default_of(field), bool):
+            values = "`True`, `False`"
+        lines.append(f"| `{key}` | `{default_of(field)!r}` | {values} | {about['doc'].replace('|', chr(92) + '|')} |")
+    return "\n".join(lines[1:])
+
+
 def one_key(given: str) -> str:
     """One key in full: what it means, its type, default, range and choices.
 
@@ -83,4 +98,4 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{int(value):,}" if value == int(value) else f"{value:g}"
+    return f"{int(value):,}" if value == int(value) and value < 1e12 else f"{value:g}"
