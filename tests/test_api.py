@@ -113,6 +113,7 @@ def test_images_that_do_not_fit_are_refused_in_words_of_arguments(run, digits):
     fails(lambda: run.predict(np.zeros((2, 9, 9), np.uint8)), "images: are 9x9x1, and those of the run are 8x8x1")
     fails(lambda: run.predict(np.zeros((0, 8, 8), np.uint8)), "images: there is none")
     fails(lambda: run.predict("nowhere.png"), "nowhere.png")
+    fails(lambda: run.predict(np.zeros((8, 8, 1), np.uint8)), "images: is one image", "image[None]")
     fails(lambda: run.features(digits.images, 9), "group=9", "give one from 0 to")
     for call in (lambda: vffjax.load("nowhere"), lambda: vffjax.load(finished(), epoch=77)):
         assert "--" not in fails(call)
@@ -165,6 +166,9 @@ def test_two_runs_in_one_process_a_changed_value_and_one_begun_anew(tmp_path, mo
     fails(lambda: vffjax.train(CONFIG | {"seed": 2}, first.workdir), "config.seed=2", "give another workdir")
     anew = vffjax.train(CONFIG | {"seed": 2}, first.workdir, overwrite=True, quiet=True)
     assert (anew.summary["seed"], anew.workdir) == (2, first.workdir)
+    for bad, part in (({"data_on": "disk"}, "config.data_on='disk'"), ({"devices": 7}, "config.devices=7")):  # which costs no run
+        fails(lambda bad=bad: vffjax.train(CONFIG | bad, first.workdir, overwrite=True), part)
+    assert vffjax.load(first.workdir).summary == anew.summary
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("three years")
     fails(lambda: vffjax.train(CONFIG, tmp_path / "mine", overwrite=True), "holds thesis.txt, which no run wrote, and is not deleted")
@@ -186,9 +190,12 @@ def test_arrays_are_trained_evaluated_and_bound_to_the_run(tmp_path):
 
 def test_problems_of_training_are_named_before_anything_is_written(tmp_path):
     fails(lambda: vffjax.train({"epoch": 1}, tmp_path / "run"), "config.epoch=1", "did you mean config.epochs?")
+    fails(lambda: vffjax.train(CONFIG, tmp_path / "run", callbacks=print), "callbacks: is one function", "callbacks=[function]")
+    (tmp_path / "file").write_text("")
+    fails(lambda: vffjax.train(CONFIG, tmp_path / "file" / "run"), f"{tmp_path / 'file'}")
     fails(lambda: vffjax.train(CONFIG, tmp_path / "run*"), "workdir=", "give a path without")
     fails(lambda: vffjax.read("digit"), "config=digit", "did you mean digits?")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_configuration_is_read_by_its_name_to_be_changed():

@@ -13,6 +13,7 @@ from runs import finished, untimed
 from vffjax.cli import flags
 from vffjax.cli import main as cli
 from vffjax.cli.flags import parse_train
+from vffjax.cli.key_help import every_key_as_markdown
 from vffjax.config import FIELDS
 from vffjax.errors import UserError
 from vffjax.runs import experiment
@@ -61,6 +62,13 @@ def test_help_of_train_explains_every_key(arguments, call):
     assert list(sections) == ["data", "network", "rule", "training", "output"]
     first = {"data": "seed", "network": "network", "rule": "rule", "training": "schedule", "output": "inference"}
     assert all(sections[name].startswith(f"{name}:\n  {key} = ") for name, key in first.items())
+
+
+def test_the_page_of_keys_is_written_from_their_fields():
+    page = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- keys -->\n")[2].partition("\n<!-- end of keys -->")[0] == every_key_as_markdown()
+    for key in FIELDS:
+        assert len(re.findall(rf"^\| `{key}` \| ", page, re.MULTILINE)) == 1
 
 
 KEYS = {

@@ -1,5 +1,6 @@
 """Images that people bring: folders of pictures, npz files, arrays in memory, any set of tensorflow-datasets or of the Hub."""
 
+import errno
 import io
 import os
 
@@ -10,6 +11,7 @@ from PIL import Image
 from image_sets import fails
 from vffjax import registry
 from vffjax.data import decoding, in_memory, own_sets, sizes_of
+from vffjax.data import folder as folder_module
 from vffjax.data import load as data
 from vffjax.data.pictures import read_image
 from vffjax.errors import UserError
@@ -139,9 +141,24 @@ def test_a_picture_in_both_parts_is_told(tmp_path, capsys):
     assert "1 test images are also among the training images, such as test/bee/51.png, which is train/ant/1.png" in capsys.readouterr().err
 
 
+def test_folders_beside_the_parts_are_told(tmp_path, capsys):
+    put(tmp_path / "set" / "train", CLASSES), put(tmp_path / "set" / "test", CLASSES, 2, first=50), put(tmp_path / "set", ["more"])
+    found = load("folder", tmp_path / "set")
+    assert (len(found.train), len(found.test)) == (12, 6)
+    assert "1 folders beside train/ are passed over, such as more" in capsys.readouterr().err
+
+
 def bad_folders(tmp_path):
     """Folders that cannot be used, by what the message says."""
     root = tmp_path / "set"
+    put(root / "case" / "train", CLASSES), put(root / "case" / "Test", CLASSES)
+    yield "case", ("Test/ beside train/ is a part of a set by its name", "rename it to test")
+    put(root / "flat" / "train", CLASSES), put(root / "flat", ["test"])
+    yield "flat", ("test/ holds pictures that are in no folder of a class", "vffjax predict")
+    put(root / "hollow" / "train", CLASSES), (root / "hollow" / "test").mkdir()
+    yield "hollow", ("test/ is empty",)
+    put(root / "single", CLASSES), put(root / "single", ["dog"], 1)
+    yield "single", ("class dog has one image that can be read, which is a test image",)
     put(root / "sizes", CLASSES[:1]), put(root / "sizes", CLASSES[1:], width=20)
     yield "sizes", ("config.image_size=0", "different sizes", "0.png has 12x9 pixels", "0.png has 20x9 pixels", "set it to the side")
     put(root / "one", CLASSES[:1])
@@ -196,6 +213,32 @@ def test_pictures_are_decoded_once_and_again_when_one_changes_or_the_size_does(t
     assert not list(cache.glob(".new-*"))
 
 
+def test_a_picture_that_the_disk_refused_once_is_read_again(tmp_path, monkeypatch, capsys):
+    files = put(tmp_path / "set", CLASSES)
+    files[5].write_bytes(b"x")  # whose content stays bad
+    read = folder_module.read_bytes
+
+    def refuse(path, most):
+        if path == files[0]:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, most)
+
+    monkeypatch.setattr(folder_module, "read_bytes", refuse)
+    seen, forget = decoded_names(monkeypatch), decoding._known.clear
+
+    def count():
+        found = load("folder", tmp_path / "set")
+        return len(found.train) + len(found.test)
+
+    assert count() == 10
+    assert "0.png: Input/output error" in capsys.readouterr().err
+    monkeypatch.setattr(folder_module, "read_bytes", read)
+    forget()
+    assert count() == 11
+    seen.clear(), forget()
+    assert count() == 11 and not seen
+
+
 @pytest.mark.parametrize("name", ["images.bin", "about.json"])
 def test_a_damaged_cache_is_made_anew(tmp_path, capsys, cache, name):
     put(tmp_path / "set", CLASSES)
@@ -240,17 +283,20 @@ X2, Y2 = arrays(6, seed=1)
         {"x_train": X.astype(np.int64)[..., None], "y_train": Y.astype(float), "x_test": X2.astype(np.float32), "y_test": Y2},
         {"x_train": X, "y_train": np.array(CLASSES)[Y], "x_test": X2, "y_test": np.array(CLASSES)[Y2]},
         {"x_train": X, "y_train": Y, "x_test": X2, "y_test": Y2, "class_names": np.array(CLASSES)},
+        {"x_train": X, "y_train": Y, "x_test": X2, "y_test": Y2, "class_names": np.array(CLASSES, "S")},
     ],
-    ids=["keras", "medmnist", "floats and one-hot", "whole floats", "texts", "named"],
+    ids=["keras", "medmnist", "floats and one-hot", "whole floats", "texts", "named", "named in bytes"],
 )
-def test_an_npz_file_and_the_same_arrays_in_memory_are_one_set(tmp_path, given):
+def test_an_npz_file_and_the_same_arrays_in_memory_are_one_set(tmp_path, capsys, given):
     np.savez_compressed(tmp_path / "mine.npz", **given)
     held = in_memory.hold(given)
-    for found in (load("npz", tmp_path / "mine.npz"), load(held["dataset"], held["data_dir"])):
+    for arguments in (("npz", tmp_path / "mine.npz"), (held["dataset"], held["data_dir"])):
+        found = load(*arguments)
         assert as_pairs(found.train) == as_pairs(data.Split(X[..., None], Y))
         assert as_pairs(found.test) == as_pairs(data.Split(X2[..., None], Y2))
         named = "class_names" in given or given.get("y_train", Y).dtype.kind == "U"
         assert found.class_names == (CLASSES if named else ("0", "1", "2"))
+    assert capsys.readouterr().err.count("val_images, val_labels not used") == 2 * ("val_images" in given)
 
 
 def test_images_and_labels_alone_are_split_by_the_seed(tmp_path):
@@ -278,6 +324,9 @@ BAD_ARRAYS = [
     ({"images": X, "labels": np.zeros((12, 2))}, "one whole number or text"),
     ({"images": X, "labels": Y * 0}, "has one class"),
     ({"images": X, "labels": Y, "class_names": np.array(["a", "b"])}, "no numbers of the 2 class_names"),
+    ({"images": X, "labels": Y, "class_names": np.array(["a", "b", "a"])}, "class_names has a more than once"),
+    ({"images": X, "labels": np.array(CLASSES)[Y], "class_names": CLASSES}, "the labels are texts, which name the classes already"),
+    ({"images": X[:, :0], "labels": Y}, "shape 12x0x8x1; give images of at least one pixel"),
     ({"x_train": X, "y_train": Y, "x_test": X2, "y_test": Y2 + 1}, "class 3 of the test images"),
     ({"x_train": X, "y_train": Y, "x_test": X2[:, :5], "y_test": Y2}, "x_test are 5x8x1 and those of training 8x8x1"),
 ]
@@ -286,6 +335,16 @@ BAD_ARRAYS = [
 @pytest.mark.parametrize("given, part", BAD_ARRAYS, ids=[part for _, part in BAD_ARRAYS])
 def test_arrays_that_do_not_fit_are_refused_in_one_line(given, part):
     fails(lambda: in_memory.hold(given), "data: ", part)
+
+
+def test_labels_of_other_types_are_numbers_and_texts_too():
+    for labels, wanted in (
+        (Y == 1, (Y == 1).astype(int)),
+        (np.array(list(np.array(CLASSES)[Y]), object), Y),
+        (np.array(list(Y.astype(np.int16)), object), Y),
+    ):
+        found = in_memory.from_mapping({"images": X, "labels": labels}, "data").all.labels
+        assert found.dtype == np.int32 and found.tolist() == wanted.tolist()
 
 
 def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path):

@@ -347,7 +347,9 @@ def test_a_folder_becomes_a_table(call, folder, tmp_path, monkeypatch):
     table.write_text("an older file")
     status, out, err = call("predict", f"--workdir={finished()}", folder, tmp_path / "missing.png", f"--csv={table}", "--top=2")
     assert (status, out) == (1, f"{table}: 7 images, and 2 that could not be read\n")
-    assert [line.split(": ")[2] for line in err.splitlines()] == [str(folder / "broken.png"), str(tmp_path / "missing.png")]
+    passed, *refused = err.splitlines()
+    assert passed.startswith(f"{folder}: 1 passed over, ") and "such as notes.txt" in passed
+    assert [line.split(": ")[2] for line in refused] == [str(folder / "broken.png"), str(tmp_path / "missing.png")]
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["file", "class", "probability", "class_2", "probability_2", "note", "error"]

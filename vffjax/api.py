@@ -29,6 +29,7 @@ from vffjax.cli.config_file import load_config_file
 from vffjax.config import CHANGEABLE, FIELDS, Config
 from vffjax.costs import fits
 from vffjax.data import in_memory
+from vffjax.data import load as data_module
 from vffjax.errors import UserError, notice, printable
 from vffjax.files import holds, sha256
 from vffjax.keys import default_of
@@ -37,7 +38,7 @@ from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import LOCK, WRITTEN, locked
-from vffjax.training import scores
+from vffjax.training import scores, stages
 from vffjax.training.checks import make_config
 from vffjax.uses import evaluation
 from vffjax.weights import weights
@@ -93,6 +94,8 @@ def train(
         KeyboardInterrupt: the cell or program was interrupted; what was saved stays.
     """
     with arguments():
+        if callable(callbacks):
+            raise UserError("callbacks: is one function; give a list of functions, as callbacks=[function]")
         checked = make_config(_values(config) | (in_memory.hold(data) if data is not None else {}))
         folder = _folder(checked) if workdir is None else paths.local(workdir, "workdir")
         paths.check_run_folder(folder, "workdir")
@@ -100,6 +103,8 @@ def train(
             weights.check_start(checked)
         fits.check_memory(checked)
         if overwrite:  # not earlier: bad input should cost no run
+            stages.count(checked)
+            experiment.plan_for(checked, data_module.load(checked))
             _delete(folder)
         stopped: list[int] = []
 

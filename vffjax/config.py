@@ -114,7 +114,7 @@ class Config:
     margin: float = key(0.0, "cosine by which the right class must win", low=-2.0, high=2.0)
     temperature: float = key(0.05, "scale of cosine differences in CSCL; above 0", low=1e-4, high=_LARGE)
     temperature_end: float = key(0.0, "temperature at the end of run or stage; same factor in each step; 0: constant", low=0.0, high=_LARGE)
-    head_weight: float = key(0.0, "factor on the head's gradient that reaches the group's layers; 0: the head only reads", low=0.0, high=_LARGE)
+    head_weight: float = key(0.0, "factor on the head's gradient that reaches the layers; 0: the head only reads", low=0.0, high=_LARGE)
     label_smoothing: float = key(0.0, "probability spread over all classes in the head's cross-entropy", low=0.0, high=0.99)
     goodness_threshold: float = key(1.0, "ff: mean squared activity that divides positive from negative", low=0.0, high=_LARGE)
     peer_normalisation: float = key(0.0, "ff: weight of the penalty on units far from the mean activity; 0: off", low=0.0, high=_LARGE)

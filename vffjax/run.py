@@ -37,6 +37,10 @@ def arguments() -> Iterator[None]:
         if text == str(error):
             raise
         raise UserError(text) from error.__cause__
+    except OSError as error:  # such as a folder that may not be read
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; check the path and its permissions") from error
 
 
 class Prediction(NamedTuple):
@@ -158,8 +162,12 @@ class Run:
         h, w, c = shape = tuple(self.trained.run["image_shape"])
         if isinstance(images, (str, pathlib.Path, Image.Image)):
             images = [images]
+        elif isinstance(images, Iterator):  # such as the paths that a glob finds
+            images = list(images)
         if isinstance(images, (list, tuple)) and images and all(isinstance(one, (str, pathlib.Path, Image.Image)) for one in images):
             return np.stack([_picture(one, (h, w, c)) for one in images])
+        if getattr(images, "shape", None) == shape:
+            raise UserError("images: is one image; give an array of images, here image[None]")
         found = in_memory.as_bytes(images, "images")
         if found.shape[1:] != shape:
             here, there = ("x".join(map(str, s)) for s in (found.shape[1:], shape))

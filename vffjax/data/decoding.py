@@ -78,6 +78,9 @@ _known: dict[str, Decoded] = {}
 
 def _from_cache(encoded: Encoded, image_size: int, folder: pathlib.Path) -> Decoded:
     found = _read(folder)
+    if found is not None and found[1].get("may_pass"):  # such as a network drive that failed once
+        shutil.rmtree(folder, ignore_errors=True)
+        found = None
     if found is None:
         try:
             with _new_folder(folder) as temporary:
@@ -130,11 +133,12 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _decode_all(encoded: Encoded, image_size: int, file: IO[bytes]) -> dict[str, Any]:
-    """Writes all pictures that can be read to a file, as bytes, one after the other. Returns their shape, and the problems of the others.
+    """Writes all pictures that can be read to a file, as bytes, one after the other. Returns their shape, the problems of the others, and
+    whether one of these may pass, because the disk refused a file and not its content.
 
     `backend.cores()` threads decode, because Pillow does not hold Python's lock meanwhile.
     """
-    first, left_out, greys, count = "", dict[int, str](), True, 0
+    first, left_out, greys, count, may_pass = "", dict[int, str](), True, 0, False
     shape: tuple[int, ...] = (image_size, image_size, 3) if image_size else ()
     stream = SafeStream(sys.stderr)
     with (
@@ -145,9 +149,10 @@ def _decode_all(encoded: Encoded, image_size: int, file: IO[bytes]) -> dict[str,
         one = functools.partial(_decode_one, encoded, (image_size, image_size) if image_size else None)
         for start in range(0, len(encoded.names), _AT_ONCE):
             numbers = range(start, min(start + _AT_ONCE, len(encoded.names)))
-            for number, (pixels, grey, problem) in zip(numbers, pool.map(one, numbers), strict=True):
+            for number, (pixels, grey, refused) in zip(numbers, pool.map(one, numbers), strict=True):
                 if pixels is None:
-                    left_out[number] = problem
+                    left_out[number] = printable(str(refused), 300)
+                    may_pass = may_pass or isinstance(refused, OSError)
                     continue
                 if not shape:
                     first, shape = encoded.names[number], pixels.shape
@@ -162,21 +167,23 @@ def _decode_all(encoded: Encoded, image_size: int, file: IO[bytes]) -> dict[str,
         raise UserError(f"{encoded.where}: no picture can be read; the first: {next(iter(left_out.values()), 'there is none')}")
     if greys:
         _keep_one_channel(file, count, math.prod(shape))
-    return {"shape": [count, *shape[:2], 1 if greys else 3], "left_out": left_out}
+    return {"shape": [count, *shape[:2], 1 if greys else 3], "left_out": left_out, "may_pass": may_pass}
 
 
-def _decode_one(encoded: Encoded, sides: tuple[int, int] | None, number: int) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bool, str]:
-    """A picture's pixels in colour and whether it is grey; or None and the problem."""
+def _decode_one(
+    encoded: Encoded, sides: tuple[int, int] | None, number: int
+) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bool, Exception | None]:
+    """A picture's pixels in colour and whether it is grey; or None and the problem: an `OSError` if the file cannot be read."""
     name = encoded.names[number]
     try:
         content = encoded.content(number)
         if not content:
-            return None, False, f"{name} is empty"
-        return *decoded(content, sides, "RGB", name), ""
+            return None, False, UserError(f"{name} is empty")
+        return *decoded(content, sides, "RGB", name), None
     except OSError as error:
-        return None, False, printable(f"{name}: {error.strerror or error}", 300)
+        return None, False, OSError(f"{name}: {error.strerror or error}")
     except UserError as error:
-        return None, False, printable(str(error), 300)
+        return None, False, error
 
 
 def _keep_one_channel(file: IO[bytes], count: int, size: int) -> None:

@@ -50,10 +50,17 @@ def listed(config: Config) -> Listing:
         problem = "a file, not a folder" if os.path.exists(root) else "no such folder"
         raise bad_key("data_dir", config.data_dir, problem, "give the folder that holds a folder for each class, or train and test")
     inner = _folders(root)
-    tests = [name for name in TESTS if name in inner]
     split = TRAIN in inner
+    tests = [name for name in TESTS if split and name in inner]
+    if split and not tests and (meant := [name for name in inner if name.lower() in _LIKE_PARTS and name != TRAIN]):
+        problem = f"{printable(meant[0])}/ beside {TRAIN}/ is a part of a set by its name"
+        raise bad_key("data_dir", config.data_dir, problem, f"rename it to {TESTS[0]}, or move it elsewhere")
     parts = [TRAIN, *tests[:1]] if split else [""]
     classes = _folders(root / parts[0])
+    if tests and not _folders(root / tests[0]):
+        what = "holds pictures that are in no folder of a class" if os.listdir(root / tests[0]) else "is empty"
+        fix = f"move it elsewhere, and test images are cut from {TRAIN}/; vffjax predict classifies pictures without classes"
+        raise bad_key("data_dir", config.data_dir, f"{tests[0]}/ {what}", fix)
     if not split and inner and all(name.lower() in _LIKE_PARTS and _folders(root / name) for name in inner):
         problem = f"{printable(inner[0])} is a part of a set by its name, not a class"
         raise bad_key("data_dir", config.data_dir, problem, f"rename the folders of the parts to {TRAIN} and {TESTS[0]}")
@@ -75,17 +82,27 @@ def listed(config: Config) -> Listing:
             files += found
             labels += [label] * len(found)
         counts.append(len(files) - before)
-    _tell(root, tests, split, others)
+    _tell(root, tests, [name for name in inner if split and name not in (TRAIN, *TESTS)], others)
     return Listing(root, files, np.array(labels, np.int32), tuple(classes), counts[0] if len(counts) > 1 else None)
 
 
-def _tell(root: pathlib.Path, tests: Sequence[str], split: bool, others: Sequence[str]) -> None:
-    """Says on stderr, once in a process, what of a folder is used in a way that may surprise, and what is passed over."""
-    if split and tests and tests[0] != TESTS[0]:
+def _tell(root: pathlib.Path, tests: Sequence[str], beside: Sequence[str], others: Sequence[str]) -> None:
+    """Says on stderr, once in a process, what of a folder is used in a way that may surprise, and what is passed over.
+
+    Args:
+        root: the folder.
+        tests: the folders of test images in it, of which the first is used; none if the folder has no parts.
+        beside: its other folders that stand beside its parts.
+        others: the files that are no pictures by their names.
+    """
+    if tests and tests[0] != TESTS[0]:
         own_sets.tell(f"{root}: there is no folder {TESTS[0]}, so {tests[0]} holds the test images")
-    for name in tests[1:] if split else ():
+    for name in tests[1:]:
         fix = f"validation images are cut from {TRAIN}; to use these, move them there"
         own_sets.tell(f"{root}: {name} is passed over, because {tests[0]} holds the test images; {fix}")
+    if beside:
+        shown = f"{len(beside)} folders beside {TRAIN}/ are passed over, such as {printable(beside[0], 200)}"
+        own_sets.tell(f"{root}: {shown}; to use their pictures, move them into a class of {TRAIN}/")
     if others:
         known = ", ".join(sorted(SUFFIXES))
         own_sets.tell(f"{root}: {len(others)} files are passed over whose names do not end in {known}, such as {others[0]}")

@@ -40,6 +40,9 @@ def from_mapping(given: Mapping[str, Any], where: str) -> own_sets.Own:
     kinds = [parts for parts in _PARTS if all(name in given for part in parts for name in part)]
     if not kinds:
         raise UserError(f"{where}: holds {printable(', '.join(map(str, given)), 200) or 'nothing'}; give it {NAMES}")
+    known = {name for part in kinds[0] for name in part} | {"class_names"}
+    if unused := sorted(str(name) for name in given if name not in known):
+        own_sets.tell(f"{where}: {printable(', '.join(unused), 200)} not used; validation images are cut from those of training")
     parts = [(as_bytes(given[x], f"{where}: {x}"), _labels(given[y], f"{where}: {y}")) for x, y in kinds[0]]
     for (images, labels), (x, y) in zip(parts, kinds[0], strict=True):
         if len(images) != len(labels) or not len(images):
@@ -65,6 +68,8 @@ def as_bytes(given: Any, where: str) -> np.ndarray:
         elif images.ndim == 4 and images.shape[3] == 4:
             fix = "leave out the fourth channel: array[..., :3]"
         raise UserError(f"{where} has the shape {'x'.join(map(str, np.shape(given)))}; {fix}")
+    if 0 in images.shape[1:]:
+        raise UserError(f"{where} has the shape {'x'.join(map(str, images.shape))}; give images of at least one pixel")
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind not in "biuf":
@@ -92,8 +97,11 @@ def _labels(given: Any, where: str) -> np.ndarray:
     """Labels as they are, [n]; of a one-hot array the number of the class."""
     labels = _array(given, where)
     if labels.dtype.kind == "O" and labels.size:  # such as texts from pandas
-        kinds = {type(label) for label in labels.flat}
-        labels = labels.astype(str) if kinds == {str} else labels.astype(np.int64) if kinds == {int} else labels
+        for kind, meant in ((str, str), ((int, np.integer), np.int64)):
+            if all(isinstance(label, kind) for label in labels.flat):
+                labels = labels.astype(meant)
+    if labels.dtype.kind == "b" and labels.shape[1:] in ((), (1,)):
+        labels = labels.astype(np.int64)
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -114,7 +122,13 @@ def _numbered(labels: list[np.ndarray], names: Any, where: str, places: bool) ->
     Without names, the classes are the labels of the first part in order. With names, labels are their numbers.
     """
     if names is not None:
-        shown = tuple(map(str, np.atleast_1d(_array(names, f"{where}: class_names")).tolist()))
+        texts = np.atleast_1d(_array(names, f"{where}: class_names"))
+        shown = tuple(map(str, (np.char.decode(texts, "utf-8", "replace") if texts.dtype.kind == "S" else texts).tolist()))
+        if twice := sorted({name for name in shown if shown.count(name) > 1}):
+            raise UserError(f"{where}: class_names has {printable(twice[0], 100)} more than once; give each class a name of its own")
+        if any(part.dtype.kind == "U" for part in labels):
+            fix = "leave out class_names, or number the classes from 0"
+            raise UserError(f"{where}: the labels are texts, which name the classes already; {fix}")
         numbers = all(part.dtype.kind in "iu" for part in labels)
         found = np.unique(np.concatenate(labels)) if numbers else np.array([-1])
         if len(shown) < 2 or found[0] < 0 or found[-1] >= len(shown):

@@ -80,6 +80,8 @@ def _numbers(config: Config, own: Own) -> tuple[np.ndarray, np.ndarray]:
     for label, name in enumerate(own.classes):
         if label not in labels[train]:
             problem = f"no image of class {printable(name)} to train on that can be read"
+            if own.train is None and label in labels:
+                problem = f"class {printable(name)} has one image that can be read, which is a test image, and so none to train on"
             fix = "give each class more images" if own.train is None else "give it some"
             raise _bad(config, problem, fix)
     if not len(test):

@@ -151,22 +151,25 @@ def _on_background(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(seen), 0, 255).astype(np.uint8))
 
 
-def pictures_in(folder: pathlib.Path | str) -> tuple[list[pathlib.Path], list[UserError]]:
+def pictures_in(folder: pathlib.Path | str) -> tuple[list[pathlib.Path], list[UserError], list[pathlib.Path]]:
     """The picture files of a folder and of the folders in it, by their endings, in the order of their paths.
 
     Hidden files and folders are passed over, such as the `._name` beside a file that a Mac has copied. Links to folders are not followed.
 
     Returns:
-        The files, and an error for each folder that cannot be read, or for the whole if it has no such file.
+        The files; an error for each folder that cannot be read, or for the whole if it has no such file; and what is passed over but not
+        hidden: other files, and links to folders.
     """
-    found, problems = list[pathlib.Path](), list[UserError]()
+    found, problems, others = list[pathlib.Path](), list[UserError](), list[pathlib.Path]()
 
     def refuse(error: OSError) -> None:
         problems.append(UserError(f"{error.filename}: {error.strerror}; make the folder readable"))
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [pathlib.Path(place, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        others += [pathlib.Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+        for path in (pathlib.Path(place, name) for name in files if not name.startswith(".")):
+            (found if path.name.lower().endswith(SUFFIXES) else others).append(path)
     if not found and not problems:
         problems.append(UserError(f"{folder}: no {KINDS} file in this folder; give another"))
-    return sorted(found), problems
+    return sorted(found), problems, sorted(others)

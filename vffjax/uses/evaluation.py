@@ -80,7 +80,7 @@ def check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data:
     if dataset.sha256() == run["data_sha256"]:
         return True
     if not other_data:
-        fix = "give the run's own data, or add --other_data to judge the run by these"
+        fix = "give the run's own data, or add --other_data to judge the run by these (in Python, give them as data=...)"
         raise UserError(f"{where}: other images or labels than the run was trained on; {fix}")
     return False
 

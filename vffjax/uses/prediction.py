@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vffjax.data.pictures import pictures_in, read_image
+from vffjax.data.pictures import KINDS, pictures_in, read_image
 from vffjax.errors import UserError, notice
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
@@ -74,7 +74,9 @@ def predict(
     shape, most = tuple(trained.run["image_shape"]), min(trained.plan.config.eval_batch_size, MOST_AT_ONCE)
     waiting, images = list[dict[str, Any]](), list[np.ndarray]()
     for path in paths:
-        files, problems = pictures_in(path) if os.path.isdir(path) else ([pathlib.Path(path)], [])
+        files, problems, others = pictures_in(path) if os.path.isdir(path) else ([pathlib.Path(path)], [], [])
+        if others:
+            notice(f"{path}: {len(others)} passed over, since they are no {KINDS} files or are links to folders, such as {others[0].name}")
         waiting += [{"image": str(path), "error": str(problem)} for problem in problems]
         for file in files:
             waiting.append({"image": str(file)})

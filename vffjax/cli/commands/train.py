@@ -37,6 +37,7 @@ The keys and their defaults:
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 
@@ -51,7 +52,7 @@ def folder_of(config: Config, name: str) -> pathlib.Path:
     """The folder of a run for which none was given. Its name holds a hash of the keys that make it another run."""
     identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
     with contextlib.suppress(UserError):  # of a source that does not exist or may not be run, which is said later
-        identity |= {"data_dir": config.data_dir} if data.find(config).by_data_dir else {}
+        identity |= {"data_dir": config.data_dir and os.path.normpath(config.data_dir)} if data.find(config).by_data_dir else {}
     return pathlib.Path(f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
 
 
