@@ -133,10 +133,11 @@ def races_of(
     target: float,
     modes: Sequence[str] | None = None,
     also: Mapping[str, Any] | None = None,
+    turned: bool = False,
 ) -> list[dict[str, Any]]:
     """The races of one seed: ours, then a second of ours and PyTorch's back-propagation, each if the keys are given by which it differs.
 
-    The order in which they run turns around from seed to seed, so that a machine that slows down favours neither end.
+    The order in which they run turns around with `turned`, so that a machine that slows down favours neither end.
     """
     dataset = data.load(config)
     entries: list[tuple[Callable[[Config, Dataset], Racer], Config]] = [(Ours, config)]
@@ -148,7 +149,7 @@ def races_of(
         entries.append((functools.partial(Torch, modes=modes), back_propagation(config, peer)))
     size, results = (len(dataset.train.labels), dataset.num_classes), dict[int, dict[str, Any]]()
     order = range(len(entries))
-    for i in order if config.seed % 2 == 0 else reversed(order):
+    for i in reversed(order) if turned else order:
         kind, own = entries[i]
         results[i] = race(kind(own, dataset), own, target, *size)
     return [results[i] for i in range(len(entries))]
@@ -233,7 +234,7 @@ def main() -> None:
     if peer is not None:
         others["peer"] = back_propagation(config, peer)
     settings = [make_config(config.to_dict() | {"seed": seed}) for seed in own.seeds]
-    found = [races_of(setting, peer, own.target, own.torch_modes, also) for setting in settings]
+    found = [races_of(setting, peer, own.target, own.torch_modes, also, i % 2 == 1) for i, setting in enumerate(settings)]
     mine, *rest_of_them = (list(of_one) for of_one in zip(*found, strict=True))
     result = {"target": own.target, "config_name": name, "device": jax.devices()[0].device_kind} | summarise(mine)
     for (role, setting), races in zip(others.items(), rest_of_them, strict=True):

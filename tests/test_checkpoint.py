@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back to the bit, damage is found and named, the right epochs are kept."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -312,11 +313,15 @@ def test_a_file_that_nobody_saved_is_foreign(saved, tmp_path):
         Checkpoints(workdir).opened(2).restore(make()[0])
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "group0/../../../outside"])
+@pytest.mark.parametrize("name", ["../../outside", "{absolute}", "group0/../../../outside"])
 def test_digests_that_point_out_of_the_step_are_refused(name, saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     path = workdir / "checkpoints" / "2.sha256.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "0" * 64}))
+    outside = workdir / "outside"  # which is there, and whose digest is right, so that only its place is wrong
+    outside.write_bytes(b"outside")
+    named = {name.format(absolute=outside): hashlib.sha256(b"outside").hexdigest()}
+    assert (workdir / "checkpoints" / "2" / next(iter(named))).exists()
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
     with pytest.raises(UserError, match=r"damaged checkpoint \(no such file\)"):
         Checkpoints(workdir).opened(2).restore(make()[0])
 

@@ -11,6 +11,7 @@ import pytest
 from jax._src import compiler
 
 from command_lines import in_a_process
+from compiled import PINNED
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; flax brings it")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,6 +31,12 @@ def test_the_workflow_sets_python_up_and_calls_ci_run():
 
 def test_ci_run_can_be_executed():
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_newest_jax_of_ci_is_the_one_that_the_bounds_of_compilers_are_about():
+    """Those tests skip with any other version, and CI would then leave them out in silence."""
+    pinned = re.findall(r"^jax==(.*)$", (ROOT / ".ci/constraints-newest.txt").read_text(), re.MULTILINE)
+    assert pinned == [PINNED]
 
 
 def test_ci_run_leaves_no_test_out_and_the_readme_the_slow_ones():

@@ -32,8 +32,9 @@ def test_a_run_that_goes_on_with_other_devices_stays_within_the_tolerance(tmp_pa
         train(tiny(**CONV), elsewhere)
 
     flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    keys = [f"--config.{key}={value}" for key, value in tiny(**CONV).to_dict().items() if key not in ("widths", "pools", "overrides")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+    own = ("widths", "pools", "overrides", "devices")
+    keys = [f"--config.{key}={value}" for key, value in tiny(**CONV).to_dict().items() if key not in own] + ["--config.devices=8"]
     command = [sys.executable, "train.py", "--config=configs/digits.py", *keys, "--config.widths=(4,4,6,6)", f"--workdir={elsewhere}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -42,6 +43,7 @@ def test_a_run_that_goes_on_with_other_devices_stays_within_the_tolerance(tmp_pa
 
     summary = summary_of(elsewhere)
     assert flags in summary["flags"]["XLA_FLAGS"]
+    assert summary["devices"] == 8
     assert [origin["cores"] for origin in summary["earlier_origins"]] == [summary["cores"]]
     found, wanted = read_metrics(elsewhere), read_metrics(here)
     assert [r["epoch"] for r in found] == [1, 2, 3]

@@ -113,9 +113,8 @@ def test_a_disk_that_fills_up_before_the_pictures_costs_the_pictures_alone(disk,
         status, _, err = train(folder)
     assert status == 0
     told = [line for line in err.splitlines() if "left out" in line]
-    assert [
-        line.startswith(f"{folder / name} is left out (OSError: ") for name, line in zip(("curves.png", "features.png"), told, strict=True)
-    ]
+    for name, line in zip(("curves.png", "features.png"), told, strict=True):
+        assert line.startswith(f"{folder / name} is left out (OSError: ")
     assert all("No space left on device" in line for line in told)
     assert untimed(summary_of(folder)) == untimed(summary_of(finished()))
     (disk / "filler").unlink()

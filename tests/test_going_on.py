@@ -206,7 +206,8 @@ def test_a_start_that_is_refused_changes_no_setting(hurt, tmp_path):
         found.train.images[:] ^= 1 if hurt == "the data" else 0
         return found
 
-    with mock.patch.object(data, "load", load), pytest.raises(UserError):
+    said = "best epoch" if hurt == "the best epoch" else "other images or labels than the run began with"
+    with mock.patch.object(data, "load", load), pytest.raises(UserError, match=said):
         train(tiny(eval_batch_size=37), folder)
     assert contents(folder) == before
 

@@ -14,6 +14,7 @@ from vffjax.cli.config_file import load_config_file, split_variant
 from vffjax.cli.flags import parse_train
 from vffjax.cli.options import json_file
 from vffjax.config import Config
+from vffjax.data import load as data
 from vffjax.data import tfds_files
 from vffjax.errors import UserError
 from vffjax.files import replace_file
@@ -68,9 +69,13 @@ def test_weights_and_data_in_the_home_folder(home, call, monkeypatch):
     call("export", f"--workdir={finished()}", f"--out={home / 'w.safetensors'}")
     status, out, err = call("evaluate", *TINY_FLAGS, "--config.init_from=~/w.safetensors", "--json")
     assert (status, err) == (0, ""), err
-    fake_cifar(home / "data")
+    with fake_cifar(home / "data"):
+        data.prepare("cifar10", "~/data")
+    config = {"dataset": "cifar10", "val_fraction": 0.0, "batch_size": 4}
+    named = data.load(make_config(config | {"data_dir": "~/data"}))
     monkeypatch.setenv("TFDS_DATA_DIR", "~/data")
     assert tfds_files.data_root("") == tfds_files.data_root("~/data") == home / "data"
+    assert data.load(make_config(config)).sha256() == named.sha256()
     assert '"epoch": 0' in out
 
 

@@ -107,7 +107,7 @@ class Config:
     noise_spectrum: str = key("drawn", "class noise: as it is drawn, or with the spectrum of the training images", ("drawn", "images"))
     noise_redrawn: str = key("never", "when class noise is drawn: once for the run, or anew for each epoch", ("never", "epoch"))
     copies_per_class: int = key(2, "shared: labelled copies of each class in a step", low=1, high=10_000)
-    negatives: str = key("uniform", "wrong labels: uniform, or drawn from the head's own prediction", ("uniform", "hard"))
+    negatives: str = key("uniform", "wrong labels: uniform, or drawn from the heads' predictions (hard)", ("uniform", "hard"))
     contrast: str = key("auto", "form of CSCL; auto: in_batch for shared, triplet for triplet", ("auto", "in_batch", "triplet"))
     contrast_gradient: str = key("both", "CSCL has gradients for the features of anchors, copies, or both", ("both", "anchors", "copies"))
     similarity: str = key("grid", "cosine of positions, flat map, 2x2 cells, mean; alike on mlp", ("position", "flat", "grid", "pooled"))

@@ -105,7 +105,8 @@ class Run:
             return read_json(self.workdir / "summary.json")
         except FileNotFoundError:
             done, total = len(read_metrics(self.workdir)), self.config.epochs
-            problem = f"the run has not finished ({done} epochs are trained, and config.epochs={total})"
+            each = " for each group" if self.config.schedule == "sequential" else ""
+            problem = f"the run has not finished ({done} epochs are trained, and config.epochs={total}{each})"
             raise UserError(f"{self.workdir}: {problem}; train it to its end, or use vffjax.evaluate(run)") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.workdir / 'summary.json'}: cannot be read ({error}); train again with the same arguments") from None

@@ -1,6 +1,7 @@
 """Where a run is trained: versions, device and settings, as far as they can change its numbers."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import platform
@@ -51,6 +52,7 @@ def check_code(run: dict[str, Any], config: Config) -> None:
             raise UserError(f"{file}: not the code by which the run began (other SHA-256); restore it, or start in a new --workdir")
 
 
+@functools.cache  # A process that trains several runs has loaded its modules once, whatever the checkout holds later.
 def _commit() -> str | None:
     """The commit of this code, with `-dirty` if files have been changed since; None if it does not run from its own checkout."""
     root = pathlib.Path(__file__).resolve().parents[2]
