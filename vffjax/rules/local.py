@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     hyper: HyperParameters  # the group's numbers in this step, scalars
     group: int  # its index, from 0 at the input
     given: Streams  # the group's input
-    made: Streams  # its output, on which the loss is a gradient; mean-pooled where `Rule.cells` allows
+    made: Streams  # its output, through which the loss is differentiated; mean-pooled where `Rule.cells` allows
     logits: Float[Array, "batch classes"]  # the head's scores of the clean rows
     params: Any  # the rule's own parameters in this group, or {}
     key: Any  # for what the loss draws
@@ -60,10 +60,11 @@ class Rule:
             draws it for all of its steps at once, so that each step has less to launch on a GPU; on CPU each step draws. `Step.drawn` has
             it. None: nothing.
         loss: the local loss of a group, and metrics of the rule's own, scalars by name; None: the head's loss alone.
-        head_share: the share of the head's gradient that trains the layers. A Python 0 cuts it, which the locality certificate can see;
+        head_share: the factor on the head's gradient that trains the layers. A Python 0 cuts it, which the locality certificate can see;
             a Python 1 leaves it as it is.
-        cells: the side in cells of the grid to which the loss pools a feature map by itself; None: the loss reads the map. It is then given
-            means over the head's cells where these are made of whole ones, and gets the same numbers.
+        cells: the side, in cells, of the grid to which the loss itself pools a feature map; None: it reads the whole map. Where each of
+            these cells consists of whole cells of the head's grid, the loss may be given the means over the head's cells. If it pools
+            these further, it gets the same numbers.
         labelled_rows: how many labelled rows a step has, for a configuration and a number of classes.
         predicts: whether `streams` needs the heads' predictions, which cost one more clean pass.
         shown: an image as the clean stream shows it to a head.
