@@ -91,7 +91,7 @@ class Config:
     initialisation: str = key("he", "all but resnet: kernels start as He's, or as the identity in the first channels", ("he", "identity"))
     whitening: int = key(0, "conv4, conv, cifarnet, vgg: side in pixels of patches that a fixed layer whitens; 0: none", low=0, high=8)
     norm: str = key("auto", "normalisation; auto: what the rule needs, mostly batch", NORMS)
-    norm_statistics: str = key("batch", "training normalises by its batch, or by the statistics of init_from, which stay (frozen)", ("batch", "frozen"))
+    norm_statistics: str = key("batch", "normalise by the batch in training, or by init_from's statistics (frozen)", ("batch", "frozen"))
     head_grid: int = key(4, "side in cells of the grid to which conv features are pooled for the head; 0: by width", low=0, high=1024)
     auxiliary: tuple[int, ...] = key((), "conv4, conv, cifarnet, vgg: channels of convolutions between map and head; not in the last group")
     grouping: str = key("width", "what makes one group: equal width, block, layer, or all layers", ("width", "block", "layer", "all"))
@@ -142,7 +142,7 @@ class Config:
 
     inference: str = key("heads", "scores: by heads, by a sweep over labels, or by the rule", ("heads", "sweep", "rule"), section="output")
     votes: str = key("subset", "ensemble: plain mean of a subset of groups, or weights of all (weighted)", ("subset", "weighted"))
-    views: str = key("one", "average the scores of: one, the image; mirror, its mirror image too; six, both shifted two ways too", ("one", "mirror", "six"))
+    views: str = key("one", "average scores of the image; and its mirror image; and both shifted two ways (six)", ("one", "mirror", "six"))
     eval_batch_size: int = key(500, "images in a step of evaluation", low=1, high=2**20)
     checkpoint_every: int = key(1, "epochs between checkpoints; the last epoch is always saved", low=1, high=_MOST)
     checkpoint_seconds: float = key(0.0, "seconds after which a long epoch is saved before its end; 0: never", low=0.0, high=_LARGE)
