@@ -21,6 +21,8 @@ processes overlap, one compiling while another trains: start one for each two co
 XLA_PYTHON_CLIENT_MEM_FRACTION, and use --by-name. Each process then trains the runs of one name after the other, of which only the first
 compiles, and leaves the other names to the other processes.
 
+If a run is refused, such as one whose folder holds a run of another configuration, the others go on, and the script ends with status 2.
+
 On SIGTERM the run saves its state within seconds and the script ends with status 143; the same command goes on from there, also within an
 epoch. To time something else meanwhile, pause the process with SIGSTOP and resume it with SIGCONT.
 
@@ -153,8 +155,8 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
     print(f"{run.name}: {errors}", file=sys.stderr, flush=True)
 
 
-def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool, by_name: bool = False) -> None:
-    """Trains runs until each run of the list has a record, or is in the hands of another process.
+def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: bool, by_name: bool = False) -> list[str]:
+    """Trains runs until each run of the list has a record, was refused, or is in the hands of another process.
 
     Args:
         path: the list.
@@ -163,12 +165,15 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
         quiet: whether the machine is said to be quiet.
         by_name: whether to train the runs of one name, which differ by their seeds, before those of another one, and to begin with a name
             that no other process trains.
+
+    Returns:
+        The names of the runs that were refused. A line on stderr has said why.
     """
     backend.start()
-    name = ""
+    name, refused = "", list[str]()
     with contextlib.ExitStack() as own:  # holds the lock of the name that this process trains
         while True:
-            left = [run for run in read_list(path) if not (results / f"{run.name}.json").exists()]
+            left = [run for run in read_list(path) if run.name not in refused and not (results / f"{run.name}.json").exists()]
             if by_name and name not in (names := dict.fromkeys(_without_seed(run) for run in left)):
                 own.close()
                 name = next((other for other in names if _taken(runs / f"{other}.name.lock", own)), "")
@@ -177,11 +182,15 @@ def work(path: pathlib.Path, runs: pathlib.Path, results: pathlib.Path, quiet: b
                 run = next((run for run in left if _taken(runs / f"{run.name}.lock", held)), None)
                 if run is None:
                     print(f"train_queue: other processes train the {len(left)} runs that are left", file=sys.stderr, flush=True)
-                    return
+                    return refused
                 if (results / f"{run.name}.json").exists():  # Another process has finished it since the list was read.
                     continue
                 print(f"== {time.strftime('%H:%M:%S')}  {run.name}; {len(left)} are left", file=sys.stderr, flush=True)
-                train(run, runs, results, quiet)
+                try:
+                    train(run, runs, results, quiet)
+                except UserError as error:
+                    notice(f"{run.name}: {error}; the other runs go on")
+                    refused.append(run.name)
 
 
 def _without_seed(run: Run) -> str:
@@ -212,16 +221,19 @@ def main() -> None:
         os.nice(19)
     if hasattr(signal, "SIGCONT"):
         signal.signal(signal.SIGCONT, lambda *_: _stopped.append(1))
+    refused: list[str] = []
     try:
         for path in a.files:
             read_list(path)  # so that a mistake in the last list is not found hours later
         for path in a.files:
-            interruptible(functools.partial(work, path, a.runs, a.results, a.quiet, a.by_name))
+            refused += interruptible(functools.partial(work, path, a.runs, a.results, a.quiet, a.by_name))
     except Terminated as leave:
         print(f"train_queue: told to leave (SIGTERM): {leave}", file=sys.stderr, flush=True)
         os._exit(143)  # at once, without waiting for a program that may still be compiling
     except KeyboardInterrupt:
         os._exit(130)
+    if refused:
+        raise UserError(f"{len(refused)} runs were refused, as said above: {', '.join(refused)}; correct them and start again")
 
 
 if __name__ == "__main__":

@@ -266,6 +266,31 @@ def test_several_lists_are_worked_on_in_their_order_and_checked_before_the_first
     assert trained == ["b-s0", "b-s1", "a-s0", "a-s1"]
 
 
+def test_a_run_that_is_refused_keeps_no_other_from_training(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(run, runs, results, quiet):
+        if run.name == "b-s0":
+            raise UserError("config.seed=0: the workdir holds a run with 1")
+        trained.append(run.name)
+        (results / f"{run.name}.json").write_text("{}")
+
+    monkeypatch.setattr(train_queue, "train", train)
+    monkeypatch.setattr(train_queue.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train_queue.os, "nice", lambda _: None)
+    (tmp_path / "b.toml").write_text(f'[[run]]\nname = "b"\nconfig = "{DIGITS}"\nseeds = [0, 1]')
+    (tmp_path / "a.toml").write_text(f'[[run]]\nname = "a"\nconfig = "{DIGITS}"\nseeds = [0]')
+    (tmp_path / "results").mkdir()
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["train_queue.py", str(tmp_path / "b.toml"), str(tmp_path / "a.toml"), *folders])
+    with pytest.raises(SystemExit) as ended:
+        train_queue.main()
+    assert (trained, ended.value.code) == (["b-s1", "a-s0"], 2)
+    said = capsys.readouterr().err
+    assert "b-s0: config.seed=0: the workdir holds a run with 1; the other runs go on" in said
+    assert "1 runs were refused, as said above: b-s0" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/queues").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_list_of_the_repository_can_be_trained(path):
