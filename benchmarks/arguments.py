@@ -11,6 +11,7 @@ from vffjax.cli.flags import checked, parse_train
 from vffjax.cli.options import Parser, json_file, seeds_of
 from vffjax.config import Config
 from vffjax.errors import UserError, printable
+from vffjax.runs.termination import Terminated
 
 
 def parser_of(file: str, about: str | None, *shared: str) -> Parser:
@@ -30,9 +31,13 @@ def parser_of(file: str, about: str | None, *shared: str) -> Parser:
 
 @contextlib.contextmanager
 def one_line(file: str) -> Iterator[None]:
-    """Turns a `UserError` or `OSError` into exit status 2 and one line on stderr that begins with the name of the benchmark in `file`."""
+    """Turns a `UserError` or `OSError` into exit status 2 and one line on stderr that begins with the name of the benchmark in `file`; and
+    SIGTERM, after a run has been saved, into status 143 and such a line."""
     try:
         yield
+    except Terminated as leave:
+        print(f"{pathlib.Path(file).stem}: told to leave (SIGTERM): {printable(str(leave))}", file=sys.stderr)
+        sys.exit(143)
     except (UserError, OSError) as error:
         print(f"{pathlib.Path(file).stem}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -49,6 +49,11 @@ CHOSEN: dict[tuple[str, str], dict[str, Any]] = {("bp", "pretrained"): {"learnin
 SET_HERE = {"init_from": Only(("",), "runs start from the weights that this benchmark trains, and from scratch", "leave it empty")}
 
 
+def chosen_for(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The values that were chosen for a rule and a start, under the configuration of this name; none under another one."""
+    return CHOSEN if name in CHOSEN_FOR else {}
+
+
 def pretrain(config: Config, name: str, out: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     """Trains the weights that the runs of one rule start from.
 
@@ -80,7 +85,15 @@ def heads_in_words(config: Config, variants: dict[str, dict[str, Any]]) -> str:
     """The sentence below the table: how many parameters the heads of each rule have."""
     counts = {rule: counted(make_config(config.to_dict() | changes))["heads"] for rule, changes in variants.items()}
     shown = ", ".join(f"{rule} {count:,}" for rule, count in counts.items())
-    return f"Each rule starts from weights that it has trained itself. Parameters of all heads: {shown}."
+    differs = ""
+    if config.group_decay != 1.0:
+        differs = (
+            f" From pretrained weights, rules in several groups have lower rates towards the image (group_decay={config.group_decay:g})"
+        )
+        differs += ", and back-propagation in one group has one rate for all layers."
+    once = "Each rule starts from weights that it has trained itself, once for all seeds, so ± leaves out how much pretraining varies."
+    rates = "Where this configuration's rates were chosen, it was by VFF's weights and on seed 0."
+    return f"{once}{differs} {rates} Parameters of all heads: {shown}."
 
 
 def last_groups(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -106,7 +119,7 @@ def main() -> None:
     base = read_config(["--config", own.pretrain])[0]
     refuse(base, SET_HERE)
     compare_rules.check_keys(base, {rule: compare_rules.RULES[rule] for rule in RULES})
-    chosen = CHOSEN if own.config in CHOSEN_FOR else {}
+    chosen = chosen_for(own.config)
     pretrained = {}
     for rule in RULES:
         print(f"== {rule}, pretraining", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 For throughput.py see test_throughput.py.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import arguments  # noqa: E402
 import compare_rules  # noqa: E402
 import compile_report  # noqa: E402
 import memory  # noqa: E402
@@ -20,6 +22,7 @@ import transfer  # noqa: E402
 from vffjax.cli.flags import parse_train  # noqa: E402
 from vffjax.config import default_config  # noqa: E402
 from vffjax.errors import UserError  # noqa: E402
+from vffjax.runs.termination import Terminated  # noqa: E402
 from vffjax.training.checks import make_config  # noqa: E402
 from vffjax.training.plan import groups_of  # noqa: E402
 
@@ -98,13 +101,22 @@ def test_rules_that_share_groups_may_freeze_them_and_set_may_free_the_others():
 
 
 def test_learning_rates_are_chosen_for_one_configuration_only():
-    """Another configuration of transfer.py keeps its own rate; the table says how many parameters the heads have."""
+    """Another configuration of transfer.py keeps its own rate; the table says how many parameters the heads have, and what else differs."""
+    assert [transfer.chosen_for(name) for name in transfer.CHOSEN_FOR] == [{("bp", "pretrained"): {"learning_rate": 1e-3}}] * 2
+    assert transfer.chosen_for("finetune_resnet18_cifar10") == {}
     config, _, _ = parse_train(["--config", transfer.CHOSEN_FOR[0]])
     words = transfer.heads_in_words(config, {rule: compare_rules.RULES[rule] for rule in transfer.RULES})
     inputs = {"vff": 16 * 16 * 16 + 8 * 8 * 32 + 4 * 4 * 64 + 2 * 2 * 128, "bp": 2 * 2 * 128}  # of images of 64x64
     local = f"{10 * (inputs['vff'] + 4):,}"
     assert f"vff {local}, head {local}, bp {10 * (inputs['bp'] + 1):,}." in words
-    assert "has trained itself" in words
+    assert f"lower rates towards the image (group_decay={config.group_decay:g})" in words
+    assert "group_decay" not in transfer.heads_in_words(dataclasses.replace(config, group_decay=1.0), {})
+
+
+def test_a_benchmark_that_is_told_to_leave_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, arguments.one_line("benchmarks/transfer.py"):
+        raise Terminated("the run is saved")
+    assert (ended.value.code, capsys.readouterr().err) == (143, "transfer: told to leave (SIGTERM): the run is saved\n")
 
 
 def test_fine_tuning_compares_last_groups_whose_heads_are_equal():
