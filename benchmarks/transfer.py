@@ -87,10 +87,8 @@ def heads_in_words(config: Config, variants: dict[str, dict[str, Any]]) -> str:
     shown = ", ".join(f"{rule} {count:,}" for rule, count in counts.items())
     differs = ""
     if config.group_decay != 1.0:
-        differs = (
-            f" From pretrained weights, rules in several groups have lower rates towards the image (group_decay={config.group_decay:g})"
-        )
-        differs += ", and back-propagation in one group has one rate for all layers."
+        differs = " From pretrained weights, rules in several groups have lower rates towards the image "
+        differs += f"(group_decay={config.group_decay:g}), and back-propagation in one group has one rate for all layers."
     once = "Each rule starts from weights that it has trained itself, once for all seeds, so ± leaves out how much pretraining varies."
     rates = "Where this configuration's rates were chosen, it was by VFF's weights and on seed 0."
     return f"{once}{differs} {rates} Parameters of all heads: {shown}."

@@ -59,7 +59,8 @@ def listed(config: Config) -> Listing:
     classes = _folders(root / parts[0])
     if tests and not _folders(root / tests[0]):
         what = "holds pictures that are in no folder of a class" if os.listdir(root / tests[0]) else "is empty"
-        fix = f"move it elsewhere, and test images are cut from {TRAIN}/; vffjax predict classifies pictures without classes"
+        then = f"{tests[1]}/ holds the test images" if tests[1:] else f"test images are cut from {TRAIN}/"
+        fix = f"move it elsewhere, and {then}; vffjax predict classifies pictures without classes"
         raise bad_key("data_dir", config.data_dir, f"{tests[0]}/ {what}", fix)
     if not split and inner and all(name.lower() in _LIKE_PARTS and _folders(root / name) for name in inner):
         problem = f"{printable(inner[0])} is a part of a set by its name, not a class"
