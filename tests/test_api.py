@@ -104,6 +104,13 @@ def test_curves_are_drawn_as_the_run_drew_them_at_its_end(tmp_path):
     assert (workdir / "curves.png").read_bytes() != (finished() / "curves.png").read_bytes()
 
 
+def test_paths_that_a_glob_finds_are_predicted(run, digits, tmp_path):
+    for i in range(2):
+        Image.fromarray(digits.images[i, ..., 0]).save(tmp_path / f"{i}.png")
+    found = run.predict(path for path in sorted(tmp_path.glob("*.png")))
+    assert found.classes.tolist() == run.predict(digits.images[:2]).classes.tolist()
+
+
 def test_without_pandas_the_record_is_a_list(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert [record["epoch"] for record in run.metrics] == list(range(1, TINY["epochs"] + 1))

@@ -195,6 +195,8 @@ def test_runs_on_other_images_of_ones_own_have_other_folders():
         return folder_of(make_config({"dataset": dataset, "data_dir": data_dir}), dataset)
 
     assert folder("npz", "a.npz") != folder("npz", "b.npz")
+    assert folder("npz", "a.npz") == folder("npz", "./a.npz")
+    assert folder("npz", "photos") == folder("npz", "photos/")
     assert folder("cifar10", "here") == folder("cifar10", "there")  # the same images, wherever they lie
     assert folder_of(Config(dataset="mine:SOURCE"), "x").parts[0] == "runs"  # code that may not be run is told later
 

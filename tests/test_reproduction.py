@@ -164,6 +164,14 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
     fails("reproduce", workdir, parts=["not finished", "train it to the end first"])
 
 
+def test_a_process_names_the_commit_that_it_began_with():
+    """Its modules are those of that commit, also if the checkout moves while it trains."""
+    origin._commit.cache_clear()
+    before = origin._commit()
+    with mock.patch.object(origin.subprocess, "run", side_effect=AssertionError("asked again")):
+        assert origin._commit() == before
+
+
 def test_summary_names_the_flags_that_can_change_numbers():
     code = "from vffjax.config import Config; from vffjax.runs.origin import origin; print(origin(Config())['flags'])"
     found = in_a_process("-c", code)

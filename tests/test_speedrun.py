@@ -124,6 +124,22 @@ def test_a_second_configuration_races_with_its_own_keys(turned, order, monkeypat
     assert found == [("vff", "vff", config.epochs), ("head", "head", 3), ("torch-bp", "head", 7)]
 
 
+def test_the_order_of_racers_turns_from_seed_to_seed_whatever_their_numbers(monkeypatch):
+    turned = []
+
+    def races_of(setting, peer, target, modes, also, turn):
+        turned.append((setting.seed, turn))
+        if len(turned) == 3:
+            raise UserError("all seeds have had their turn")
+        return []
+
+    monkeypatch.setattr(speedrun, "races_of", races_of)
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--target", "0.8", "--seeds", "0,2,4"])
+    with pytest.raises(SystemExit):
+        speedrun.main()
+    assert turned == [(0, False), (2, True), (4, False)]
+
+
 @pytest.mark.slow
 def test_nothing_is_compiled_once_the_clock_can_run(raced):
     """Neither the epoch nor the accuracy on validation or test images."""

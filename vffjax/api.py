@@ -103,7 +103,7 @@ def train(
             weights.check_start(checked)
         fits.check_memory(checked)
         if overwrite:  # not earlier: bad input should cost no run
-            stages.count(checked)
+            stages.count(checked)  # training checks this and the data again, since it is called without this function too
             experiment.plan_for(checked, data_module.load(checked))
             _delete(folder)
         stopped: list[int] = []
