@@ -12,10 +12,12 @@ first of them says what the table shows:
 Each NAME has a row with mean ± standard deviation over its seeds (`results/NAME-s0.json`, `results/NAME-s1.json`, ...). `NAME*` stands for
 all names with this beginning. The column `minus OTHER` has the test error minus that of OTHER with the same seed: the mean ± its standard
 error over the seeds that both have, in bold if it is more than two standard errors away from 0 over five seeds or more. A figure that
-names its source is checked wherever it stands, also in a configuration:
+names its source is checked wherever it stands, also in a configuration. In a table written by hand the source is a comment, which readers
+do not see:
 
     28.3 ± 0.8 % (n = 3, results/NAME)              the test error
     0.84 % (n = 1, results/NAME, val_error)         any other figure of the ledger
+    28.3 ± 0.8<!-- n = 3, results/NAME -->          the test error, in a cell of a table
 """
 
 import fnmatch
@@ -34,8 +36,8 @@ _MINUS = "minus "
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- ledger: (?P<names>[^>]*?) columns: (?P<columns>[^>]*?) -->\n)(?P<body>.*?)(<!-- end of ledger -->)", re.DOTALL)
 _FIGURE = re.compile(
-    r"(?P<mean>\d+(?:\.\d+)?)(?:\s*±\s*(?P<sd>\d+(?:\.\d+)?))?\s*%\s*"
-    r"\(n = (?P<n>\d+),\s+results/(?P<name>[a-z0-9._-]+)(?:,\s+(?P<key>\w+))?\)"
+    r"(?P<mean>\d+(?:\.\d+)?)(?:\s*±\s*(?P<sd>\d+(?:\.\d+)?))?(?:\s*%\s*\(|<!-- )"
+    r"n = (?P<n>\d+),\s+results/(?P<name>[a-z0-9._-]+)(?:,\s+(?P<key>\w+))?(?:\)| -->)"
 )
 _TITLES = {
     "test_error": "test error %",

@@ -72,6 +72,8 @@ TEXT = """<!-- ledger: v*, bp columns: test_error, n -->
 <!-- end of ledger -->
 It errs by 29.0 ± 1.0 % (n = 3, results/vff), BP by 26.5 % (n = 1,
 results/bp), and 27.51 % (n = 1, results/bp, val_error). No source: 1.0 % (n = 3).
+
+| BP | 26.51<!-- n = 1, results/bp --> | 26.01<!-- n = 1, results/bp, test_error_views --> |
 """
 
 
@@ -100,6 +102,9 @@ WRONG = {
     "the number of seeds": ("29.0 ± 1.0 % (n = 3", "29.0 ± 1.0 % (n = 5"),
     "a figure across two lines": ("26.5 % (n = 1,\n", "26.4 % (n = 1,\n"),
     "another column": ("27.51 %", "26.51 %"),
+    "a cell of a table": ("26.51<!--", "26.52<!--"),
+    "another column in a cell": ("bp, test_error_views", "bp, val_error"),
+    "the number of seeds of a cell": ("26.01<!-- n = 1", "26.01<!-- n = 2"),
 }
 
 
