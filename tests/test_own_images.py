@@ -349,6 +349,33 @@ def test_labels_of_other_types_are_numbers_and_texts_too():
         assert found.dtype == np.int32 and found.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize(
+    ("images", "val_fraction", "expected"),
+    [
+        ([4, 8, 36], 0.25, [1, 2, 9]),
+        ([2, 5, 33], 0.1, [0, 1, 3]),  # 0.2, 0.5 and 3.3 of 4: the one that is missing goes to the greatest remainder
+        ([1, 1, 10], 0.75, [0, 0, 9]),  # 0.75, 0.75 and 7.5 of 9: no class gives its only image
+    ],
+)
+def test_each_class_gives_its_share_of_the_validation_images(tmp_path, images, val_fraction, expected):
+    labels = np.repeat(np.arange(3), images)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 4, 4, 1)).astype(np.uint8)
+    test = {"test_images": pixels[:3], "test_labels": np.arange(3)}
+    np.savez(tmp_path / "mine.npz", train_images=pixels, train_labels=labels, **test)
+    first, again, other = (load("npz", tmp_path / "mine.npz", val_fraction=val_fraction, seed=seed) for seed in (0, 0, 1))
+    for found in (first, other):
+        assert np.bincount(found.validation.labels, minlength=3).tolist() == expected
+        assert np.bincount(found.train.labels).tolist() == [a - b for a, b in zip(images, expected, strict=True)]
+        assert sorted(as_pairs(found.train) + as_pairs(found.validation)) == as_pairs(data.Split(pixels, labels))
+    assert (first.validation.images == again.validation.images).all()
+    assert as_pairs(first.validation) != as_pairs(other.validation)
+
+
+def test_classes_too_small_for_so_many_validation_images_are_refused(tmp_path):
+    np.savez(tmp_path / "mine.npz", images=np.zeros((12, 4, 4, 1), np.uint8), labels=np.repeat([0, 1, 2], 4))
+    fails(lambda: load("npz", tmp_path / "mine.npz", val_fraction=0.9), "config.val_fraction=0.9", "the classes are too small", "lower it")
+
+
 def test_files_that_are_no_npz_are_refused_in_one_line(tmp_path):
     np.save(tmp_path / "one.npy", X)
     np.savez(tmp_path / "objects.npz", images=X, labels=np.array([object()] * 12, dtype=object))

@@ -30,7 +30,7 @@ def load(config: Config) -> Dataset:
             raise bad_key("dataset", config.dataset, f"its {about} data have {problem}", f"return {expected}")
     if config.data_on == "disk" and not isinstance(train.images, OnDisk):
         raise bad_key("data_on", "disk", f"the images of {config.dataset} are in no file that can be read in pieces", "use host")
-    train, validation = _cut(train, config)
+    train, validation = _cut(train, config, source.validation_by_class)
     train = _with_wrong_labels(train, config, len(names))
     mean, std = _moments(train.images)
     return Dataset(config.dataset, train, validation, test, tuple(names), mean, std)
@@ -80,11 +80,34 @@ def split_sizes(config: Config, images: int) -> tuple[int, int]:
     return kept - held_out, held_out
 
 
-def _cut(split: Split, config: Config) -> tuple[Split, Split]:
-    """Training and validation images: the seed's permutation, cut to config.train_examples, validation first."""
+def _cut(split: Split, config: Config, by_class: bool) -> tuple[Split, Split]:
+    """Training and validation images: the seed's permutation, cut to config.train_examples, of which the first images are for validation.
+
+    With `by_class` these are the first of each class.
+    """
     kept, held_out = split_sizes(config, len(split))
     order = np.random.default_rng([config.seed, SPLIT_STREAM]).permutation(len(split))[: kept + held_out]
+    if by_class and held_out:
+        labels = split.labels[order]
+        for_validation = np.zeros(len(order), bool)
+        for label, share in enumerate(_shares(np.bincount(labels), held_out, config)):
+            for_validation[np.flatnonzero(labels == label)[:share]] = True
+        order = np.concatenate([order[for_validation], order[~for_validation]])
     return take(split, order[held_out:]), take(split, order[:held_out])
+
+
+def _shares(images: np.ndarray, held_out: int, config: Config) -> np.ndarray:
+    """How many of the `images` of each class are for validation: as near to its share of `held_out` as whole numbers allow (the method of
+    largest remainders), and never all of a class. Raises `UserError` if the classes are too small for that.
+    """
+    exact = held_out * images / images.sum()
+    shares = np.floor(exact).astype(int)
+    while shares.sum() < held_out:
+        behind = np.where(shares < images - 1, exact - shares, -np.inf)
+        if not np.isfinite(behind).any():
+            raise bad_key("val_fraction", config.val_fraction, "the classes are too small for so many validation images", "lower it")
+        shares[behind.argmax()] += 1
+    return shares
 
 
 def _with_wrong_labels(split: Split, config: Config, classes: int) -> Split:

@@ -39,7 +39,8 @@ def source(
     by_data_dir: bool = True,
 ) -> Source:
     """The record of a source that finds its sets by `own`; the other arguments are those of `Source`."""
-    return Source(lambda config: _sizes(config, own(config)), lambda config: _parts(config, own(config)), prepare, resizes, by_data_dir)
+    sizes, parts = (lambda config: _sizes(config, own(config))), (lambda config: _parts(config, own(config)))
+    return Source(sizes, parts, prepare, resizes, by_data_dir, validation_by_class=True)
 
 
 def _sizes(config: Config, own: Own) -> Sizes:

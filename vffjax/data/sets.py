@@ -97,6 +97,8 @@ class Source:
         resizes: whether config.image_size, where it is set, is the size to which the source itself brings its images. Otherwise the
             network's first layer resizes them.
         by_data_dir: whether config.data_dir says which images these are, and not only where they lie.
+        validation_by_class: whether each class gives its share of the validation images, which matters where classes are small or of
+            unequal size. Otherwise these images are drawn from all classes together.
     """
 
     sizes: Sizes | Callable[[Config], Sizes]
@@ -104,3 +106,4 @@ class Source:
     prepare: Callable[[str], pathlib.Path] | None = None
     resizes: bool = False
     by_data_dir: bool = False
+    validation_by_class: bool = False
