@@ -214,7 +214,9 @@ def test_a_run_in_a_process_prints_plain_lines_and_the_same_command_finds_it_don
     assert len(lines) == 3
     number = r"\d+\.\d+"
     for i, line in enumerate(lines[1:], 1):
-        assert re.fullmatch(rf"epoch {i}/2  loss {number}  train {number} %  val error {number} % .*  [\d,]+ images/s  {number} s", line)
+        assert re.fullmatch(
+            rf"epoch {i}/2  loss {number}  train error {number} %  val error {number} % .*  [\d,]+ images/s  {number} s", line
+        )
     assert re.fullmatch(rf"test error {number} % \(groups {number}, {number}; voting \[.*\]\), best epoch \d\n", done.stdout)
     files = {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "curves.png", "features.png"}
     assert files <= {path.name for path in (tmp_path / "run").iterdir()}

@@ -214,7 +214,7 @@ def test_line(tmp_path, no_tensorboard):
         book.epoch({"epoch": 10, "val_error": 1.0, "val_error_per_group": [1.0]})
         book.epoch({"epoch": 10, "val_error": 1.0, "val_error_per_group": [1.0, None]})
     assert stream.getvalue().splitlines() == [
-        "epoch  3/10  loss 1.234  train 92.1 %  val error 4.20 % (groups 5.00 4.30)  2,346 images/s  1.9 s",
+        "epoch  3/10  loss 1.234  train error 7.9 %  val error 4.20 % (groups 5.00 4.30)  2,346 images/s  1.9 s",
         "epoch 10/10  group 1  loss 0.500  999 images/s",
         "epoch 10/10  val error 1.00 %",
         "epoch 10/10  val error 1.00 % (groups 1.00 -)",
@@ -246,7 +246,7 @@ def test_bar(tmp_path, no_tensorboard):
         book.phase("training")
         assert shown().startswith("training    4/10 |")
         book.epoch({"epoch": 4, "loss": 1.0, "train_accuracy": 0.5})
-        assert "loss 1.000, train 50.0 %" in shown()
+        assert "loss 1.000, train error 50.0 %" in shown()
         assert "val error" not in shown()
         book.epoch({"epoch": 10, "loss": 0.5})
     assert re.fullmatch(r"trained    10/10 \|#+\| loss 0.500, \d\d:\d\d in all", shown())

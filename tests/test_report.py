@@ -290,6 +290,12 @@ def test_the_live_page_follows_a_run_and_ends_with_it(tmp_path, monkeypatch, cap
     assert [list(page.pictures) for page in pages[:3]] == [[], [], []]
     assert list(last.pictures) == list(pages[3].pictures) == ["Training and validation error", "Local loss", "Head loss"]
     assert "1 of 3" in pages[2].text and "3 of 3" in last.text and "has ended" in last.text
+    ended = json.loads(lines[-1])
+    for name, percent in (
+        ("Training error", f"{100 * (1 - ended['train_accuracy']):.1f} %"),
+        ("Validation error", f"{ended['val_error']:.2f} %"),
+    ):
+        assert re.search(rf"{name}\s*{re.escape(percent)}", last.text)
     assert_needs_nothing_else(last)
     assert set(workdir.iterdir()) == before | {workdir / "summary.json"}
 

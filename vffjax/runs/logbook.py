@@ -230,17 +230,18 @@ def _line_parts(record: dict[str, Any]) -> list[str]:
 
 
 def _bar_parts(record: dict[str, Any]) -> list[str]:
-    """What the progress bar says of an epoch. It is narrow, so it shows the training accuracy only if there is no validation error."""
+    """What the progress bar says of an epoch. It is narrow, so it shows the training error only if there is no validation error."""
     return _parts(record, record.get("val_error") is None)
 
 
 def _parts(record: dict[str, Any], with_train: bool, groups: str = "") -> list[str]:
-    train = _shown(record, "train_accuracy", "train {:.1f} %", 100) if with_train else []
+    accuracy = record.get("train_accuracy")
+    train = [f"train error {100 * (1 - accuracy):.1f} %"] if with_train and accuracy is not None else []
     errors = [error + groups for error in _shown(record, "val_error", "val error {:.2f} %")]
     first = [*_shown(record, "group", "group {}"), *_shown(record, "loss", "loss {:.3f}")]
     return [*first, *train, *errors, *_shown(record, "images_per_second", "{:,.0f} images/s")]
 
 
-def _shown(record: dict[str, Any], key: str, form: str, scale: int = 1) -> list[str]:
+def _shown(record: dict[str, Any], key: str, form: str) -> list[str]:
     """One entry of a record in words; none if it is missing or None."""
-    return [] if record.get(key) is None else [form.format(scale * record[key])]
+    return [] if record.get(key) is None else [form.format(record[key])]

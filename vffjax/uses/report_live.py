@@ -74,12 +74,12 @@ def _facts(config: dict[str, Any], records: list[dict[str, Any]]) -> list[tuple[
         return []
     last = records[-1]
     facts = [("Epoch", f"{last['epoch']} of {report_page.text(total_epochs(config, records))}")]
-    for key, name, form, scale in (
-        ("val_error", "Validation error", "{:.2f} %", 1),
-        ("train_accuracy", "Training accuracy", "{:.1f} %", 100),
-        ("loss", "Loss", "{:.3f}", 1),
-        ("seconds", "Seconds an epoch", "{:.1f}", 1),
+    for key, name, shown in (
+        ("val_error", "Validation error", "{:.2f} %".format),
+        ("train_accuracy", "Training error", lambda accuracy: f"{100 * (1 - accuracy):.1f} %"),
+        ("loss", "Loss", "{:.3f}".format),
+        ("seconds", "Seconds an epoch", "{:.1f}".format),
     ):
         if isinstance(last.get(key), (int, float)):
-            facts.append((name, form.format(scale * last[key])))
+            facts.append((name, shown(last[key])))
     return facts
