@@ -14,7 +14,6 @@ goes on. The script writes OUT.json and OUT.md. Every choice (epoch, voting grou
 errors on the test set in percent, as mean and sample standard deviation over seeds. Seconds are those of training alone.
 """
 
-import ast
 import pathlib
 import sys
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from arguments import one_line, parser_of, read_config, some_of
 from keys import SEEDS, default, own_rule, refuse, refuse_other_groups
 from vffjax import registry, rules
+from vffjax.cli.flags import literal
 from vffjax.cli.options import a_path
 from vffjax.config import Config
 from vffjax.errors import UserError, bad_key
@@ -130,10 +130,7 @@ def given(settings: list[str], rule: str) -> dict[str, Any]:
                 f"--set={setting}: not RULE.KEY=VALUE with a rule of {', '.join(RULES)}; give for example bp.learning_rate=5e-3"
             )
         if row == rule:
-            try:
-                found[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                found[key] = value
+            found[key] = literal(value)
     return found
 
 

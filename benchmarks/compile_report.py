@@ -33,7 +33,6 @@ time. The compiler for GPUs estimates no time.
 
 import argparse
 import functools
-import importlib.metadata
 import math
 import re
 import sys
@@ -45,7 +44,7 @@ import jax.numpy as jnp
 
 from arguments import one_line, parser_of, read_config, some_of
 from keys import JOINT, refuse
-from vffjax import rules
+from vffjax import rules, versions
 from vffjax.config import Config
 from vffjax.costs import targets
 from vffjax.costs.memory import step_arguments
@@ -56,9 +55,10 @@ from vffjax.data.sets import Sizes
 from vffjax.files import write_json
 from vffjax.training.batch import abstract_batch
 from vffjax.training.checks import check_against_data, make_config
-from vffjax.training.compiled import executable_bytes
+from vffjax.training.compiled import program_bytes
 from vffjax.training.epochs import gathered, pieces, segment_length, segment_on
 from vffjax.training.mesh import within
+from vffjax.training.pipeline import bytes_of
 from vffjax.training.plan import make_plan
 from vffjax.training.trainer import train_step
 
@@ -68,7 +68,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "head": {"rule": "head", "rule_options": {}},
     "bp": rules.BACK_PROPAGATION | {"rule_options": {}},
 }
-BYTES = ("argument", "output", "alias", "temp")
 
 
 class Job:
@@ -123,9 +122,9 @@ class Job:
             "steps_per_segment": self.length,
             "compile_seconds": seconds,
             "rounds_of_the_loop": max((rounds or 0 for _, rounds in program.loops()), default=0),
-            "state_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.states)),
+            "state_bytes": bytes_of(self.states),
         }
-        return found | bytes_of(compiled) | program.round().figures() | {"host_calls": program.host_calls()}
+        return found | program_bytes(compiled) | program.round().figures() | {"host_calls": program.host_calls()}
 
     def of_gather(self) -> dict[str, Any]:
         """The temporaries in bytes of the program that gathers the images of a segment, and how often it copies the whole data set."""
@@ -133,13 +132,13 @@ class Job:
         images, ids = self.target.array(self.images, row, dtype=jnp.uint8), self.target.array(self.length, self.plan.config.batch_size)
         gather = gathered.lower(images, ids).compile()
         copies = re.findall(rf"= u8\[{self.images},[^ ]* (?:copy|copy-start|reshape|transpose)\(", gather.as_text() or "")
-        return {"gather_temp_bytes": bytes_of(gather)["temp_bytes"], "copies_of_the_data_set": len(copies)}
+        return {"gather_temp_bytes": program_bytes(gather)["temp_bytes"], "copies_of_the_data_set": len(copies)}
 
     def of_step(self) -> dict[str, Any]:
         """The bytes and the figures of a step by itself, and the compiler's estimates of its cost, where it gives any."""
         compiled = self.step()
         program = Program(compiled.as_text() or "")
-        found = bytes_of(compiled) | program.figures() | {"estimated_cycles": program.cycles()}
+        found = program_bytes(compiled) | program.figures() | {"estimated_cycles": program.cycles()}
         cost: Any = compiled.cost_analysis()
         if cost:
             seconds = cost.get("optimal_seconds", math.nan)
@@ -152,12 +151,6 @@ class Job:
                 "operations_without_estimate": None if math.isnan(seconds) else -math.floor(seconds),
             }
         return found
-
-
-def bytes_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """The bytes of a program on each device, by the compiler's plan."""
-    memory: Any = compiled.memory_analysis()
-    return {f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes") for kind in BYTES} | {"total_bytes": executable_bytes(compiled)}
 
 
 def measured(config: Config, target: str, sizes: Sizes | None = None) -> dict[str, Any]:
@@ -211,14 +204,6 @@ def images_of(text: str) -> Sizes:
     return Sizes(images, (side, side, 3), classes)
 
 
-def version(package: str) -> str | None:
-    """The version of a package; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 @one_line(__file__)
 def main() -> None:
     parser = parser_of(__file__, __doc__, "--out")
@@ -240,7 +225,7 @@ def main() -> None:
     found = {
         "config": name,
         "command": sys.argv[1:],
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: versions.installed(package) for package in packages},
         "batch_size": config.batch_size,
         "precision": config.precision,
         "rows": rows,

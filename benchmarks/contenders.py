@@ -16,16 +16,16 @@ import numpy as np
 
 from keys import FLOPS, JOINT, ONE_DEVICE, PEER, RANDOM_WEIGHTS, own_rule, refuse, refuse_other_groups
 from rates import PRODUCTS, jax_products, product_rate
-from vffjax import rules
+from vffjax import backend, rules
 from vffjax.config import Config
 from vffjax.data import sizes_of
 from vffjax.data.sets import Split
-from vffjax.errors import chosen
+from vffjax.errors import chosen, said
 from vffjax.networks.groups import GroupState
 from vffjax.rules.streams import Task
 from vffjax.runs.loop import training_images
 from vffjax.training.checks import check_against_data, make_config
-from vffjax.training.compiled import executable_bytes
+from vffjax.training.compiled import program_bytes
 from vffjax.training.epochs import Epoch, segment_length
 from vffjax.training.plan import Images, Plan, blank_task, init_states, make_plan
 
@@ -109,7 +109,7 @@ class Workload:
         try:
             import torch
         except (ImportError, OSError) as error:  # OSError: PyTorch is installed, but a library that it needs does not load
-            raise Unavailable(f"PyTorch cannot be imported ({_line(error)}); pip install -e '.[bench]'") from error
+            raise Unavailable(f"PyTorch cannot be imported ({said(error)}); pip install -e '.[bench]'") from error
         backend = jax.default_backend()
         device = {"cpu": "cpu", "gpu": "cuda"}.get(backend)
         if device is None or (device == "cuda" and not torch.cuda.is_available()):
@@ -149,7 +149,7 @@ class JaxContender:
         compiled = self._epoch.compile(self._task, self._states, self._data)
         self.facts: dict[str, Any] = {
             "compile_seconds": time.perf_counter() - start,
-            "peak_bytes": executable_bytes(compiled),
+            "peak_bytes": program_bytes(compiled)["total_bytes"],
             "peak_bytes_from": "the compiler's plan for a segment of the epoch: arguments, outputs and temporaries",
         }
         self.epoch()
@@ -194,7 +194,7 @@ class TorchContender:
             except Exception as error:  # A compiler may fail in any way. Another mode and the other contenders may still work.
                 if mode is None:
                     raise
-                self.facts["failed"][mode] = _line(error)
+                self.facts["failed"][mode] = said(error)
                 continue
             for implementation in IMPLEMENTATIONS:
                 peer.use_optimizers(implementation)
@@ -241,14 +241,12 @@ class TorchContender:
 
 def machine(work: Workload, with_torch: bool) -> dict[str, Any]:
     """The versions, devices and threads, and the settings on which the arithmetic of f32 depends."""
-    # A container or taskset may allow fewer cores than os.cpu_count() reports.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     found: dict[str, Any] = {
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "torch": None},
         "device": jax.devices()[0].device_kind,
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "usable_cpus": usable,
+        "usable_cpus": backend.cores(),  # a container or taskset may allow fewer than all
         "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
@@ -321,7 +319,3 @@ def _wait_for_torch(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -6,8 +6,9 @@
 Three ways to train are compared on random images of the data set's size: the rule as a pipeline, the rule with divided batches (data
 parallel), and back-propagation with divided batches. On a CPU the devices are fake: they share its cores, so times show only that the
 programs run, and in which order. The bytes that go from device to device in a step are those of real devices: for the pipeline they are
-the arrays that cross, for divided batches the operands of the collectives in the compiled program, each of which a ring sends
-2 (n - 1) / n times out of each of n devices.
+the arrays that cross, for divided batches those that a ring of devices sends for the collectives of the compiled program: of n devices
+each sends 2 (n - 1) / n times the result of a sum over all, (n - 1) / n times that of a gathering or an exchange, and once that of a
+permutation.
 
 `expected` is a small model, and no measurement. A stage or device takes FLOP / (--flops x --utilisation) seconds for a step, and a link
 bytes / --bandwidth. In the pipeline links and stages work at the same time, so the slowest of all sets the pace; with divided batches a
@@ -19,13 +20,11 @@ With --target tpu nothing is run: each stage is compiled for its own device of a
 
 import functools
 import json
-import math
 import os
-import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,11 +37,13 @@ from vffjax import rules
 from vffjax.cli.options import whole_numbers
 from vffjax.config import Config
 from vffjax.costs import targets
+from vffjax.costs.program_text import Program
 from vffjax.data import sizes_of
 from vffjax.errors import UserError
 from vffjax.files import write_json
 from vffjax.training import checks
 from vffjax.training.batch import abstract_batch
+from vffjax.training.compiled import program_bytes
 from vffjax.training.epochs import Epoch, segment_length
 from vffjax.training.mesh import everywhere, mesh_of, within
 from vffjax.training.pipeline import PipelinedEpoch, Programs
@@ -55,18 +56,23 @@ FORMS: dict[str, dict[str, Any]] = {
     "data parallel": {"schedule": "joint"},
     "back-propagation, data parallel": rules.BACK_PROPAGATION | {"schedule": "joint"},
 }
-_COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))[a-z0-9]*\[([\d,]*)\]")
+# How many times the bytes of its result each of n devices sends for a collective, if they form a ring.
+RING: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "collective-permute": lambda n: 1,
+}
 
 
-def collective_bytes(hlo: str) -> int:
-    """The bytes of the results of all collectives in a compiled program's text. The body of a loop counts once, so it is a step.
+def sent_bytes(collectives: Mapping[str, Mapping[str, int]], devices: int) -> float:
+    """The bytes that each device sends for collectives as `Program.collectives` gives them.
 
-    >>> collective_bytes("%a = (f32[2,3]{1,0}, bf16[4]) all-reduce(%b, %c)")
-    32
+    >>> sent_bytes({"all-reduce f32": {"count": 2, "bytes": 64}, "all-gather bf16": {"count": 1, "bytes": 40}}, devices=4)
+    126.0
     """
-    arrays = [array for found in _COLLECTIVE.findall(hlo) for array in _ARRAY.findall(found)]
-    return sum(math.prod(map(int, filter(None, sides.split(",")))) * max(1, int(bits or 8) // 8) for _, bits, sides in arrays)
+    return sum((RING[kind.split()[0]](devices) * entry["bytes"] for kind, entry in collectives.items()), 0.0)
 
 
 def expected_seconds(flop: Sequence[float], link_bytes: float, flops: float, bandwidth: float, overlaps: bool) -> float:
@@ -130,9 +136,10 @@ class Bench:
             task, states = everywhere(mesh, made)
             images, labels = everywhere(mesh, (self._data.images, self._data.labels))
             data = self._data._replace(images=images, labels=labels)
-            reduced = collective_bytes(epoch.compile(task, states, data).as_text() or "")
+            program = Program(epoch.compile(task, states, data).as_text() or "")
+            step = program.round() if program.loops() else program
             seconds = self._seconds(epoch, task, states, data)
-        link = 2 * (number - 1) / number * reduced
+        link = sent_bytes(step.collectives(), number)
         flop = sum(w.flop for w in group_work(plan, self._shape)) / number
         return {
             "seconds": seconds,
@@ -167,9 +174,7 @@ def compiled_for_tpu(config: Config, steps: int) -> list[dict[str, Any]]:
     devices = list(mesh.devices.flat)
     rows = []
     for number, program in enumerate(stage_programs(config, devices, steps).stages):
-        memory: Any = program.memory_analysis()
-        sizes = {f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes") for kind in ("argument", "output", "alias", "temp")}
-        rows.append({"stage": number, "device": str(devices[number]), "steps": steps} | sizes)
+        rows.append({"stage": number, "device": str(devices[number]), "steps": steps} | program_bytes(program))
     return rows
 
 

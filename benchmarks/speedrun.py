@@ -28,7 +28,6 @@ The rules of the race:
 The protocol of warm-up and clock follows airbench (K. Jordan, 2024), with epochs in the place of steps.
 """
 
-import ast
 import functools
 import sys
 import time
@@ -43,6 +42,7 @@ from contenders import COMPILE_MODES
 from keys import JOINT, ONE_DEVICE, PEER, RANDOM_WEIGHTS, SEEDS, Only, refuse
 from racers import Ours, Racer, Torch
 from vffjax import rules
+from vffjax.cli.flags import literal
 from vffjax.config import Config
 from vffjax.data import load as data
 from vffjax.data.sets import Dataset
@@ -168,10 +168,7 @@ def pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
         if key in SHARED:
             fix = "give --seeds" if key == "seed" else f"give --config.{key}, which is for all of them"
             raise UserError(f"{flag} {text}: all racers have the same seed and images; {fix}")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
+        found[key] = literal(value)
     return found
 
 

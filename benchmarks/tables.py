@@ -18,6 +18,8 @@ do not see:
     28.3 ± 0.8 % (n = 3, results/NAME)              the test error
     0.84 % (n = 1, results/NAME, val_error)         any other figure of the ledger
     28.3 ± 0.8<!-- n = 3, results/NAME -->          the test error, in a cell of a table
+
+In the same way the list of all keys in docs/keys.md is made from the fields of vffjax/config.py.
 """
 
 import fnmatch
@@ -28,6 +30,7 @@ from typing import Any
 
 import records
 from arguments import one_line, parser_of
+from vffjax.cli.key_help import every_key_as_markdown
 from vffjax.errors import UserError
 from vffjax.files import replace_file
 from vffjax.many.tables import Spread
@@ -39,6 +42,7 @@ _FIGURE = re.compile(
     r"(?P<mean>\d+(?:\.\d+)?)(?:\s*±\s*(?P<sd>\d+(?:\.\d+)?))?(?:\s*%\s*\(|<!-- )"
     r"n = (?P<n>\d+),\s+results/(?P<name>[a-z0-9._-]+)(?:,\s+(?P<key>\w+))?(?:\)| -->)"
 )
+_KEYS = re.compile(r"(<!-- keys -->\n).*?(\n<!-- end of keys -->)", re.DOTALL)
 _TITLES = {
     "test_error": "test error %",
     "val_error": "validation error %",
@@ -154,6 +158,7 @@ def main() -> None:
         text = path.read_text()
         if a.write:
             made = _TABLE.sub(lambda match: match[1] + _made(found, match) + match[5], text)
+            made = _KEYS.sub(lambda match: match[1] + every_key_as_markdown() + match[2], made)
             if made != text:
                 replace_file(path, made.encode())
             text = made

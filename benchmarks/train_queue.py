@@ -54,6 +54,7 @@ from vffjax.data import load as data
 from vffjax.errors import UserError, notice, printable
 from vffjax.files import read_bytes
 from vffjax.runs import experiment, lock
+from vffjax.runs.loop import Diverged
 from vffjax.runs.termination import Terminated, interruptible
 from vffjax.training.checks import make_config
 from vffjax.uses import evaluation
@@ -134,9 +135,7 @@ def train(run: Run, runs: pathlib.Path, results: pathlib.Path, quiet: bool) -> N
     try:
         with naming_files(workdir):
             experiment.train(run.config, workdir)
-    except UserError as error:
-        if "is not finite" not in str(error) and "no step" not in str(error):
-            raise
+    except Diverged as error:
         notice(f"{run.name}: {error}")
         records.write(results, records.failed(run.name, run.config_name, run.changes, run.config, printable(str(error), 300)))
         return

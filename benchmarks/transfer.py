@@ -67,10 +67,8 @@ def pretrain(config: Config, name: str, out: pathlib.Path) -> tuple[pathlib.Path
     """
     workdir, file = out / f"pretrained-{name}", out / f"pretrained-{name}.safetensors"
     summary = experiment.train(config, workdir)
-    plan, states, task, run = load_run(workdir, "best")
-    about = {key: run[key] for key in ("epoch", "class_names", "image_shape")}
-    about |= {"pixel_mean": task.mean.tolist(), "pixel_std": task.std.tolist()}
-    weights.write_weights(file, plan, states, about, names="torchvision")
+    trained = load_run(workdir, "best")
+    weights.write_weights(file, trained.plan, trained.states, trained.about, names="torchvision")
     return file, summary
 
 

@@ -1,12 +1,9 @@
 """The image sets that need no files: shapes, splits and seeds, and keys that do not fit the data."""
 
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
+from command_lines import in_a_process
 from image_sets import as_set, fails
 from vffjax.config import Config
 from vffjax.data import load as data
@@ -132,6 +129,5 @@ def test_keys_that_do_not_fit_the_data(keys, key):
 
 def test_import_is_light():
     code = "import sys, vffjax.data.load; print(sorted({'tensorflow_datasets', 'sklearn', 'tensorflow', 'PIL'} & set(sys.modules)))"
-    root = pathlib.Path(data.__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert result.stdout.strip() == "[]"
+    done = in_a_process("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]")

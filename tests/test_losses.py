@@ -21,6 +21,11 @@ def maps(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+def in_batch(anchor, label, copies, copy_labels, margin, temperature):
+    """CSCL of one anchor and its copies, all of unit length."""
+    return vff.cscl_in_batch(losses.dot(copies, anchor), label, copy_labels, margin, temperature)
+
+
 def embedded_triplet(z, kind):
     """The loss as a function of the three maps, stacked."""
     return vff.cscl_triplet(*losses.embed(z, kind), MARGIN, TAU)
@@ -29,7 +34,7 @@ def embedded_triplet(z, kind):
 def embedded_in_batch(z, kind, label, copy_labels):
     """The first map is the anchor, the others its copies."""
     e = losses.embed(z, kind)
-    return vff.cscl_in_batch(e[0], label, e[1:], copy_labels, MARGIN, TAU)
+    return in_batch(e[0], label, e[1:], copy_labels, MARGIN, TAU)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 3), (1, 1, 3), (6,)], ids=str)
@@ -74,8 +79,8 @@ def test_vmapped_losses_equal_looped_ones(loss):
         together = jax.vmap(vff.cscl_triplet, (0, 0, 0, None, None))(anchors, copies, copies[::-1], MARGIN, TAU)
         apart = [vff.cscl_triplet(a, p, n, MARGIN, TAU) for a, p, n in zip(anchors, copies, copies[::-1], strict=True)]
     else:
-        together = jax.vmap(vff.cscl_in_batch, (0, 0, None, None, None, None))(anchors, labels, copies, labels, MARGIN, TAU)
-        apart = [vff.cscl_in_batch(a, y, copies, labels, MARGIN, TAU) for a, y in zip(anchors, labels, strict=True)]
+        together = jax.vmap(in_batch, (0, 0, None, None, None, None))(anchors, labels, copies, labels, MARGIN, TAU)
+        apart = [in_batch(a, y, copies, labels, MARGIN, TAU) for a, y in zip(anchors, labels, strict=True)]
     np.testing.assert_allclose(together, apart, rtol=1e-5)
     assert together.shape == (6,)
 
@@ -121,7 +126,7 @@ def test_margin_and_temperature_act_as_documented():
     # s(a, p) = 0.6, s(a, n) = 0: at the margin that equals their difference the loss is tau log 2.
     np.testing.assert_allclose(vff.cscl_triplet(a, p, n, 0.6, 0.5), 0.5 * np.log(2), rtol=1e-5)
     copies, copy_labels = jnp.stack([p, n]), jnp.array([0, 1])
-    np.testing.assert_allclose(vff.cscl_in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(in_batch(a, 0, copies, copy_labels, 0.6, 0.5), np.log(2), rtol=1e-5)
 
 
 def seen_of(config, made, key, logits):
@@ -222,16 +227,16 @@ def test_cross_entropies_take_both_labels_and_other_losses_that_of_the_larger_pa
 
 
 @pytest.mark.parametrize(("to_clean", "to_others"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("ready", [False, True])
-def test_the_product_of_all_vectors_that_gpus_compute_is_that_of_the_parts(ready, to_clean, to_others, monkeypatch):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_product_of_all_vectors_that_gpus_compute_is_that_of_the_parts(scaled, to_clean, to_others, monkeypatch):
     z, weights = maps(1, 9, 5), maps(2, 6, 3)
     z[4] = 0.0  # of length zero
 
     def value(z):
-        return jnp.sum(losses.between(z, 6, ready, to_clean, to_others) * weights)
+        return jnp.sum(losses.between(z, 6, scaled, to_clean, to_others) * weights)
 
     def oracle(moved, fixed):
-        units = [v if ready else v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-6) for v in (moved, fixed)]
+        units = [v if scaled else v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-6) for v in (moved, fixed)]
         return np.sum(units[0 if to_clean else 1][:6] @ units[0 if to_others else 1][6:].T * weights)
 
     apart = jax.value_and_grad(value)(jnp.asarray(z))
@@ -242,7 +247,7 @@ def test_the_product_of_all_vectors_that_gpus_compute_is_that_of_the_parts(ready
     for found, gradient in (apart, whole):
         np.testing.assert_allclose(found, oracle(z, z), rtol=1e-5)
         np.testing.assert_allclose(gradient[some], expected[some], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(whole[1], apart[1], rtol=1e-4, atol=1e-3 if not ready else 1e-6)
+    np.testing.assert_allclose(whole[1], apart[1], rtol=1e-4, atol=1e-3 if not scaled else 1e-6)
     assert np.any(whole[1][:6]) == to_clean
     assert np.any(whole[1][6:]) == to_others
 

@@ -9,7 +9,6 @@ from command_lines import CONFIG, ROOT, TINY_FLAGS
 from image_sets import fake_cifar
 from oracles import slow_but
 from runs import copy_of, finished, tiny, train
-from vffjax.cli.commands.train import folder_of
 from vffjax.cli.config_file import load_config_file, split_variant
 from vffjax.cli.flags import parse_train
 from vffjax.cli.options import json_file
@@ -20,6 +19,7 @@ from vffjax.errors import UserError
 from vffjax.files import replace_file
 from vffjax.paths import check_run_folder, local
 from vffjax.runs import experiment
+from vffjax.runs.usual_folder import usual_folder
 from vffjax.runs.workdir import claim_workdir, load_run
 from vffjax.training.checks import make_config
 
@@ -192,13 +192,13 @@ def test_a_file_is_not_written_through_a_link_that_lies_in_its_way(tmp_path):
 
 def test_runs_on_other_images_of_ones_own_have_other_folders():
     def folder(dataset, data_dir):
-        return folder_of(make_config({"dataset": dataset, "data_dir": data_dir}), dataset)
+        return usual_folder(make_config({"dataset": dataset, "data_dir": data_dir}), dataset)
 
     assert folder("npz", "a.npz") != folder("npz", "b.npz")
     assert folder("npz", "a.npz") == folder("npz", "./a.npz")
     assert folder("npz", "photos") == folder("npz", "photos/")
     assert folder("cifar10", "here") == folder("cifar10", "there")  # the same images, wherever they lie
-    assert folder_of(Config(dataset="mine:SOURCE"), "x").parts[0] == "runs"  # code that may not be run is told later
+    assert usual_folder(Config(dataset="mine:SOURCE"), "x").parts[0] == "runs"  # code that may not be run is told later
 
 
 def test_a_home_folder_that_is_not_there_is_told_with_its_flag(fails):

@@ -201,7 +201,7 @@ def test_chunks_are_so_short_that_filling_the_pipeline_costs_little():
 def test_groups_are_dealt_out_as_evenly_as_any_cut_does():
     rng = np.random.default_rng(0)
     for _ in range(60):
-        work = [Work(*map(int, rng.integers(0, 9, 2))) for _ in range(rng.integers(1, 9))]
+        work = [Work(*map(int, rng.integers(0, 9, 3))) for _ in range(rng.integers(1, 9))]
         for number in range(1, len(work) + 1):
             cuts = itertools.combinations(range(1, len(work)), number - 1)
             every = [list(itertools.pairwise([0, *cut, len(work)])) for cut in cuts]
@@ -211,13 +211,16 @@ def test_groups_are_dealt_out_as_evenly_as_any_cut_does():
 
 def judged(work, spans):
     """The largest FLOP of a stage, then the largest bytes."""
-    return tuple(max(sum(w[kind] for w in work[first:last]) for first, last in spans) for kind in (0, 1))
+    return tuple(max(sum(of(w) for w in work[first:last]) for first, last in spans) for of in (lambda w: w.flop, lambda w: w.bytes))
 
 
 def test_the_work_of_a_group_is_that_of_its_layers_without_the_gradient_of_its_input():
     plan = checks.plan_of(config_of(**CONV, rule="head", frozen_groups=1, batch_size=10), 100, (8, 8, 3), 3)
     forward = [2 * 10 * k * p for k, p in ((27 * 4, 64), (36 * 4, 64), (36 * 6, 16), (54 * 6, 16))]
-    assert [w.flop for w in stages.group_work(plan, (8, 8, 3))] == [forward[0] + forward[1], 2 * forward[2] + 3 * forward[3]]
+    work = stages.group_work(plan, (8, 8, 3))
+    assert [w.flop for w in work] == [forward[0] + forward[1], 2 * forward[2] + 3 * forward[3]]
+    # Of each kernel three copies of 4 bytes; the map of the first layer of each group, before it is pooled, is its largest.
+    assert [w.bytes for w in work] == [12 * 4 * (27 + 36) + 4 * 10 * 4 * 64, 12 * 6 * (36 + 54) + 4 * 10 * 6 * 16]
 
 
 def test_a_stage_that_dominates_says_where_to_cut():

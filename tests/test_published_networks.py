@@ -76,6 +76,12 @@ def test_sizes_on_paper_are_those_of_the_network(network, stem):
         assert x.shape[-1] == layer.width == size.width
 
 
+def test_the_map_of_a_stem_is_that_in_front_of_its_pooling():
+    sizes = layer_sizes(groups_of(config_of(network="resnet18", stem="imagenet", width_factor=0.125), 10), (64, 64, 3))
+    assert sizes[0] == (7 * 7 * 3 * 8, 32 * 32 * 8, 8)
+    assert sizes[0].multiplications == 7 * 7 * 3 * 8 * 32 * 32
+
+
 def test_layers_that_are_alike_are_sized_once(monkeypatch):
     """The second of 30 layers is like the 28 behind it; the first has fewer input channels, and each tracing takes milliseconds."""
     layer_sizes.cache_clear()

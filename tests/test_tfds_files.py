@@ -3,16 +3,15 @@
 import io
 import json
 import os
-import pathlib
 import shutil
 import struct
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from command_lines import in_a_process
 from image_sets import CIFAR_NAMES, PER_BATCH, as_set, fails, fake_cifar, load, tree
 from vffjax.config import Config
 from vffjax.data import load as data
@@ -112,10 +111,9 @@ logging.info("before")
 data.load(Config(dataset="cifar10", data_dir=sys.argv[1]))
 logging.info("after")
 """
-    root = pathlib.Path(data.__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", code, str(cifar[0])], capture_output=True, text=True, cwd=root, check=True)
-    assert result.stdout == ""
-    assert [line.split()[-1] for line in result.stderr.splitlines()[-2:]] == ["before", "after"]
+    done = in_a_process("-c", code, str(cifar[0]))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert [line.split()[-1] for line in done.stderr.splitlines()[-2:]] == ["before", "after"]
 
 
 @pytest.mark.parametrize(("dataset", "module"), [("digits", "sklearn.datasets"), ("cifar10", "tensorflow_datasets")])

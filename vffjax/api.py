@@ -13,7 +13,6 @@
 
 import functools
 import io
-import json
 import os
 import pathlib
 import re
@@ -26,17 +25,17 @@ import numpy as np
 
 from vffjax import outside, paths
 from vffjax.cli.config_file import load_config_file
-from vffjax.config import CHANGEABLE, FIELDS, Config
+from vffjax.config import Config
 from vffjax.costs import fits
 from vffjax.data import in_memory
 from vffjax.data import load as data_module
 from vffjax.errors import UserError, notice, printable
-from vffjax.files import holds, sha256
-from vffjax.keys import default_of
+from vffjax.files import holds
 from vffjax.run import Run, arguments
 from vffjax.runs import experiment
 from vffjax.runs.checkpoint import Checkpoints
 from vffjax.runs.termination import Terminated
+from vffjax.runs.usual_folder import usual_folder
 from vffjax.runs.workdir import LOCK, WRITTEN, locked
 from vffjax.training import scores, stages
 from vffjax.training.checks import make_config
@@ -97,7 +96,7 @@ def train(
         if callable(callbacks):
             raise UserError("callbacks: is one function; give a list of functions, as callbacks=[function]")
         checked = make_config(_values(config) | (in_memory.hold(data) if data is not None else {}))
-        folder = _folder(checked) if workdir is None else paths.local(workdir, "workdir")
+        folder = usual_folder(checked, _as_name(checked.dataset)) if workdir is None else paths.local(workdir, "workdir")
         paths.check_run_folder(folder, "workdir")
         if overwrite or not (folder / "config.json").exists():  # a run that continues has its weights already
             weights.check_start(checked)
@@ -184,7 +183,7 @@ def evaluate(run: Run | str | pathlib.Path, data: Data | None = None, inference:
             seen = np.asarray(score(known.images)) if len(known.labels) else None
             votes = scores.validate(seen, known.labels, trained.groups, plan.config.votes)
         found = np.asarray(score(given))[: trained.groups]
-        measured = scores.measure(found, numbers, tuple(votes["voting"]), "own", tuple(votes.get("vote_weights", ())))
+        measured = scores.measure(found, numbers, votes, "own")
         return {"error": measured["own_error"], "error_per_group": measured["own_error_per_group"], "n": len(numbers)}
 
 
@@ -198,11 +197,8 @@ def _values(config: Any) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _folder(config: Config) -> pathlib.Path:
-    """The folder of a run for which none was given: its name holds a hash of all keys that make it another run."""
-    identity = config.to_dict() | {key: default_of(FIELDS[key]) for key in CHANGEABLE}
-    source = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.dataset)
-    return pathlib.Path("runs") / f"{source}-{sha256(json.dumps(identity | {'data_dir': config.data_dir}).encode())[:8]}"
+def _as_name(dataset: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset)
 
 
 def _written(name: str) -> bool:

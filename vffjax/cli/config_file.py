@@ -158,4 +158,4 @@ def _program(file: str) -> bytes:
     name = pathlib.Path(file).stem
     if missing and name in packaged.names():
         raise UserError(f"{problem}; --config={name} is the configuration of this name that comes with vffjax")
-    raise UserError(f"{problem}; give a file such as configs/digits.py, or a name that vffjax configs lists") from None
+    raise UserError(f"{problem}; {_GIVE}") from None

@@ -133,16 +133,16 @@ def _set(plain: dict[str, Any], path: str, text: str) -> None:
     if not isinstance(holder, dict):
         above = path.rpartition(".")[0]
         raise bad_key(path, text, f"config.{above} is not a dictionary", "leave it out, or set the whole of it")
-    holder[deeper[-1]] = _literal(text)
+    holder[deeper[-1]] = literal(text)
 
 
 def _dictionary(text: str) -> dict[Any, Any]:
-    if not isinstance(found := _literal(text), dict):
+    if not isinstance(found := literal(text), dict):
         raise TypeError("not a dictionary")
     return found
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A Python literal, such as a number, True or a tuple; also true and false. Any other text stands for itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python's, about text that is not one

@@ -111,7 +111,3 @@ def _hold_descriptors() -> None:
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(descriptor)
-
-
-if __name__ == "__main__":
-    main()

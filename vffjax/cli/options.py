@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(command: str, about: str | None, *shared: str, usage: str | None = None) -> Parser:
-    """The parser of a command, with those of the `shared` options that it has: --epoch, --data_dir, --json, --out."""
+    """The parser of a command, with those of the `shared` options that it has: --epoch, --data_dir, --code, --json, --out."""
     parser = Parser(prog=f"vffjax {command}", usage=usage, description=about)
     for option in shared:
         parser.add_argument(option, **_SHARED[option])

@@ -27,7 +27,7 @@ from vffjax.rules import local
 from vffjax.rules.streams import Task
 from vffjax.training import checks, optimizers, trainer
 from vffjax.training.batch import Batch, abstract_batch
-from vffjax.training.compiled import executable_bytes
+from vffjax.training.compiled import program_bytes
 from vffjax.training.mesh import within
 from vffjax.training.plan import Plan, abstract_start
 from vffjax.training.stages import is_pipeline
@@ -149,6 +149,4 @@ def row(case: Case, target: Target, compiled: jax.stages.Compiled | None) -> dic
     about = case.about | {"device": target.device.device_kind, "devices": target.number}
     if compiled is None:
         return about | dict.fromkeys(BYTES) | {"problem": "does not fit the device"}
-    found: Any = compiled.memory_analysis()
-    bytes_of = {f"{kind}_bytes": getattr(found, f"{kind}_size_in_bytes") for kind in ("argument", "output", "alias", "temp")}
-    return about | bytes_of | {"total_bytes": executable_bytes(compiled), "problem": ""}
+    return about | program_bytes(compiled) | {"problem": ""}

@@ -3,9 +3,8 @@
 import numpy as np
 
 from vffjax.config import Config
-from vffjax.data import tfds_files
 from vffjax.data.sets import Sizes, Source, Split, take
-from vffjax.errors import bad_key
+from vffjax.errors import bad_key, said
 
 
 def read(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
@@ -14,7 +13,7 @@ def read(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        problem = f"scikit-learn is not installed ({tfds_files.one_line(error)})"
+        problem = f"scikit-learn is not installed ({said(error, 300)})"
         raise bad_key("dataset", config.dataset, problem, "pip install scikit-learn") from None
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)

@@ -40,6 +40,11 @@ class LayerSize(NamedTuple):
     map: int  # entries of its feature map before pooling
     width: int  # channels or units of its output
 
+    @property
+    def multiplications(self) -> int:
+        """Of the forward pass: each entry of a kernel is used once for each position of the feature map."""
+        return self.kernels * max(1, self.map // self.width)
+
 
 class Head(nn.Module):
     """The auxiliary classifier of a group: a linear map of its features, mean-pooled to a grid, behind layers of its own if it has any.
@@ -239,10 +244,10 @@ def _output_and_kernels(layer: Layer, x: jax.ShapeDtypeStruct) -> tuple[jax.Shap
     return y, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1)
 
 
-def fitting_grid(width: int) -> int:
-    """Side, in cells, of the grid for a head on features of this width: the largest power of two with at most `HEAD_INPUTS` inputs."""
+def fitting_grid(width: int, most: int = HEAD_INPUTS) -> int:
+    """Side, in cells, of the grid to which a map of this width is pooled: the largest power of two that leaves `most` numbers or fewer."""
     side = 1
-    while 4 * side * side * width <= HEAD_INPUTS:
+    while 4 * side * side * width <= most:
         side *= 2
     return side
 

@@ -49,11 +49,16 @@ class Stem(Layer):
     kind: str = "cifar"
     resize: int = 0
 
+    @property
+    def pool(self) -> int:
+        """The stride of the max-pooling; 1: there is none."""
+        return 2 if self.kind == "imagenet" else 1
+
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], clean: Rows, train: bool) -> Float[Array, "batch h2 w2 width"]:
         x = _Conv(self.width, *STEMS[self.kind], self.dtype, name="conv1")(resized(x, self.resize))
         x = Norm(self.norm, activation="relu", frozen=self.frozen, name="bn1")(x, clean, train)
-        return max_pool_overlapping(x) if self.kind == "imagenet" else x
+        return max_pool_overlapping(x) if self.pool > 1 else x
 
 
 class ResidualBlock(Layer):

@@ -26,12 +26,12 @@ def embed(features: Float[Array, "batch *feature"], similarity: str) -> Float[Ar
     `position`: the cosine over channels at each position, averaged over positions. `flat`: of the flattened map. `grid`: of
     the map mean-pooled to 2x2 cells, flattened. `pooled`: of the mean over positions. Maps without positions are all alike.
     """
-    vectors, ready = comparable(features, similarity)
-    return vectors if ready else unit(vectors)
+    vectors, scaled = comparable(features, similarity)
+    return vectors if scaled else unit(vectors)
 
 
 def comparable(features: Float[Array, "batch *feature"], similarity: str) -> tuple[Float[Array, "batch d"], bool]:
-    """The vectors of `embed` before they are scaled to length 1, and whether they must not be scaled, as those of positions are already."""
+    """The vectors of `embed` before they are scaled to length 1, and whether they are scaled already, as those of positions are."""
     z = features.astype(jnp.float32)
     cells = cells_of(similarity)
     if z.ndim == 4:
@@ -52,7 +52,7 @@ def unit(z: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def between(
-    vectors: Float[Array, "rows d"], clean: int, ready: bool = False, to_clean: bool = True, to_others: bool = True
+    vectors: Float[Array, "rows d"], clean: int, scaled: bool = False, to_clean: bool = True, to_others: bool = True
 ) -> Float[Array, "clean others"]:
     """The cosines of the first `clean` vectors with all others.
 
@@ -62,12 +62,12 @@ def between(
     Args:
         vectors: rows, the first `clean` of them clean.
         clean: how many.
-        ready: whether the products themselves are asked for, and not the cosines.
+        scaled: whether the vectors are scaled already, so that their products are what is asked for.
         to_clean: whether the clean vectors get a gradient.
         to_others: whether the other ones get one.
     """
-    parts = functools.partial(_of_parts, clean=clean, ready=ready)
-    whole = functools.partial(_cut_of_all, clean=clean, ready=ready)
+    parts = functools.partial(_of_parts, clean=clean, scaled=scaled)
+    whole = functools.partial(_cut_of_all, clean=clean, scaled=scaled)
     return jax.lax.platform_dependent(vectors, **_on_gpus(whole, vectors, clean), default=parts)
 
 
@@ -76,21 +76,21 @@ def _on_gpus(whole: Callable[..., Array], vectors: Array, clean: int) -> dict[st
     return {} if divided() or vectors.shape[0] > 2 * clean else on_gpus(whole)
 
 
-def _of_parts(vectors: Array, clean: int, ready: bool, to_clean: bool = True, to_others: bool = True) -> Array:
-    vectors = vectors if ready else unit(vectors)
+def _of_parts(vectors: Array, clean: int, scaled: bool, to_clean: bool = True, to_others: bool = True) -> Array:
+    vectors = vectors if scaled else unit(vectors)
     first = vectors[:clean] if to_clean else jax.lax.stop_gradient(vectors[:clean])
     others = vectors[clean:] if to_others else jax.lax.stop_gradient(vectors[clean:])
     return jax.vmap(lambda vector: dot(others, vector))(first)
 
 
-def _cut_of_all(vectors: Array, clean: int, ready: bool) -> Array:
-    units = _padded_units(vectors, ready)
+def _cut_of_all(vectors: Array, clean: int, scaled: bool) -> Array:
+    units = _padded_units(vectors, scaled)
     return dot(units, units.T)[:clean, clean : vectors.shape[0]]
 
 
-def _padded_units(vectors: Array, ready: bool) -> Array:
+def _padded_units(vectors: Array, scaled: bool) -> Array:
     """Vectors of length 1, and zeros up to a multiple of 16 rows, which a GPU's matrix products can divide among its processors."""
-    units = vectors if ready else unit(vectors)
+    units = vectors if scaled else unit(vectors)
     return jnp.pad(units, ((0, -vectors.shape[0] % 16), (0, 0)))
 
 
@@ -98,15 +98,15 @@ def _forward(vectors: Array, clean: int, *how: bool) -> tuple[Array, Array]:
     return between(vectors, clean, *how), vectors
 
 
-def _backward(clean: int, ready: bool, to_clean: bool, to_others: bool, vectors: Array, g: Array) -> tuple[Array]:
+def _backward(clean: int, scaled: bool, to_clean: bool, to_others: bool, vectors: Array, g: Array) -> tuple[Array]:
     def parts(vectors: Array, g: Array) -> Array:
-        of_parts = functools.partial(_of_parts, clean=clean, ready=ready, to_clean=to_clean, to_others=to_others)
+        of_parts = functools.partial(_of_parts, clean=clean, scaled=scaled, to_clean=to_clean, to_others=to_others)
         (found,) = jax.vjp(of_parts, vectors)[1](g)
         return found
 
     def whole(vectors: Array, g: Array) -> Array:
         rows = vectors.shape[0]
-        units, back = jax.vjp(functools.partial(_padded_units, ready=ready), vectors)
+        units, back = jax.vjp(functools.partial(_padded_units, scaled=scaled), vectors)
         placed = jnp.pad(g, ((0, len(units) - clean), (clean, len(units) - rows)))
         (found,) = back(dot(placed + placed.T, units))
         is_clean = jnp.arange(rows) < clean

@@ -38,18 +38,18 @@ def loss(seen: Seen) -> tuple[Scalar, Metrics]:
     return contrast(seen, *comparable(seen.made.rows, seen.config.similarity)), {}
 
 
-def contrast(seen: Seen, vectors: Float[Array, "rows d"], ready: bool = False) -> Float[Array, ""]:
-    """CSCL of vectors, one for each row of `seen.made`; `ready`: their products are compared as they are, and not their cosines."""
+def contrast(seen: Seen, vectors: Float[Array, "rows d"], scaled: bool = False) -> Float[Array, ""]:
+    """CSCL of vectors, one for each row of `seen.made`, by their cosines; or by their products, if they are scaled already."""
     config = seen.config
     to_anchors, to_copies = chosen(
         "contrast_gradient", config.contrast_gradient, {"both": (True, True), "anchors": (True, False), "copies": (False, True)}
     )
     margin, temperature = seen.hyper.margin, seen.hyper.temperature
     if in_batch(config):
-        per_anchor = jax.vmap(_cscl_of_cosines, in_axes=(0, 0, None, None, None))
-        cosines = between(vectors, seen.made.labels.shape[0], ready, to_anchors, to_copies)
+        per_anchor = jax.vmap(cscl_in_batch, in_axes=(0, 0, None, None, None))
+        cosines = between(vectors, seen.made.labels.shape[0], scaled, to_anchors, to_copies)
         return jnp.mean(per_anchor(cosines, seen.made.labels, seen.made.copy_labels, margin, temperature))
-    made = seen.made._replace(rows=vectors if ready else unit(vectors))
+    made = seen.made._replace(rows=vectors if scaled else unit(vectors))
     anchors = made.clean if to_anchors else jax.lax.stop_gradient(made.clean)
     copies = made.copies if to_copies else jax.lax.stop_gradient(made.copies)
     triplet = jax.vmap(cscl_triplet, in_axes=(0, 0, 0, None, None))
@@ -107,24 +107,12 @@ def cscl_triplet(
 
 
 def cscl_in_batch(
-    anchor: Float[Array, " d"],
-    label: int | Int[Array, ""],
-    copies: Float[Array, "copies d"],
-    copy_labels: Int[Array, " copies"],
-    margin: Scalar,
-    temperature: Scalar,
+    cosines: Float[Array, " copies"], label: int | Int[Array, ""], copy_labels: Int[Array, " copies"], margin: Scalar, temperature: Scalar
 ) -> Float[Array, ""]:
-    """CSCL for one anchor against all labelled copies: cross-entropy of `(s - m [match]) / tau`, mass on any copy of its class.
+    """CSCL for one anchor against all labelled copies, from cosines: cross-entropy of `(s - m [match]) / tau`, mass on any right copy.
 
     `-log(sum_{j: match} e_j / sum_j e_j)`, the form of neighbourhood components analysis (Goldberger et al., 2004) on cosines.
     """
-    return _cscl_of_cosines(dot(copies, anchor), label, copy_labels, margin, temperature)
-
-
-def _cscl_of_cosines(
-    cosines: Float[Array, " copies"], label: int | Int[Array, ""], copy_labels: Int[Array, " copies"], margin: Scalar, temperature: Scalar
-) -> Float[Array, ""]:
-    """`cscl_in_batch` from the cosines of an anchor and all copies."""
     match = copy_labels == label
     scores = (cosines - margin * match.astype(cosines.dtype)) / temperature
     right = jax.nn.logsumexp(jnp.where(match, scores, -jnp.inf))

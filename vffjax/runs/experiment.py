@@ -210,7 +210,7 @@ def _conclude(
     trained = Trained(plan, *best.restore(plan), best.run)
     # Of several processes this one measures alone, on its first device.
     found = scores_on(stages.judges(config, best.run), trained, config.inference, dataset.test)
-    measured = scores.measure(found, dataset.test.labels, tuple(best.run["voting"]), "test", tuple(best.run.get("vote_weights", ())))
+    measured = scores.measure(found, dataset.test.labels, best.run, "test")
     return conclude(trained, dataset, measured, run, workdir)
 
 

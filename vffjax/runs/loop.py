@@ -22,7 +22,7 @@ from vffjax.runs.checkpoint import Checkpoints, Writer
 from vffjax.runs.logbook import Logbook, Silent
 from vffjax.runs.termination import NOTHING, Request, Terminated
 from vffjax.training import feature_cache, trainer
-from vffjax.training.compiled import executable_bytes
+from vffjax.training.compiled import program_bytes
 from vffjax.training.epochs import Epoch, Metrics, joined, over_steps
 from vffjax.training.mesh import everywhere, fetched, within
 from vffjax.training.pipeline import epoch_of
@@ -164,7 +164,7 @@ class Loop:
         if _is_short(self._plan, largest):
             self._epoch(self._task, jax.tree.map(jnp.copy, states), self._data, epoch)
         self._run["compile_seconds"] += time.perf_counter() - began
-        self._run["peak_bytes"] = max(self._run["peak_bytes"], executable_bytes(largest))
+        self._run["peak_bytes"] = max(self._run["peak_bytes"], program_bytes(largest)["total_bytes"])
 
     def _train_epoch(
         self, states: States, epoch: int, logbook: Logbook | Silent

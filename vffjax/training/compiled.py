@@ -33,10 +33,17 @@ def compiled(function: Any, program: Hashable, *arguments: Any) -> jax.stages.Co
     return function.lower(program, *arguments).compile()
 
 
-def executable_bytes(compiled: jax.stages.Compiled) -> int:
-    """Peak memory of a compiled program in bytes, by the compiler's own plan: arguments, outputs and temporaries."""
+def program_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """The memory of a compiled program in bytes on each device, by the compiler's own plan.
+
+    Returns:
+        `argument_bytes`, `output_bytes`, `alias_bytes` (of the arguments whose memory the outputs take), `temp_bytes`, and `total_bytes`,
+        which is the peak: all of these, where `alias_bytes` count once.
+    """
     plan: Any = compiled.memory_analysis()
-    return int(plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes)
+    found = {f"{kind}_bytes": int(getattr(plan, f"{kind}_size_in_bytes")) for kind in ("argument", "output", "alias", "temp")}
+    total = found["argument_bytes"] + found["output_bytes"] - found["alias_bytes"] + found["temp_bytes"]
+    return found | {"total_bytes": total}
 
 
 def keep_compiled_programs() -> None:

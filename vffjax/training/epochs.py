@@ -1,4 +1,5 @@
-"""Runs an epoch as a few calls of one compiled segment. Only this module jits the training program and donates its states.
+"""Runs an epoch as a few calls of one compiled segment. Here the training program is jitted and its states are donated;
+`pipeline` does the same for its stages.
 
 The batches of a segment are gathered before it is called: by a small program if the images are on the device, by NumPy if they are on the
 host. Both feed the same executable, and the result does not depend on the length of a segment. So the bits are the same wherever the
@@ -182,7 +183,7 @@ def segment_length(plan: Plan, image_shape: tuple[int, int, int], feature_bytes:
         return plan.config.segment_steps
     sizes = layer_sizes(plan.groups, image_shape)
     # Forward, gradient of inputs, gradient of kernels; two for each multiplication.
-    flop = 6 * plan.rows_of_a_step * sum(size.kernels * max(1, size.map // size.width) for size in sizes)
+    flop = 6 * plan.rows_of_a_step * sum(size.multiplications for size in sizes)
     speed = _CORE * cores() if (backend or jax.default_backend()) == "cpu" else _ACCELERATOR
     most = LARGEST_BYTES // (plan.config.batch_size * (math.prod(image_shape) + feature_bytes))
     return max(2, min(round(SECONDS * speed / flop), most))

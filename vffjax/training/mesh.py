@@ -22,6 +22,13 @@ from vffjax.ops.rows import AXIS
 T = TypeVar("T")
 
 
+def check_there(config: Config) -> None:
+    """Raises `UserError` if there are fewer devices than config.devices."""
+    if config.devices > (there := len(jax.devices())):
+        problem = f"JAX sees {there} ({jax.devices()[0].device_kind})"
+        raise bad_key("devices", config.devices, problem, f"use at most {there}, or 0")
+
+
 def count(config: Config, before: int = 0) -> int:
     """How many devices train.
 
@@ -36,9 +43,7 @@ def count(config: Config, before: int = 0) -> int:
         UserError: there are not as many as config.devices, or config.batch_size cannot be divided by them.
     """
     there, processes = len(jax.devices()), hosts.count()
-    if config.devices > there:
-        problem = f"JAX sees {there} ({jax.devices()[0].device_kind})"
-        raise bad_key("devices", config.devices, problem, f"use at most {there}, or 0")
+    check_there(config)
     if config.devices and config.batch_size % config.devices:
         nearest = max(1, round(config.batch_size / config.devices)) * config.devices
         problem = f"cannot be divided by config.devices={config.devices}"

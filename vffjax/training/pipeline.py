@@ -33,12 +33,12 @@ from vffjax.training.stages import Span, is_pipeline, spans_of
 # An epoch is cut into at least so many chunks for each stage, so that filling and draining take a small part of it.
 _CHUNKS = 8
 
-Metrics = list[dict[str, Array]]  # of each group
+MetricsOfGroups = list[dict[str, Array]]
 
 
 def run_stage(
     plan: Plan, first: int, task: Task | None, states: States, given: Batch | Streams, hyper: HyperParameters, keys: Key[Array, " steps"]
-) -> tuple[States, Streams, Metrics]:
+) -> tuple[States, Streams, MetricsOfGroups]:
     """Trains the groups of a stage for some steps, one after the other.
 
     Args:
@@ -66,7 +66,7 @@ def run_stage(
     return states, streams, metrics
 
 
-def collect(plan: Plan, labels: Array, metrics: Metrics) -> dict[str, Array]:
+def collect(plan: Plan, labels: Array, metrics: MetricsOfGroups) -> dict[str, Array]:
     """The metrics of each step, as `trainer.train_step` names them, from those of each group and the labels, `[steps, batch]`."""
     return jax.lax.scan(lambda _, step: (None, trainer.of_all_groups(*step)), None, (labels, metrics))[1]
 
@@ -79,7 +79,7 @@ def in_one(plan: Plan, spans: Sequence[Span], task: Task, states: States, batche
     """What the stages compute together, as one function like `trainer.run_segment`. The locality certificate traces it."""
     given: Any = batches
     done: list[Any] = []
-    metrics: Metrics = []
+    metrics: MetricsOfGroups = []
     for first, last in spans:
         new, given, own = stage(plan, first, None if first else task, states[first:last], given, batches.hyper, batches.key)
         done += new
@@ -135,7 +135,7 @@ class Programs:
         program, given = plan.program, batches
         self.stages: list[jax.stages.Compiled] = []
         self.crossing: list[int] = []  # bytes of the streams that each stage but the last passes on, in a chunk
-        metrics: Metrics = []
+        metrics: MetricsOfGroups = []
         for (first, last), device in zip(spans, devices, strict=True):
             inputs = (None if first else task, states[first:last], given, batches.hyper, batches.key)
             placed = abstract(device, inputs)
@@ -193,7 +193,7 @@ class PipelinedEpoch(Epoch):
             batches = self._batches(data, piece, draws)
             programs = self._of(task, sum(own, ()), batches)
             given: Any = on(first_device, batches)
-            found: Metrics = []
+            found: MetricsOfGroups = []
             for i, (program, device) in enumerate(zip(programs.stages, self.devices, strict=True)):
                 given, hyper, keys = on(device, (given, batches.hyper, batches.key))
                 own[i], given, metrics = program(None if i else task, own[i], given, hyper, keys)

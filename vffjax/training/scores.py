@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -233,14 +233,23 @@ def validate(scores: np.ndarray | None, labels: Int[ArrayLike, " n"], trained: i
         voting = tuple(np.flatnonzero(fitted).tolist())
         weights = tuple(fitted[list(voting)].tolist())
         if voting:  # else no group knows more than chance, and a subset is as good
-            return measure(scores[:trained], labels, voting, "val", weights) | {"voting": list(voting), "vote_weights": list(weights)}
-    voting = choose_voting(scores[:trained], labels)
-    return measure(scores[:trained], labels, voting, "val") | {"voting": list(voting)}
+            votes_of = {"voting": list(voting), "vote_weights": list(weights)}
+            return measure(scores[:trained], labels, votes_of, "val") | votes_of
+    votes_of = {"voting": list(choose_voting(scores[:trained], labels))}
+    return measure(scores[:trained], labels, votes_of, "val") | votes_of
 
 
-def measure(scores: np.ndarray, labels: Any, voting: tuple[int, ...], split: str, weights: tuple[float, ...] = ()) -> dict[str, Any]:
-    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent, from scores `[groups, n, classes]`."""
+def measure(scores: np.ndarray, labels: Any, votes: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """`SPLIT_error` of the voting ensemble and `SPLIT_error_per_group`, in percent.
+
+    Args:
+        scores: `[groups, n, classes]`.
+        labels: of the n images.
+        votes: the groups that vote, as `validate` returns them, among whatever else it holds.
+        split: SPLIT.
+    """
+    together = ensemble(scores, tuple(votes["voting"]), tuple(votes.get("vote_weights", ())))
     return {
-        f"{split}_error": error_percent(ensemble(scores, voting, weights), labels),
+        f"{split}_error": error_percent(together, labels),
         f"{split}_error_per_group": [error_percent(group, labels) for group in scores],
     }

@@ -31,11 +31,17 @@ class Work(NamedTuple):
     Attributes:
         flop: floating-point operations, two for each multiplication: the forward pass and the gradients of inputs and kernels. The first
             layer of a group has no gradient of its inputs, because none leaves the group. Heads and losses are not counted.
-        bytes: parameters with the optimizer's copies, and the largest feature map.
+        parameters: bytes of the kernels, with what the optimizer keeps for them.
+        largest_map: bytes of the largest feature map.
     """
 
     flop: int
-    bytes: int
+    parameters: int
+    largest_map: int
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters + self.largest_map
 
 
 def is_pipeline(config: Config) -> bool:
@@ -65,8 +71,7 @@ def layer_work(plan: Plan, image_shape: tuple[int, int, int]) -> list[list[Work]
     itemsize = jnp.dtype(plan.groups[0].module.layers[0].dtype).itemsize
 
     def work(size: LayerSize, passes: int) -> Work:
-        forward = 2 * rows * size.kernels * max(1, size.map // size.width)
-        return Work(passes * forward, 4 * _COPIES * size.kernels + rows * size.map * itemsize)
+        return Work(2 * passes * rows * size.multiplications, 4 * _COPIES * size.kernels, rows * size.map * itemsize)
 
     for group in plan.groups:
         count = len(group.module.layers)
@@ -77,7 +82,10 @@ def layer_work(plan: Plan, image_shape: tuple[int, int, int]) -> list[list[Work]
 
 def group_work(plan: Plan, image_shape: tuple[int, int, int]) -> list[Work]:
     """What each group takes in a step, for images of this shape (height, width, channels)."""
-    return [Work(sum(w.flop for w in layers), max(w.bytes for w in layers)) for layers in layer_work(plan, image_shape)]
+    return [
+        Work(sum(w.flop for w in layers), sum(w.parameters for w in layers), max(w.largest_map for w in layers))
+        for layers in layer_work(plan, image_shape)
+    ]
 
 
 def balanced(work: Sequence[Work], stages: int) -> list[Span]:
@@ -140,14 +148,12 @@ def count(config: Config, before: int = 0, schedule_before: str = "") -> int:
     if hosts.count() > 1:
         problem = f"the groups of a pipeline lie on devices of one process, and {hosts.count()} train"
         raise bad_key("schedule", config.schedule, problem, "use schedule=joint, or one process")
-    there, groups = len(jax.devices()), len(groups_of(config, 2))
-    if config.devices > there:
-        problem = f"JAX sees {there} ({jax.devices()[0].device_kind})"
-        raise bad_key("devices", config.devices, problem, f"use at most {there}, or 0")
+    mesh.check_there(config)
+    groups = len(groups_of(config, 2))
     if config.devices > groups:
         fix = f"use at most {groups}, or 0, or a config.grouping that makes more groups"
         raise bad_key("devices", config.devices, f"a pipeline has at most one device for each group, and there are {groups}", fix)
-    return config.devices or min(there, groups)
+    return config.devices or min(len(jax.devices()), groups)
 
 
 def told(

@@ -127,9 +127,8 @@ def _judge(
         validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
     else:
         validated = {key: kept[key] for key in ("voting", "vote_weights") if key in kept}
-        who = tuple(kept["voting"]), "val", tuple(kept.get("vote_weights", ()))
         none = {"val_error": None, "val_error_per_group": None}
-        validated |= none if seen is None else inference.measure(seen[: trained.groups], validation.labels, *who)
+        validated |= none if seen is None else inference.measure(seen[: trained.groups], validation.labels, kept, "val")
     header = {"inference": name, "views": plan.config.views} | validated
     leaving = None
     if name == "early_exit":
@@ -139,7 +138,7 @@ def _judge(
     if not test:
         return header
     found = scored(dataset.test)[: trained.groups]
-    header |= inference.measure(found, dataset.test.labels, tuple(validated["voting"]), "test", tuple(validated.get("vote_weights", ())))
+    header |= inference.measure(found, dataset.test.labels, validated, "test")
     if leaving is not None:
         unseen = loop.placed(dataset.test, plan.config.data_on)
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from vffjax.data.sets import Split, take
-from vffjax.networks.groups import States
+from vffjax.networks.groups import States, fitting_grid
 from vffjax.ops.batching import map_batches
 from vffjax.ops.pooling import mean_pool_to_grid
 from vffjax.rules.streams import Task
@@ -142,10 +142,7 @@ def learning_layers(trained: Trained) -> list[str]:
 
 def _bounded(z: Array) -> Array:
     if z.ndim == 4:
-        side = 1
-        while 4 * side * side * z.shape[3] <= PROBE_INPUTS:
-            side *= 2
-        z = mean_pool_to_grid(z.astype(jnp.float32), side)
+        z = mean_pool_to_grid(z.astype(jnp.float32), fitting_grid(z.shape[3], PROBE_INPUTS))
     z = z.reshape(z.shape[0], -1).astype(jnp.float32)
     return z[:, jnp.array(spread(z.shape[1], PROBE_INPUTS))]
 
@@ -189,8 +186,7 @@ def label_fits(trained: Trained, split: Split) -> Fits:
 class Exits(NamedTuple):
     """Early exit at a range of thresholds. The costs are shares of the operations of the full ensemble's pass."""
 
-    thresholds: np.ndarray
-    costs: np.ndarray  # [thresholds]: mean over test images
+    costs: np.ndarray  # [thresholds of `GRID`]: mean over test images
     errors: np.ndarray  # [thresholds]: of test images, in percent
     full_error: float  # of the full ensemble
     chosen: dict[str, Any] | None  # the threshold chosen on validation images, its cost and error; None without such images
@@ -221,4 +217,4 @@ def exits(trained: Trained, seen: np.ndarray | None, seen_labels: np.ndarray, sc
     if seen is not None:
         threshold = leaving.choose(None)["threshold"]
         chosen = dict(zip(("threshold", "cost", "error"), (threshold, *at(threshold)), strict=True))
-    return Exits(np.array(GRID), costs, errors, at(1.0)[1], chosen)
+    return Exits(costs, errors, at(1.0)[1], chosen)

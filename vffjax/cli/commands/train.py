@@ -36,24 +36,12 @@ The keys and their defaults:
 """
 
 import contextlib
-import json
-import os
 import pathlib
 import re
 
-from vffjax import data, hosts
+from vffjax import hosts
 from vffjax.cli import flags, key_help, options, processes
-from vffjax.config import CHANGEABLE, FIELDS, Config
-from vffjax.errors import UserError
-from vffjax.files import sha256
-
-
-def folder_of(config: Config, name: str) -> pathlib.Path:
-    """The folder of a run for which none was given. Its name holds a hash of the keys that make it another run."""
-    identity = config.to_dict() | {key: FIELDS[key].default for key in CHANGEABLE}
-    with contextlib.suppress(UserError):  # of a source that does not exist or may not be run, which is said later
-        identity |= {"data_dir": config.data_dir and os.path.normpath(config.data_dir)} if data.find(config).by_data_dir else {}
-    return pathlib.Path(f"runs/{name}-{sha256(json.dumps(identity).encode())[:8]}")
+from vffjax.runs.usual_folder import usual_folder
 
 
 def run(arguments: list[str]) -> None:
@@ -62,7 +50,7 @@ def run(arguments: list[str]) -> None:
         return
     given, arguments = processes.split(arguments)
     config, name, workdir = flags.parse_train(arguments)
-    folder = pathlib.Path(workdir) if workdir else folder_of(config, name)
+    folder = pathlib.Path(workdir) if workdir else usual_folder(config, name)
     if given is not None:
         hosts.join(given)  # before JAX looks for devices
     with hosts.together() if given else contextlib.nullcontext(), options.naming_files(folder):
