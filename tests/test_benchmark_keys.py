@@ -4,27 +4,25 @@ For throughput.py see test_throughput.py.
 """
 
 import dataclasses
-import pathlib
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import arguments  # noqa: E402
-import compare_rules  # noqa: E402
-import compile_report  # noqa: E402
-import memory  # noqa: E402
-import networks  # noqa: E402
-import scan_overhead  # noqa: E402
-import speedrun  # noqa: E402
-import transfer  # noqa: E402
-from vffjax.cli.flags import parse_train  # noqa: E402
-from vffjax.config import default_config  # noqa: E402
-from vffjax.errors import UserError  # noqa: E402
-from vffjax.runs.termination import Terminated  # noqa: E402
-from vffjax.training.checks import make_config  # noqa: E402
-from vffjax.training.plan import groups_of  # noqa: E402
+import arguments
+import compare_rules
+import compile_report
+import memory
+import networks
+import scan_overhead
+import speedrun
+import transfer
+from command_lines import ROOT
+from vffjax.cli.flags import parse_train
+from vffjax.config import default_config
+from vffjax.errors import UserError
+from vffjax.runs.termination import Terminated
+from vffjax.training.checks import make_config
+from vffjax.training.plan import groups_of
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py")]
 OVERRIDES = """

@@ -1,7 +1,6 @@
 """The workflow of CI calls `.ci/run` on every Python from the oldest that the package takes, and checks nothing by itself."""
 
 import os
-import pathlib
 import re
 import tomllib
 
@@ -10,11 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax._src import compiler
 
-from command_lines import in_a_process
+from command_lines import ROOT, in_a_process
 from compiled import PINNED
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; flax brings it")
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_the_workflow_sets_python_up_and_calls_ci_run():

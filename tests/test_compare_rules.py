@@ -1,19 +1,17 @@
 """The comparison of rules runs end to end, can be stopped, and reports what its runs measured."""
 
 import json
-import pathlib
 import statistics
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import compare_rules  # noqa: E402
-from vffjax import registry  # noqa: E402
-from vffjax.config import Config  # noqa: E402
-from vffjax.training.checks import make_config  # noqa: E402
+import compare_rules
+from command_lines import ROOT
+from vffjax import registry
+from vffjax.config import Config
+from vffjax.training.checks import make_config
 
 TINY = ["--config", str(ROOT / "configs/digits.py"), "--config.epochs=1", "--config.widths=(4, 4, 8, 8)", "--config.checkpoint_every=1"]
 

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import pytest
 
+from command_lines import ROOT
 from oracles import slow_but
 from vffjax import config as config_module
 from vffjax import rules, synonyms
@@ -24,7 +25,6 @@ from vffjax.rules import vff
 from vffjax.training.checks import check_against_data, from_json, make_config
 from vffjax.training.plan import make_plan
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Image shape, classes and training images of each set, from the sets' own descriptions.
 SIZES = {
     "digits": ((8, 8, 1), 10, 1437),

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from command_lines import CONFIG, ROOT, in_a_process
+import memory as benchmark
+from command_lines import CONFIG, in_a_process
 from oracles import CONV, assert_close, config_of, differs, quick_jit, small_run
 from vffjax.costs import ledger, memory, targets
 from vffjax.training import trainer
 from vffjax.training.checks import make_config
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import memory as benchmark
 
 IMAGES = make_config({"dataset": "cifar10", "network": "conv4", "widths": (8,) * 4, "batch_size": 64})
 DENSE = [CONFIG, "--config.network=mlp", "--config.widths=(6,5)", "--config.batch_size=8"]

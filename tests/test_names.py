@@ -1,13 +1,14 @@
 """A name that code does not know is an error where it is used: nothing takes it for another."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from command_lines import ROOT
+import contenders
+import keys
+import rates
 from oracles import config_of
 from vffjax import config as config_module
 from vffjax import data as sources
@@ -22,11 +23,6 @@ from vffjax.training import scores as inference
 from vffjax.training.optimizers import make_optimizer
 from vffjax.training.plan import Plan, groups_of, make_plan, make_task
 from vffjax.uses import early_exit
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import contenders
-import keys
-import rates
 
 SOUND = config_of()
 

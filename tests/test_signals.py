@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM: answered at once whatever the process is doing, with the status and the words that say what is saved."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,14 +10,13 @@ import time
 import jax
 import pytest
 
-from command_lines import TINY_FLAGS
+from command_lines import ROOT, TINY_FLAGS
 from runs import finished, summary_of, tiny, untimed
 from vffjax.data import load as data
 from vffjax.runs import experiment, termination
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.termination import Terminated, deferred, interruptible
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOST_SECONDS = 5.0
 
 

@@ -1,6 +1,5 @@
 """The speed board: a race on digits, what it refuses, and what its line says."""
 
-import pathlib
 import sys
 
 import jax
@@ -8,11 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-import runs
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import racers
+import runs
 import speedrun
+from command_lines import ROOT
 from keys import PEER
 from vffjax.cli.config_file import load_config_file
 from vffjax.data import load
@@ -20,7 +18,6 @@ from vffjax.errors import UserError
 from vffjax.training.checks import make_config
 from vffjax.training.plan import make_plan
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 RACED_BY_BOTH = {"network": "cifarnet", "widths": (8, 8), "grouping": "block", "whitening": 2, "activation": "gelu", "norm_scale": False}
 
 

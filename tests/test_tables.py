@@ -1,15 +1,12 @@
 """Tables made from the ledger, and figures in the documentation that have to agree with it."""
 
-import pathlib
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import records  # noqa: E402
-import tables  # noqa: E402
-from vffjax.errors import UserError  # noqa: E402
+import records
+import tables
+from vffjax.errors import UserError
 
 ERRORS = {"vff": [28.0, 29.0, 30.0], "bp": [26.512]}
 

@@ -3,23 +3,20 @@
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
+import contenders
+import keys
+import rates
+import throughput
+from command_lines import ROOT
 from oracles import CONV, MLP, config_of
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import contenders  # noqa: E402
-import keys  # noqa: E402
-import rates  # noqa: E402
-import throughput  # noqa: E402
-from vffjax.config import FIELDS  # noqa: E402
-from vffjax.errors import UserError  # noqa: E402
-from vffjax.training.checks import make_config  # noqa: E402
+from vffjax.config import FIELDS
+from vffjax.errors import UserError
+from vffjax.training.checks import make_config
 
 DIGITS = ["--config", str(ROOT / "configs/digits.py"), "--config.batch_size=16"]
 TINY = [*DIGITS, "--config.network=mlp", "--config.widths=(4,4)", "--config.grouping=layer"]

@@ -1,8 +1,5 @@
 """The PyTorch networks that the trainer is measured against compute what ours compute: logits, gradients, steps; in float32."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +14,6 @@ from vffjax.training.augment import normalise
 from vffjax.training.trainer import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[bench]'")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import torch_networks  # noqa: E402
 import torch_peers  # noqa: E402
 from vffjax.networks.layers import FIXED  # noqa: E402

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import shutil
 import signal
 import sys
@@ -12,11 +11,10 @@ from unittest import mock
 
 import pytest
 
-from runs import TINY
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import records
 import train_queue
+from command_lines import ROOT
+from runs import TINY
 from vffjax import backend
 from vffjax.errors import UserError
 from vffjax.runs import experiment, lock
@@ -24,7 +22,6 @@ from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import Terminated, interruptible
 from vffjax.training import checks
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
 SET = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY.items() if key != "dataset"}
 
