@@ -285,15 +285,87 @@ RULE = Rule(loss=loss, parameters=parameters)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["joint", "sequential"])
-def test_a_rule_may_do_without_labels_and_project_by_a_fixed_kernel(schedule, tmp_path, monkeypatch):
-    (tmp_path / "unlabelled.py").write_text(UNLABELLED)
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Allows a module `mine` with the code that it is given."""
     monkeypatch.setattr(outside, "_folders", {})
     monkeypatch.setattr(outside, "_loaded", {})
-    outside.allow(tmp_path)
-    found = locality.certify(config_of(**MLP, rule="unlabelled:RULE", schedule=schedule), numeric=False)
+
+    def allow(code):
+        (tmp_path / "mine.py").write_text(code)
+        outside.allow(tmp_path)
+
+    return allow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["joint", "sequential"])
+def test_a_rule_may_do_without_labels_and_project_by_a_fixed_kernel(schedule, own):
+    own(UNLABELLED)
+    found = locality.certify(config_of(**MLP, rule="mine:RULE", schedule=schedule))
     assert (found["local"], found["violations"]) == (True, [])
+
+
+@pytest.mark.slow
+def test_parameters_of_a_rule_may_be_lists_and_be_missing_in_a_group(own):
+    listed = UNLABELLED.replace(
+        '{"kernel": jax.random.normal(key, (math.prod(shape), 3))}', '{"two": [jnp.ones(3)] * 2} if shape == (8,) else {}'
+    )
+    own(listed.replace('seen.params["kernel"]', "jnp.ones((z.shape[1], 3))"))
+    found = locality.certify(config_of(**TWO, rule="mine:RULE"))
+    assert (found["local"], found["violations"]) == (True, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["predsim", "vff_projected", "mono_forward"])
+def test_a_rules_own_kernel_in_a_frozen_group_need_not_learn(rule):
+    found = locality.certify(config_of(**TWO, rule=rule, frozen_groups=1, inference="heads"))
+    assert (found["local"], found["violations"]) == (True, [])
+
+
+STILL = """
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vffjax.networks.layers import Layer, common
+from vffjax.networks.network import Network
+
+
+class Flat(Layer):
+    @nn.compact
+    def __call__(self, x, clean, train):
+        return x.reshape(x.shape[0], -1)
+
+
+class Still(Layer):
+    @nn.compact
+    def __call__(self, x, clean, train):
+        w = self.param("w", nn.initializers.he_normal(), (x.shape[1], self.width), jnp.float32)
+        return nn.relu(x @ jax.lax.stop_gradient(w))
+
+
+def layers(config, norm):
+    given = common(config, "none")
+    return Flat(64, learns=False, **given), *(Still(width, **given) for width in config.widths)
+
+
+NETWORK = Network(layers, keys=("widths",))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numeric", [False, True])
+def test_weights_of_any_name_that_do_not_learn_are_named(numeric, own):
+    own(STILL)
+    found = locality.certify(config_of(network="mine:NETWORK", widths=(8, 6), grouping="layer", rule="head"), numeric=numeric)
+    assert {(v["kind"], v["to"]) for v in found["violations"] if v["program"] != "numbers"} == {
+        ("nothing learns", "group0/layers_1/w"),
+        ("nothing learns", "group1/layers_0/w"),
+    }
+    assert locality.text(found).startswith("NOT PROVED: found: nothing learns")
 
 
 @jax.custom_vjp
@@ -575,8 +647,12 @@ def test_a_network_that_does_not_learn_proves_nothing(monkeypatch, traces):
 def test_a_group_whose_gradient_is_zero_proves_nothing(monkeypatch, traces):
     honest = rules.local_loss
     monkeypatch.setattr(rules, "local_loss", lambda params, *rest: honest(jax.lax.stop_gradient(params), *rest))
-    found = {v["to"] for v in leaks(numeric=True).values() if v["kind"] == "nothing learns"}
-    assert found
+    found = locality.certify(config_of(**TWO))
+    assert {(v["kind"], v["program"]) for v in found["violations"]} == {
+        ("nothing learns", where) for where in ("step", "segment", "numbers")
+    }
+    kernels = {f"group{i}/{part}/kernel" for i in (0, 1) for part in ("layers_0", "head")}
+    assert {v["to"] for v in found["violations"] if v["program"] == "step"} == kernels
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------

@@ -261,6 +261,18 @@ def test_frozen_groups_that_the_ledger_leaves_out_are_named():
     config = config_of(widths=(6, 5), frozen_groups=1)
     assert ledger.network_of(config, [])["own"] is False
     assert "without config.frozen_groups" in ledger.network_of(config, [])["measured"]
+    cached = config_of(widths=(6, 5), schedule="sequential", feature_cache="device")
+    assert ledger.network_of(cached, [])["measured"].endswith("without config.feature_cache")
+    assert ledger.network_of(config_of(widths=(6, 5), schedule="pipeline"), [])["measured"].endswith("without the pipeline")
+    assert ledger.network_of(config_of(widths=(6, 5)), [])["own"] is True
+
+
+def test_a_long_name_of_a_rule_moves_no_column():
+    rows = rows_of(2e6, 2e6)
+    rows[1]["method"] = "my_own_rules:RULE sequential"
+    ledger.compare(rows)
+    lines = ledger.table(rows).splitlines()[1:]
+    assert len({len(line) for line in lines}) == 1
 
 
 BAD = {

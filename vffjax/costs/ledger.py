@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from vffjax import networks, rules
@@ -12,10 +13,12 @@ from vffjax.data import load, sizes_of
 from vffjax.errors import UserError
 from vffjax.registry import NETWORKS
 from vffjax.training import checks, plan
+from vffjax.training.stages import is_pipeline
 
 MICRO_BATCHES = 4
 ACCUMULATED = "bp accumulated"
 
+LEFT_OUT = ("overrides", "frozen_groups", "feature_cache")  # keys that have their defaults in every case
 _BP = rules.BACK_PROPAGATION | {"schedule": "joint", "rematerialise": False}
 
 
@@ -54,7 +57,8 @@ class Case:
 def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
     """Lists every combination of batch size, depth and method, for the configuration's rule and for back-propagation.
 
-    `overrides` and `frozen_groups` refer to groups, which differ between methods, so they are left out.
+    `overrides` and `frozen_groups` refer to groups, which differ between methods, and kept features to the sequential schedule, so they are
+    left out.
 
     Args:
         config: a checked configuration.
@@ -70,7 +74,8 @@ def cases(config: Config, depths: list[int], batches: list[int]) -> list[Case]:
         fix = f"leave the flag out, or set config.network to one of {able}"
         raise UserError(f"--depths: the depth of {config.network} is fixed; {fix}")
     images = load.split_sizes(config, sizes_of(config).train_images)[0]
-    same = {"overrides": {}, "frozen_groups": 0, "inference": "heads", "feature_cache": "none"}
+    usual = Config().to_dict()
+    same = {key: usual[key] for key in (*LEFT_OUT, "inference")}
     found = []
     for batch in batches or [config.batch_size]:
         _check_batch(batch, images, f"--batches={batch}" if batches else f"config.batch_size={batch}")
@@ -104,7 +109,9 @@ def network_of(config: Config, depths: list[int]) -> dict[str, Any]:
     wide = [f"{key} {' '.join(map(str, value)) if isinstance(value, list) else f'{value:g}'}" for key, value in _size(config).items()]
     mine = ", ".join([config.network, *wide, f"grouping {config.grouping}"])
     if not depths:
-        left_out = [f"config.{key}" for key in ("overrides", "frozen_groups") if getattr(config, key)]
+        usual = Config()
+        left_out = [f"config.{key}" for key in LEFT_OUT if getattr(config, key) != getattr(usual, key)]
+        left_out += ["the pipeline"] if is_pipeline(config) else []
         return {"own": not left_out, "measured": mine + (f", without {' and '.join(left_out)}" if left_out else "")}
     deep = deepened(config, depths[0])
     layers = f"{deep.network} with {', '.join(map(str, depths))} layers of width {deep.widths[0]}, without pooling, each layer a group"
@@ -124,6 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     The column `relative to bp` compares temporaries; see `compare`, which must have been called.
     """
+    line = functools.partial(_line, max(15, *(len(row["method"]) for row in rows)))
     lines: list[str] = []
     title = ""
     for row in rows:
@@ -132,16 +140,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         wanted = f"{device}, {row['precision']}, batch {row['batch']}: MB of one training step that takes over its states{each}"
         if wanted != title:
             title = wanted
-            lines += [""] * bool(lines) + [title, _line("depth", "method", "grouping", *_COLUMNS, "in all", "relative to bp")]
+            lines += [""] * bool(lines) + [title, line("depth", "method", "grouping", *_COLUMNS, "in all", "relative to bp")]
         about, ratio = [row[key] for key in ("depth", "method", "grouping")], row["relative_to_bp"]
         if row["problem"]:
-            lines.append(f"{_line(*about)}  {row['problem']}")
+            lines.append(f"{line(*about)}  {row['problem']}")
             continue
         numbers = [f"{row[key] / 1e6:,.2f}" for key in (*_COLUMNS.values(), "total_bytes")]
-        line = _line(*about, *numbers, "-" if ratio is None else f"{ratio:.2f}")
-        line += "  bp takes less" if (ratio or 0) > 1 else ""
+        shown = line(*about, *numbers, "-" if ratio is None else f"{ratio:.2f}")
+        shown += "  bp takes less" if (ratio or 0) > 1 else ""
         peak = row.get("measured_peak_bytes")
-        lines.append(line + (f"  measured peak {peak / 1e6:,.2f}" if peak else ""))
+        lines.append(shown + (f"  measured peak {peak / 1e6:,.2f}" if peak else ""))
     return "\n".join(lines)
 
 
@@ -149,14 +157,16 @@ _COLUMNS = {"arguments": "argument_bytes", "outputs": "output_bytes", "aliased":
 _WIDTHS = (*[11] * (len(_COLUMNS) + 1), 14)  # in characters
 
 
-def _line(depth: Any, method: str, grouping: str, *cells: str) -> str:
-    return f"{depth:>5}  {method:15s} {grouping:8s}" + "".join(f"  {cell:>{width}s}" for cell, width in zip(cells, _WIDTHS, strict=False))
+def _line(longest: int, depth: Any, method: str, grouping: str, *cells: str) -> str:
+    first = f"{depth:>5}  {method:{longest}s} {grouping:8s}"
+    return first + "".join(f"  {cell:>{width}s}" for cell, width in zip(cells, _WIDTHS, strict=False))
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Adds `relative_to_bp` to every row.
 
-    This is its temporaries divided by those of `bp` for the same devices, precision, depth and batch size; None if either has no step.
+    This is its temporaries divided by those of `bp` for the same devices, precision, depth and batch size; None if either has no step, or
+    if those of `bp` are 0.
     """
     place = ("device", "devices", "precision", "depth", "batch")
     bp = {tuple(row.get(key) for key in place): row["temp_bytes"] for row in rows if row["method"] == "bp"}

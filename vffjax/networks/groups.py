@@ -241,7 +241,7 @@ def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int
 def _output_and_kernels(layer: Layer, x: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, int]:
     """The shape of a layer's output for an input, and the entries of all its kernels."""
     y, variables = jax.eval_shape(functools.partial(layer.init_with_output, clean=1, train=False), jax.random.key(0), x)
-    return y, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1)
+    return y, sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})) if leaf.ndim > 1)
 
 
 def fitting_grid(width: int, most: int = HEAD_INPUTS) -> int:

@@ -50,14 +50,13 @@ class _Walk(NamedTuple):
     walked: dict[tuple[int, tuple[Flow, ...]], list[Flow]]
 
 
-def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Named | None = None) -> list[Flow]:
+def flows(program: ClosedJaxpr, named: Named | None = None) -> list[Flow]:
     """Finds the sources of every output of a program.
 
-    An input that is not floating point is a source of values only. Constants are not sources.
+    Each input is a source. One that is not floating point is a source of values only. Constants are not sources.
 
     Args:
         program: a traced program, such as that of `jax.make_jaxpr`.
-        sources: for each flattened input, the number of its source. Several inputs may be one source. By default each input is its own.
         named: arrays in the program that are sources themselves in the set `undrawn`. There, an array that
             `jax.ad_checkpoint.checkpoint_name` gave one of these names, and that consists of places of largest entries, depends on this
             source instead of those from which it was computed. Other arrays keep their sources, whatever their name.
@@ -66,16 +65,14 @@ def flows(program: ClosedJaxpr, sources: Sequence[int] | None = None, named: Nam
         The flow of each flattened output.
 
     Raises:
-        UserError: this version of JAX lays programs out in an unknown way.
+        UserError: this version of JAX lays programs out in an unknown way, or the program uses an operation on programs that is not known.
 
     >>> program = jax.make_jaxpr(lambda x, y: x * jax.lax.stop_gradient(y))(1.0, 2.0)
     >>> (flow,) = flows(program)
     >>> members(flow.value), members(flow.gradient)
     ([0, 1], [0])
     """
-    variables = program.jaxpr.invars
-    numbers = range(len(variables)) if sources is None else sources
-    inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i, 1 << i)) for variable, i in zip(variables, numbers, strict=True)]
+    inputs = [_onto(variable, Flow(1 << i, 1 << i, 1 << i, 1 << i)) for i, variable in enumerate(program.jaxpr.invars)]
     return _walk(program.jaxpr, inputs, _Walk(named or {}, {}))
 
 
@@ -168,7 +165,8 @@ def _through(equation: JaxprEqn, operands: list[Flow], walk: _Walk) -> list[Flow
         except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # its parameters are not those that the rule expects
             raise _not_understood(equation) from error
     if equation.primitive.name not in _WHOLE and any(map(_programs, equation.params.values())):
-        raise _not_understood(equation)
+        problem = f"it uses '{equation.primitive.name}', into which the certificate cannot look"
+        raise UserError(f"the traced program: {problem}; write the rule or the layer without it")
     return [union(operands)] * len(equation.outvars)
 
 

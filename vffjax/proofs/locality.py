@@ -91,6 +91,7 @@ class _Program(NamedTuple):
     name: str  # segment, step or losses
     trains: list[str]  # the groups that change in it
     sources: list[str]  # the names of the flattened inputs
+    kernels: list[str]  # those of the parameters that are to learn: with two dimensions or more, and not fixed
     # The sources of each result, by kind of path, as the sets of `dataflow.Flow`. Here undrawn is value without the paths through labels
     # that were drawn from predictions. Results are new leaves of the states, or losses.
     found: dict[str, dict[str, int]]
@@ -135,7 +136,7 @@ def _traced(name: str, trains: list[str], f: Callable[..., Any], task: Any, stat
     results = [f"group{i}/loss" for i in range(len(out))] if name == "losses" else probes.leaf_names("", out[0])
     # A step returns metrics too, which are left out: they follow the states.
     each = zip(results, dataflow.flows(program, named={DRAWN: len(sources)}), strict=False)
-    return _Program(name, trains, [*sources, DRAWN], {result: flow._asdict() for result, flow in each})
+    return _Program(name, trains, [*sources, DRAWN], probes.kernels(states), {result: flow._asdict() for result, flow in each})
 
 
 def _leaves(program: _Program, prefix: str) -> list[str]:
@@ -165,7 +166,8 @@ def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -
     kinds = ("backward",) if single else ("forward", "backward")
     # Whether a group's new state is finite (config.on_nonfinite=skip) reaches its frozen layers as a truth value. They never change.
     backward = "real" if single and frozen else "undrawn"
-    ruled = {s for program in programs if program.name == "losses" for s in program.reaching(program.found, "gradient") if "/rule/" in s}
+    # By the chain of losses, and not by the step: where a step is not fenced, every gradient depends on the images, even one of zeros.
+    learning = {s for program in programs if program.name == "losses" for s in program.reaching(program.found, "gradient")}
     crossed: set[tuple[str, ...]] = set()
     found: list[dict[str, Any]] = []
     for program in programs:
@@ -174,7 +176,7 @@ def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -
             where = v["kind"], v["from_part"], v["to_part"]
             found += [] if where in crossed else [v]
             crossed.add(where)
-        found += _idle(program, list(layers), frozen, ruled)
+        found += _idle(program, list(layers), frozen, learning)
     return found
 
 
@@ -224,21 +226,22 @@ def _nearness(name: str) -> tuple[int, bool, bool, str]:
     return kind, other, not head, name
 
 
-def _idle(program: _Program, groups: list[str], frozen: int, ruled: set[str]) -> list[dict[str, Any]]:
-    """Kernels that do not learn from images, and those of heads that do not learn from labels too, which a rule need not use. If nothing
-    learns, the absence of crossings proves nothing.
+def _idle(program: _Program, groups: list[str], frozen: int, learning: set[str]) -> list[dict[str, Any]]:
+    """Kernels with respect to which no loss has a gradient, or that a step does not change by images, and in heads by labels too, which a
+    rule need not use. If nothing learns, the absence of crossings proves nothing.
 
-    In the first `frozen` groups only the head has to learn. Of the rules' own kernels those have to that are `ruled`: a loss has a gradient
-    with respect to them.
+    In the first `frozen` groups only the head has to learn. Of the rules' own kernels only those have to that are `learning`: a loss has a
+    gradient with respect to them.
     """
     fixed = tuple(f"{group}/{part}" for group in groups[:frozen] for part in ("layers_", "rule/"))
     found = []
-    for name in (name for group in program.trains for name in _params(program, group)):
-        if not name.endswith("kernel") or name.startswith(fixed) or ("/rule/" in name and name not in ruled):
+    for name in program.kernels:
+        group, part = name.split("/")[:2]
+        if group not in program.trains or name.startswith(fixed) or (part == "rule" and name not in learning):
             continue
         value = {"data/images" if s == "data/features" else s for s in program.reaching([name], "value")}
-        missing = [source for source in ("data/images", "data/labels")[: 1 + ("/head/" in name)] if source not in value]
-        missing += [] if name in program.reaching([name], "gradient") else [name]
+        missing = [source for source in ("data/images", "data/labels")[: 1 + (part == "head")] if source not in value]
+        missing += [] if name in learning else [name]
         about = {"kind": "nothing learns", "program": program.name}
         found += [about | {"from": source, "to": name, "from_part": "", "to_part": name.split("/")[0]} for source in missing]
     return found
@@ -281,7 +284,9 @@ def _ways(program: _Program, results: list[str], groups: list[str], kind: str) -
 def text(certificate: dict[str, Any]) -> str:
     """A certificate as text for a person to read."""
     numbers, layers = certificate["numeric"], certificate["groups"]
-    lines = [f"{'local' if certificate['local'] else 'NOT LOCAL'}: {certificate['verdict']}"]
+    kinds = {v["kind"] for v in certificate["violations"]}
+    found = "local" if certificate["local"] else "NOT PROVED" if kinds <= {"nothing learns", "not finite"} else "NOT LOCAL"
+    lines = [f"{found}: {certificate['verdict']}"]
     for v in certificate["violations"]:
         more = sum(len(v.get(key, [0])) - 1 for key in ("from_leaves", "to_leaves"))
         size = f", at most {v['max_abs']:.2g}" if v.get("max_abs") else ""
@@ -291,9 +296,11 @@ def text(certificate: dict[str, Any]) -> str:
     lines += [f"traced{for_devices}: {traced}", ""]
     for name, seen in certificate["sees"].items():
         lines.append(f"{name}, {layers[name]} layer{'s' * (layers[name] > 1)}, learns from")
-        lines += [f"    {line}" for line in _seen(seen, numbers and numbers["images"][name])]
+        clipped = certificate["configuration"]["clip_norm"] > 0
+        lines += [f"    {line}" for line in _seen(seen, numbers and numbers["images"][name], clipped)]
         crossed = [" to ".join(v[key].rpartition("/")[2] for key in ("from_part", "to_part")) for v in certificate["inside"][name]]
-        lines.append(f"    gradients inside the group: {', '.join(crossed) or 'none from one layer to another'}")
+        which = "gradients inside the group" + " (config.clip_norm scales them together)" * clipped
+        lines.append(f"    {which}: {', '.join(crossed) or 'none from one layer to another'}")
     return "\n".join(lines + (_numbers(numbers, list(layers)) if numbers else []))
 
 
@@ -312,14 +319,21 @@ def _numbers(numbers: dict[str, Any], groups: list[str]) -> list[str]:
     return lines
 
 
-def _seen(seen: dict[str, Any], images: dict[str, Any] | None) -> list[str]:
-    """What a group learns from, one line for each source; `images` is what the probe found about clean images, if there was one."""
+def _seen(seen: dict[str, Any], images: dict[str, Any] | None, clipped: bool) -> list[str]:
+    """What a group learns from, one line for each source.
+
+    Args:
+        seen: of the group, as `_sees` gives it.
+        images: what the probe found about clean images, if there was one.
+        clipped: whether the gradients of a group are scaled together, by their norm.
+    """
     through, statistics = (", ".join(seen[key]) for key in ("images_pass", "running_statistics"))
     clean = ""
     if images:
-        others = "with the other clean images of the batch (batch statistics)" if images["other_images"] else "by itself"
+        others = "with the other clean images of the batch" if images["other_images"] else "by itself"
         clean = f"each clean image {others}; labelled copies change its features by {images['labelled_copies']:.3g}"
-    head = {"floating point": "by gradient", "whole numbers": "by whole numbers alone", "no": "not at all"}[seen["own_head"]]
+    by_gradient = "by gradient, or by its norm" if clipped else "by gradient"
+    reaches = {"floating point": by_gradient, "whole numbers": "by whole numbers alone", "no": "not at all"}
     lines = {
         f"images through {through}" if through else "images": seen["images"],
         "kept features of images": seen["cached_features"],
@@ -328,8 +342,8 @@ def _seen(seen: dict[str, Any], images: dict[str, Any] | None) -> list[str]:
         clean: clean,
         f"running statistics of {statistics}": statistics,
         "its optimizer's state": seen["own_optimizer_state"],
-        f"its head, which reaches the layers {head}": True,
-        "its rule's own parameters, which reach the layers by gradient": seen["own_rule"] != "no",
+        f"its head, which reaches the layers {reaches[seen['own_head']]}": True,
+        f"its rule's own parameters, which reach the layers {reaches[seen['own_rule']]}": seen["own_rule"] != "no",
     }
     drawn = {"floating point": "as floating-point numbers", "whole numbers": "as drawn labels"}
     heads = [f"predictions of {name}'s head, {drawn[how]}" for name, how in seen["heads_of_others"].items()]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from vffjax.hyperparameters import at_peak
 from vffjax.networks.groups import GroupState, States
+from vffjax.networks.layers import FIXED
 from vffjax.rules import local
 from vffjax.rules.streams import Streams, Task
 from vffjax.training import trainer
@@ -24,6 +25,7 @@ from vffjax.training.batch import Batch
 from vffjax.training.plan import Plan, init_states, make_plan
 
 IMAGES = 6  # in the batch of a probe
+_KEPT = IMAGES // 2  # the images whose features are compared, where the other ones are replaced
 
 
 def losses(
@@ -89,7 +91,7 @@ def random_variables(shapes: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
 
     def leaf(path: Any, shape: Any) -> Array:
-        name, noise = path[-1].key, rng.normal(size=shape.shape)
+        name, noise = _words(path)[-1], rng.normal(size=shape.shape)
         if name == "kernel":
             return jnp.asarray(noise * np.sqrt(2 / np.prod(shape.shape[:-1])), shape.dtype)
         return jnp.asarray(rng.uniform(0.5, 2, shape.shape) if name in ("scale", "var") else 0.2 * noise, shape.dtype)
@@ -158,13 +160,13 @@ def _touching(
     forward = quick_jit(lambda streams: losses(plan, params, states, streams, batch)[1])
     rng = np.random.default_rng(1)
     others, copies = np.array(streams.rows), np.array(streams.rows)
-    others[1] = rng.normal(size=others[1].shape)
+    others[_KEPT:IMAGES] = rng.normal(size=others[_KEPT:IMAGES].shape)
     copies[IMAGES:] = rng.normal(size=copies[IMAGES:].shape)
     each = [jax.device_get(forward(streams._replace(rows=jnp.asarray(rows)))) for rows in (streams.rows, others, copies)]
     found, violations = {}, []
     for group, before, by_others, by_copies in zip(plan.groups, *each, strict=True):
         change = float(np.abs(by_copies[:IMAGES].astype(np.float32) - before[:IMAGES]).max())
-        found[group.name] = {"other_images": bool((by_others[0] != before[0]).any()), "labelled_copies": change}
+        found[group.name] = {"other_images": bool((by_others[:_KEPT] != before[:_KEPT]).any()), "labelled_copies": change}
         if change:
             where = {"from": "labelled copies", "to": f"{group.name}: features of clean images", "max_abs": change}
             violations.append(_violation("labelled copies touch clean images", "", group.name) | where)
@@ -205,15 +207,17 @@ def _strange(loss: str, group: str, gradient: Any, later: int, frozen: bool) -> 
         gradient: the gradient.
         later: by how many groups the loss lies behind the parameters: 0 in the same group, below 0 before them.
         frozen: whether the layers of `group` are frozen, and so need not learn.
+
+    Of a rule's own parameters nothing is asked: they may be fixed, or its loss may have weight 0.
     """
     out = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        name, most = "/".join([group, *(key.key for key in path)]), _largest(leaf)
+    for name, leaf in zip(leaf_names(group, gradient), jax.tree.leaves(gradient), strict=True):
+        most, part = _largest(leaf), name.split("/")[1]
         if most is None:
             kind = "not finite"
         elif later and most:
             kind = "forward" if later > 0 else "backward"
-        elif not later and not most and name.endswith("kernel") and not (frozen and path[0].key.startswith("layers_")):
+        elif not later and not most and _is_kernel(name, leaf) and part != "rule" and (part == "head" or not frozen):
             kind = "nothing learns"
         else:
             continue
@@ -227,8 +231,25 @@ def _violation(kind: str, source: str, target: str) -> dict[str, Any]:
 
 def _largest(tree: Any) -> float | None:
     """The largest absolute value in all leaves, or None if any value is not finite."""
-    most = max(float(np.abs(np.asarray(leaf, np.float64)).max()) if np.isfinite(leaf).all() else math.inf for leaf in jax.tree.leaves(tree))
+    each = (float(np.abs(np.asarray(leaf, np.float64)).max()) if np.isfinite(leaf).all() else math.inf for leaf in jax.tree.leaves(tree))
+    most = max(each, default=0.0)  # a rule may have no parameters in some groups
     return most if math.isfinite(most) else None
+
+
+def kernels(states: States) -> list[str]:
+    """The names of the parameters of all groups that are to learn, or the locality of their training would mean nothing.
+
+    These are the arrays of two dimensions or more, but for those that are fixed by their name.
+    """
+    found = []
+    for i, state in enumerate(states):
+        named = zip(leaf_names(f"group{i}", state.params), jax.tree.leaves(state.params), strict=True)
+        found += [name for name, leaf in named if _is_kernel(name, leaf)]
+    return found
+
+
+def _is_kernel(name: str, leaf: Any) -> bool:
+    return leaf.ndim > 1 and name.rpartition("/")[2] != FIXED
 
 
 def leaf_names(root: str, tree: Any) -> list[str]:
@@ -243,11 +264,16 @@ def leaf_names(root: str, tree: Any) -> list[str]:
     """
 
     def name(path: Any) -> str:
-        words = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))) for key in path]
+        words = _words(path)
         words = words if root else [f"group{words[0]}", *words[1:]]
         return "/".join([root] * bool(root) + [word for word in words if word != "params"])
 
     return [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _words(path: Any) -> list[str]:
+    """The steps of a path into a tree: names of fields, keys of dictionaries, and numbers."""
+    return [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))) for key in path]
 
 
 def quick_jit(f: Any) -> Any:

@@ -12,7 +12,6 @@ from vffjax.data.sets import Dataset
 from vffjax.errors import aid
 from vffjax.files import write_json
 from vffjax.networks.groups import States
-from vffjax.networks.layers import FIXED
 from vffjax.rules.streams import Task
 from vffjax.runs.feature_plots import plot_features
 from vffjax.runs.plots import plot_curves, title_of
@@ -93,6 +92,6 @@ def draw_features(path: pathlib.Path, plan: Plan, dataset: Dataset, states: Stat
 
 
 def _first_kernel(states: States) -> jax.Array:
-    """Of the network's first layer; a ResNet's stem keeps it under conv1."""
-    leaves = jax.tree_util.tree_leaves_with_path(states[0].params["layers_0"])
-    return next(leaf for path, leaf in leaves if path[-1].key in ("kernel", FIXED))
+    """Of the network's first layer that has one."""
+    layers = sorted((name for name in states[0].params if name.startswith("layers_")), key=lambda name: int(name.removeprefix("layers_")))
+    return next(leaf for name in layers for leaf in jax.tree.leaves(states[0].params[name]) if leaf.ndim > 1)

@@ -1,7 +1,7 @@
 """Proves that no gradient crosses from one group to another, on the program that trains.
 
 The proof is confirmed numerically on random images, and what each group learns from is listed. The exit status is 1 if a gradient
-crosses. Nothing is trained and no data set is read.
+crosses, or if something does not learn, which would make the proof empty. Nothing is trained and no data set is read.
 """
 
 from vffjax.cli import flags, options
