@@ -14,6 +14,7 @@ from command_lines import ROOT
 from image_sets import fails
 from runs import TINY, assert_same_bits, copy_of, finished, summary_of
 from vffjax.data import load as data
+from vffjax.runs.checkpoint import Checkpoints
 from vffjax.training.scores import make_scores
 from vffjax.uses import evaluation, prediction
 
@@ -144,6 +145,17 @@ def test_evaluate_measures_the_runs_own_data_and_others(run, digits):
 
 
 # --- training
+
+
+@pytest.mark.slow
+def test_an_epoch_whose_checkpoint_is_due_is_saved_before_a_callback_can_fail(tmp_path):
+    def failing(record):
+        if record["epoch"] == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path / "run", callbacks=[failing])
+    assert Checkpoints(tmp_path / "run").epochs()[-1] == 2
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ CASES = {
     "eight, went on": ("stopped", CONV | {"devices": 8, "segment_steps": 4}),
     "host": ("host", CONV | {"data_on": "host"}),
     "four": ("four", CONV | {"devices": 4}),
+    "four, finished": ("four", CONV | {"devices": 1}),
     "odd": ("odd", {"batch_size": 30, "epochs": 1}),
     "head, one": ("head-one", {"rule": "head", "grouping": "all", "epochs": 1, "devices": 1}),
     "head": ("head", {"rule": "head", "grouping": "all", "epochs": 1}),
@@ -119,6 +120,12 @@ def test_a_run_keeps_the_number_that_it_began_with_unless_it_is_told_otherwise(r
     assert runs["goes on"]["devices"] == 1
     assert "; cpu, 8 of 8 devices, and 1 until here: " in first_line(runs["told"])
     assert runs["told"]["devices"] == 8
+
+
+def test_a_finished_run_that_is_started_on_another_number_warns_of_no_bits(runs):
+    again = runs["four, finished"]
+    assert (again["devices"], again["states"], again["errors"]) == (4, runs["four"]["states"], runs["four"]["errors"])
+    assert first_line(again).endswith("; cpu") and "bits" not in again["err"]
 
 
 def first_line(run):

@@ -198,6 +198,39 @@ def test_a_segment_is_handed_over_while_the_one_before_it_runs_and_never_a_third
     assert log == [entry for part in wanted for entry in ("put", *part)]
 
 
+@pytest.mark.parametrize("host", [False, True], ids=["device", "host"])
+def test_the_host_fetches_the_order_of_the_images_once_in_an_epoch(host, monkeypatch):
+    """If it fetched the ids of a segment, it would wait for the segment before, and nothing would be queued."""
+    run, fetched = small_run(config_of(**MLP, batch_size=8), examples=43), []
+
+    class Watched(Epoch):
+        def _program(self, length, task, states, batches):
+            return lambda *_: (states, {})
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def asarray(self, values):
+            fetched.append(np.shape(values))
+            return np.asarray(values)
+
+    monkeypatch.setattr(epochs, "np", Counting())
+    assert len([*Watched(run.plan, None, 1).segments(run.task, run.states, (on_host(run) if host else run).data, 0)]) == 5
+    assert fetched == ([(5, 8)] if host else [])
+
+
+@pytest.mark.slow
+def test_kept_features_have_the_same_bits_wherever_the_images_are_though_the_last_batch_is_not_full():
+    found = []
+    for where in ("device", "host"):
+        changes = {"schedule": "sequential", "feature_cache": "device", "eval_batch_size": 22, "norm": "layer", "batch_size": 8}
+        run = small_run(config_of(network="mlp", widths=(512, 64), grouping="layer", **changes), examples=16 * 22 + 7)
+        given = run.data if where == "device" else on_host(run).data
+        found.append(np.asarray(feature_cache.with_features(run.plan, 1, run.task, run.states, given).features))
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.slow
 def test_each_image_is_mirrored_in_every_other_epoch_of_a_run():
     """By the numbers of the images in the data set: their places in the batches change from epoch to epoch."""

@@ -287,6 +287,23 @@ def test_every_file_that_was_run_has_its_digest(several):
     assert not [path for path in several.rglob("*") if path.suffix == ".pyc"]
 
 
+def test_files_of_one_name_in_two_folders_both_count(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.py").write_text("import helper\nRULE = SOURCE = helper.VALUE\n")
+        (tmp_path / name / "helper.py").write_text(f"VALUE = {name!r}\n")
+    seen = []
+    for changed in ("", "first", "second"):
+        if changed:
+            (tmp_path / changed / "helper.py").write_text("VALUE = 'changed'\n")
+        for name in ("first", "second"):
+            outside.allow(tmp_path / name)
+        found = outside.sha256({"rule": "first:RULE", "dataset": "second:SOURCE"})
+        assert set(found) == {"first.py", "second.py", "helper.py"}
+        seen.append(found["helper.py"])
+    assert len(set(seen)) == 3
+
+
 @pytest.mark.parametrize("file", sorted(CODE))
 def test_other_code_is_refused_and_restored_code_is_taken(file, several):
     config = make_config({"rule": "mine:RULE"})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from command_lines import ROOT
+from command_lines import ROOT, in_a_process
 from oracles import CONV, MLP, assert_same, config_of, small_run
 from runs import untimed
 from vffjax.errors import UserError
@@ -194,6 +194,19 @@ def test_chunks_are_so_short_that_filling_the_pipeline_costs_little():
     assert pipeline.chunk_length(checks.plan_of(config_of(**MLP, **PIPE, segment_steps=77), 8000, (8, 8, 2), 3), (8, 8, 2), 4, 5) == 77
 
 
+def test_states_that_move_to_the_device_of_their_stage_leave_the_first_one():
+    code = """
+import jax, numpy as np
+from vffjax.training.pipeline import owned
+first, second = jax.devices()
+x = jax.device_put(np.arange(3.0), first)
+y = owned(second, x)
+print(x.is_deleted(), y.devices() == {second}, np.asarray(y).tolist())
+"""
+    done = in_a_process("-c", code, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert done.stdout == "True True [0.0, 1.0, 2.0]\n"
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------
 # The balance
 
@@ -231,7 +244,7 @@ def test_a_stage_that_dominates_says_where_to_cut():
 
     assert said(2).startswith("groups 0 | 1; the largest does ") and "cut" in said(2)
     assert "another config.grouping could cut group 0, best before its layer 2" in said(2, widths=(32, 32, 32, 4))
-    assert "the largest does 65% of the work; with config.devices=3 it would be 37%" in said(2, **CONV, grouping="layer")
+    assert "the largest does 65% of the work; on 3 devices it would be 37%" in said(2, **CONV, grouping="layer")
     assert said(1) == "2 groups on one device"
 
 

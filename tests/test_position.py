@@ -14,7 +14,7 @@ from vffjax.errors import UserError
 from vffjax.files import sha256_of
 from vffjax.runs import experiment, loop
 from vffjax.runs import state as run_state
-from vffjax.runs.checkpoint import Checkpoints
+from vffjax.runs.checkpoint import Checkpoints, Writer
 from vffjax.runs.logbook import read_metrics
 from vffjax.runs.termination import Terminated
 from vffjax.runs.workdir import load_run
@@ -191,13 +191,78 @@ def test_where_a_whole_epoch_is_damaged_the_run_goes_back_to_a_whole_one(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_segments_of_a_run_are_chosen_once_and_kept(tmp_path):
+def test_the_segments_of_a_run_have_the_length_for_the_machine_on_which_it_goes_on(tmp_path):
     with mock.patch.object(experiment, "segment_length", lambda *_: 3), leave_at(1, 3), pytest.raises(Terminated):
         train(tiny(), tmp_path)
     with mock.patch.object(experiment, "segment_length", lambda *_: 5):
         train(tiny(), tmp_path)
-    assert Checkpoints(tmp_path).opened(3).run["segment_steps"] == 3
+    assert Checkpoints(tmp_path).opened(3).run["segment_steps"] == 5
     assert_same_run(tmp_path, finished(), tiny())
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def validated(*errors):
+    """The validation errors of the next epochs are these."""
+    sound, left = loop.validate, iter(errors)
+    return mock.patch.object(loop, "validate", lambda *given: sound(*given) | {"val_error": next(left)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["told to leave", "killed"])
+def test_a_run_that_went_back_may_be_stopped_again_though_the_best_epoch_before_is_gone(how, tmp_path, capsys):
+    config = tiny(epochs=5, segment_steps=2)
+    with validated(10.0, 20.0, 15.0, 5.0), leave_at(4, 2), pytest.raises(Terminated):
+        train(config, tmp_path)
+    assert Checkpoints(tmp_path).epochs() == [3, 4]
+    shutil.rmtree(tmp_path / "checkpoints" / "inside")
+    (tmp_path / "checkpoints" / "4" / "task" / "_METADATA").write_text("")
+    if how == "killed":
+        with mock.patch.object(loop.Loop, "_train_epoch", mock.Mock(side_effect=Killed)), pytest.raises(Killed):
+            train(config, tmp_path)
+    else:
+        with leave_at(3, 4), pytest.raises(Terminated, match="epoch 4 of 5, step 4 of 11, is saved"):
+            train(config, tmp_path)
+    assert "4.aside" in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    with validated(5.0, 30.0):
+        summary = train(config, tmp_path)
+    assert summary["best_epoch"] == 4
+    assert Checkpoints(tmp_path).epochs() == [4, 5] and Checkpoints(tmp_path).aside() == []
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_digests_of_an_epoch_loses_no_more_than_since_the_last_save(tmp_path, capsys):
+    config = tiny(epochs=3, checkpoint_every=3, segment_steps=2, checkpoint_seconds=1e-6)
+    complete = Writer._complete
+
+    def killed(self, epoch, step, *given):
+        if step.parent.name != "inside":
+            raise Killed
+        complete(self, epoch, step, *given)
+
+    with mock.patch.object(Writer, "_complete", killed), pytest.raises(Killed):
+        train(config, tmp_path)
+    assert (Checkpoints(tmp_path).incomplete(), Checkpoints(tmp_path).inside.epochs()) == ([3], [2 * 11 + 8])
+    begun, segments = [], epochs.Epoch.segments
+    with mock.patch.object(epochs.Epoch, "segments", lambda *given: begun.append(given[4:]) or segments(*given)):
+        train(config, tmp_path)
+    assert begun[-1] == (2, 8)  # a short epoch is run once before it is timed
+    assert "checkpoints/3: not completely saved, or its digests are lost\ngoing on inside of epoch 3\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_epochs_of_one_segment_are_saved_where_that_is_due(tmp_path):
+    saved, save = [], loop.Loop._save_inside
+
+    def note(self, states, epoch, step, *given):
+        saved.append((epoch, step))
+        save(self, states, epoch, step, *given)
+
+    with mock.patch.object(loop.Loop, "_save_inside", note):
+        train(tiny(checkpoint_every=3, segment_steps=11, checkpoint_seconds=1e-6), tmp_path)
+    assert saved == [(0, 11), (1, 11)]  # the third epoch is saved whole
 
 
 @pytest.mark.slow

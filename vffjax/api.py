@@ -202,7 +202,8 @@ def _as_name(dataset: str) -> str:
 
 
 def _written(name: str) -> bool:
-    return name in WRITTEN or bool(re.fullmatch(r"group\d+\.safetensors", name))  # which `export --group` writes
+    # `export --group` writes the first. The second is there for an instant while several processes start.
+    return name in WRITTEN or bool(re.fullmatch(r"group\d+\.safetensors|\.seen-[0-9a-f]+", name))
 
 
 def _delete(folder: pathlib.Path) -> None:

@@ -226,12 +226,14 @@ class Program:
         return sum(times * _first_bytes(operation) for operation, times, _ in self.ran() if operation.kind == "copy")
 
     def cycles(self) -> int | None:
-        """The sum of the cycles that a TPU's compiler expects for each operation, as if none ran beside another; None for other devices."""
+        """The sum of the cycles that a TPU's compiler expects for each operation of the whole text, as if none ran beside another. Those of
+        a loop count once. None for other devices.
+        """
         found = [int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', self.text)]
         return sum(found) if found else None
 
     def figures(self) -> dict[str, Any]:
-        """All of the above, in JSON types."""
+        """What the methods above count in the program itself, in JSON types."""
         return {
             "launches": self.launches(),
             "convolutions": self.convolutions(),

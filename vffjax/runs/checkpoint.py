@@ -55,6 +55,11 @@ class Checkpoints:
         deleted = {path.name for path in self.folder.glob("*.deleted")}
         return sorted(epoch for epoch in set(self._folders()) - set(self.epochs()) if f"{epoch}.deleted" not in deleted)
 
+    def aside(self) -> list[int]:
+        """The epochs that were set aside and have not been trained again yet."""
+        names = (path.name.removesuffix(".aside") for path in self.folder.glob("*.aside"))
+        return sorted(int(name) for name in names if name.isdigit())
+
     def opened(self, epoch: int) -> SavedEpoch:
         """A saved epoch; nothing of it is read yet."""
         return SavedEpoch(self.folder / str(epoch), self._digests(epoch))
@@ -142,6 +147,8 @@ class Writer:
         self._checkpoints = checkpoints
         folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
+        for above in (folder.parent, folder.parent.parent):  # or a power cut could leave a folder without the entry that leads to it
+            sync(above)
         self._ranks = _agreed_ranks(checkpoints, known or {})
         self._first = max(self._ranks, default=0)
         with hosts.first_only() as first:
@@ -163,7 +170,8 @@ class Writer:
         for epoch in checkpoints.incomplete():
             checkpoints.set_aside(epoch)
         for epoch in checkpoints.missing():
-            checkpoints._digests(epoch).unlink()
+            if epoch < self._first:  # the digests of a later one stay until it is trained again, as a sign that it may have been the best
+                checkpoints._digests(epoch).unlink()
 
     def save(self, epoch: int, states: States, task: Task, run: dict[str, Any]) -> None:
         """Saves a step, and reads something of each item back before the step counts as saved. If it fails, earlier steps stay as they are.
@@ -246,10 +254,9 @@ class Writer:
         with hosts.first_only() as first:
             for epoch in old if first else ():
                 self._delete(epoch)
-            for path in self._checkpoints.folder.glob("*.aside") if first else ():
-                name = path.name.removesuffix(".aside")
-                if name.isdigit() and self._first < int(name) <= newest:  # its epoch has been trained again, to the same bits
-                    shutil.rmtree(path)
+            for epoch in self._checkpoints.aside() if first else ():
+                if epoch in self._ranks or self._first < epoch <= newest:  # it has been trained again, to the same bits
+                    shutil.rmtree(self._checkpoints.folder / f"{epoch}.aside")
         for epoch in old:
             del self._ranks[epoch]
 

@@ -160,7 +160,6 @@ def _train_in(
     if begun:
         run = copy.deepcopy(begun.run) | {"config": config.to_dict()}
         request.saved = loop.what_is_saved(plan, run["epoch"], run.get("inside", {}).get("step", 0))
-        run["segment_steps"] = config.segment_steps or run["segment_steps"]
         check_same_data(config, dataset, run["data_sha256"])
         check_code(run, config)
     else:
@@ -168,22 +167,23 @@ def _train_in(
         about = {"data_sha256": dataset.sha256(), "train_size": len(dataset.train.labels), "image_shape": list(dataset.image_shape)}
         about |= {"class_names": list(dataset.class_names), "code_sha256": code_of(config)}
         run = run_state.new_state(config, about, files.sha256_of(file) if file else None)
-        length = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
-        run["segment_steps"] = hosts.of_first(length)  # which depends on the machine
+    length = segment_length(plan, dataset.image_shape, feature_cache.bytes_of_an_image(plan, dataset.image_shape))
+    run["segment_steps"] = hosts.of_first(length)  # which depends on the machine, and has no influence on the result
     before = run.get("devices", 1) if begun else 0
     schedule_before = begun.run["config"]["schedule"] if begun else ""
     processes_before = run["origins"][-1].get("processes", 1) if begun else 0
-    run["devices"] = stages.count(config, before, schedule_before)
     trains = run["epoch"] < plan.total_epochs
+    run["devices"] = stages.count(config, before, schedule_before) if trains else before
     here = origin(config) | {"devices": run["devices"], "processes": hosts.count()}
     _note_origin(run, here, trains, {"devices": before, "processes": processes_before})
     with hosts.first_only() as first:
         if first:
-            words = stages.told(plan, dataset.image_shape, run["devices"], before, schedule_before, processes_before)
+            told = (plan, dataset.image_shape, run["devices"], before, schedule_before, processes_before)
+            words = stages.told(*told) if trains else ""
             notice(f"workdir {workdir}; {describe(plan)}; {jax.devices()[0].device_kind}{words and ', '}{words}", progress)
             if words := about_precision(config, jax.devices()[0]):
                 notice(words, progress)
-            _begin_records(config, workdir, checkpoints, run)
+            _begin_records(config, workdir, checkpoints, run, trains)
     with contextlib.closing(checkpoints.writer(sound)) as writer:
         if trains:
             states, task = begun.restore(plan) if begun else start(plan, dataset)
@@ -229,11 +229,11 @@ def _agreed_epochs(checkpoints: checkpoint.Checkpoints, config: Config) -> tuple
     return sound, begun
 
 
-def _begin_records(config: Config, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, run: dict[str, Any]) -> None:
+def _begin_records(config: Config, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, run: dict[str, Any], trains: bool) -> None:
     """Makes the records in the workdir those of a run that begins or goes on from this state."""
     # Saves inside of an epoch from which the run does not go on would be in the way of the next such save.
     checkpoints.inside.clear(keep=run_state.number(run) if "inside" in run else 0)
-    for line in write_config(workdir, config):
+    for line in write_config(workdir, config, trains):
         notice(line)
     logbook.restore_metrics(workdir, run["history"])
 

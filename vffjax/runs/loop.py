@@ -134,8 +134,6 @@ class Loop:
                 validated = validate(found, self._validation.labels, self._plan.trained_groups(epoch), self._config.votes)
                 # The line comes before the checkpoint: an epoch with a line but no checkpoint is trained again and gets a new line.
                 record = logbook.epoch(_record(self._plan, means, epoch, seconds) | validated)
-                if self._after_epoch(copy.deepcopy(record)) and epoch + 1 < total:
-                    self._request.made = True
                 logbook.phase("saving")
                 self._finish_epoch(states, epoch, record, validated)
         return self._run
@@ -186,7 +184,8 @@ class Loop:
             parts.append(part.metrics)
             logbook.step(epoch, part.done, self._plan.steps_per_epoch)
             # A run that is to leave is also saved after the last segment, since validation may take long.
-            if self._told_to_leave() or (part.done < self._plan.steps_per_epoch and self._save_is_due()):
+            saved_soon = part.done == self._plan.steps_per_epoch and self._config.checkpoint_due(epoch + 1)
+            if self._told_to_leave() or (not saved_soon and self._save_is_due()):
                 metrics = joined(jax.device_get(parts))
                 seconds += time.perf_counter() - began
                 self._save_inside(states, epoch, part.done, seconds, metrics)
@@ -230,7 +229,10 @@ class Loop:
             raise Terminated(self._request.saved)
 
     def _finish_epoch(self, states: States, epoch: int, record: dict[str, Any], validated: dict[str, Any]) -> None:
-        """Adds an epoch to the record, and saves it if a checkpoint is due or the run was told to leave, which raises `Terminated`."""
+        """Adds an epoch to the record, and saves it if a checkpoint is due or the run was told to leave, which raises `Terminated`.
+
+        What is due is saved before `after_epoch` is called, which may fail.
+        """
         run = self._run
         scheduled = self._config.checkpoint_due(epoch + 1)
         run["history"].append(record)
@@ -239,11 +241,18 @@ class Loop:
         run |= validated | {"epoch": epoch + 1, "scheduled": scheduled, "trained_groups": self._plan.trained_groups(epoch)}
         if self._request.abandoned:
             raise Terminated(self._request.saved)
-        if scheduled or self._told_to_leave():
-            self._writer.save(epoch + 1, states, self._task, run)
-            self._say_what_is_saved(epoch + 1, 0)
+        if scheduled:
+            self._save(states, epoch)
+        if self._after_epoch(copy.deepcopy(record)) and epoch + 1 < self._plan.total_epochs:
+            self._request.made = True
+        if self._told_to_leave() and self._writer.newest <= epoch:
+            self._save(states, epoch)
         if self._writer.newest == epoch + 1 and self._told_to_leave():  # if SIGTERM came only now, the run is saved after its next segment
             raise Terminated(self._request.saved)
+
+    def _save(self, states: States, epoch: int) -> None:
+        self._writer.save(epoch + 1, states, self._task, self._run)
+        self._say_what_is_saved(epoch + 1, 0)
 
     def _say_what_is_saved(self, epochs: int, step: int) -> None:
         self._saved_epoch, self._saved_seconds = epochs, time.perf_counter()

@@ -40,7 +40,7 @@ def new_state(config: Config, data: dict[str, Any], init_from_sha256: str | None
         "init_from_sha256": init_from_sha256,
         "compile_seconds": 0.0,
         "peak_bytes": 0,
-        "segment_steps": 0,  # how many steps the device runs in one call; chosen once, without influence on the result
+        "segment_steps": 0,  # how many steps the device runs in one call, here; without influence on the result
         "devices": 1,  # how many trained it last
         "origins": [],  # more than one if the run went on elsewhere, with other versions, or with other `config.CHANGEABLE` settings
     }

@@ -44,8 +44,8 @@ def claim_workdir(workdir: pathlib.Path, config: Config, named: str = "--workdir
             raise bad_key(key, wanted[key], f"{named} {workdir} holds a run with {found[key]!r}", f"give another {named}")
 
 
-def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
-    """Writes config.json for a run that begins, or that goes on with other settings.
+def write_config(workdir: pathlib.Path, config: Config, trains: bool = True) -> list[str]:
+    """Writes config.json for a run that begins, that goes on with other settings, or that has finished (then nothing `trains`).
 
     config.data_dir stays as it was when the run began, because the data may lie elsewhere only this time.
 
@@ -60,7 +60,7 @@ def write_config(workdir: pathlib.Path, config: Config) -> list[str]:
     lines = [f"config.{key}: {getattr(before, key)!r} until here, {getattr(config, key)!r} from here on" for key in keys]
     piped = "pipeline" in (before.schedule, config.schedule)  # has the bits of one device; `stages.told` warns where others trained
     rounds = [key for key in keys if key not in (*BITWISE, "schedule", *["devices"] * piped)]
-    return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds else lines
+    return [*lines, "from here on the run need not have the bits of a run by one configuration"] if rounds and trains else lines
 
 
 @contextlib.contextmanager
@@ -105,20 +105,22 @@ def sound_epochs(checkpoints: Checkpoints, config: Config) -> tuple[dict[int, Sa
     lost = {epoch: f"{checkpoints.folder / str(epoch)}: missing, though its digests are there" for epoch in checkpoints.missing()}
     for epoch in checkpoints.incomplete():
         lost[epoch] = f"{checkpoints.folder / str(epoch)}: not completely saved, or its digests are lost"
-    if newest and newest > max([*faults, *lost], default=0):
+    last_lost = max([*faults, *lost, *checkpoints.aside()], default=0)
+    if newest > last_lost:
         # Only then: if a newer epoch was lost, it may have been the best, and the one that was best before it may have been deleted.
         check_best(checkpoints, sound[newest].run, sound, faults | {epoch: Fault(problem, AGAIN) for epoch, problem in lost.items()})
     for epoch, fault in faults.items():
         lost[epoch] = f"{fault.problem}; now {checkpoints.set_aside(epoch)}"
     for epoch in sorted(lost):
         notice(lost[epoch])
+    begun = sound.get(newest)
+    inside = _sound_inside(checkpoints, config, newest)
+    # A best epoch that is gone is a reason to train it again, unless a lost epoch is still to come, which may be better.
+    if inside is not None and (run_state.best_epoch(inside.run) in {0, *sound} or last_lost > inside.run["epoch"]):
+        begun = inside
     if lost:
-        notice(f"going on from epoch {newest}")
-    inside = None if lost else _sound_inside(checkpoints, config, newest)
-    if inside is not None and run_state.best_epoch(inside.run) in {0, *sound}:
-        return sound, inside
-    # Also if the save inside of an epoch names a best epoch that is gone: that epoch will be trained again.
-    return sound, sound.get(newest)
+        notice(f"going on inside of epoch {begun.run['epoch'] + 1}" if begun and begun is inside else f"going on from epoch {newest}")
+    return sound, begun
 
 
 def _sound_inside(checkpoints: Checkpoints, config: Config, newest: int) -> SavedEpoch | None:

@@ -135,7 +135,10 @@ class Epoch:
     def _draws(self, data: Images, epoch: int) -> "_Draws":
         """The random draws and the hyperparameters of all steps of an epoch."""
         ids, keys = epoch_order(self._plan, len(data.labels), epoch)
-        return _Draws(epoch, *everywhere(self._mesh, (ids, keys)), self._plan.hyperparameters(epoch))
+        # Fetched once in an epoch: to fetch the ids of a segment, the host would wait for the segment before it.
+        on_host = not all(isinstance(rows, jax.Array) for rows in (data.images, data.labels, data.features) if rows is not None)
+        numbers = np.asarray(ids) if on_host else None
+        return _Draws(epoch, *everywhere(self._mesh, (ids, keys)), self._plan.hyperparameters(epoch), numbers)
 
     def _program(self, length: int, task: Task, states: States, batches: Batch) -> jax.stages.Compiled:
         if length not in self._compiled:
@@ -151,6 +154,7 @@ class _Draws(NamedTuple):
     ids: Int[Array, "steps batch"]
     keys: Key[Array, " steps"]
     hyper: HyperParameters
+    numbers: Int[np.ndarray, "steps batch"] | None  # the ids, for rows that the host gathers
 
 
 def _batches(data: Images, piece: range, draws: _Draws, mesh: Mesh | None) -> Batch:
@@ -158,8 +162,9 @@ def _batches(data: Images, piece: range, draws: _Draws, mesh: Mesh | None) -> Ba
     ids, keys = _slice(len(piece), piece.start, draws.ids, draws.keys)
     hyper: Any = (values[piece.start : piece.stop] for values in draws.hyper)
     of_epoch: Any = np.full(len(piece), draws.epoch, np.int32)
-    images, labels = _take(mesh, data.images, ids), _take(mesh, data.labels, ids)
-    features = None if data.features is None else _take(mesh, data.features, ids)
+    numbers = None if draws.numbers is None else draws.numbers[piece.start : piece.stop]
+    take = functools.partial(_take, mesh, ids, numbers)
+    images, labels, features = take(data.images), take(data.labels), None if data.features is None else take(data.features)
     return Batch(images, labels, ids, everywhere(mesh, of_epoch), keys, everywhere(mesh, HyperParameters(*hyper)), features)
 
 
@@ -208,13 +213,14 @@ def _slice(length: int, first: Int[Array, ""], ids: Array, keys: Array) -> tuple
     return ids, keys
 
 
-def _take(mesh: Mesh | None, rows: Array | Pixels, ids: Array) -> Array:
-    """The rows with these ids, put on the device, or divided over the mesh."""
+def _take(mesh: Mesh | None, ids: Array, numbers: np.ndarray | None, rows: Array | Pixels) -> Array:
+    """The rows with these ids, put on the device, or divided over the mesh. `numbers` are the ids on the host, where it holds any rows."""
     if not isinstance(rows, jax.Array):
-        numbers, place = np.asarray(ids), divided(mesh, 1)
+        assert numbers is not None
+        place, known = divided(mesh, 1), numbers
 
         def part(where: Any) -> np.ndarray:
-            return rows[numbers[where[:2]]]
+            return rows[known[where[:2]]]
 
         if place is None or place.is_fully_addressable:
             return jax.device_put(part((slice(None), slice(None))), place)

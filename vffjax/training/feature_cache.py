@@ -24,14 +24,17 @@ BATCHES_PER_FETCH = 16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def clean_features(plan: Plan, active: int, task: Task, states: States, images: UInt8[Array, "n h w c"]) -> Float[Array, "n *feature"]:
-    """The input of group `active` for clean images, with running statistics, in batches of `config.eval_batch_size`."""
+def clean_features(
+    plan: Plan, active: int, task: Task, states: States, images: UInt8[Array, "n h w c"]
+) -> Float[Array, "n_padded *feature"]:
+    """The input of group `active` for clean images, with running statistics, in batches of `config.eval_batch_size`. The rows at the end
+    that fill the last batch belong to no image."""
 
     def features(batch: Array) -> Array:
         z = plan.rule.shown(task, augment.normalised(task, batch))
         return trainer.before(plan, active, states, z, z.shape[0])
 
-    return map_batches(features, images, plan.config.eval_batch_size)
+    return map_batches(features, images, plan.config.eval_batch_size, padded=True)
 
 
 def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
@@ -45,13 +48,18 @@ def bytes_of_an_image(plan: Plan, image_shape: tuple[int, int, int]) -> int:
 
 
 def with_features(plan: Plan, active: int, task: Task, states: States, data: Images) -> Images:
-    """`data` with the input of group `active` for each image, as a JAX array, or as a NumPy array if config.feature_cache is host."""
+    """`data` with the input of group `active` for each image, as a JAX array, or as a NumPy array if config.feature_cache is host. Rows at
+    the end that fill the last batch belong to no image."""
     images = data.images.reshape(-1, *data.image_shape)
     if plan.config.feature_cache != "host" and isinstance(images, jax.Array):
         return data._replace(features=clean_features(plan.program, active, task, states, images))
-    # A few batches at a time, because all features together may not fit on the device.
-    size = BATCHES_PER_FETCH * plan.config.eval_batch_size
-    starts = range(0, len(images), size)
-    pieces = [fetched(clean_features(plan.program, active, task, states, images[i : i + size])) for i in starts]
+    # A few batches at a time, because all features together may not fit on the device. The last one is filled up to a whole batch, since in
+    # a smaller one the same numbers may be rounded otherwise.
+    batch = min(plan.config.eval_batch_size, len(images))
+    pieces = []
+    for start in range(0, len(images), BATCHES_PER_FETCH * batch):
+        piece = images[start : start + BATCHES_PER_FETCH * batch]
+        whole = jnp.pad(piece, ((0, -len(piece) % batch), *((0, 0),) * 3))
+        pieces.append(fetched(clean_features(plan.program, active, task, states, whole)))
     features = np.concatenate(pieces)
     return data._replace(features=features if plan.config.feature_cache == "host" else jnp.asarray(features))

@@ -111,13 +111,17 @@ def on(device: Any, tree: Any) -> Any:
 
 
 def owned(device: Any, tree: Any) -> Any:
-    """The arrays of a tree on a device, for a program to which they are donated. JAX arrays that lie there are taken as they are, and are
-    gone afterwards, as the states given to an `Epoch` are; of anything else a copy is made that shares no memory with it."""
+    """The arrays of a tree on a device, for a program to which they are donated. JAX arrays are gone afterwards, as the states given to an
+    `Epoch` are: those that lie there are taken as they are, and others are moved. NumPy arrays are copied."""
     place = SingleDeviceSharding(device)
 
     def put(leaf: Any) -> Array:
-        there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == {device}
-        return jax.device_put(leaf, place) if there else jax.device_put(leaf, place, may_alias=False)
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == {device}:
+            return jax.device_put(leaf, place)
+        moved = jax.device_put(leaf, place, may_alias=False)
+        if isinstance(leaf, jax.Array):
+            leaf.delete()  # or the device where all states lie at first would keep those of all stages for the whole run
+        return moved
 
     return jax.tree.map(put, tree)
 

@@ -203,7 +203,7 @@ def balance(plan: Plan, image_shape: tuple[int, int, int], stages: int) -> str:
     first, last = spans[done.index(max(done))]
     if last - first > 1:
         more = next((n for n in range(stages + 1, len(work) + 1) if _largest(work, n) < max(done)), 0)
-        return f"{words}; with config.devices={more} it would be {_largest(work, more) / sum(done):.0%}" if more else words
+        return f"{words}; on {more} devices it would be {_largest(work, more) / sum(done):.0%}" if more else words
     layers = [w.flop for w in layer_work(plan, image_shape)[first]]
     if len(layers) == 1:
         return f"{words}; group {first} is one layer and cannot be cut"
