@@ -18,6 +18,7 @@ from vffjax.runs import experiment
 from vffjax.runs.workdir import load_run
 from vffjax.training.checks import make_config
 from vffjax.training.plan import init_states
+from vffjax.uses import evaluation
 from vffjax.weights import weights
 
 SHAPE = (8, 8, 2)
@@ -139,11 +140,32 @@ def test_weights_of_another_normalisation_are_refused_where_the_tensors_cannot_t
 
 
 def test_a_difference_that_changes_what_weights_mean_is_said(run, file):
-    other = small_run(config_of(**{**CONV, "pools": (1, 1, 2, 2)}, activation="gelu"), shape=SHAPE)
+    """That of the initialisation changes nothing."""
+    other = small_run(config_of(**{**CONV, "pools": (1, 1, 2, 2)}, activation="gelu", initialisation="identity"), shape=SHAPE)
     assert weights.read_weights(file, other.plan, other.states)[1] == [
         "was trained with pools=[1, 2, 1, 2], and this run has [1, 1, 2, 2]",
         "was trained with activation=relu, and this run has gelu",
     ]
+
+
+@pytest.mark.slow
+def test_heads_for_the_same_number_of_other_classes_are_told_and_not_evaluated(tmp_path, capsys):
+    states = load_run(finished()).states
+    for names, sound in (([str(digit) for digit in range(10)], True), ([str(digit) for digit in reversed(range(10))], False)):
+        path = tmp_path / f"{sound}.safetensors"
+        weights.write_weights(path, load_run(finished()).plan, states, {"class_names": names})
+        config = tiny(init_from=str(path), epochs=1)
+        if sound:
+            assert evaluation.evaluate_start(config)["test_error"] < 30
+        else:
+            refused(
+                lambda config=config: evaluation.evaluate_start(config),
+                "config.init_from=",
+                "the classes 9, 8, 7, 6, 5, ..., in this order",
+            )
+        capsys.readouterr()
+        train(config, tmp_path / f"run {sound}")
+        assert ("in this order" in capsys.readouterr().err) != sound
 
 
 @pytest.mark.parametrize("said", [None, 3, "no JSON", "[]", '{"network": 3}', '{"network": {"norm": [1]}, "names": "vffjax"}', "[" * 10**5])
@@ -386,10 +408,14 @@ def test_torchvisions_statistics_have_no_place_without_batch_normalisation(their
 FIRST, STATISTIC = "conv1.weight", "layer1.0.bn1.running_var"
 OTHER_NETWORKS = {
     "another stem": ({"stem": "imagenet"}, {}, ["conv1.weight is F32[3, 3, 3, 3], not [3, 3, 7, 7] of F32", "; set config.stem=cifar, or"]),
-    "another width": ({"width_factor": 0.1}, {}, ["is F32[3, 3, 3, 3], not [6, 3, 3, 3]", " more; set config.width_factor=0.046875, or"]),
+    "another width": ({"width_factor": 0.1}, {}, ["is F32[3, 3, 3, 3], not [6, 3, 3, 3]", " more; set config.width_factor=0.05, or"]),
     "another depth": ({"network": "resnet34"}, {}, ["layer1.2.bn1.bias is missing, not [3]", "; set config.network=resnet18, or"]),
     "bottlenecks": ({"network": "resnet50"}, {}, [" and ", " more; set config.network=resnet18, or"]),
-    "grey images": ({}, {"shape": (16, 16, 1)}, ["is F32[3, 3, 3, 3], not [3, 1, 3, 3]", "; set config.dataset=cifar10, or"]),
+    "grey images": (
+        {},
+        {"shape": (16, 16, 1)},
+        ["is F32[3, 3, 3, 3], not [3, 1, 3, 3]", "; they are for images of 3 channels, and these have 1; give weights"],
+    ),
     "several at once": ({"network": "resnet50", "stem": "imagenet"}, {}, ["set config.network=resnet18 and config.stem=cifar, or"]),
 }
 
@@ -403,6 +429,18 @@ def test_weights_of_another_resnet_are_refused_with_the_keys_that_they_need(chan
     other = resnet(**changes, **data)
     message = refused(lambda: weights.read_weights(theirs, other.plan, other.states), f"{theirs}: ", *parts, "config.init_from=''")
     assert len(message) < 1_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [0.3, 0.07])
+def test_with_the_width_that_the_message_names_the_weights_are_read(factor, tmp_path):
+    written = resnet(width_factor=factor)
+    weights.write_weights(tmp_path / "w.safetensors", written.plan, written.states, ABOUT)
+    other = resnet(width_factor=0.1)
+    message = refused(lambda: weights.read_weights(tmp_path / "w.safetensors", other.plan, other.states), "set config.width_factor=")
+    named = float(message.partition("set config.width_factor=")[2].partition(",")[0])
+    right = resnet(width_factor=named)
+    assert weights.read_weights(tmp_path / "w.safetensors", right.plan, right.states)[0] is not None
 
 
 def renamed(rename):

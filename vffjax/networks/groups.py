@@ -232,8 +232,12 @@ def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int
     """The sizes of each layer, from input to output. Nothing is computed."""
     x, found = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), []
     for layer in (layer for group in groups for layer in group.module.layers):
-        x, kernels = _output_and_kernels(layer, x)
-        found.append(LayerSize(kernels, x.size * getattr(layer, "pool", 1) ** 2, x.shape[-1]))
+        unpooled = layer.clone(pool=1) if "pool" in layer.__dataclass_fields__ else layer
+        y, kernels = _output_and_kernels(unpooled, x)
+        x = _output_and_kernels(layer, x)[0]
+        # A stem pools by itself, and by its stride.
+        map_size = y.size if unpooled is not layer else x.size * getattr(layer, "pool", 1) ** 2
+        found.append(LayerSize(kernels, map_size, x.shape[-1]))
     return found
 
 

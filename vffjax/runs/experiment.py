@@ -33,6 +33,8 @@ from vffjax.training import checks, feature_cache, mesh, scores, stages
 from vffjax.training.compiled import keep_compiled_programs
 from vffjax.training.epochs import segment_length
 from vffjax.training.plan import Plan, init_states, make_task, whitened, with_new_optimizers
+from vffjax.weights.description import other_classes
+from vffjax.weights.tensor_files import said_of
 from vffjax.weights.weights import local_file, read_weights
 
 
@@ -266,14 +268,21 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool, before
         run["origins"].append(here)
 
 
+def heads_of_others(states: States, config: Config, dataset: Dataset) -> str:
+    """What is wrong, in words, if heads have come from config.init_from that were trained for other classes than those of the data."""
+    came = any(np.any(state.params["head"]["kernel"]) for state in states)  # new ones are zero
+    return other_classes(said_of(local_file(config)), dataset.class_names) if came else ""
+
+
 def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:
     """What a run begins with: groups from its seed or from config.init_from, and its task. What a weight file lacks is told on stderr."""
     config = plan.config
     task = make_task(config, dataset.num_classes, dataset.image_shape, dataset.mean, dataset.std, dataset.train.images)
     states = whitened(plan, init_states(plan, dataset.image_shape), dataset.train.images, task)
     if config.init_from:
-        states, left_out = read_weights(local_file(config), plan, states)
-        for note in left_out if hosts.is_first() else ():
+        states, notes = read_weights(local_file(config), plan, states)
+        notes += [other] if (other := heads_of_others(states, config, dataset)) else []
+        for note in notes if hosts.is_first() else ():
             notice(f"{config.init_from}: {note}")
         states = with_new_optimizers(plan, states)
     return states, task

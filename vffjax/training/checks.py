@@ -48,6 +48,8 @@ def check(config: Config) -> Config:
     if why := rule.cannot_score_by(config.inference):
         raise bad_key("inference", config.inference, f"rule {config.rule} {why}", "use inference=heads")
     rule.check(config)
+    if unknown := sorted(set(network.keys) - FIELDS.keys()):
+        raise bad_key("network", config.network, f"its `keys` name {unknown[0]}, which is no configuration key", "correct them")
     network.check(config, rules.norm_of(config))
     return config
 

@@ -105,6 +105,8 @@ def evaluate_start(
     ):
         fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
         raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and a new head cannot classify; {fix}")
+    if problem := experiment.heads_of_others(states, config, dataset):
+        raise UserError(f"config.init_from={config.init_from!r}: {problem}; give the data in the order of the file's classes")
     trained = Trained(plan, states, task, {"trained_groups": len(plan.groups)})
     return {"init_from": config.init_from, "epoch": 0} | _judge(trained, dataset, inference_name, True, early)
 

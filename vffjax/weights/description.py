@@ -1,7 +1,7 @@
 """What an exported weight file says of itself, so that another program can compute what the run computed: docs/pytorch.md shows one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vffjax import networks, rules
@@ -53,7 +53,7 @@ def described(plan: Plan, names: str, about: Mapping[str, Any]) -> dict[str, Any
         "layout": _LAYOUTS[names],
         "epsilon": EPSILON,
         "batch_statistics": {"rows": streams, "clean_row": 0},
-        "rule_changes_images": plan.rule.shown is not _field(Rule, "shown").default,
+        "rule_changes_images": plan.rule.shown is not Rule.shown,
         "groups": groups,
         **about,
     }
@@ -62,10 +62,6 @@ def described(plan: Plan, names: str, about: Mapping[str, Any]) -> dict[str, Any
 def _layer(layer: Layer) -> dict[str, Any]:
     said = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer) if field.name not in _NOT_SAID}
     return {"layer": type(layer).__name__, **as_json(said)}
-
-
-def _field(kind: type, name: str) -> "dataclasses.Field[Any]":
-    return next(field for field in dataclasses.fields(kind) if field.name == name)
 
 
 def compared(path: Any, found: Any, config: Config) -> list[str]:
@@ -95,3 +91,17 @@ def compared(path: Any, found: Any, config: Config) -> list[str]:
         if key != "initialisation" and key in network and network[key] != ours:
             notes.append(f"was trained with {key}={printable(str(network[key]), 100)}, and this run has {ours}")
     return notes
+
+
+def other_classes(found: Any, class_names: Sequence[str]) -> str:
+    """What is wrong with the heads of a file for as many classes, in words; empty if its classes are these, or are not known.
+
+    Args:
+        found: what the file says of itself. It may come from anyone.
+        class_names: of the data, in the order of the numbers of the classes.
+    """
+    names = found.get("class_names") if isinstance(found, dict) else None
+    if not isinstance(names, list) or len(names) != len(class_names) or [str(name) for name in names] == list(class_names):
+        return ""
+    here, there = (printable(", ".join(map(str, some[:5])) + ", ..." * (len(some) > 5), 200) for some in (class_names, names))
+    return f"its heads were trained for the classes {there}, in this order, and the data have {here}"

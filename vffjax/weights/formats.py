@@ -30,7 +30,7 @@ def opened(path: pathlib.Path | str, most_bytes: int) -> Iterator[dict[str, Tens
     if not str(path).endswith(WEIGHT_FILES):
         what = f"{file_kinds.not_weights(str(path))}, nor PyTorch's"
         raise UserError(f"{path}: {what}; give one that vffjax export, torchvision or timm has written")
-    if re.search(r"-\d{5}-of-\d{5}\.\w+$", str(path)):
+    if re.search(r"-\d{5}-of-(?!00001\.)\d{5}\.\w+$", str(path)):
         raise UserError(f"{path}: one of several files that together hold the weights; save them as one, and give that")
     with _open(path) as file:
         found = of_safetensors(path, file) if str(path).endswith(WEIGHT_FILES[0]) else torch_files.tensors(path, file, most_bytes)
@@ -45,11 +45,12 @@ def unwrapped(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
     The counter `n_averaged`, which torch.optim.swa_utils.AveragedModel keeps beside the network, is ignored.
     """
-    if any(name.startswith(PREFIXES) for name in found):
-        found = {name: tensor for name, tensor in found.items() if name != "n_averaged"}
-    while found and (prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in found)), "")):
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
+    while True:
+        rest = {name: tensor for name, tensor in found.items() if name != "n_averaged"}
+        prefix = next((prefix for prefix in PREFIXES if rest and all(name.startswith(prefix) for name in rest)), "")
+        if not prefix:
+            return found
+        found = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
 
 
 def _open(path: pathlib.Path | str) -> IO[bytes]:

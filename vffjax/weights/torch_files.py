@@ -68,7 +68,7 @@ def tensors(path: pathlib.Path | str, file: IO[bytes], most_bytes: int) -> dict[
                 loaded = torch.load(content, map_location="cpu", weights_only=True)
         plain = _state_dict(loaded)
         for name, value in plain.items():
-            if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+            if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
                 raise ValueError(f"{printable(str(name), 100)} is no plain tensor with a name ({type(value).__name__})")
         found = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in plain.values()}
         if collections.Counter(size for size in found.values() if size) - storages:
@@ -162,7 +162,7 @@ def _walk(file: io.BytesIO, legacy: bool = False) -> dict[str, int]:
             raise ValueError(f"a pickle of more than {_MAX_PICKLE} bytes")
         name = code.name
         if name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"the instruction {name}, which torch.save does not write")
+            raise ValueError(f"the instruction {name}, which torch.save writes only with an unusual pickle_protocol")
         if name == "GLOBAL":
             asked = str(argument).replace(" ", ".")
             if not _ALLOWED.fullmatch(asked):

@@ -17,12 +17,16 @@ from vffjax.config import Config
 from vffjax.errors import UserError, bad_key, printable
 from vffjax.networks.network import Block
 from vffjax.networks.resnet import STEMS, stem_width
-from vffjax.registry import NETWORKS, SOURCES
+from vffjax.registry import NETWORKS
 from vffjax.weights.tensor_files import FLOATS, Tensor
 
 SHOWN = 5  # how many tensors an error names
 _FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _FC = ("fc.weight", "fc.bias")
+_NOT_THEIRS = (
+    "has `blocks`, but its layers are not a stem and these blocks with torchvision's parts (conv1, bn1, downsample_0)",
+    "leave `blocks` out of its Network, or export by --names=vffjax",
+)
 
 
 def imported(path: Any, config: Config, leaves: Mapping[str, Any], found: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -121,9 +125,13 @@ def _names(config: Config, leaves: Mapping[str, Any]) -> dict[str, str]:
     for name in leaves:
         group, _, layer, *rest = name.split(".")
         if layer != "head":
+            if len(rest) != 2 or rest[1] not in _FIELDS:
+                raise bad_key("network", config.network, *_NOT_THEIRS)
             theirs = f"{rest[0].replace('_', '.')}.{_FIELDS[rest[1]]}"
             layers.setdefault((int(group[5:]), int(layer[7:])), []).append((theirs, name))
     prefixes = ["", *(f"{block.name}." for block in _blocks(config))]
+    if len(prefixes) != len(layers):
+        raise bad_key("network", config.network, *_NOT_THEIRS)
     found = {
         f"{prefix}{theirs}": name for prefix, key in zip(prefixes, sorted(layers), strict=True) for theirs, name in sorted(layers[key])
     }
@@ -195,6 +203,9 @@ def _unfit(path: Any, config: Config, wanted: Mapping[str, tuple[int, ...]], her
     set_keys = " and ".join(f"config.{key}={value}" for key, value in _hints(config, wanted, here).items())
     fix = f"set {set_keys}, or" if set_keys else "give weights of this network, or set"
     fix = f"{fix} config.init_from=''"
+    theirs = here["conv1.weight"].shape[1:2] if "conv1.weight" in here else ()
+    if theirs and theirs != wanted["conv1.weight"][1:2]:
+        fix = f"they are for images of {theirs[0]} channels, and these have {wanted['conv1.weight'][1]}; {fix}"
     return UserError(f"{path}: {', '.join(problems[:SHOWN])}{_more(len(problems))}; {fix}")
 
 
@@ -217,9 +228,21 @@ def _hints(config: Config, wanted: Mapping[str, tuple[int, ...]], here: Mapping[
         for stem, (side, _) in STEMS.items():
             if side == first[2] and stem != config.stem:
                 found["stem"] = stem
-        if first[0] != stem_width(config):
-            found["width_factor"] = f"{first[0] / stem_width(dataclasses.replace(config, width_factor=1.0)):g}"
-        channels = {SOURCES.find(name).sizes.image_shape[2]: name for name in reversed(SOURCES.names) if SOURCES.find(name).prepare}
-        if first[1] != wanted["conv1.weight"][1] and first[1] in channels:
-            found["dataset"] = channels[first[1]]
+        if first[0] != stem_width(config) and (factor := _width_factor(config, here)):
+            found["width_factor"] = f"{factor:g}"
     return found
+
+
+def _width_factor(config: Config, here: Mapping[str, Tensor]) -> float | None:
+    """The roundest config.width_factor with which a network has the kernels of a file; None if there is none."""
+    kernels = {f"{block.name}.conv1.weight": block.inner for block in _blocks(dataclasses.replace(config, width_factor=1.0))}
+    known = [name for name in kernels if name in here]
+    if not known:
+        return None
+    for digits in range(1, 7):
+        factor = round(here[known[-1]].shape[0] / kernels[known[-1]], digits)
+        scaled = dataclasses.replace(config, width_factor=factor)
+        inner = {f"{block.name}.conv1.weight": block.inner for block in _blocks(scaled)}
+        if here["conv1.weight"].shape[0] == stem_width(scaled) and all(here[name].shape[0] == inner[name] for name in known):
+            return factor
+    return None
