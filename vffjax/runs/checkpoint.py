@@ -148,7 +148,8 @@ class Writer:
         folder = checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
         for above in (folder.parent, folder.parent.parent):  # or a power cut could leave a folder without the entry that leads to it
-            sync(above)
+            with contextlib.suppress(OSError):  # nobody but its owner may be allowed to open it
+                sync(above)
         self._ranks = _agreed_ranks(checkpoints, known or {})
         self._first = max(self._ranks, default=0)
         with hosts.first_only() as first:
