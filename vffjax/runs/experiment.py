@@ -81,14 +81,8 @@ def train(
     return termination.interruptible(work)
 
 
+@hosts.together()
 def _train(
-    config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
-) -> dict[str, Any]:
-    with hosts.together():
-        return _train_together(config, workdir, data_sha256, progress, after_epoch)
-
-
-def _train_together(
     config: Config, workdir: pathlib.Path, data_sha256: str, progress: TextIO | None, after_epoch: loop.AfterEpoch
 ) -> dict[str, Any]:
     if hosts.count() > 1:
