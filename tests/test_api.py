@@ -148,6 +148,14 @@ def test_evaluate_measures_the_runs_own_data_and_others(run, digits):
 
 
 @pytest.mark.slow
+def test_a_callback_stops_a_run_by_true_alone(tmp_path):
+    answers = iter([1, "yes", np.ones(3)])
+    assert trained(tmp_path / "run", config=CONFIG | {"epochs": 3}, callbacks=[lambda record: next(answers)]).summary["best_epoch"]
+    stopped = trained(tmp_path / "stopped", callbacks=[lambda record: np.float32(1) > 0])
+    fails(lambda: stopped.summary, "has not finished (1 epochs are trained")
+
+
+@pytest.mark.slow
 def test_an_epoch_whose_checkpoint_is_due_is_saved_before_a_callback_can_fail(tmp_path):
     def failing(record):
         if record["epoch"] == 2:

@@ -135,6 +135,15 @@ def test_damage_to_the_latest_step_is_named_and_the_run_ends_as_if_undisturbed(d
     assert reproduction.compare(finished(), workdir)["differences"] == []
 
 
+@pytest.mark.parametrize(("epoch", "advice"), [("3", "goes back to a sound checkpoint"), ("2", "restore it from a copy")])
+def test_the_advice_for_a_damaged_epoch_is_one_that_works(epoch, advice, tmp_path):
+    """A run goes back from its newest epoch, and from no other."""
+    workdir = copy_of(finished(), tmp_path)
+    flip(array_file(workdir / "checkpoints" / epoch))
+    with pytest.raises(UserError, match=advice):
+        evaluation.evaluate(workdir, epoch=epoch)
+
+
 STOPPING = {
     "the configuration's bit": (lambda w: flip(w / "config.json", 0.1), "config.json|config\\."),
     "an emptied configuration": (lambda w: cut(w / "config.json", 0), "config.json: cannot be read"),

@@ -8,6 +8,7 @@ import pytest
 
 import vffjax
 from runs import contents, copy_of, finished, summary_of
+from vffjax.data import digits
 from vffjax.data import load as data
 from vffjax.data.sets import Split
 from vffjax.errors import UserError
@@ -96,7 +97,13 @@ def test_data_that_do_not_fit_are_refused_in_any_case(change, said, other_data):
         evaluation.evaluate(finished(), other_data=other_data)
 
 
-def test_a_data_dir_is_named_where_its_data_are_others(fails, tmp_path):
+def test_a_data_dir_is_refused_where_the_images_lie_in_no_folder(fails, tmp_path):
+    fails("evaluate", "--workdir", finished(), "--data_dir", tmp_path, parts=[f"--data_dir={tmp_path}", "dataset=digits reads no folder"])
+    fails("train", "--config=digits", f"--config.data_dir={tmp_path}", parts=["config.data_dir=", "means nothing to dataset=digits"])
+
+
+def test_a_data_dir_is_named_where_its_data_are_others(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "SOURCE", dataclasses.replace(digits.SOURCE, reads_data_dir=True))
     with changed(inverted):
         fails("evaluate", "--workdir", finished(), "--data_dir", tmp_path, parts=[f"--data_dir={tmp_path}", "--other_data"])
 

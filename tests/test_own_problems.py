@@ -13,7 +13,7 @@ from image_sets import fails
 from runs import copy_of, finished
 from test_own_images import CLASSES, cache, load, picture, put  # noqa: F401  # cache is a fixture
 from vffjax import api
-from vffjax.data import hf, in_memory, tfds_files, tfds_preparation
+from vffjax.data import hf, in_memory, own_sets, tfds_files, tfds_preparation
 from vffjax.data import load as data
 from vffjax.errors import UserError
 from vffjax.run import arguments
@@ -113,6 +113,13 @@ def test_labels_of_many_kinds_are_read():
 )
 def test_arrays_that_cannot_be_meant_are_refused(given, parts):
     fails(lambda: in_memory.from_mapping({"images": X, "labels": Y} | given, "data"), *parts)
+
+
+def test_numbers_on_another_scale_are_told(capsys):
+    own_sets._told.clear()
+    for largest, told in ((16, True), (16.0, True), (1.0, False), (200, False)):
+        in_memory.as_bytes(np.arange(2 * 3 * 3).reshape(2, 3, 3).clip(0, 1) * largest, f"images up to {largest}")
+        assert ("the largest number is 16 where 255 is white" in capsys.readouterr().err) == told
 
 
 def test_parts_with_labels_of_two_kinds_are_refused():

@@ -9,10 +9,13 @@ import pytest
 
 from command_lines import TINY_FLAGS, in_a_process
 from runs import contents, copy_of, finished, tell_to_leave, tiny, train
+from vffjax.errors import UserError
 from vffjax.runs import experiment, origin, summary
 from vffjax.runs.logbook import Logbook
 from vffjax.runs.termination import Terminated
+from vffjax.runs.workdir import load_run
 from vffjax.uses import reproduction
+from vffjax.weights import weights
 
 
 @pytest.fixture
@@ -162,6 +165,41 @@ def test_what_cannot_be_reproduced_is_refused(fails, tmp_path):
         fails("reproduce", workdir, parts=[str(workdir / "summary.json"), part])
     (workdir / "summary.json").unlink()
     fails("reproduce", workdir, parts=["not finished", "train it to the end first"])
+
+
+UNFIT = {
+    "a damaged checkpoint": (lambda w: (w / "checkpoints" / "2" / "task" / "_METADATA").write_text(""), "2/task/_METADATA: damaged"),
+    "no checkpoint": (lambda w: shutil.rmtree(w / "checkpoints"), "has no saved epoch to compare with"),
+    "another configuration": (lambda w: edit(w / "config.json", epochs=5), "foreign checkpoint"),
+}
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("how", UNFIT)
+def test_what_could_not_be_compared_is_not_trained(how, tmp_path):
+    spoil, said = UNFIT[how]
+    work = copy_of(finished(), tmp_path)
+    spoil(work)
+    with mock.patch.object(experiment, "train") as training, pytest.raises(UserError, match=said):
+        reproduction.reproduce(work, tmp_path / "again")
+    assert not training.called
+
+
+@pytest.mark.slow
+def test_a_run_from_weights_is_not_trained_again_from_others(tmp_path):
+    file, work = tmp_path / "w.safetensors", tmp_path / "run"
+    first = load_run(finished())
+    weights.write_weights(file, first.plan, first.states, {})
+    train(tiny(init_from=str(file), epochs=1), work)
+    weights.write_weights(file, first.plan, load_run(work).states, {})
+    for said in (r"config\.init_from=.*: other weights than the run began with; restore them", "w.safetensors: cannot be read"):
+        with mock.patch.object(experiment, "train") as training, pytest.raises(UserError, match=said):
+            reproduction.reproduce(work, tmp_path / "again")
+        assert not training.called
+        file.unlink(missing_ok=True)
 
 
 def test_a_process_names_the_commit_that_it_began_with():

@@ -63,6 +63,14 @@ def test_the_commands_of_the_page(page, call):
     assert status == 0, err
     (page / "photos" / "cat" / "1.jpg").unlink()  # now these are other images
     assert call("evaluate", "--workdir", "runs/photos")[0] == 2
+    found = json.loads(call("evaluate", "--workdir", "runs/photos", "--other_data", "--json")[1])
+    assert (found["test_images"], found["val_images"], found["own_data"]) == (
+        119,
+        0,
+        False,
+    )  # the groups of the run vote, so all are judged
+    found = json.loads(call("evaluate", "--workdir", "runs/photos", "--other_data", "--views=mirror", "--json")[1])
+    assert (found["test_images"] + found["val_images"], found["val_images"] > 0) == (119, True)  # who votes is chosen anew
     assert call("predict", "--workdir", "runs/photos", "photos/cat/one.jpg")[0] == 0  # a run is used without its data
 
 

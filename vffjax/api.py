@@ -81,8 +81,8 @@ def train(
         data: images of your own instead of config.dataset: a dictionary of arrays `x_train`, `y_train`, `x_test` and `y_test`, or `images`
             and `labels`, or a tuple of these; see `vffjax.data.in_memory.from_mapping`. They are kept until the process ends.
         overwrite: whether a run that lies in `workdir` is deleted first. A folder that holds anything else is never deleted.
-        callbacks: each is called with the record of each epoch, a dictionary as in `Run.metrics`. If one returns true, the run is saved and
-            left after that epoch; the same arguments go on from there.
+        callbacks: each is called with the record of each epoch, a dictionary as in `Run.metrics`. If one returns True, the run is saved and
+            left after that epoch; the same arguments go on from there. Any other value means nothing.
         quiet: whether the progress is not shown. Problems still are, on standard error.
 
     Returns:
@@ -109,7 +109,7 @@ def train(
 
         def after_epoch(record: dict[str, Any]) -> bool:
             answers = [callback(record) for callback in callbacks]
-            if any(answers):
+            if any(isinstance(answer, bool | np.bool_) and answer for answer in answers):
                 stopped.append(record["epoch"])
             return bool(stopped)
 

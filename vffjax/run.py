@@ -85,7 +85,7 @@ class Run:
         """The images that the run was trained on, with their validation and test images."""
         with arguments():
             found = data_module.load(self.config)
-            evaluation.check_data(found, self.trained.run, "", other_data=False)
+            evaluation.check_data(found, self.trained.run, "", other_data=None)
             return found
 
     @property

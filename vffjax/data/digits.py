@@ -22,4 +22,4 @@ def read(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
     return take(both, np.asarray(train)), take(both, np.asarray(test)), tuple(map(str, range(10)))
 
 
-SOURCE = Source(Sizes(train_images=1_437, image_shape=(8, 8, 1), classes=10), read)
+SOURCE = Source(Sizes(train_images=1_437, image_shape=(8, 8, 1), classes=10), read, reads_data_dir=False)

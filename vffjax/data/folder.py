@@ -47,7 +47,7 @@ def listed(config: Config) -> Listing:
         raise bad_key("data_dir", "", "dataset=folder needs the folder of your images", "give it: --config.data_dir=DIR")
     root = paths.local(config.data_dir, "config.data_dir")
     if not os.path.isdir(root):
-        problem = "a file, not a folder" if os.path.exists(root) else "no such folder"
+        problem = "a file, not a folder" if os.path.exists(root) else own_sets.no_such("folder", root)
         raise bad_key("data_dir", config.data_dir, problem, "give the folder that holds a folder for each class, or train and test")
     inner = _folders(root)
     split = TRAIN in inner

@@ -80,6 +80,9 @@ def as_bytes(given: Any, where: str) -> np.ndarray:
     if images.dtype.kind == "f" and 1 < high < 2:  # bytes as floats are whole numbers, and resizing may overshoot 1 by a little
         raise UserError(f"{where} holds numbers from {low:g} to {high:.6g}; clip them to at most 1, or give numbers from 0 to 255")
     scale = 255.0 if images.dtype.kind in "bf" and high <= 1 else 1.0
+    if scale == 1 and 1 < high < 32:
+        dark = f"the largest number is {high:g} where 255 is white, so that all images are nearly black"
+        own_sets.tell(f"{where}: {dark}; scale them if they are not")
     out = np.empty(images.shape, np.uint8)
     for start in range(0, len(images), 4096):  # in pieces, because float64 takes eight times the memory
         out[start : start + 4096] = np.rint(images[start : start + 4096] * scale)

@@ -22,6 +22,9 @@ def load(config: Config) -> Dataset:
     had or is damaged, or if config.train_examples or config.val_fraction does not fit it.
     """
     source = find(config)
+    if config.data_dir and not source.reads_data_dir:
+        unread = f"means nothing to dataset={config.dataset}, which reads no folder"
+        raise bad_key("data_dir", config.data_dir, unread, "leave it out, or name another dataset")
     train, test, names = source.read(config)
     sizes = Sizes(len(train), train.images.shape[1:], len(names)) if callable(source.sizes) else source.sizes
     for split, about in ((train, "training"), (test, "test")):

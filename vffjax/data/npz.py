@@ -19,7 +19,7 @@ def _own(config: Config) -> own_sets.Own:
         raise bad_key("data_dir", "", "dataset=npz needs the file of your images", f"give an .npz file with {NAMES}")
     path = paths.local(config.data_dir, "config.data_dir")
     if not os.path.isfile(path):
-        problem = "a folder, not a file" if os.path.exists(path) else "no such file"
+        problem = "a folder, not a file" if os.path.exists(path) else own_sets.no_such("file", path)
         raise bad_key("data_dir", config.data_dir, problem, f"give an .npz file with {NAMES}")
     about = os.stat(path)
     return _read(config.data_dir, str(path), about.st_mtime_ns, about.st_size)

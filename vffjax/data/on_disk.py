@@ -1,6 +1,7 @@
 """Images that stay in a file and are read when they are asked for, so that a set may be larger than the memory of the host."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ class OnDisk:
 
     def __init__(self, mapped: UInt8[np.ndarray, "all *item"], numbers: Int[np.ndarray, " n"]):
         self._mapped, self._numbers = mapped, numbers
+
+    @classmethod
+    def joined(cls, parts: Sequence["OnDisk"]) -> "OnDisk":
+        """The images of several parts of one file, one after the other."""
+        return cls(parts[0]._mapped, np.concatenate([part._numbers for part in parts]))
 
     @property
     def shape(self) -> tuple[Any, ...]:

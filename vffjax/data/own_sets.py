@@ -1,6 +1,7 @@
 """What sets that people bring have in common: a test part by the seed where there is none, and what is told of such a set."""
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,6 +33,13 @@ def tell(text: str) -> None:
         notice(text)
 
 
+def no_such(kind: str, path: pathlib.Path) -> str:
+    """Says that there is no such file or folder. A run keeps a relative path as it was given, so of such a path it says where it leads."""
+    if path.is_absolute():
+        return f"no such {kind}"
+    return f"no such {kind} ({os.path.abspath(path)}; for a run that was trained elsewhere, --data_dir says where it is)"
+
+
 def source(
     own: Callable[[Config], Own],
     prepare: Callable[[str], pathlib.Path] | None = None,
@@ -40,7 +48,7 @@ def source(
 ) -> Source:
     """The record of a source that finds its sets by `own`; the other arguments are those of `Source`."""
     sizes, parts = (lambda config: _sizes(config, own(config))), (lambda config: _parts(config, own(config)))
-    return Source(sizes, parts, prepare, resizes, by_data_dir, validation_by_class=True)
+    return Source(sizes, parts, prepare, resizes, by_data_dir, True, has_test=lambda config: own(config).train is not None)
 
 
 def _sizes(config: Config, own: Own) -> Sizes:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +77,13 @@ def take(split: Split, index: np.ndarray) -> Split:
     return Split(images.only(index) if isinstance(images, OnDisk) else images[index], split.labels[index])
 
 
+def joined(parts: Sequence[Split]) -> Split:
+    """The images of several splits of one set, one after the other. Those on disk are not read."""
+    images, labels = [part.images for part in parts], np.concatenate([part.labels for part in parts])
+    on_disk = [some for some in images if isinstance(some, OnDisk)]
+    return Split(OnDisk.joined(on_disk) if on_disk else np.concatenate([np.asarray(some) for some in images]), labels)
+
+
 def in_pieces(images: Pixels) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
     """The images one after the other, a few megabytes at a time."""
     length = max(1, _PIECE_BYTES // max(1, math.prod(images.shape[1:])))
@@ -99,6 +106,8 @@ class Source:
         by_data_dir: whether config.data_dir says which images these are, and not only where they lie.
         validation_by_class: whether each class gives its share of the validation images, which matters where classes are small or of
             unequal size. Otherwise these images are drawn from all classes together.
+        has_test: whether a set has a test part of its own. If not, `read` draws test images by the seed.
+        reads_data_dir: whether config.data_dir says anything to the source.
     """
 
     sizes: Sizes | Callable[[Config], Sizes]
@@ -107,3 +116,5 @@ class Source:
     resizes: bool = False
     by_data_dir: bool = False
     validation_by_class: bool = False
+    has_test: Callable[[Config], bool] = lambda config: True
+    reads_data_dir: bool = True

@@ -29,4 +29,4 @@ def read(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
     return take(Split(images, labels), parts[0]), take(Split(images, labels), parts[1]), tuple(f"pattern{k}" for k in range(classes))
 
 
-SOURCE = Source(Sizes(train_images=2_000, image_shape=(16, 16, 3), classes=10), read)
+SOURCE = Source(Sizes(train_images=2_000, image_shape=(16, 16, 3), classes=10), read, reads_data_dir=False)

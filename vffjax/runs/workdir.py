@@ -222,9 +222,15 @@ def _read_run(workdir: pathlib.Path | str, epoch: str, read: Callable[[SavedEpoc
 def while_it_trains(checkpoints: Checkpoints, epoch: str, read: Callable[[SavedEpoch], _Read]) -> _Read:
     """The result of `read` for the chosen epoch. If a run that is training deletes that epoch meanwhile, it is chosen again."""
     while True:
-        listed = checkpoints.epochs()
+        listed, chosen = checkpoints.epochs(), None
         try:
-            return read(checkpoints.chosen(epoch))
+            chosen = checkpoints.chosen(epoch)
+            return read(chosen)
+        except Fault as fault:
+            if checkpoints.epochs() == listed:
+                # A run goes back only from its newest epoch.
+                goes_back = len(listed) > 1 and chosen is not None and chosen.epoch == listed[-1]
+                raise fault if goes_back else _repair(checkpoints, fault, {}) from None
         except UserError:
             if checkpoints.epochs() == listed:
                 raise

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from vffjax.config import Config
+from vffjax.data import find
 from vffjax.data import load as data_module
-from vffjax.data.sets import Dataset
-from vffjax.errors import UserError, printable
+from vffjax.data.sets import Dataset, joined
+from vffjax.errors import UserError, phase, printable
 from vffjax.runs import experiment, loop
 from vffjax.runs.trained import Trained
 from vffjax.runs.workdir import load_run
@@ -54,12 +55,25 @@ def evaluate(
     before = trained.plan.config.views
     trained = trained._replace(plan=with_views(trained.plan, views))
     config = trained.plan.config
-    dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
+    here = dataclasses.replace(config, data_dir=data_dir or config.data_dir)
+    if data_dir and not find(config).reads_data_dir:
+        fix = "leave it out, or judge the run by other images in Python: vffjax.evaluate(run, data)"
+        raise UserError(f"--data_dir={data_dir}: dataset={config.dataset} reads no folder; {fix}")
+    with phase("reading data"):
+        dataset = data_module.load(here)
     own_data = check_data(dataset, trained.run, data_dir, other_data)
     about = {"workdir": str(workdir), "epoch": trained.run["epoch"], "own_data": own_data}
     # On other data the groups vote that the run has chosen, as they do in `predict`. By other scores or views others may have to.
     as_it_was = not own_data and (inference_name or config.inference) == config.inference and config.views == before
+    if not own_data and not find(config).has_test(here):
+        dataset = _whole(here, 0.0 if as_it_was else config.val_fraction)
     return about | _judge(trained, dataset, inference_name, test, early, trained.run if as_it_was else None)
+
+
+def _whole(config: Config, val_fraction: float) -> Dataset:
+    """A set without parts, on which no run was trained: all its images are test images, but for those by which something is chosen."""
+    dataset = data_module.load(dataclasses.replace(config, val_fraction=val_fraction, train_examples=0, wrong_labels=0.0))
+    return dataclasses.replace(dataset, test=joined([dataset.train, dataset.test]))
 
 
 def with_views(plan: Plan, views: str) -> Plan:
@@ -67,9 +81,12 @@ def with_views(plan: Plan, views: str) -> Plan:
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, views=views or plan.config.views))
 
 
-def check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool) -> bool:
-    """Whether a data set is the one that the run was trained on. If it is not, and `other_data` is false, raises `UserError`; so it does
-    if the data set has images of another shape, or other classes."""
+def check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data: bool | None) -> bool:
+    """Whether a data set is the one that the run was trained on.
+
+    Raises `UserError` if it is not, unless `other_data` is true (None: the caller has no such choice to offer), and if it has images of
+    another shape, or other classes.
+    """
     where = f"--data_dir={data_dir}" if data_dir else f"config.dataset={dataset.name!r}"
     if dataset.image_shape != tuple(run["image_shape"]):
         here, there = ("x".join(map(str, shape)) for shape in (dataset.image_shape, run["image_shape"]))
@@ -80,7 +97,8 @@ def check_data(dataset: Dataset, run: dict[str, Any], data_dir: str, other_data:
     if dataset.sha256() == run["data_sha256"]:
         return True
     if not other_data:
-        fix = "give the run's own data, or add --other_data to judge the run by these (in Python, give them as data=...)"
+        fix = "give the run's own data"
+        fix += ", or add --other_data to judge the run by these (in Python, give them as data=...)" if other_data is False else ""
         raise UserError(f"{where}: other images or labels than the run was trained on; {fix}")
     return False
 
@@ -123,7 +141,8 @@ def _judge(
         raise UserError(f"--inference={name}: rule {plan.config.rule} {why}; use --inference=heads")
     scored = functools.partial(experiment.scores_on, judges(plan.config, trained.run), trained, "heads" if name == "early_exit" else name)
     validation = dataset.validation
-    seen = scored(validation) if len(validation.labels) else None
+    with phase("classifying validation images"):
+        seen = scored(validation) if len(validation.labels) else None
     votes_by = "subset" if name == "early_exit" else plan.config.votes  # the groups before an exit have plain means
     if kept is None:
         validated = inference.validate(seen, validation.labels, trained.groups, votes_by)
@@ -131,7 +150,7 @@ def _judge(
         validated = {key: kept[key] for key in ("voting", "vote_weights") if key in kept}
         none = {"val_error": None, "val_error_per_group": None}
         validated |= none if seen is None else inference.measure(seen[: trained.groups], validation.labels, kept, "val")
-    header = {"inference": name, "views": plan.config.views} | validated
+    header: dict[str, Any] = {"inference": name, "views": plan.config.views, "val_images": len(validation.labels)} | validated
     leaving = None
     if name == "early_exit":
         votes = early_exit.votes_of(tuple(validated["voting"]), early.exits, seen, validation.labels)
@@ -139,8 +158,9 @@ def _judge(
         header |= {"ensemble_val_error": validated["val_error"], "exits": early.exits} | leaving.choose(early.threshold)
     if not test:
         return header
-    found = scored(dataset.test)[: trained.groups]
-    header |= inference.measure(found, dataset.test.labels, validated, "test")
+    with phase("classifying test images"):
+        found = scored(dataset.test)[: trained.groups]
+    header |= {"test_images": len(dataset.test.labels)} | inference.measure(found, dataset.test.labels, validated, "test")
     if leaving is not None:
         unseen = loop.placed(dataset.test, plan.config.data_on)
         header |= {"ensemble_test_error": header["test_error"]} | leaving.measure(unseen, header["threshold"], early.curve)

@@ -83,7 +83,7 @@ def write(workdir: pathlib.Path, epoch: str = "best", data_dir: str = "") -> pat
     config, run = trained.plan.config, trained.run
     with phase("reading data"):
         dataset = data_module.load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
-    check_data(dataset, run, data_dir, other_data=False)
+    check_data(dataset, run, data_dir, other_data=None)
     with phase("classifying test images"):
         seen = look(trained, dataset)._replace(called=BEST if epoch == "best" else "Epoch of this report")
     records, folder = read_metrics(workdir) or run["history"], report_page.picture_folder(workdir, fresh=True)

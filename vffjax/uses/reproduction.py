@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from vffjax.errors import UserError
+from vffjax import files
+from vffjax.config import Config
+from vffjax.errors import UserError, bad_key
 from vffjax.files import read_json
 from vffjax.runs import checkpoint, experiment, logbook, origin
 from vffjax.runs.workdir import load_run, read_config
 from vffjax.training import stages
+from vffjax.weights import weights
 
 # Entries of the summary that say how fast and where a run was trained. They are not results.
 COSTS = ("seconds", "images_per_second", "compile_seconds", "peak_bytes")
@@ -42,6 +45,7 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
         raise UserError(f"--into={into}: the run's own folder; give another")
     if logbook.finished(into):
         raise UserError(f"--into={into}: holds a run that has ended, so that nothing would be trained; give another")
+    _check_original(workdir, config, summary)
     # If the run asked for more devices than there are here, all of these train, and the comparison names the difference.
     devices = config.devices if config.devices <= len(jax.devices()) else 0
     again = dataclasses.replace(config, data_dir=data_dir or config.data_dir, devices=devices)
@@ -50,6 +54,19 @@ def reproduce(workdir: pathlib.Path | str, into: pathlib.Path | str, data_dir: s
         again = dataclasses.replace(again, devices=number)
     experiment.train(again, into, summary["data_sha256"])
     return compare(workdir, into)
+
+
+def _check_original(workdir: pathlib.Path, config: Config, summary: dict[str, Any]) -> None:
+    """Raises `UserError` if the run could not be compared, or not be trained again, so that nothing is trained for it."""
+    epochs = checkpoint.Checkpoints(workdir).epochs()
+    if not epochs:
+        raise UserError(f"{workdir}: has no saved epoch to compare with; restore its checkpoints")
+    for epoch in epochs:
+        load_run(workdir, str(epoch))
+    if config.init_from:
+        weights.check_start(config)
+        if files.sha256_of(weights.local_file(config)) != summary["init_from_sha256"]:
+            raise bad_key("init_from", config.init_from, "other weights than the run began with", "restore them")
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> None:
     for split in ("val", "test"):
         if found[f"{split}_error"] is not None:
             groups = "  ".join(f"group{i} {e:.2f} %" for i, e in enumerate(found[f"{split}_error_per_group"]))
-            lines.append(f"{split:4s} error {found[f'{split}_error']:.2f} %   {groups}")
+            lines.append(f"{split:4s} error {found[f'{split}_error']:.2f} % of {found[f'{split}_images']:,} images   {groups}")
     if "threshold" in found:
         lines.append(early_exit.text(found))
     options.give(a, found, "\n".join(lines))

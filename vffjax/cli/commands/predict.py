@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--workdir", type=a_path, required=True, help="folder of the run")
     parser.add_argument("--top", type=a_count, default=3, help="number of classes shown; default: 3")
     about = "write a table: file, the likeliest classes with their probabilities by the ensemble, note, error; replaces an existing file"
+    about += ", unless no image could be read"
     parser.add_argument("--csv", type=lambda text: new_file("--csv", text, ".csv"), metavar="FILE.csv", help=about)
     image = functools.partial(paths.local, named="IMAGE")
     parser.add_argument("images", nargs="+", type=image, metavar="IMAGE", help="image file, or a folder of them")
