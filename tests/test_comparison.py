@@ -58,6 +58,16 @@ def test_the_folder_of_a_sweep_stands_for_its_runs_and_json_holds_no_records(thr
     assert len(comparison.folders_of([three[0], three[0].parents[1]])) == 3  # a run that is given twice is one
 
 
+def test_a_folder_of_runs_stands_for_them_and_files_beside_them_are_passed_over(three, fails, tmp_path, capsys):
+    for run in three[:2]:
+        shutil.copytree(run, tmp_path / "runs" / run.name)
+    (tmp_path / "runs" / "zero.png").write_bytes(b"")
+    every = sorted((tmp_path / "runs").iterdir())
+    assert comparison.folders_of([tmp_path / "runs"]) == comparison.folders_of(every) == every[:2]
+    assert capsys.readouterr().err == f"{every[2]}: passed over, since it is a file\n"
+    fails("compare", every[2], parts=[str(every[2]), "give folders of runs"])
+
+
 def test_a_run_that_is_still_training_shows_its_best_so_far(three, call, tmp_path):
     run = copy_of(three[0], tmp_path)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -162,6 +162,17 @@ def test_runs_of_one_program_follow_each_other_and_the_table_keeps_the_order_giv
     assert [tuple(row["values"].values()) for row in found["rows"]] == given
 
 
+def test_other_runs_in_the_folder_of_a_sweep_are_told(call, tmp_path):
+    assert "other runs" not in call("sweep", *FLAGS, "--seeds=0-1", f"--out={tmp_path}")[2]
+    assert f"{tmp_path}: other runs lie here too (1)" in call("sweep", *FLAGS, "--seeds=0", f"--out={tmp_path}")[2]
+
+
+def test_runs_of_an_earlier_call_count_as_kept(call, tmp_path, monkeypatch):
+    assert call("sweep", *FLAGS, "--seeds=0-1", f"--out={tmp_path}")[0] == 0
+    monkeypatch.setattr(sweep, "trained", mock.Mock(side_effect=UserError("other images")))
+    assert call("sweep", *FLAGS, "--seeds=0-2", f"--out={tmp_path}")[2].endswith("other images; 2 of 3 runs have ended and are kept\n")
+
+
 def test_a_finished_run_of_other_images_or_code_is_not_taken(tmp_path):
     arrays = [np.random.default_rng(seed).integers(0, 255, (60, 4, 4, 1), np.uint8) for seed in (0, 1)]
     for name, images in zip("ab", arrays, strict=True):

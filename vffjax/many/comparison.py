@@ -7,7 +7,7 @@ from typing import Any
 
 from vffjax import data
 from vffjax.config import Config
-from vffjax.errors import UserError, printable
+from vffjax.errors import UserError, notice, printable
 from vffjax.many.tables import Spread, markdown, named
 from vffjax.runs import plots
 from vffjax.runs.logbook import finished, read_metrics
@@ -18,20 +18,28 @@ _DASH = "-"
 
 
 def folders_of(given: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """The runs' folders: each folder given that holds a run, and the runs of each that `vffjax sweep` wrote.
+    """The runs' folders: each folder given that holds a run, and the runs in each folder of runs and in each that `vffjax sweep` wrote.
+
+    Files beside them, as `runs/*` names them too, are passed over.
 
     Raises:
-        UserError: a folder holds neither.
+        UserError: a folder holds none of these, or only files were given.
     """
-    found: list[pathlib.Path] = []
+    found, files = list[pathlib.Path](), list[pathlib.Path]()
     for folder in given:
-        inside = sorted(path.parent for path in (folder / "runs").glob("*/config.json"))
+        inside = sorted(path.parent for pattern in ("runs/*/config.json", "*/config.json") for path in folder.glob(pattern))
         if (folder / "config.json").is_file():
             found.append(folder)
         elif inside:
             found += inside
+        elif folder.is_file():
+            files.append(folder)
         else:
-            raise UserError(f"{folder}: neither a run nor a sweep is here (no config.json, no runs/*/config.json); give their folders")
+            raise UserError(f"{folder}: neither a run nor a sweep nor a folder of runs; give such folders")
+    if files and not found:
+        raise UserError(f"{files[0]}: a file; give folders of runs or of sweeps")
+    if files:
+        notice(f"{files[0]}: passed over, since it is a file" + f"; so are {len(files) - 1} more" * (len(files) > 1))
     return list({path.resolve(): path for path in found}.values())
 
 

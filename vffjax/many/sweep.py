@@ -1,7 +1,7 @@
 """Trains many runs in one process, so that those whose programs are equal compile them once, and tells what came out of them."""
 
 import pathlib
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vffjax.config import Config, of_program
@@ -85,31 +85,34 @@ def run(members: Sequence[Member], out: pathlib.Path, about: dict[str, Any]) -> 
     """
     done: dict[int, dict[str, Any]] = {}
     found: dict[str, Any] = {}
+
+    def kept() -> str:
+        """What SIGTERM and errors leave of a sweep, in words. Runs that an earlier call has trained count too."""
+        ended = sum(index in done or finished(folder_of(out, member)) is not None for index, member in enumerate(members))
+        return f"{ended} of {len(members)} runs have ended and are kept"
+
     with deferred() as request:
         for index in _by_program(members):
-            member, request.saved = members[index], _kept(done, members)
+            member, request.saved = members[index], kept()
             notice(f"== {len(done) + 1}/{len(members)}  {member.name}")
             request.idle = False  # the run itself says when it may be left
             try:
                 done[index] = _outcome(member, folder_of(out, member))
             except Terminated as leave:
-                raise Terminated(f"{_kept(done, members)}; {leave}") from None
+                raise Terminated(f"{kept()}; {leave}") from None
             except UserError as error:
-                raise UserError(f"{_speaking_of_out(error)}; {_kept(done, members)}") from error.__cause__
+                raise UserError(f"{_speaking_of_out(error)}; {kept()}") from error.__cause__
             runs = [done[i] for i in sorted(done)]
             found = about | {"keys": list(member.values), "rows": rows_of(runs), "runs": runs}
             write_json(out / "sweep.json", found)
             replace_file(out / "sweep.md", (table(found["rows"], found["keys"]) + "\n").encode())
-            request.saved, request.idle = _kept(done, members), True
+            request.saved, request.idle = kept(), True
             if request.leave:
                 raise Terminated(f"{request.saved}; the same command goes on")
     plot_sweep(out / "sweep.png", found)
+    if others := {path.parent.name for path in (out / "runs").glob("*/config.json")} - {member.name for member in members}:
+        notice(f"{out}: other runs lie here too ({len(others)}), of which this table has none; vffjax compare {out} shows all")
     return found
-
-
-def _kept(done: Sized, members: Sized) -> str:
-    """What SIGTERM and errors leave of a sweep, in words."""
-    return f"{len(done)} of {len(members)} runs have ended and are kept"
 
 
 def _by_program(members: Sequence[Member]) -> list[int]:
