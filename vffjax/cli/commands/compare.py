@@ -13,9 +13,8 @@ USAGE = """vffjax compare DIR [DIR ...] [--plot FILE.png] [--json]
 
 def run(arguments: list[str]) -> None:
     parser = options.parser_of("compare", __doc__, "--json", "--out", "--code", usage=USAGE)
-    parser.add_argument(
-        "runs", nargs="+", type=options.a_path, metavar="DIR", help="folders of runs or of sweeps, or folders that hold runs"
-    )
+    folders = "folders of runs or of sweeps, or folders that hold runs"
+    parser.add_argument("runs", nargs="+", type=options.a_path, metavar="DIR", help=folders)
     plot = "draw the validation errors of all runs over their epochs"
     parser.add_argument("--plot", type=lambda text: options.new_file("--plot", text, ".png"), metavar="FILE.png", help=plot)
     a = parser.parse_args(arguments)
