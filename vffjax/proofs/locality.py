@@ -166,7 +166,7 @@ def _violations(programs: list[_Program], layers: dict[str, int], frozen: int) -
     kinds = ("backward",) if single else ("forward", "backward")
     # Whether a group's new state is finite (config.on_nonfinite=skip) reaches its frozen layers as a truth value. They never change.
     backward = "real" if single and frozen else "undrawn"
-    # By the chain of losses, and not by the step: where a step is not fenced, every gradient depends on the images, even one of zeros.
+    # By the chain of losses, and not by the step: in a fenced step every gradient depends on the images, even one of zeros.
     learning = {s for program in programs if program.name == "losses" for s in program.reaching(program.found, "gradient")}
     crossed: set[tuple[str, ...]] = set()
     found: list[dict[str, Any]] = []
