@@ -115,7 +115,7 @@ def test_a_set_on_disk_is_never_in_memory(tmp_path, monkeypatch):
         assert dataset.sha256()
         given = loop.training_images(dataset.train, "disk")
         for step in jnp.arange(200).reshape(20, 1, 10):
-            epochs._take(None, given.images, step)
+            epochs._take(None, step, np.asarray(step), given.images)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

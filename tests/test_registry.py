@@ -69,7 +69,6 @@ KEYS = {room.key for room in ROOMS}
 OTHERS = {
     ("proofs/locality.py", "head"): 1,
     ("training/optimizers.py", "head"): 1,
-    ("uses/evaluation.py", "head"): 1,
     ("weights/description.py", "head"): 1,
     ("weights/torchvision.py", "head"): 1,
     ("weights/torchvision.py", "conv"): 1,

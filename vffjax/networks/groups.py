@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -28,6 +29,11 @@ class GroupState(NamedTuple):
     params: Any  # {"layers_i": ..., "head": ...}, and "rule" if the rule owns parameters; float32
     batch_stats: Any  # running statistics of its normalisations, or {}
     opt_state: optax.OptState
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the kernel of the head is zero, as it starts."""
+        return not np.any(self.params["head"]["kernel"])
 
 
 States = tuple[GroupState, ...]  # of all groups, from input to output

@@ -236,11 +236,10 @@ def _idle(program: _Program, groups: list[str], frozen: int, learning: set[str])
     fixed = tuple(f"{group}/{part}" for group in groups[:frozen] for part in ("layers_", "rule/"))
     found = []
     for name in program.kernels:
-        group, part = name.split("/")[:2]
-        if group not in program.trains or name.startswith(fixed) or (part == "rule" and name not in learning):
+        if name.partition("/")[0] not in program.trains or name.startswith(fixed) or ("/rule/" in name and name not in learning):
             continue
         value = {"data/images" if s == "data/features" else s for s in program.reaching([name], "value")}
-        missing = [source for source in ("data/images", "data/labels")[: 1 + (part == "head")] if source not in value]
+        missing = [source for source in ("data/images", "data/labels")[: 1 + ("/head/" in name)] if source not in value]
         missing += [] if name in learning else [name]
         about = {"kind": "nothing learns", "program": program.name}
         found += [about | {"from": source, "to": name, "from_part": "", "to_part": name.split("/")[0]} for source in missing]
@@ -283,10 +282,9 @@ def _ways(program: _Program, results: list[str], groups: list[str], kind: str) -
 
 def text(certificate: dict[str, Any]) -> str:
     """A certificate as text for a person to read."""
-    numbers, layers = certificate["numeric"], certificate["groups"]
-    kinds = {v["kind"] for v in certificate["violations"]}
-    found = "local" if certificate["local"] else "NOT PROVED" if kinds <= {"nothing learns", "not finite"} else "NOT LOCAL"
-    lines = [f"{found}: {certificate['verdict']}"]
+    numbers, layers, clipped = certificate["numeric"], certificate["groups"], certificate["configuration"]["clip_norm"] > 0
+    crossing = {v["kind"] for v in certificate["violations"]} - {"nothing learns", "not finite"}
+    lines = [f"{'local' if certificate['local'] else 'NOT LOCAL' if crossing else 'NOT PROVED'}: {certificate['verdict']}"]
     for v in certificate["violations"]:
         more = sum(len(v.get(key, [0])) - 1 for key in ("from_leaves", "to_leaves"))
         size = f", at most {v['max_abs']:.2g}" if v.get("max_abs") else ""
@@ -296,7 +294,6 @@ def text(certificate: dict[str, Any]) -> str:
     lines += [f"traced{for_devices}: {traced}", ""]
     for name, seen in certificate["sees"].items():
         lines.append(f"{name}, {layers[name]} layer{'s' * (layers[name] > 1)}, learns from")
-        clipped = certificate["configuration"]["clip_norm"] > 0
         lines += [f"    {line}" for line in _seen(seen, numbers and numbers["images"][name], clipped)]
         crossed = [" to ".join(v[key].rpartition("/")[2] for key in ("from_part", "to_part")) for v in certificate["inside"][name]]
         which = "gradients inside the group" + " (config.clip_norm scales them together)" * clipped

@@ -212,12 +212,12 @@ def _strange(loss: str, group: str, gradient: Any, later: int, frozen: bool) -> 
     """
     out = []
     for name, leaf in zip(leaf_names(group, gradient), jax.tree.leaves(gradient), strict=True):
-        most, part = _largest(leaf), name.split("/")[1]
+        most = _largest(leaf)
         if most is None:
             kind = "not finite"
         elif later and most:
             kind = "forward" if later > 0 else "backward"
-        elif not later and not most and _is_kernel(name, leaf) and part != "rule" and (part == "head" or not frozen):
+        elif not later and not most and _is_kernel(name, leaf) and "/rule/" not in name and ("/head/" in name or not frozen):
             kind = "nothing learns"
         else:
             continue

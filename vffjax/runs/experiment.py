@@ -264,8 +264,8 @@ def _note_origin(run: dict[str, Any], here: dict[str, Any], trains: bool, before
 
 def heads_of_others(states: States, config: Config, dataset: Dataset) -> str:
     """What is wrong, in words, if heads have come from config.init_from that were trained for other classes than those of the data."""
-    came = any(np.any(state.params["head"]["kernel"]) for state in states)  # new ones are zero
-    return other_classes(said_of(local_file(config)), dataset.class_names) if came else ""
+    all_new = all(state.has_new_head for state in states)
+    return "" if all_new else other_classes(said_of(local_file(config)), dataset.class_names)
 
 
 def start(plan: Plan, dataset: Dataset) -> tuple[States, Task]:

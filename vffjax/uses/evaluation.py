@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from vffjax.config import Config
 from vffjax.data import find
 from vffjax.data import load as data_module
@@ -118,9 +116,7 @@ def evaluate_start(
     dataset = data_module.load(config)
     plan = with_views(experiment.plan_for(config, dataset), views)
     states, task = experiment.start(plan, dataset)
-    if (inference_name or config.inference) in ("heads", "early_exit") and not any(
-        np.any(state.params["head"]["kernel"]) for state in states
-    ):
+    if (inference_name or config.inference) in ("heads", "early_exit") and all(state.has_new_head for state in states):
         fix = "evaluate a run that has trained them, or weights with fc for these classes and config.head_grid=1"
         raise UserError(f"config.init_from={config.init_from!r}: no head came with the weights, and a new head cannot classify; {fix}")
     if problem := experiment.heads_of_others(states, config, dataset):
