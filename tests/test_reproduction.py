@@ -202,6 +202,13 @@ def test_a_run_from_weights_is_not_trained_again_from_others(tmp_path):
         file.unlink(missing_ok=True)
 
 
+def test_ctrl_c_without_a_folder_promises_nothing(reproduce, tmp_path):
+    with mock.patch.object(reproduction, "reproduce", mock.Mock(side_effect=KeyboardInterrupt)):
+        status, _, err = reproduce(finished())
+        assert (status, err) == (130, "vffjax: interrupted; nothing is kept; with --into DIR the same command would continue\n")
+        assert reproduce(finished(), f"--into={tmp_path / 'again'}")[::2] == (130, "vffjax: interrupted\n")
+
+
 def test_a_process_names_the_commit_that_it_began_with():
     """Its modules are those of that commit, also if the checkout moves while it trains."""
     origin._commit.cache_clear()

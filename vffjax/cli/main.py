@@ -70,6 +70,7 @@ def _leave_at_once(out: SafeStream, leave: KeyboardInterrupt | Terminated) -> No
     saved = termination.saved()
     with contextlib.suppress(KeyboardInterrupt):  # pressed twice
         saved = termination.settle(1.0) or saved
+    saved = str(leave) or saved  # a command knows more than its run
     status, why = 130, f"interrupted; {saved}" if saved else "interrupted"
     if isinstance(leave, Terminated):
         status, why = 143, f"told to leave (SIGTERM): {leave}"

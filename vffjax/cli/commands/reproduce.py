@@ -24,8 +24,8 @@ def run(arguments: list[str]) -> int:
             paths.check_run_folder(scratch, "TMPDIR")
         try:
             found = reproduction.reproduce(a.workdir, a.into or pathlib.Path(scratch), a.data_dir)
-        except Terminated as leave:
-            raise leave if a.into else Terminated("nothing is kept; with --into DIR the same command would continue") from None
+        except (KeyboardInterrupt, Terminated) as leave:
+            raise leave if a.into else type(leave)("nothing is kept; with --into DIR the same command would continue") from None
     give(a, found, reproduction.text(found))
     return 0 if found["identical"] else 1
 
