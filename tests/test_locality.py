@@ -324,8 +324,6 @@ def test_a_rules_own_kernel_in_a_frozen_group_need_not_learn(rule):
 
 
 STILL = """
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

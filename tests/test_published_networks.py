@@ -82,6 +82,11 @@ def test_the_map_of_a_stem_is_that_in_front_of_its_pooling():
     assert sizes[0].multiplications == 7 * 7 * 3 * 8 * 32 * 32
 
 
+def test_the_map_in_front_of_a_pooling_is_whole_where_the_window_does_not_divide_it():
+    sizes = layer_sizes(groups_of(config_of(network="conv", widths=(4, 6), pools=(4, 1)), 10), (7, 7, 3))
+    assert [size.map for size in sizes] == [7 * 7 * 4, 1 * 1 * 6]
+
+
 def test_layers_that_are_alike_are_sized_once(monkeypatch):
     """The second of 30 layers is like the 28 behind it; the first has fewer input channels, and each tracing takes milliseconds."""
     layer_sizes.cache_clear()

@@ -96,7 +96,9 @@ def train(
         if callable(callbacks):
             raise UserError("callbacks: is one function; give a list of functions, as callbacks=[function]")
         checked = make_config(_values(config) | (in_memory.hold(data) if data is not None else {}))
-        folder = usual_folder(checked, _as_name(checked.dataset)) if workdir is None else paths.local(workdir, "workdir")
+        folder = (
+            usual_folder(checked, re.sub(r"[^A-Za-z0-9_.-]+", "-", checked.dataset)) if workdir is None else paths.local(workdir, "workdir")
+        )
         paths.check_run_folder(folder, "workdir")
         if overwrite or not (folder / "config.json").exists():  # a run that continues has its weights already
             weights.check_start(checked)
@@ -195,10 +197,6 @@ def _values(config: Any) -> dict[str, Any]:
         raise UserError(f"config: of type {type(config).__name__}; give vffjax.read(NAME), or a dictionary of keys")
     values = dict(config) if isinstance(config, Mapping) else config.to_dict()
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _as_name(dataset: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset)
 
 
 def _written(name: str) -> bool:

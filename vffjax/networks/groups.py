@@ -238,12 +238,13 @@ def layer_sizes(groups: tuple[LayerGroup, ...], image_shape: tuple[int, int, int
     """The sizes of each layer, from input to output. Nothing is computed."""
     x, found = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), []
     for layer in (layer for group in groups for layer in group.module.layers):
-        unpooled = layer.clone(pool=1) if "pool" in layer.__dataclass_fields__ else layer
-        y, kernels = _output_and_kernels(unpooled, x)
-        x = _output_and_kernels(layer, x)[0]
-        # A stem pools by itself, and by its stride.
-        map_size = y.size if unpooled is not layer else x.size * getattr(layer, "pool", 1) ** 2
-        found.append(LayerSize(kernels, map_size, x.shape[-1]))
+        if "pool" in layer.__dataclass_fields__:
+            before_pooling = _output_and_kernels(layer.clone(pool=1), x)[0].size
+            x, kernels = _output_and_kernels(layer, x)
+        else:  # a stem of a ResNet pools by its stride
+            x, kernels = _output_and_kernels(layer, x)
+            before_pooling = x.size * getattr(layer, "pool", 1) ** 2
+        found.append(LayerSize(kernels, before_pooling, x.shape[-1]))
     return found
 
 

@@ -146,10 +146,11 @@ class Writer:
     def __init__(self, checkpoints: Checkpoints, known: Mapping[int, SavedEpoch] | None = None):
         self._checkpoints = checkpoints
         folder = checkpoints.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for above in (folder.parent, folder.parent.parent):  # or a power cut could leave a folder without the entry that leads to it
-            with contextlib.suppress(OSError):  # nobody but its owner may be allowed to open it
-                sync(above)
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)  # another process may have made it meanwhile
+            for above in (folder.parent, folder.parent.parent):  # a power cut could otherwise lose the entry that leads to the folder
+                with contextlib.suppress(OSError):  # nobody but its owner may be allowed to open it
+                    sync(above)
         self._ranks = _agreed_ranks(checkpoints, known or {})
         self._first = max(self._ranks, default=0)
         with hosts.first_only() as first:
