@@ -96,9 +96,8 @@ def train(
         if callable(callbacks):
             raise UserError("callbacks: is one function; give a list of functions, as callbacks=[function]")
         checked = make_config(_values(config) | (in_memory.hold(data) if data is not None else {}))
-        folder = (
-            usual_folder(checked, re.sub(r"[^A-Za-z0-9_.-]+", "-", checked.dataset)) if workdir is None else paths.local(workdir, "workdir")
-        )
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checked.dataset)
+        folder = usual_folder(checked, name) if workdir is None else paths.local(workdir, "workdir")
         paths.check_run_folder(folder, "workdir")
         if overwrite or not (folder / "config.json").exists():  # a run that continues has its weights already
             weights.check_start(checked)
